@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both set up .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test slow check install diagram benchmark clean
+
+quickstart: $(VENV)/installed
+	$(RUN) examples/quickstart.py
+
+test: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(RUN) -m pytest
+
+slow: $(VENV)/installed-bench
+	$(RUN) -m pytest -m slow
+
+benchmark: $(VENV)/installed-bench
+	$(RUN) benchmarks/generation.py
+
+diagram: $(VENV)/installed
+	$(RUN) -m pip install -q -c constraints.txt ".[docs]"
+	$(RUN) docs/diagram.py
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(RUN) -m pip install -q -c constraints.txt -e ".[bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,155 @@
+"""What the engine and the training loop ask of a model, and the trial of a new one."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from self_rewarding_lm.errors import AdapterError
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 6
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """The rows of a batch that is being decoded."""
+
+    def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
+        """Append a token to each row; the logits of what follows."""
+        ...
+
+    def select(self, rows: Int[Tensor, " n"]) -> None:
+        """Keep these rows, in this order; a row may be taken several times."""
+        ...
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """A causal token-level transformer. The pad side is the adapter's own business."""
+
+    module: nn.Module
+    max_len: int | None
+    vocab: int
+
+    def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        """Logits of right-padded rows, with gradients."""
+        ...
+
+    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
+        """The logits of what follows each row, and the state to go on from."""
+        ...
+
+
+def logits_of(output: Any, batch: int, length: int) -> Tensor:
+    """The logits in a model's output: a tensor, or an object with `.logits`."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (batch, length):
+        came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise AdapterError(
+            f"model(ids) with ids of shape ({batch}, {length}) must give logits of shape "
+            f"({batch}, {length}, vocabulary), or an object with such .logits; got {came}. Wrap "
+            "the model in a module whose forward returns them."
+        )
+    return logits
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters (or buffers) live; the CPU for one that has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode, each submodule's mode restored afterwards."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def limit_of(module: nn.Module) -> int | None:
+    """The longest sequence a module says it takes: `.max_seq_len`, or its config's."""
+    config = getattr(module, "config", None)
+    found = (
+        getattr(module, "max_seq_len", None),
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "n_positions", None),
+    )
+    return next((n for n in found if isinstance(n, int) and n > 0), None)
+
+
+@torch.no_grad()
+def probe_vocab(module: nn.Module) -> int:
+    """The number of tokens a module gives logits for; fails where it gives none."""
+    ids = torch.zeros(2, 2, dtype=torch.long, device=device_of(module))
+    with evaluating(module):
+        try:
+            output = module(ids)
+        except Exception as error:
+            raise AdapterError(
+                "model(ids) failed on ids of shape (2, 2): "
+                f"{type(error).__name__}: {error}. A model takes long ids (b, t) as its only "
+                "argument and returns logits (b, t, vocabulary)."
+            ) from error
+    return logits_of(output, 2, 2).shape[-1]
+
+
+@torch.no_grad()
+def check_causal(model: TokenModel) -> None:
+    """Raise AdapterError where the logits of a token depend on the tokens after it."""
+    length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
+    device = device_of(model.module)
+    ids = torch.zeros(2, length, dtype=torch.long, device=device)
+    ids[1, -1] = model.vocab - 1
+    with evaluating(model.module):
+        one, other = model.logits(ids)[:, :-1].double()
+    scale = one.abs().amax().clamp(min=1.0) if length > 1 else 1.0
+    if length > 1 and bool(((one - other).abs() > 1e-2 * scale).any()):
+        raise AdapterError(
+            "the model is not causal: the logits of a token change with the tokens after it. "
+            "Give a decoder (causal attention); a bidirectional model cannot be sampled from."
+        )
+
+
+@torch.no_grad()
+def cache_agrees(model: TokenModel) -> bool:
+    """Whether cached decoding of ragged rows gives the logits of the whole rows."""
+    length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
+    if length < 3:
+        return False
+    tokens = [i % model.vocab for i in range(1, length + 1)]
+    rows = [tokens[: length - 1], tokens[2:length]]
+    try:
+        with evaluating(model.module):
+            return _cached_equals_whole(model, rows, tokens[0])
+    except (AssertionError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+        logger.debug("cached decoding failed in its trial: %r", error)
+        return False
+
+
+def _cached_equals_whole(model: TokenModel, rows: list[list[int]], following: int) -> bool:
+    device = device_of(model.module)
+    first, cache = model.start(rows)
+    order = torch.tensor([1, 0], device=device)
+    cache.select(order)
+    second = cache.extend(torch.full((2,), following, device=device))[order]
+    for i, row in enumerate(rows):
+        whole = torch.tensor([[*row, following]], device=device)
+        truth = model.logits(whole)[0, -2:].double()
+        got = torch.stack([first[i], second[i]]).double()
+        tolerance = 1e-2 * truth.abs().amax().clamp(min=1.0)
+        if not bool(((truth - got).abs() <= tolerance).all()):
+            return False
+    return True

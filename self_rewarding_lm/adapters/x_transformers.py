@@ -1,0 +1,106 @@
+"""TransformerWrapper of x-transformers, with its key-value cache."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from x_transformers import AutoregressiveWrapper, TransformerWrapper
+
+from self_rewarding_lm.adapters.base import (
+    Cache,
+    cache_agrees,
+    check_causal,
+    device_of,
+    limit_of,
+    logits_of,
+    probe_vocab,
+)
+from self_rewarding_lm.adapters.plain import RecomputedRows
+
+logger = logging.getLogger(__name__)
+
+
+def unwrapped(model: nn.Module) -> TransformerWrapper | None:
+    """The TransformerWrapper in a model, an AutoregressiveWrapper taken off; None if it is none."""
+    inner = model.net if isinstance(model, AutoregressiveWrapper) else model
+    return inner if isinstance(inner, TransformerWrapper) else None
+
+
+class XTransformersModel:
+    """Rows are padded on the right for training, on the left for cached decoding."""
+
+    def __init__(self, module: nn.Module, transformer: TransformerWrapper) -> None:
+        self.module = module
+        self.transformer = transformer
+        self.max_len = limit_of(transformer)
+        self.vocab = probe_vocab(transformer)
+        check_causal(self)
+        self.caches = bool(transformer.can_cache_kv) and cache_agrees(self)
+        if not self.caches:
+            logger.warning(
+                "this x-transformers model cannot be decoded with a cache (its options do not "
+                "allow it, or the cached logits differ): each token costs a whole forward."
+            )
+
+    def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        return logits_of(self.transformer(ids), *ids.shape)
+
+    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
+        if not getattr(self, "caches", True):  # unset while the cache itself is tried out
+            recomputed = RecomputedRows(self, rows)
+            return recomputed.last_logits(), recomputed
+        cache = KeyValueRows(self.transformer, rows)
+        return cache.logits, cache
+
+
+class KeyValueRows:
+    """Left-padded rows and their keys and values; x-transformers appends to these by copying."""
+
+    def __init__(self, module: TransformerWrapper, rows: Sequence[Sequence[int]]) -> None:
+        self.module = module
+        longest = max(len(row) for row in rows)
+        device = device_of(module)
+        padded = [[0] * (longest - len(row)) + list(row) for row in rows]
+        self.starts = torch.tensor([longest - len(row) for row in rows], device=device)
+        self.state: Any = None
+        self.logits = self._forward(torch.tensor(padded, device=device))
+
+    def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
+        return self._forward(tokens[:, None])
+
+    def select(self, rows: Int[Tensor, " n"]) -> None:
+        trim = int(self.starts[rows].min())  # columns that pad every row that is left
+        self.starts = self.starts[rows] - trim
+        layers = [
+            replace(layer, cached_kv=tuple(t[rows][..., trim:, :] for t in layer.cached_kv))
+            for layer in self.state.attn_intermediates
+        ]
+        self.state = replace(
+            self.state, attn_intermediates=layers, cache_length=self.state.cache_length - trim
+        )
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        logits, state = self.module(
+            ids,
+            return_intermediates=True,
+            seq_start_pos=self.starts,
+            cache=self.state,
+            input_not_include_cache=True,
+        )
+        # only what the next step reads is kept: the rest holds every layer's hidden states
+        layers = [
+            replace(
+                layer,
+                qk_similarities=None,
+                pre_softmax_attn=None,
+                post_softmax_attn=None,
+                values=None,
+            )
+            for layer in state.attn_intermediates
+        ]
+        self.state = type(state)(attn_intermediates=layers, cache_length=state.cache_length)
+        return logits[:, -1]

@@ -1,0 +1,51 @@
+"""Ragged rows into rectangles, and rows into micro-batches. Padding sits on the right.
+
+Masks come from lengths; padding is never recognised by its value, so any valid id may pad.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int = 0
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
+    """Rows of ids, right-padded with `pad_id`, and their lengths."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return ids, lengths
+
+
+def pad_masks(rows: Sequence[Sequence[bool]]) -> Bool[Tensor, "b t"]:
+    """Rows of booleans, right-padded with False."""
+    return pad_rows(rows)[0].bool()
+
+
+def unpad(ids: Int[Tensor, "b t"], mask: Tensor) -> list[tuple[int, ...]]:
+    """The rows of a padded batch without its padding, whichever side that is on."""
+    return [tuple(row[keep].tolist()) for row, keep in zip(ids, mask.bool(), strict=True)]
+
+
+def micro_batches(
+    lengths: Sequence[int], *, token_budget: int, max_rows: int | None = None
+) -> list[list[int]]:
+    """Indices of rows, in groups of similar length.
+
+    rows x longest row of a group is at most `token_budget`; a row longer than that stands alone.
+    `max_rows` bounds the rows of a group.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups: list[list[int]] = []
+    for i in order:  # ascending: the row that is being placed is the longest of its group
+        group = groups[-1] if groups else None
+        fits = group is not None and (len(group) + 1) * lengths[i] <= token_budget
+        if group is not None and fits and (max_rows is None or len(group) < max_rows):
+            group.append(i)
+        else:
+            groups.append([i])
+    return groups

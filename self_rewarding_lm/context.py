@@ -1,0 +1,72 @@
+"""What a stage may reach, and nothing else."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from self_rewarding_lm.adapters import TokenModel
+from self_rewarding_lm.config import RewardConfig
+from self_rewarding_lm.datasets import Rows
+from self_rewarding_lm.engine import Engine
+from self_rewarding_lm.run import INITIAL, Run
+from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.store import read_weights
+from self_rewarding_lm.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stage's view of the trainer.
+
+    stage: the stage's name; record ids begin with it. policy: the prepared module whose
+    forward(ids) gives per-token log-probs, holding `model`. rows: the stage's opened datasets by
+    field. first_prompt: where the stage begins in its prompts, counted over all passes.
+    adapt: the TokenModel of another module (a judge of its own).
+    """
+
+    stage: str
+    seed: int
+    model: TokenModel
+    policy: nn.Module
+    engine: Engine
+    tokens: Tokens
+    runtime: Runtime
+    rewards: Mapping[str, RewardConfig]
+    adapt: Callable[[nn.Module], TokenModel]
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    first_prompt: int = 0
+    run: Run | None = None
+
+    def limit(self, max_seq_len: int | None) -> int | None:
+        """Tokens of prompt and response together: the setting, or what the model can take."""
+        known = [n for n in (max_seq_len, self.model.max_len) if n is not None]
+        return min(known) if known else None
+
+    @contextmanager
+    def weights(self, which: str | Path) -> Iterator[None]:
+        """Other weights in the one model, and the present ones back afterwards.
+
+        which: "initial", an earlier stage's name, or a path.
+        """
+        module = self.model.module
+        kept = {name: t.detach().cpu().clone() for name, t in module.state_dict().items()}
+        try:
+            self.load(which)
+            yield
+        finally:
+            module.load_state_dict(kept)
+
+    def load(self, which: str | Path) -> None:
+        """Load weights into the model, in place."""
+        read_weights(self.model.module, self.weights_path(which))
+
+    def weights_path(self, which: str | Path) -> Path:
+        """The file of weights that `init_from` or `weights` name."""
+        assert self.run is not None
+        if which == INITIAL or which in self.run.stages:
+            return self.run.weights(str(which))
+        path = Path(which)
+        return path / "model.safetensors" if path.is_dir() else path

@@ -1,0 +1,59 @@
+"""The errors that a user of the library can meet.
+
+Each is also a standard Python type, so that code that knows nothing of this library can catch it.
+A message says what was expected, what came and what to do.
+"""
+
+from beartype import BeartypeConf, beartype
+
+
+class SelfRewardingError(Exception):
+    """The root of all errors that this library raises on purpose."""
+
+
+class ConfigError(SelfRewardingError, ValueError):
+    """A setting is unknown, out of its range, or does not go with another."""
+
+
+class ArgumentTypeError(SelfRewardingError, TypeError):
+    """An argument of a public function has the wrong type."""
+
+
+class DataError(SelfRewardingError, ValueError):
+    """A row of a dataset, or a dataset as a whole, cannot be used."""
+
+
+class TokenizerError(SelfRewardingError, ValueError):
+    """A tokenizer gave something that are no token ids, or ids that the model does not know."""
+
+
+class AdapterError(SelfRewardingError, TypeError):
+    """A model does not behave like a causal token-level transformer."""
+
+
+class StoreError(SelfRewardingError, RuntimeError):
+    """A run directory cannot be used: foreign files, damaged records, missing weights."""
+
+
+class RunMismatchError(StoreError):
+    """A run directory holds a started stage with another configuration."""
+
+
+class JudgeError(SelfRewardingError, RuntimeError):
+    """A judge cannot be read, or a reward function gave something that is no score."""
+
+
+class PairingError(SelfRewardingError, RuntimeError):
+    """No preference pair could be made."""
+
+
+class TrainingError(SelfRewardingError, RuntimeError):
+    """Training cannot go on, for example because the loss is not a number."""
+
+
+class MissingExtraError(SelfRewardingError, ImportError):
+    """An optional package is needed; the message gives the pip line."""
+
+
+typed = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))
+"""Checks the types of a public function's arguments; a wrong one is an ArgumentTypeError."""

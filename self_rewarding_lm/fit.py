@@ -1,0 +1,284 @@
+"""The one training loop: steps, micro-batches, clipping, schedule, evaluation, early stopping.
+
+The loss of a step is the sum over its whole batch divided by the batch's count, over all
+processes, so that the gradient does not depend on micro-batches or on the number of processes.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from self_rewarding_lm.adapters.base import device_of, evaluating
+from self_rewarding_lm.adapters.policy import dropout_set
+from self_rewarding_lm.batching import micro_batches, pad_masks, pad_rows
+from self_rewarding_lm.config import OptimConfig
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.errors import ConfigError, TrainingError
+from self_rewarding_lm.objectives import Objective
+from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers
+from self_rewarding_lm.runtime import random_numbers_kept
+from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.store import StageDir, read_weights
+
+logger = logging.getLogger(__name__)
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """evaluate: a module or function of the model that gives one number.
+
+    Checked before the first step, every `eval_every` steps and after the last one; after `patience`
+    checks without a better score training stops. The best weights are restored.
+    """
+
+    evaluate: Callable[[nn.Module], Any]
+    mode: Literal["max", "min"] = "max"
+    patience: int = 1
+
+
+@dataclass
+class _Sums:
+    """Sums over the rows of a step, on this process."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Fit:
+    """Trains the policy on an objective. `optim` is complete: no field is None.
+
+    round: stages that train several times have other row orders and dropout each time, and their
+    steps are counted on. Raises TrainingError where the loss or a gradient is not finite; the
+    weights are then those before that step.
+    """
+
+    def __init__(
+        self,
+        ctx: Context,
+        out: StageDir,
+        objective: Objective,
+        optim: OptimConfig,
+        *,
+        num_train_steps: int | None = None,
+        dropout: float = 0.0,
+        valid: Objective | None = None,
+        early_stopping: EarlyStopping | None = None,
+        round: int = 0,
+        first_step: int = 0,
+    ) -> None:
+        self.ctx, self.out, self.objective, self.optim = ctx, out, objective, optim
+        self.dropout, self.valid, self.round = dropout, valid, round
+        self.first_step = first_step
+        self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
+        self.total = num_train_steps or (optim.epochs or 1) * self.steps_per_epoch
+        self.stopper = _Stopper(ctx, out, early_stopping) if early_stopping else None
+
+    def run(self) -> int:
+        """Train; the number of steps that were done."""
+        module = self.ctx.policy
+        made = make_optimizers(module, self.optim, self.ctx.model.vocab)
+        optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
+        with random_numbers_kept(), dropout_set(module, self.dropout):
+            try:
+                steps = self._steps(module, optimizers)
+            finally:
+                self.ctx.runtime.release(optimizers)
+                for parameter in module.parameters():
+                    parameter.grad = None
+        return steps
+
+    def _steps(self, module: nn.Module, optimizers: Sequence[Any]) -> int:
+        label = f"{self.ctx.stage}: training"
+        if self.stopper:
+            self.stopper.check(0)
+        step = 0
+        with self.ctx.runtime.progress(self.total, label, "step") as bar:
+            for step, batch in enumerate(self._batches(), 1):
+                metrics = self._step(module, optimizers, batch, step - 1)
+                self._log(metrics, step)
+                bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+                bar.update()
+                if step % (self.optim.checkpoint_every or self.total + 1) == 0:
+                    name = f"checkpoint-{self.first_step + step}"
+                    self.out.save_weights(self.ctx.model.module, name)
+                if step % self.optim.eval_every == 0 or step == self.total:
+                    self._evaluate(module, step)
+                    if self.stopper and self.stopper.check(step):
+                        logger.info("%s: stopped early after %d steps", self.ctx.stage, step)
+                        break
+        if self.stopper:
+            self.stopper.restore_best()
+        return step
+
+    def _batches(self) -> Iterator[list[int]]:
+        size = self.optim.batch_size
+        for step in range(self.total):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            order = self._order(epoch) if place == 0 else order  # noqa: F821 - bound at place 0
+            yield order[place * size : (place + 1) * size]
+
+    def _order(self, epoch: int) -> list[int]:
+        seed = stable_hash(self.ctx.seed, self.ctx.stage, "order", self.round, epoch)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(self.objective), generator=generator).tolist()
+
+    def _step(
+        self, module: nn.Module, optimizers: Sequence[Any], batch: list[int], step: int
+    ) -> dict[str, float]:
+        runtime = self.ctx.runtime
+        torch.manual_seed(
+            stable_hash(self.ctx.seed, self.ctx.stage, "dropout", self.round, step, runtime.rank)
+        )
+        module.train()
+        divisor = sum(map(self.objective.count, batch))
+        sums = _Sums()
+        groups = self._micro_batches(self.objective, runtime.share(batch)) or [batch[:1]]
+        idle = not runtime.share(batch)  # fewer rows than processes: a forward that counts nothing
+        for i, rows in enumerate(groups):
+            losses, tokens, metrics = self._forward(module, self.objective, rows)
+            scale = 0.0 if idle else runtime.world / divisor
+            runtime.backward(module, losses.sum() * scale, sync=i == len(groups) - 1)
+            if not idle:
+                _add(sums, losses, tokens, metrics)
+        rate = learning_rate_at(step, self.total, self.optim)
+        found = self._reduced(sums, divisor)
+        if not math.isfinite(found["loss"]):
+            self._not_finite("loss", found["loss"], batch, step)
+        norm = runtime.clip_gradients(module.parameters(), self.optim.max_grad_norm)
+        if not math.isfinite(norm) and runtime.accelerator.scaler is None:
+            self._not_finite("gradient norm", norm, batch, step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"loss": found.pop("loss"), "grad_norm": norm, "learning_rate": rate, **found}
+
+    def _micro_batches(self, objective: Objective, rows: list[int]) -> list[list[int]]:
+        sequences = [objective.sequences(row) for row in rows]
+        longest = [max(len(ids) for ids, _ in group) for group in sequences]
+        budget = self.optim.micro_batch_tokens // max((len(s) for s in sequences), default=1)
+        groups = micro_batches(longest, token_budget=budget, max_rows=self.optim.micro_batch_size)
+        return [[rows[i] for i in group] for group in groups]
+
+    def _forward(
+        self, module: nn.Module, objective: Objective, rows: list[int]
+    ) -> tuple[Tensor, int, dict[str, Tensor]]:
+        sequences = [pair for row in rows for pair in objective.sequences(row)]
+        ids, lengths = pad_rows([ids for ids, _ in sequences])
+        device = device_of(module)
+        targets = pad_masks([targets for _, targets in sequences]).to(device)
+        result = objective.loss(rows, module(ids.to(device)), targets)
+        return result.losses, int(lengths.sum()), dict(result.metrics)
+
+    def _reduced(self, sums: _Sums, divisor: float) -> dict[str, float]:
+        names = sorted(self.ctx.runtime.gather(list(sums.metrics)))
+        names = sorted(set(names))
+        values = [sums.loss, float(sums.tokens), float(sums.rows)]
+        values += [sums.metrics.get(name, 0.0) for name in names]
+        loss, tokens, rows, *rest = self.ctx.runtime.sum(values)
+        means = {name: value / rows for name, value in zip(names, rest, strict=True)}
+        return {"loss": loss / divisor, "num_tokens": tokens, **means}
+
+    @torch.no_grad()
+    def _evaluate(self, module: nn.Module, step: int) -> None:
+        if self.valid is None:
+            return
+        sums = _Sums()
+        rows = list(range(len(self.valid)))
+        with evaluating(module):
+            for group in self._micro_batches(self.valid, self.ctx.runtime.share(rows)):
+                _add(sums, *self._forward(module, self.valid, group))
+        found = self._reduced(sums, sum(map(self.valid.count, rows)))
+        del found["num_tokens"]
+        self._log({f"eval/{name}": value for name, value in found.items()}, step)
+
+    def _log(self, metrics: dict[str, float], step: int) -> None:
+        step += self.first_step
+        self.out.log({"step": step, **metrics})
+        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, step)
+
+    def _not_finite(self, what: str, value: float, batch: list[int], step: int) -> None:
+        names = ", ".join(self.objective.name(row) for row in batch[:8])
+        raise TrainingError(
+            f"stage {self.ctx.stage!r}, step {step + 1} of {self.total}: the {what} is {value}. "
+            f"The weights are those before this step. Its rows: {names}. Try a lower "
+            "optim.learning_rate, optim.warmup_steps, or a higher precision; if it happens at "
+            "step 1, the model's own weights or logits are not finite."
+        )
+
+
+def _add(sums: _Sums, losses: Tensor, tokens: int, metrics: dict[str, Tensor]) -> None:
+    sums.loss += float(losses.detach().double().sum())
+    sums.tokens += tokens
+    sums.rows += len(losses)
+    for name, values in metrics.items():
+        total = float(values.detach().double().sum())
+        sums.metrics[name] = sums.metrics.get(name, 0.0) + total
+
+
+class _Stopper:
+    """Early stopping, decided on the main process and told to all."""
+
+    def __init__(self, ctx: Context, out: StageDir, settings: EarlyStopping) -> None:
+        self.ctx, self.out, self.settings = ctx, out, settings
+        self.best: float | None = None
+        self.best_step = 0
+        self.worse = 0
+
+    def check(self, step: int) -> bool:
+        """Evaluate, keep the weights if they are the best so far; whether to stop."""
+        score = self.ctx.runtime.from_main(self._score() if self.ctx.runtime.is_main else None)
+        assert score is not None
+        better = self.best is None or (
+            score > self.best if self.settings.mode == "max" else score < self.best
+        )
+        self.out.log({"step": step, "early_stopping/score": score})
+        logger.info(
+            "%s: early stopping at step %d: %.6g (best so far: %s, mode %r)",
+            self.ctx.stage,
+            step,
+            score,
+            "none" if self.best is None else f"{self.best:.6g}",
+            self.settings.mode,
+        )
+        if better:
+            self.best, self.best_step, self.worse = score, step, 0
+            self.out.save_weights(self.ctx.model.module, BEST)
+            return False
+        self.worse += 1
+        return self.worse >= self.settings.patience
+
+    def restore_best(self) -> None:
+        """Load the best weights and delete their file."""
+        path = self.out.weights(BEST)
+        assert path is not None
+        read_weights(self.ctx.model.module, path)
+        self.out.drop_weights(BEST)
+        self.out.summary["early_stopping"] = {"best_step": self.best_step, "score": self.best}
+
+    @torch.no_grad()
+    def _score(self) -> float:
+        module = self.ctx.model.module
+        with evaluating(module):
+            score = self.settings.evaluate(module)
+        try:
+            number = float(score)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"early_stopper_eval_module(model) must give one number; got {score!r:.200}."
+            ) from error
+        if not math.isfinite(number):
+            raise TrainingError(
+                f"early_stopper_eval_module(model) gave {number}; nothing to compare."
+            )
+        return number

@@ -1,0 +1,129 @@
+"""The records that travel along the arrows of the loop.
+
+    Prompt -> Candidate -> Judgement -> PreferencePair
+
+Every record has an id and names its parents, so that a trained pair can be traced back to its
+prompt, its candidates and every judge text. Records keep token ids: what was sampled is what is
+trained on; text is for people and judges. A value that is not known is None.
+
+Knows nothing of models, tensors or files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as it is used in one stage.
+
+    id: stage/row/pass. row: its row in the dataset. text: None where only ids were given.
+    columns: the other columns of its row; text reward functions receive them.
+    completion: ids of the human answer where the row has one (SPIN), else None.
+    """
+
+    kind: ClassVar[str] = "prompts"
+    id: str
+    row: int
+    ids: tuple[int, ...]
+    text: str | None = None
+    columns: Mapping[str, Any] | None = None
+    completion: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One sampled response; id: <prompt id>/<sample>.
+
+    ids: the new tokens, the end token included where there is one.
+    finished: True if it ended by itself, False if it was cut off by max_new_tokens, None where no
+    end token is known. max_new_tokens: the limit that was in force for it.
+    """
+
+    kind: ClassVar[str] = "candidates"
+    id: str
+    prompt_id: str
+    ids: tuple[int, ...]
+    text: str | None
+    finished: bool | None
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a judge said once of one candidate (or, comparing, of two); id: <candidate id>/j<k>.
+
+    score: None if none could be read, and reason says why. text: the judge's words, None for
+    judges that only give numbers.
+    """
+
+    kind: ClassVar[str] = "judgements"
+    id: str
+    candidate_ids: tuple[str, ...]
+    judge: str
+    score: float | None
+    reason: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A better and a worse response to one prompt; id: the prompt's id.
+
+    chosen_id and rejected_id name the candidates; None for a response that was not sampled here
+    (a human answer). The scores are None where nobody scored.
+    """
+
+    kind: ClassVar[str] = "pairs"
+    id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    chosen_id: str | None = None
+    rejected_id: str | None = None
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """One supervised sequence as it was trained; id: stage/row.
+
+    targets: for each token whether it is learnt (True) or only read (False, the prompt).
+    """
+
+    kind: ClassVar[str] = "rows"
+    id: str
+    ids: tuple[int, ...]
+    targets: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLogprobs:
+    """Per-token log-probs of a pair's responses under the reference; id: the pair's id."""
+
+    kind: ClassVar[str] = "reference"
+    id: str
+    chosen: tuple[float, ...]
+    rejected: tuple[float, ...]
+
+
+Record = TypeVar("Record")
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A record as plain JSON values."""
+    return asdict(record)
+
+
+def from_json(record_type: type[Record], values: Mapping[str, Any]) -> Record:
+    """The record that `to_json` was given; lists become tuples again."""
+    names = {field.name for field in fields(record_type)}  # type: ignore[arg-type]
+    unknown = set(values) - names
+    if unknown:
+        raise ValueError(f"{record_type.__name__} has no field {', '.join(sorted(unknown))}")
+    return record_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,164 @@
+"""Prompts to candidates, and the public `generate`."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
+
+from self_rewarding_lm.adapters import TokenModel, adapt
+from self_rewarding_lm.batching import unpad
+from self_rewarding_lm.config import SamplingConfig
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.engine import Decoding, Engine, LocalEngine, Request
+from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.records import Candidate, Prompt
+from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.tokens import Tokenizer, Tokens
+
+STOP_WINDOW = 32  # tokens at the end of a row that are decoded to look for a stop text
+
+
+def rollout(
+    ctx: Context,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    num_samples: int,
+    *,
+    max_seq_len: int | None = None,
+) -> Iterator[Candidate]:
+    """`num_samples` candidates of each prompt from the present weights, as they finish.
+
+    A candidate's noise is a function of (seed, its id, position) alone.
+    """
+    with ctx.runtime.autocast():
+        yield from sample_candidates(
+            ctx.model,
+            prompts,
+            sampling,
+            num_samples,
+            engine=ctx.engine,
+            tokens=ctx.tokens,
+            seed=ctx.seed,
+            limit=ctx.limit(max_seq_len),
+        )
+
+
+def sample_candidates(
+    model: TokenModel,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    num_samples: int,
+    *,
+    engine: Engine,
+    tokens: Tokens,
+    seed: int,
+    limit: int | None,
+) -> Iterator[Candidate]:
+    """The same of any model; `limit`: tokens of prompt and response together."""
+    requests, owners = [], []
+    for prompt in prompts:
+        room = sampling.max_new_tokens if limit is None else limit - len(prompt.ids)
+        new = min(sampling.max_new_tokens, room)
+        for sample in range(num_samples):
+            owners.append((prompt, f"{prompt.id}/{sample}"))
+            requests.append(Request(prompt.ids, stable_hash(seed, owners[-1][1]), new))
+    for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
+        prompt, candidate_id = owners[index]
+        yield Candidate(
+            id=candidate_id,
+            prompt_id=prompt.id,
+            ids=done.ids,
+            text=tokens.decode(done.ids),
+            finished=done.finished,
+            max_new_tokens=requests[index].max_new_tokens,
+        )
+
+
+def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
+    """A SamplingConfig as the engine's plain values."""
+    return Decoding(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        min_new_tokens=sampling.min_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        filter_fn=sampling.filter_fn,
+        eos_id=tokens.eos_id,
+        is_stop=_stop_check(sampling.stop, tokens),
+    )
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Tensor] | Sequence[str] | Tensor,
+    *,
+    mask: Tensor | None = None,
+    sampling: SamplingConfig | None = None,
+    num_samples: int = 1,
+    tokenizer: Tokenizer | None = None,
+    eos_id: int | None = None,
+    seed: int = 0,
+    engine: Engine | None = None,
+) -> list[list[Candidate]]:
+    """Sample from a model: for each prompt a list of `num_samples` candidates.
+
+    prompts: 1-D id tensors, or texts with a tokenizer, or a padded batch (b, t) of ids with its
+    boolean `mask` (b, t), True on tokens, padded on either side. The same seed gives the same
+    candidates for any batch size. Modes and gradients of the model are afterwards as before.
+
+    Raises DataError for a prompt that is empty or leaves no room in the model, TokenizerError for
+    ids the model does not know, AdapterError for a model that gives no logits.
+    """
+    token_model = adapt(model)
+    tokens = Tokens(tokenizer, eos_id=eos_id, vocab=token_model.vocab)
+    rows = _prompt_rows(prompts, mask)
+    records = [_prompt(i, row, tokens, token_model.max_len) for i, row in enumerate(rows)]
+    found = sample_candidates(
+        token_model,
+        records,
+        sampling or SamplingConfig(),
+        num_samples,
+        engine=engine or LocalEngine(),
+        tokens=tokens,
+        seed=seed,
+        limit=token_model.max_len,
+    )
+    by_id = {candidate.id: candidate for candidate in found}
+    return [[by_id[f"{p.id}/{s}"] for s in range(num_samples)] for p in records]
+
+
+def _prompt_rows(prompts: Sequence | Tensor, mask: Tensor | None) -> Sequence:
+    if not isinstance(prompts, Tensor):
+        if mask is not None:
+            raise ConfigError("mask goes with a padded batch of ids (b, t), not with a list.")
+        return prompts
+    if prompts.ndim != 2 or (mask is not None and mask.shape != prompts.shape):
+        raise DataError(
+            "a batch of prompts is ids (b, t) and mask (b, t); got "
+            f"{tuple(prompts.shape)} and {None if mask is None else tuple(mask.shape)}."
+        )
+    return list(prompts) if mask is None else unpad(prompts, mask)
+
+
+def _prompt(row: int, prompt: Tensor | str | tuple, tokens: Tokens, limit: int | None) -> Prompt:
+    text = prompt if isinstance(prompt, str) else None
+    ids = tokens.encode(text) if text is not None else tokens.checked(prompt, f"of prompt {row}")
+    if not ids or (limit is not None and len(ids) >= limit):
+        raise DataError(
+            f"prompt {row} has {len(ids)} tokens; it must have at least 1 and fewer than the "
+            f"{limit} that the model takes."
+        )
+    return Prompt(f"generate/{row}", row, ids, text)
+
+
+def _stop_check(stop: Sequence[str], tokens: Tokens) -> Callable[[Sequence[int]], bool] | None:
+    if not stop:
+        return None
+    if tokens.tokenizer is None:
+        raise ConfigError(f"stop texts {list(stop)} need a tokenizer, to see them in the tokens.")
+
+    def is_stop(new: Sequence[int]) -> bool:
+        tail = tokens.decode(new[-STOP_WINDOW:]) or ""
+        return any(text in tail for text in stop)
+
+    return is_stop

@@ -1,0 +1,295 @@
+"""A run directory as a whole: reading it back, and deciding whether a run may go on in it."""
+
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from self_rewarding_lm.config import Config
+from self_rewarding_lm.errors import RunMismatchError, StoreError
+from self_rewarding_lm.records import (
+    Candidate,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    Record,
+    ReferenceLogprobs,
+    TrainingRow,
+)
+from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.store import (
+    StageDir,
+    read_json,
+    read_lines,
+    read_weights,
+    remove_stage,
+    remove_weights,
+    write_json,
+    write_weights,
+)
+
+LIBRARY = "self_rewarding_lm"
+INITIAL = "initial"
+FREE_SETTINGS = ("micro_batch_tokens", "micro_batch_size", "checkpoint_every")
+"""Settings that may differ when a run goes on, because they do not change its results."""
+
+
+class Run:
+    """Reads a run directory. A stage is named by its name, its folder or its place (0, 1, ...).
+
+    `Run.open(folder)` raises StoreError where the folder holds no run.
+    """
+
+    def __init__(self, folder: Path, runtime: Runtime | None = None) -> None:
+        self.folder = folder
+        self.info = read_json(folder / "run.json")
+        self._runtime = runtime or Runtime({}, quiet=True)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        if not (Path(folder) / "run.json").exists():
+            raise StoreError(f"{folder} holds no run: there is no run.json in it.")
+        return cls(Path(folder))
+
+    def __repr__(self) -> str:
+        done = sum(self.is_done(name) for name in self.stages)
+        return f"Run({str(self.folder)!r}, {done} of {len(self.stages)} stages done)"
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages, in order."""
+        return [name.split("-", 1)[1] for name in self.info["stages"]]
+
+    def is_done(self, stage: str | int) -> bool:
+        return self.stage(stage).is_done
+
+    def prompts(self, stage: str | int) -> list[Prompt]:
+        return self._read(stage, Prompt)
+
+    def candidates(self, stage: str | int) -> list[Candidate]:
+        return self._read(stage, Candidate)
+
+    def judgements(self, stage: str | int) -> list[Judgement]:
+        return self._read(stage, Judgement)
+
+    def pairs(self, stage: str | int) -> list[PreferencePair]:
+        return self._read(stage, PreferencePair)
+
+    def reference(self, stage: str | int) -> list[ReferenceLogprobs]:
+        return self._read(stage, ReferenceLogprobs)
+
+    def rows(self, stage: str | int) -> list[TrainingRow]:
+        return self._read(stage, TrainingRow)
+
+    def preference_rows(self, stage: str | int) -> list[dict[str, Any]]:
+        """The stage's pairs in the columns that TRL trains on: prompt, chosen, rejected.
+
+        Texts where the pairs have them, else token ids.
+        """
+        return [
+            {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+            if p.chosen is not None
+            else {"prompt": p.prompt_ids, "chosen": p.chosen_ids, "rejected": p.rejected_ids}
+            for p in self.pairs(stage)
+        ]
+
+    def metrics(self, stage: str | int) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return list(read_lines(self.stage(stage).path / "metrics.jsonl"))
+
+    def settings(self, stage: str | int) -> dict[str, Any]:
+        """What config.json holds; empty before the stage began."""
+        path = self.stage(stage).path / "config.json"
+        return read_json(path) if path.exists() else {}
+
+    def summary(self, stage: str | int) -> dict[str, Any]:
+        """What done.json holds; empty before the stage is done."""
+        stage_dir = self.stage(stage)
+        return read_json(stage_dir.path / "done.json") if stage_dir.is_done else {}
+
+    def weights(self, stage: str | int) -> Path:
+        """The file of the stage's trained weights (`initial`: those before the first stage)."""
+        folder = self.folder / INITIAL if stage == INITIAL else self.stage(stage).path / "model"
+        path = folder / "model.safetensors"
+        if not path.exists():
+            raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}.")
+        return path
+
+    def load_weights(self, model: nn.Module, stage: str | int) -> None:
+        """Load a stage's trained weights into a model of the same shape, in place."""
+        read_weights(model, self.weights(stage))
+
+    def stage(self, stage: str | int) -> StageDir:
+        """The stage's folder."""
+        folders = self.info["stages"]
+        if isinstance(stage, int):
+            found = folders[stage] if -len(folders) <= stage < len(folders) else None
+        else:
+            found = next((f for f in folders if stage in (f, f.split("-", 1)[1])), None)
+        if found is None:
+            raise StoreError(f"the run has no stage {stage!r}; it has: {', '.join(self.stages)}.")
+        return StageDir(self.folder / found, self._runtime)
+
+    def _read(self, stage: str | int, record_type: type[Record]) -> list[Record]:
+        return self.stage(stage).read(record_type)
+
+
+def begin_run(
+    folder: Path,
+    *,
+    runtime: Runtime,
+    stages: Sequence[str],
+    settings: Sequence[dict[str, Any]],
+    model: nn.Module,
+    seed: int,
+    overwrite: bool,
+) -> Run:
+    """Open `folder` for this run: a new one, or one that goes on.
+
+    Raises RunMismatchError where a started stage had other settings, StoreError where files are in
+    the way that this library did not make. `overwrite` removes an earlier run's own files first.
+    """
+    if runtime.is_main:
+        _check_and_write(folder, stages, settings, model, seed, overwrite)
+    runtime.barrier()
+    return Run(folder, runtime)
+
+
+def save_initial(run: Run, model: nn.Module, runtime: Runtime) -> None:
+    """Keep the weights as they are before the first stage, unless they are kept already."""
+    path = run.folder / INITIAL / "model.safetensors"
+    if runtime.is_main and not path.exists():
+        write_weights(model, path)
+    runtime.barrier()
+
+
+def describe(value: Any) -> Any:
+    """A setting as a JSON value that is the same in the next process.
+
+    Files are named by their content's hash, datasets by type and length, functions and classes by
+    their qualified name, modules by their class.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Config):
+        fields = [name for name in type(value).model_fields if name not in FREE_SETTINGS]
+        return {name: describe(getattr(value, name)) for name in fields}
+    if isinstance(value, str | Path):
+        return _describe_text(value)
+    if isinstance(value, list | tuple) and len(value) <= 64:
+        return [describe(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): describe(item) for key, item in value.items()}
+    name = getattr(value, "__qualname__", None)
+    if name is not None:
+        return f"{getattr(value, '__module__', '?')}.{name}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"{kind}[{len(value)}]" if hasattr(value, "__len__") else kind
+
+
+def _describe_text(value: str | Path) -> str:
+    if len(str(value)) > 1024 or "\n" in str(value) or not Path(value).is_file():
+        return str(value)
+    with Path(value).open("rb") as file:
+        return f"{Path(value).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A digest of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(name.encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_and_write(
+    folder: Path,
+    stages: Sequence[str],
+    settings: Sequence[dict[str, Any]],
+    model: nn.Module,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    path = folder / "run.json"
+    old = read_json(path) if path.exists() else None
+    if old is not None and old.get("library") != LIBRARY:
+        raise StoreError(f"{path} was not written by {LIBRARY}; choose another checkpoints_folder.")
+    if old is not None and overwrite:
+        for name in old["stages"]:
+            remove_stage(folder / name)
+        remove_weights(folder / INITIAL)
+        old = None
+    in_the_way = [s for s in stages if (folder / s).exists() and any((folder / s).iterdir())]
+    if old is None and in_the_way:
+        raise StoreError(
+            f"{folder / in_the_way[0]} holds files, but no run of this library is recorded in "
+            f"{folder}. Nothing was changed; choose another checkpoints_folder or move them."
+        )
+    if old is not None:
+        _compare(folder, old, stages, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    info = _run_info(stages, model, seed)
+    if old is not None:
+        info["created"] = old["created"]
+        info["model"] = old["model"] | {"hash_now": info["model"]["hash"]}
+    write_json(path, info)
+
+
+def _run_info(stages: Sequence[str], model: nn.Module, seed: int) -> dict[str, Any]:
+    packages = ("torch", "accelerate", "x-transformers", "numpy", "pydantic", "safetensors")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "library": LIBRARY,
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seed": seed,
+        "stages": list(stages),
+        "model": {
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "hash": weights_hash(model),
+        },
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def _compare(
+    folder: Path, old: dict[str, Any], stages: Sequence[str], settings: Sequence[dict[str, Any]]
+) -> None:
+    now = dict(zip(stages, settings, strict=True))
+    for name in old["stages"]:
+        config = folder / name / "config.json"
+        if not config.exists():
+            continue
+        before, after = read_json(config), now.get(name)
+        if before == json.loads(json.dumps(after)):
+            continue
+        difference = (
+            f"that stage is not among this run's ({', '.join(stages)})"
+            if after is None
+            else _difference(before, after)
+        )
+        raise RunMismatchError(
+            f"the run in {folder} has begun stage {name!r} with other settings than now:\n"
+            f"{difference}\n"
+            "Use the earlier settings to go on; or another checkpoints_folder; or delete the "
+            f"folder {folder / name} (and those of later stages) to do it again from there; or "
+            "call the trainer with overwrite_checkpoints=True to start anew."
+        )
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    then, now = (json.dumps(v, indent=1, ensure_ascii=False).splitlines() for v in (before, after))
+    changed = difflib.unified_diff(then, now, "then", "now", lineterm="", n=0)
+    return "\n".join(line for line in changed if not line.startswith("@@"))

@@ -1,0 +1,161 @@
+"""Processes and devices. The only file that imports accelerate; nothing else knows ranks.
+
+Also the one place that sets up logging and progress bars, because only one process shows them.
+"""
+
+import logging
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from self_rewarding_lm.errors import ConfigError
+
+QUIET_VARIABLE = "SELF_REWARDING_LM_QUIET"
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """This process among its siblings, and the device it computes on."""
+
+    def __init__(self, accelerate_kwargs: Mapping[str, Any], *, quiet: bool = False) -> None:
+        self.accelerator = _accelerator(dict(accelerate_kwargs))
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
+        self._has_trackers = False
+        _set_up_logging(self.shows)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module wrapped for training: distributed, mixed precision, as the launch asks."""
+        return self.accelerator.prepare_model(module)
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The optimiser wrapped for mixed precision."""
+        return self.accelerator.prepare_optimizer(optimizer)
+
+    def release(self, optimizers: list[Any]) -> None:
+        """Forget optimisers of a stage that is over; accelerate keeps a list of them."""
+        held = self.accelerator._optimizers
+        held[:] = [o for o in held if all(o is not gone for gone in optimizers)]
+
+    def backward(self, module: nn.Module, loss: Tensor, *, sync: bool) -> None:
+        """Gradients of `loss`; siblings' gradients are averaged only where `sync` is True."""
+        context: AbstractContextManager = (
+            nullcontext() if sync else self.accelerator.no_sync(module)
+        )
+        with context:
+            self.accelerator.backward(loss)
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], limit: float | None) -> float:
+        """The norm of all gradients, which are scaled down to `limit`; None clips nothing."""
+        norm = self.accelerator.clip_grad_norm_(parameters, limit or float("inf"))
+        return float(norm) if norm is not None else float("nan")
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for a forward outside the prepared module."""
+        return self.accelerator.autocast()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all processes."""
+        if self.world == 1:
+            return values
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = self.accelerator.reduce(
+            torch.tensor(values, device=self.device, dtype=dtype), reduction="sum"
+        )
+        return total.tolist()  # type: ignore[union-attr]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all processes, in the order of their ranks."""
+        return items if self.world == 1 else gather_object(items)
+
+    def from_main(self, value: T) -> T:
+        """What the main process passed."""
+        if self.world == 1:
+            return value
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def share(self, items: list[T]) -> list[T]:
+        """This process's items of a list that all processes hold."""
+        return items[self.rank :: self.world]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.accelerator.wait_for_everyone()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """To the trackers of `accelerate_kwargs=dict(log_with=...)`, if there are any."""
+        if not self.accelerator.log_with:
+            return
+        if not self._has_trackers:
+            self.accelerator.init_trackers("self_rewarding_lm")
+            self._has_trackers = True
+        self.accelerator.log(dict(metrics), step=step)
+
+    def end_trackers(self) -> None:
+        """Flush and close the trackers."""
+        if self._has_trackers:
+            self.accelerator.end_training()
+            self._has_trackers = False
+
+    def progress(self, total: int | None, label: str, unit: str = "") -> tqdm:
+        """A progress bar on the main process, silent elsewhere."""
+        return tqdm(
+            total=total, desc=label, unit=unit, disable=not self.shows, leave=False, mininterval=0.5
+        )
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """The global random state of torch and Python is afterwards what it was before."""
+    state = random.getstate()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    random.setstate(state)
+
+
+def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
+    try:
+        return Accelerator(**kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"accelerate_kwargs are passed to accelerate.Accelerator: {error}"
+        ) from error
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise ConfigError(
+                f"accelerate.Accelerator refused accelerate_kwargs: {error}"
+            ) from error
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise ConfigError(
+                f"an earlier trainer of this process used other accelerate_kwargs than {kwargs}; "
+                "with several processes they cannot be changed. Use the same for all trainers, or "
+                "start a new process."
+            ) from error
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process: nothing else holds it
+    return Accelerator(**kwargs)
+
+
+def _set_up_logging(shows: bool) -> None:
+    logger = logging.getLogger("self_rewarding_lm")
+    if not logger.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    if logger.level in (logging.NOTSET, logging.INFO, logging.WARNING):  # any other is the user's
+        logger.setLevel(logging.INFO if shows else logging.WARNING)

@@ -1,0 +1,190 @@
+"""What stages share: how long they train, and fitting on preference pairs."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.datasets import Rows, truncated
+from self_rewarding_lm.errors import ConfigError, DataError, PairingError
+from self_rewarding_lm.fit import EarlyStopping, Fit
+from self_rewarding_lm.objectives import Objective, PreferenceObjective
+from self_rewarding_lm.records import PreferencePair, Record
+from self_rewarding_lm.reference import StoredReference
+from self_rewarding_lm.store import StageDir
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingConfig(FinetuneConfig):
+    """A stage that fits weights.
+
+    Its length is `num_train_steps` or `optim.epochs`, not both; early stopping may end it sooner.
+    """
+
+    default_learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-7)
+    default_epochs: ClassVar[int] = 1
+
+    max_seq_len: int | None = Field(default=None, ge=2)
+    """Prompt and response together; longer rows are cut at the end. Default: the model's limit."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    """While training (the paper's 0.1); sampling, judging and the reference are always without."""
+    num_train_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps."""
+    early_stopper_eval_module: Object = None
+    """A module or function of the model -> one number, asked every optim.eval_every steps."""
+    early_stopper_mode: Literal["max", "min"] = "max"
+    early_stopper_patience: int = Field(default=1, ge=1)
+    """Checks without a better score before training stops."""
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.num_train_steps is not None and self.optim.epochs is not None:
+            raise ValueError(
+                "num_train_steps and optim.epochs both say how long to train; give one of them"
+            )
+        return self
+
+    def check(self, ctx: Context) -> None:
+        module = self.early_stopper_eval_module
+        if module is not None and not callable(module):
+            raise ConfigError(
+                f"{ctx.stage}: early_stopper_eval_module must be a module or function of the "
+                f"model; got {type(module).__name__}."
+            )
+
+    def fit(
+        self,
+        ctx: Context,
+        out: StageDir,
+        objective: Objective,
+        *,
+        valid: Objective | None = None,
+        round: int = 0,
+        first_step: int = 0,
+    ) -> int:
+        """Train on an objective with the stage's settings; the steps that were done."""
+        stopping = None
+        if self.early_stopper_eval_module is not None:
+            stopping = EarlyStopping(
+                self.early_stopper_eval_module, self.early_stopper_mode, self.early_stopper_patience
+            )
+        training = Fit(
+            ctx,
+            out,
+            objective,
+            self.optim.completed(*self.default_learning_rates, self.default_epochs),
+            num_train_steps=self.num_train_steps,
+            dropout=self.dropout,
+            valid=valid,
+            early_stopping=stopping,
+            round=round,
+            first_step=first_step,
+        )
+        logger.info("%s: %d rows, %d steps", ctx.stage, len(objective), training.total)
+        return training.run()
+
+
+class PreferenceConfig(TrainingConfig):
+    """A stage that trains on pairs by DPO, against the weights it started from."""
+
+    dpo_beta: float = Field(default=0.1, gt=0)
+    """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020."""
+    nll_weight: float = Field(default=0.0, ge=0)
+    """Weight of the winner's length-normalised NLL (alpha of arXiv:2404.19733, there 1)."""
+
+    def objective(
+        self,
+        ctx: Context,
+        out: StageDir,
+        pairs: Sequence[PreferencePair],
+        *,
+        beta: float | None = None,
+        round: int = 0,
+    ) -> PreferenceObjective:
+        """Pairs and their log-probs under the present weights, which become the reference."""
+        reference = StoredReference(
+            ctx, out, token_budget=self.optim.micro_batch_tokens, round=round
+        )
+        cut = cut_pairs(ctx, out, pairs, self.max_seq_len)
+        return PreferenceObjective(cut, reference.sums(cut), beta or self.dpo_beta, self.nll_weight)
+
+
+def read_once(
+    ctx: Context,
+    out: StageDir,
+    rows: Rows,
+    record_type: type[Record],
+    name: str,
+    make: Callable[[int, str], Record],
+) -> list[Record]:
+    """A dataset's rows as records `<name>/<row>`: from disk, or read, stored and used.
+
+    make: (row, record id) -> record. Raises DataError where the dataset is empty.
+    """
+
+    def stored() -> list[Record]:
+        depth = name.count("/") + 1
+        found = [r for r in out.read(record_type) if r.id.startswith(f"{name}/")]  # type: ignore[attr-defined]
+        return [r for r in found if r.id.count("/") == depth]  # type: ignore[attr-defined]
+
+    if len(rows) == 0:
+        raise DataError(f"{rows.name} is empty; it needs at least one row.")
+    if len(stored()) < len(rows):
+        if ctx.runtime.is_main:
+            out.append([make(i, f"{name}/{i}") for i in range(len(rows))])
+        out.merge(record_type)
+    return stored()
+
+
+def cut_pairs(
+    ctx: Context, out: StageDir, pairs: Sequence[PreferencePair], max_seq_len: int | None
+) -> list[PreferencePair]:
+    """Pairs with both responses cut alike to the length limit.
+
+    Those that become equal are left out. Raises PairingError where none is left.
+    """
+    limit, cut, kept = ctx.limit(max_seq_len), 0, []
+    for pair in pairs:
+        sides: dict[str, Any] = {}
+        for side in ("chosen_ids", "rejected_ids"):
+            prompt = pair.prompt_ids
+            ids, was_cut = truncated(
+                (*prompt, *getattr(pair, side)), len(prompt), limit, f"pair {pair.id}"
+            )
+            sides[side] = ids[len(prompt) :]
+            cut += was_cut
+        if sides["chosen_ids"] != sides["rejected_ids"]:
+            kept.append(replace(pair, **sides))
+    report_cut(ctx, out, cut, limit)
+    if len(kept) < len(pairs):
+        logger.warning(
+            "%s: %d pairs left out: chosen and rejected are equal once cut to max_seq_len %s.",
+            ctx.stage,
+            len(pairs) - len(kept),
+            limit,
+        )
+    if not kept:
+        raise PairingError(
+            f"{ctx.stage}: no pair is left to train on ({len(pairs)} before cutting to "
+            f"max_seq_len {limit})."
+        )
+    return kept
+
+
+def report_cut(ctx: Context, out: StageDir, cut: int, limit: int | None) -> None:
+    """Log `rows/truncated`, and warn of sequences that lost their end."""
+    out.log({"step": 0, "rows/truncated": cut})
+    if cut:
+        logger.warning(
+            "%s: %d sequences were longer than %s tokens (max_seq_len) and were cut at the end; "
+            "they lost their end token.",
+            ctx.stage,
+            cut,
+            limit,
+        )

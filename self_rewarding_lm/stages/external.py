@@ -1,0 +1,38 @@
+"""DPO on the model's own responses, ranked by a reward from outside."""
+
+from typing import ClassVar
+
+from self_rewarding_lm.config import Object
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.judges import FunctionJudge, Judge, judge_of
+from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+
+
+class ExternalRewardDPOConfig(SampledPreferenceConfig):
+    """As self-reward, with `reward_model` as the judge.
+
+    reward_model: a module or function ids (b, t) of prompt and response -> (b,), (b, 1) or
+    (b, classes) (the expected class counts); a text function f(prompts, completions, **columns)
+    -> list of float or None; or a Judge.
+    """
+
+    folder_name: ClassVar[str] = "external_reward"
+
+    reward_model: Object
+
+    def build_judge(self, ctx: Context) -> Judge:
+        return self.judge or judge_of(self.reward_model)
+
+    def check(self, ctx: Context) -> None:
+        super().check(ctx)
+        if not callable(self.reward_model) and not hasattr(self.reward_model, "judge"):
+            raise ConfigError(
+                f"{ctx.stage}: reward_model must be a module, a function or a Judge; got "
+                f"{type(self.reward_model).__name__}."
+            )
+        if isinstance(self.build_judge(ctx), FunctionJudge) and ctx.tokens.tokenizer is None:
+            raise ConfigError(
+                f"{ctx.stage}: reward_model reads texts, so the trainer needs tokenizer_encode and "
+                "tokenizer_decode, or tokenizer."
+            )

@@ -1,0 +1,56 @@
+"""Supervised fine-tuning: M0 -> M1 of arXiv:2401.10020, section 2.1."""
+
+from typing import ClassVar
+
+from self_rewarding_lm.config import Object
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.datasets import Rows, training_row, truncated
+from self_rewarding_lm.objectives import SupervisedObjective
+from self_rewarding_lm.records import TrainingRow
+from self_rewarding_lm.stages.base import TrainingConfig, read_once, report_cut
+from self_rewarding_lm.store import StageDir
+
+
+class SFTConfig(TrainingConfig):
+    """Likelihood of the responses; the prompts are read, not learnt.
+
+    Rows: `(ids, prompt_len)`, `(ids, prompt_mask)`, `{"prompt", "completion"}` or `{"text"}`.
+    Defaults: learning rate 5.5e-6 -> 1.1e-6, batch 16 (arXiv:2401.10020, 3.1.3); 3 epochs (ours).
+    """
+
+    folder_name: ClassVar[str] = "sft"
+    default_learning_rates: ClassVar[tuple[float, float]] = (5.5e-6, 1.1e-6)
+    default_epochs: ClassVar[int] = 3
+
+    train_dataset: Object
+    valid_dataset: Object = None
+
+    def check(self, ctx: Context) -> None:
+        super().check(ctx)
+        for rows in ctx.rows.values():
+            first = rows.peek()
+            if first is not None:
+                training_row(first, rows.where(0), ctx.tokens)
+
+    def run(self, ctx: Context, out: StageDir) -> None:
+        rows = self._rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        valid = None
+        if "valid_dataset" in ctx.rows:
+            found = self._rows(ctx, ctx.rows["valid_dataset"], f"{ctx.stage}/valid", out)
+            valid = SupervisedObjective(found)
+        out.summary["rows"] = len(rows)
+        out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows), valid=valid)
+
+    def _rows(self, ctx: Context, rows: Rows, name: str, out: StageDir) -> list[TrainingRow]:
+        limit, cuts = ctx.limit(self.max_seq_len), []
+
+        def make(row: int, record_id: str) -> TrainingRow:
+            where = rows.where(row)
+            ids, targets = training_row(rows.read(row), where, ctx.tokens)
+            ids, was_cut = truncated(ids, targets.index(True), limit, where)
+            cuts.append(was_cut)
+            return TrainingRow(record_id, ids, targets[: len(ids)])
+
+        found = read_once(ctx, out, rows, TrainingRow, name, make)
+        report_cut(ctx, out, sum(cuts), limit)
+        return found

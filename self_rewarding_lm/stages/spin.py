@@ -1,0 +1,129 @@
+"""SPIN: self-play against one's own last iterate (arXiv:2401.01335, Algorithm 1)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import AliasChoices, Field
+
+from self_rewarding_lm.config import Object, SamplingConfig
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.datasets import Rows, prompt_and_completion, truncated
+from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
+from self_rewarding_lm.rollout import rollout
+from self_rewarding_lm.stages.base import PreferenceConfig, read_once
+from self_rewarding_lm.store import StageDir
+
+
+class SelfPlayConfig(PreferenceConfig):
+    """The human answer always wins against the model's own, which the frozen opponent samples.
+
+    An iteration samples answers from the weights it starts from, which are opponent and reference,
+    then trains. Defaults: lambda 0.1, learning rate 5e-7, 2 epochs (arXiv:2401.01335, B.1).
+    Rows: as for SFT, with a prompt and a completion.
+    """
+
+    folder_name: ClassVar[str] = "spin"
+    default_learning_rates: ClassVar[tuple[float, float]] = (5e-7, 5e-8)
+    default_epochs: ClassVar[int] = 2
+
+    train_dataset: Object
+    valid_dataset: Object = None
+    spin_lambda: float = Field(
+        default=0.1, gt=0, validation_alias=AliasChoices("spin_lambda", "spin_λ")
+    )
+    """lambda of Eq. 4.7; it takes the place of dpo_beta."""
+    iterations: int = Field(default=1, ge=1)
+    mix_previous: bool = False
+    """Train also on the pairs of the iteration before, as the authors do."""
+    generation: SamplingConfig = SamplingConfig()
+
+    @property
+    def spin_λ(self) -> float:
+        return self.spin_lambda
+
+    def check(self, ctx: Context) -> None:
+        super().check(ctx)
+        for rows in ctx.rows.values():
+            first = rows.peek()
+            if first is not None:
+                prompt_and_completion(first, rows.where(0), ctx.tokens)
+
+    def run(self, ctx: Context, out: StageDir) -> None:
+        humans = self._humans(ctx, out, ctx.rows["train_dataset"], ctx.stage)
+        held_out = []
+        if "valid_dataset" in ctx.rows:
+            name = f"{ctx.stage}/valid"
+            held_out = self._humans(ctx, out, ctx.rows["valid_dataset"], name)
+        steps, earlier = 0, []
+        for iteration in range(self.iterations):
+            own = self._pairs(ctx, out, humans, iteration)
+            valid = None
+            if held_out:
+                pairs = self._pairs(ctx, out, held_out, iteration)
+                valid = self.objective(ctx, out, pairs, beta=self.spin_lambda, round=iteration)
+            mixed = [*earlier, *own] if self.mix_previous else own
+            objective = self.objective(ctx, out, mixed, beta=self.spin_lambda, round=iteration)
+            earlier = own
+            name = f"iteration-{iteration}"
+            if (done := out.weights(name)) is not None:  # the stage was stopped after it
+                ctx.load(done)
+                continue
+            steps += self.fit(ctx, out, objective, valid=valid, round=iteration, first_step=steps)
+            if iteration + 1 < self.iterations:
+                out.save_weights(ctx.model.module, name)
+        for iteration in range(self.iterations - 1):
+            out.drop_weights(f"iteration-{iteration}")
+        out.summary |= {"pairs": len(humans), "iterations": self.iterations, "steps": steps}
+
+    def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> list[Prompt]:
+        """The rows as prompts that hold their human completion."""
+        limit = ctx.limit(self.max_seq_len)
+
+        def make(row: int, record_id: str) -> Prompt:
+            where = rows.where(row)
+            prompt, completion = prompt_and_completion(rows.read(row), where, ctx.tokens)
+            truncated((*prompt, *completion), len(prompt), limit, where)  # room for a response
+            return Prompt(record_id, row, prompt, ctx.tokens.decode(prompt), None, completion)
+
+        return read_once(ctx, out, rows, Prompt, name, make)
+
+    def _pairs(
+        self, ctx: Context, out: StageDir, humans: Sequence[Prompt], iteration: int
+    ) -> list[PreferencePair]:
+        """Each row's human answer against the present weights' own; equal ones are dropped."""
+        prompts = [Prompt(f"{h.id}/{iteration}", h.row, h.ids, h.text) for h in humans]
+        known = {candidate.prompt_id for candidate in out.read(Candidate)}
+        missing = ctx.runtime.share([p for p in prompts if p.id not in known])
+        with ctx.runtime.progress(len(missing), f"{ctx.stage}: own answers", "row") as bar:
+            for candidate in rollout(
+                ctx, missing, self.generation, 1, max_seq_len=self.max_seq_len
+            ):
+                out.append([candidate])
+                bar.update()
+        out.merge(Candidate)
+        own = {candidate.prompt_id: candidate for candidate in out.read(Candidate)}
+        pairs = []
+        for prompt, human in zip(prompts, humans, strict=True):
+            candidate = own[prompt.id]
+            assert human.completion is not None
+            if candidate.ids != human.completion:
+                pairs.append(_pair(prompt, human.completion, candidate, ctx))
+        if ctx.runtime.is_main:
+            out.append(pairs)
+        out.merge(PreferencePair)
+        return pairs
+
+
+def _pair(
+    prompt: Prompt, completion: tuple[int, ...], candidate: Candidate, ctx: Context
+) -> PreferencePair:
+    return PreferencePair(
+        id=prompt.id,
+        prompt_ids=prompt.ids,
+        chosen_ids=completion,
+        rejected_ids=candidate.ids,
+        prompt=prompt.text,
+        chosen=ctx.tokens.decode(completion),
+        rejected=candidate.text,
+        rejected_id=candidate.id,
+    )

@@ -1,0 +1,241 @@
+"""The run directory: the only opener of its files.
+
+    run.json                                what was run, with which seed and versions
+    <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
+    <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows
+    <nn>-<name>/metrics.jsonl
+    <nn>-<name>/model/model.safetensors
+    <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
+
+While an arrow runs each process appends to its own <records>.<rank>.jsonl; at its end they become
+one file, ordered by id. A torn last line (of a process that was killed) is cut off; any other line
+that cannot be read is an error.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.records import (
+    Candidate,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    Record,
+    ReferenceLogprobs,
+    TrainingRow,
+    from_json,
+    to_json,
+)
+from self_rewarding_lm.runtime import Runtime
+
+RECORD_TYPES = (Prompt, Candidate, Judgement, PreferencePair, ReferenceLogprobs, TrainingRow)
+STAGE_FILES = ("config.json", "done.json", "metrics.jsonl")
+
+
+class StageDir:
+    """One stage's folder, as the stage writes it. `runtime` tells which process this is."""
+
+    def __init__(self, path: Path, runtime: Runtime) -> None:
+        self.path = path
+        self.runtime = runtime
+        self.summary: dict[str, Any] = {}
+        """What done.json will hold; stages add to it."""
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Make the folder and write config.json, unless it began before."""
+        if self.runtime.is_main and not (self.path / "config.json").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "config.json", settings)
+        self.runtime.barrier()
+
+    def append(self, records: Sequence[Any]) -> None:
+        """Append records of one type to this process's file."""
+        if records:
+            _append_lines(self._rank_file(type(records[0]).kind), map(to_json, records))
+
+    def merge(self, record_type: type[Any]) -> None:
+        """Make one file, ordered by id, of what all processes appended."""
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            records = self.read(record_type)
+            target = self.path / f"{record_type.kind}.jsonl"
+            draft = target.with_suffix(".jsonl.tmp")
+            with draft.open("w", encoding="utf-8", errors="replace") as file:
+                for record in sorted(records, key=lambda r: id_order(r.id)):
+                    file.write(_line(to_json(record)))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target)
+            for part in self._rank_files(record_type.kind):
+                part.unlink()
+        self.runtime.barrier()
+
+    def read(self, record_type: type[Record]) -> list[Record]:
+        """All records of a type that are on disk, each id once."""
+        found: dict[str, Record] = {}
+        kind = record_type.kind  # type: ignore[attr-defined]
+        for path in (self.path / f"{kind}.jsonl", *self._rank_files(kind)):
+            for values in read_lines(path):
+                found.setdefault(values["id"], _record(record_type, values, path))
+        return list(found.values())
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl (main process)."""
+        if self.runtime.is_main:
+            _append_lines(self.path / "metrics.jsonl", [metrics])
+
+    def save_weights(self, module: nn.Module, name: str = "model") -> Path:
+        """Write a module's weights (main process); all processes wait."""
+        path = self.path / name / "model.safetensors"
+        if self.runtime.is_main:
+            write_weights(module, path)
+        self.runtime.barrier()
+        return path
+
+    def weights(self, name: str = "model") -> Path | None:
+        """The weights of that name, if they were written."""
+        path = self.path / name / "model.safetensors"
+        return path if path.exists() else None
+
+    def drop_weights(self, name: str) -> None:
+        """Delete weights that were only needed within the stage."""
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            remove_weights(self.path / name)
+
+    def finish(self) -> None:
+        """Write done.json: the stage is complete."""
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            write_json(self.path / "done.json", self.summary)
+        self.runtime.barrier()
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "done.json").exists()
+
+    def _rank_file(self, kind: str) -> Path:
+        return self.path / f"{kind}.{self.runtime.rank}.jsonl"
+
+    def _rank_files(self, kind: str) -> list[Path]:
+        return sorted(self.path.glob(f"{kind}.[0-9]*.jsonl"))
+
+
+def id_order(record_id: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts ids part by part, numbers as numbers."""
+    parts = record_id.split("/")
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file by rename, so that it is there in full or not at all."""
+    draft = path.with_suffix(".json.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of the run."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise StoreError(
+                    f"{path}, line {number}, is no JSON: {error}. The file was changed or damaged; "
+                    "delete it to have its records made again."
+                ) from error
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """A module's weights as safetensors, by rename; tied and non-contiguous tensors included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    save_model(module, str(draft))
+    draft.replace(path)
+
+
+def read_weights(module: nn.Module, path: Path) -> None:
+    """Load weights into a module, in place; StoreError where they do not fit."""
+    try:
+        load_model(module, str(path), device="cpu")
+    except (OSError, RuntimeError) as error:
+        raise StoreError(
+            f"the weights in {path} cannot be loaded into this model: {error}. They belong to "
+            "another model, or the file is damaged."
+        ) from error
+
+
+def remove_stage(path: Path) -> None:
+    """Delete what the library wrote into a stage's folder; other files stay."""
+    names = [*STAGE_FILES, *(f"{t.kind}.jsonl" for t in RECORD_TYPES)]
+    names += [f"{name}.tmp" for name in names]
+    files = [path / name for name in names]
+    files += [f for t in RECORD_TYPES for f in path.glob(f"{t.kind}.[0-9]*.jsonl")]
+    for file in files:
+        file.unlink(missing_ok=True)
+    for folder in [d for d in path.glob("*") if d.is_dir()]:
+        remove_weights(folder)
+    _remove_if_empty(path)
+
+
+def remove_weights(folder: Path) -> None:
+    """Delete a folder of weights, unless other files are in it."""
+    for name in ("model.safetensors", "model.tmp"):
+        (folder / name).unlink(missing_ok=True)
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    with path.open("ab+") as file:
+        end = file.tell()
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":  # a torn line: the next one must not be glued onto it
+                file.truncate(_last_line_start(path))
+        file.write("".join(map(_line, values)).encode("utf-8", "replace"))
+        file.flush()
+
+
+def _last_line_start(path: Path) -> int:
+    data = path.read_bytes()
+    return data.rfind(b"\n") + 1
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _record(record_type: type[Record], values: dict[str, Any], path: Path) -> Record:
+    try:
+        return from_json(record_type, values)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{path} holds no {record_type.__name__} record: {error}") from error

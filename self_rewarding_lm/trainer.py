@@ -1,0 +1,353 @@
+"""The trainer: order, resume, checkpoints. It asks no stage what kind it is."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from self_rewarding_lm.adapters import Policy, TokenModel, adapt
+from self_rewarding_lm.config import (
+    DEFAULT_REWARD_CONFIG,
+    FinetuneConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+)
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.datasets import FromStage, Rows
+from self_rewarding_lm.engine import Engine, LocalEngine
+from self_rewarding_lm.errors import ConfigError, StoreError, typed
+from self_rewarding_lm.recipes import create_default_paper_config
+from self_rewarding_lm.run import INITIAL, Run, begin_run, describe, save_initial
+from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.stages import SelfPlayConfig
+from self_rewarding_lm.store import StageDir, write_weights
+from self_rewarding_lm.tokens import CallableTokenizer, Tokenizer, Tokens
+
+logger = logging.getLogger(__name__)
+
+OVERWRITE_VARIABLE = "SELF_REWARDING_LM_OVERWRITE"
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """Called on the main process."""
+
+    def on_stage_end(self, run: Run, stage: str, model: nn.Module) -> None:
+        """The stage's weights are in `model` and on disk."""
+        ...
+
+
+class SelfRewardingTrainer:
+    """Runs stages on a model, one after the other, each with its records and weights on disk.
+
+    model: ids (b, n) -> logits (b, n, v), or an object with `.logits`; trained in place.
+    finetune_configs: a list of stages, or a dict for create_default_paper_config(**dict).
+    tokenizer: an object with encode and decode; or tokenizer_encode, str -> 1-D tensor of any
+    number dtype, and tokenizer_decode, tensor -> str. Stages that see only ids need none.
+    self_reward_prompt_config: the judge's prompt, or several by name.
+    eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted and not needed,
+    masks come from lengths. checkpoints_folder: the run directory. accelerate_kwargs: for
+    accelerate.Accelerator. engine: default LocalEngine(). quiet: no progress, warnings only (as
+    SELF_REWARDING_LM_QUIET=1).
+
+    Everything that can be known to be wrong before the first stage is raised here: ConfigError,
+    DataError, TokenizerError, AdapterError, JudgeError, ArgumentTypeError.
+    """
+
+    @typed
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        finetune_configs: Sequence[FinetuneConfig] | dict[str, Any],
+        tokenizer: Tokenizer | None = None,
+        tokenizer_encode: Callable[[str], Any] | None = None,
+        tokenizer_decode: Callable[[Tensor], str] | None = None,
+        self_reward_prompt_config: RewardConfig | Mapping[str, RewardConfig] | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+        seed: int = 0,
+        checkpoints_folder: str | Path = "./checkpoints",
+        accelerate_kwargs: Mapping[str, Any] = {},
+        engine: Engine | None = None,
+        callbacks: Sequence[Callback] = (),
+        quiet: bool = False,
+    ) -> None:
+        if isinstance(finetune_configs, dict):
+            finetune_configs = create_default_paper_config(**finetune_configs)
+        self.stages = list(finetune_configs)
+        if not self.stages:
+            raise ConfigError("finetune_configs is empty; give at least one stage.")
+        self.names = _names(self.stages)
+        self.folder = Path(checkpoints_folder)
+        self.runtime = Runtime(accelerate_kwargs, quiet=quiet)
+        self.seed = seed
+        self.engine = engine or LocalEngine()
+        self.callbacks = tuple(callbacks)
+        self.rewards = _rewards(self_reward_prompt_config)
+
+        self.model = model
+        model.to(self.runtime.device)
+        self.token_model: TokenModel = adapt(model)
+        self.policy = self.runtime.prepare(Policy(self.token_model))
+        found = _tokenizer(tokenizer, tokenizer_encode, tokenizer_decode)
+        self.tokens = Tokens(found, eos_id=eos_id, vocab=self.token_model.vocab)
+        self._check_pad(pad_id)
+
+        self._run: Run | None = None
+        self.contexts = [self._context(i) for i in range(len(self.stages))]
+        for stage, ctx in zip(self.stages, self.contexts, strict=True):
+            stage.check(ctx)
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The user's module, without any wrapper for training."""
+        return self.model
+
+    @typed
+    def __call__(self, *, overwrite_checkpoints: bool | None = None) -> Run:
+        """Run the stages that are not done; the model is trained in place.
+
+        Goes on where an earlier call was stopped: at the first stage that is not done, with the
+        records that exist. overwrite_checkpoints: start anew, and delete the earlier run's files
+        first; None looks at the environment variable SELF_REWARDING_LM_OVERWRITE. Raises
+        RunMismatchError where a started stage has other settings now.
+        """
+        if overwrite_checkpoints is None:
+            overwrite_checkpoints = os.environ.get(OVERWRITE_VARIABLE, "") not in ("", "0")
+        folders = [f"{i:02d}-{name}" for i, name in enumerate(self.names, 1)]
+        run = begin_run(
+            self.folder,
+            runtime=self.runtime,
+            stages=folders,
+            settings=[self._settings(stage) for stage in self.stages],
+            model=self.model,
+            seed=self.seed,
+            overwrite=overwrite_checkpoints,
+        )
+        if any(stage.init_from == INITIAL for stage in self.stages):
+            save_initial(run, self.model, self.runtime)
+        self._run = run
+        done = [run.is_done(i) for i in range(len(self.stages))]
+        first = done.index(False) if False in done else len(done)
+        if first > 0:
+            logger.info("%d of %d stages are done already in %s", first, len(done), self.folder)
+            run.load_weights(self.model, first - 1)
+        for place in range(first, len(self.stages)):
+            self._run_stage(run, place)
+        self.runtime.end_trackers()
+        return run
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the model's weights to a safetensors file; a relative path is within the run."""
+        target = self.folder / path
+        if target.exists() and not overwrite:
+            raise StoreError(f"{target} exists; pass overwrite=True to replace it.")
+        if self.runtime.is_main:
+            write_weights(self.model, target)
+        self.runtime.barrier()
+
+    def _run_stage(self, run: Run, place: int) -> None:
+        stage, name, ctx = self.stages[place], self.names[place], self._context(place)
+        if stage.init_from != "previous":
+            ctx.load(stage.init_from)
+        out: StageDir = run.stage(place)
+        out.begin(self._settings(stage))
+        logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
+        stage.run(ctx, out)
+        out.save_weights(self.model)
+        out.finish()
+        for callback in self.callbacks if self.runtime.is_main else ():
+            callback.on_stage_end(run, name, self.model)
+        self.runtime.barrier()
+
+    def _context(self, place: int) -> Context:
+        earlier = self.names[:place]
+        stage, name = self.stages[place], self.names[place]
+        init = stage.init_from
+        if init not in ("previous", INITIAL, *earlier) and not Path(init).exists():
+            raise ConfigError(
+                f"{name}: init_from must be 'previous', 'initial', the name of an earlier stage "
+                f"({', '.join(earlier) or 'there is none'}) or a path; got {str(init)!r}."
+            )
+
+        def resolve(source: FromStage) -> Sequence[Any]:
+            assert self._run is not None
+            return self._run.pairs(source.stage)
+
+        datasets = stage.datasets()
+        for dataset in datasets.values():
+            _check_sources(dataset, name, earlier)
+        if self._run is None:
+            rows = {field: Rows(data, field, resolve) for field, data in datasets.items()}
+        else:
+            rows = dict(self.contexts[place].rows)
+        return Context(
+            stage=name,
+            seed=self.seed,
+            model=self.token_model,
+            policy=self.policy,
+            engine=self.engine,
+            tokens=self.tokens,
+            runtime=self.runtime,
+            rewards=self.rewards,
+            adapt=self._adapt,
+            rows=rows,
+            first_prompt=self._first_prompt(place),
+            run=self._run,
+        )
+
+    def _adapt(self, module: nn.Module) -> TokenModel:
+        return adapt(module.to(self.runtime.device))
+
+    def _first_prompt(self, place: int) -> int:
+        """Where the last stage before this one with the same prompts stopped."""
+        mine = self.stages[place]
+        prompts = mine.datasets().get("prompt_dataset")
+        if self._run is None or prompts is None or getattr(mine, "reuse_prompts", False):
+            return 0
+        for i in reversed(range(place)):
+            if _same(self.stages[i].datasets().get("prompt_dataset"), prompts):
+                return self._run.summary(i).get("next_prompt", 0)
+        return 0
+
+    def _settings(self, stage: FinetuneConfig) -> dict[str, Any]:
+        key = getattr(stage, "self_reward_config_keyname", None)
+        return {
+            "stage": type(stage).__name__,
+            "settings": describe(stage),
+            "reward_prompt": describe(self.rewards.get(key)) if key else None,
+            "seed": self.seed,
+            "eos_id": self.tokens.eos_id,
+        }
+
+    def _check_pad(self, pad_id: int | None) -> None:
+        if pad_id is not None and not -1 <= pad_id < self.token_model.vocab:
+            raise ConfigError(
+                f"pad_id must be a token of the model, 0 to {self.token_model.vocab - 1} (or be "
+                f"left out, it is not needed); got {pad_id}."
+            )
+
+
+class SPINTrainer(SelfRewardingTrainer):
+    """A trainer of one SPIN stage (arXiv:2401.01335).
+
+    train_sft_dataset: rows with a prompt and a completion, as for SFT. spin_lambda, or
+    spin_kwargs=dict(λ=...): lambda of Eq. 4.7. checkpoint_every: steps between copies of the
+    weights. Further arguments as of SelfRewardingTrainer.
+    """
+
+    @typed
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        train_sft_dataset: Any,
+        valid_sft_dataset: Any = None,
+        max_seq_len: int | None = None,
+        spin_lambda: float = 0.1,
+        spin_kwargs: Mapping[str, float] = {},
+        iterations: int = 1,
+        mix_previous: bool = False,
+        epochs: int | None = None,
+        num_train_steps: int | None = None,
+        batch_size: int = 16,
+        learning_rate: float | None = None,
+        dropout: float = 0.0,
+        generation: SamplingConfig | None = None,
+        checkpoint_every: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        tokenizer_encode: Callable[[str], Any] | None = None,
+        tokenizer_decode: Callable[[Tensor], str] | None = None,
+        eos_id: int | None = None,
+        seed: int = 0,
+        checkpoint_folder: str | Path = "./spin-checkpoints",
+        accelerate_kwargs: Mapping[str, Any] = {},
+        quiet: bool = False,
+    ) -> None:
+        unknown = set(spin_kwargs) - {"λ", "spin_lambda"}
+        if unknown:
+            raise ConfigError(
+                f"spin_kwargs knows 'λ' (or 'spin_lambda'); got {', '.join(sorted(unknown))}."
+            )
+        stage = SelfPlayConfig(
+            train_dataset=train_sft_dataset,
+            valid_dataset=valid_sft_dataset,
+            max_seq_len=max_seq_len,
+            spin_lambda=next(iter(spin_kwargs.values()), spin_lambda),
+            iterations=iterations,
+            mix_previous=mix_previous,
+            num_train_steps=num_train_steps,
+            dropout=dropout,
+            generation=generation or SamplingConfig(),
+            optim=OptimConfig(
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                checkpoint_every=checkpoint_every,
+            ),
+        )
+        super().__init__(
+            model,
+            finetune_configs=[stage],
+            tokenizer=tokenizer,
+            tokenizer_encode=tokenizer_encode,
+            tokenizer_decode=tokenizer_decode,
+            eos_id=eos_id,
+            seed=seed,
+            checkpoints_folder=checkpoint_folder,
+            accelerate_kwargs=accelerate_kwargs,
+            quiet=quiet,
+        )
+
+
+def _names(stages: Sequence[FinetuneConfig]) -> list[str]:
+    """The stages' names: `name=`, or the kind, with -2, -3 where it comes again."""
+    seen: Counter[str] = Counter()
+    names = []
+    for stage in stages:
+        kind = stage.name or type(stage).folder_name
+        seen[kind] += 1
+        names.append(kind if seen[kind] == 1 else f"{kind}-{seen[kind]}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two stages are named {twice[0]!r}; give them different names.")
+    return names
+
+
+def _rewards(given: RewardConfig | Mapping[str, RewardConfig] | None) -> dict[str, RewardConfig]:
+    if given is None:
+        return {"default": DEFAULT_REWARD_CONFIG}
+    return {"default": given} if isinstance(given, RewardConfig) else dict(given)
+
+
+def _tokenizer(
+    tokenizer: Tokenizer | None,
+    encode: Callable[[str], Any] | None,
+    decode: Callable[[Tensor], str] | None,
+) -> Tokenizer | None:
+    if tokenizer is not None and (encode is not None or decode is not None):
+        raise ConfigError("give tokenizer, or tokenizer_encode and tokenizer_decode, not both.")
+    if (encode is None) != (decode is None):
+        raise ConfigError("tokenizer_encode and tokenizer_decode go together; one is missing.")
+    if encode is not None and decode is not None:
+        return CallableTokenizer(encode, decode)
+    return tokenizer
+
+
+def _check_sources(dataset: Any, stage: str, earlier: Sequence[str]) -> None:
+    for item in dataset if isinstance(dataset, list) else [dataset]:
+        if isinstance(item, FromStage) and item.stage not in earlier:
+            raise ConfigError(
+                f"{stage}: from_stage({item.stage!r}) must name an earlier stage; before it come: "
+                f"{', '.join(earlier) or 'none'}."
+            )
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, str | Path) and str(one) == str(other))

@@ -1,0 +1,52 @@
+"""Packaging. `pip install -c constraints.txt .` installs the library with its hard dependencies."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+TEST = ["pytest>=8", "scipy"]
+
+setup(
+    name="self-rewarding-lm",
+    version="0.1.0",
+    description="Train a language model on rewards that it gives itself (arXiv:2401.10020)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["self_rewarding_lm", "self_rewarding_lm.*"]),
+    package_data={"self_rewarding_lm": ["py.typed"]},
+    install_requires=[
+        "torch>=2.9",  # torch.optim.Muon
+        "einops>=0.8",
+        "accelerate>=1.10",
+        "beartype>=0.20",
+        "jaxtyping>=0.3",
+        "x-transformers>=2.11",
+        "pydantic>=2.11",
+        "jinja2>=3.1",
+        "numpy>=2.0",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "PyYAML>=6.0",
+    ],
+    extras_require={
+        "test": TEST,
+        "bench": [
+            "trl==1.16.0",
+            "self-rewarding-lm-pytorch==0.2.12",
+        ],
+        "docs": ["matplotlib>=3.9"],
+        "dev": [*TEST, "ruff", "pyright"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
