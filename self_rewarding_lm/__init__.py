@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
     from self_rewarding_lm.rollout import generate
     from self_rewarding_lm.run import Run
+    from self_rewarding_lm.spin_trainer import SPINTrainer
     from self_rewarding_lm.stages import (
         DPOConfig,
         ExternalRewardDPOConfig,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         SelfRewardDPOConfig,
         SFTConfig,
     )
-    from self_rewarding_lm.trainer import SelfRewardingTrainer, SPINTrainer
+    from self_rewarding_lm.trainer import SelfRewardingTrainer
 
 __version__ = "0.1.0"
 
@@ -77,7 +78,8 @@ _HOMES = {
         "SelfPlayConfig",
         "SelfRewardDPOConfig",
     ),
-    "trainer": ("SPINTrainer", "SelfRewardingTrainer"),
+    "spin_trainer": ("SPINTrainer",),
+    "trainer": ("SelfRewardingTrainer",),
 }
 
 

@@ -7,7 +7,7 @@ built; configurations compare by identity and are never copied.
 import difflib
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
 
@@ -102,7 +102,7 @@ class SamplingConfig(Config):
     """A function logits (rows, vocabulary) -> logits of that shape, before all other filters."""
 
     @model_validator(mode="after")
-    def _lengths(self) -> Self:
+    def _lengths(self) -> "SamplingConfig":
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens "
@@ -142,7 +142,7 @@ class OptimConfig(Config):
     """Steps between copies of the weights, kept as checkpoint-<step>/ in the stage's folder."""
 
     @model_validator(mode="after")
-    def _optimizer_known(self) -> Self:
+    def _optimizer_known(self) -> "OptimConfig":
         if not callable(self.optimizer) and self.optimizer not in ("adamw", "muon"):
             raise ValueError(
                 f"optimizer must be 'adamw', 'muon' or a function parameters -> optimiser; "
@@ -176,7 +176,7 @@ class RewardConfig(Config):
     auto_dedent: bool = True
 
     @model_validator(mode="after")
-    def _readable(self) -> Self:
+    def _readable(self) -> "RewardConfig":
         if self.parse_reward is None and self.reward_regex_template is None:
             raise ValueError(
                 "give reward_regex_template (for example 'Score: {{ reward }}') or parse_reward, "

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -54,13 +54,22 @@ def create_mock_dataset(length: int, output: Any) -> Dataset:
     return MockDataset()
 
 
+@runtime_checkable
+class Indexed(Protocol):
+    """Rows that are read by their place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class Rows:
     """A dataset opened for one stage: each row is read once."""
 
     def __init__(self, dataset: Any, name: str, resolve: Callable[[FromStage], Sequence]) -> None:
         self.name = name
         self._resolve = resolve
-        self._parts: list[Sequence[Any]] | None = None
+        self._parts: list[Indexed] | None = None
         self._first: list[Any] = []
         self._datasets = dataset if _is_concatenation(dataset) else [dataset]
         for part in self._datasets:
@@ -100,12 +109,12 @@ class Rows:
             return f"{single}, {'line' if suffix == '.jsonl' else 'row'} {index + 1}"
         return f"{self.name}, row {index}"
 
-    def _opened(self) -> list[Sequence[Any]]:
+    def _opened(self) -> list[Indexed]:
         if self._parts is None:
             self._parts = [self._open(part) for part in self._datasets]
         return self._parts
 
-    def _open(self, dataset: Any) -> Sequence[Any]:
+    def _open(self, dataset: Any) -> Indexed:
         if isinstance(dataset, FromStage):
             return self._resolve(dataset)
         if isinstance(dataset, str | Path):

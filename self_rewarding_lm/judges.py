@@ -88,7 +88,8 @@ class SelfJudge:
         first = 0 if self._looked else FIRST_LOOK  # few at first: they may all be unreadable
         self._looked = True
         for chunk in (asked[:first], asked[first:]):
-            yield from self._ask(ctx, model, chunk)
+            if chunk:
+                yield from self._ask(ctx, model, chunk)
 
     def _ask(
         self, ctx: Context, model: TokenModel, asked: list[tuple[Candidate, int, Request]]

@@ -54,7 +54,7 @@ def make_pair(
 
     `scores` maps candidate ids to scores. Unfinished and unscored candidates are left out first.
     A prompt is dropped as `unfinished`, `unscored` or `invalid_score` (fewer than two candidates
-    are left after that filter), `identical` (the two texts are the same), `tie` (the same score),
+    are left after that filter), `tie` (the same score), `identical` (the two texts are the same),
     `margin` (their difference is under `min_margin`) or `invalid_pair` (`is_valid_pair` says no).
     """
 
@@ -76,10 +76,10 @@ def make_pair(
     chosen, rejected = (left[i] for i in pick([scores[c.id] for c in left]))
     best, worst = scores[chosen.id], scores[rejected.id]
     assert best is not None and worst is not None
-    if _same_response(chosen, rejected):
-        return drop("identical")
     if best == worst:
         return drop("tie")
+    if _same_response(chosen, rejected):
+        return drop("identical")
     if abs(best - worst) < min_margin:
         return drop("margin")
     if is_valid_pair is not None and not is_valid_pair(best, worst):

@@ -61,6 +61,8 @@ def sample_candidates(
         for sample in range(num_samples):
             owners.append((prompt, f"{prompt.id}/{sample}"))
             requests.append(Request(prompt.ids, stable_hash(seed, owners[-1][1]), new))
+    if not requests:
+        return
     for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
         prompt, candidate_id = owners[index]
         yield Candidate(

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ class Run:
         self._runtime = runtime or Runtime({}, quiet=True)
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path) -> "Run":
         if not (Path(folder) / "run.json").exists():
             raise StoreError(f"{folder} holds no run: there is no run.json in it.")
         return cls(Path(folder))

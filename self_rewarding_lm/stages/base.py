@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,7 +43,7 @@ class TrainingConfig(FinetuneConfig):
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _one_length(self) -> "TrainingConfig":
         if self.num_train_steps is not None and self.optim.epochs is not None:
             raise ValueError(
                 "num_train_steps and optim.epochs both say how long to train; give one of them"

@@ -40,7 +40,7 @@ class SampledPreferenceConfig(PreferenceConfig):
     generation: SamplingConfig = SamplingConfig()
     judge: Object = None
     """A Judge of your own in place of the stage's."""
-    prompts_per_block: int = Field(default=64, ge=1)
+    prompts_per_block: int = Field(default=32, ge=1)
     max_prompt_passes: int | None = Field(default=None, ge=1)
     """Passes over the prompts at most. Default: four times what the pairs need."""
     reuse_prompts: bool = False
@@ -184,13 +184,8 @@ class PairMaker:
         missing = [p for p in prompts if len(self.candidates.get(p.id, ())) < count]
         for prompt in missing:
             self.candidates[prompt.id] = []
-        sampled = rollout(
-            self.ctx,
-            missing,
-            self.config.generation,
-            count,
-            max_seq_len=self.config.max_seq_len,
-        )
+        limit = self.config.max_seq_len
+        sampled = rollout(self.ctx, missing, self.config.generation, count, max_seq_len=limit)
         for batch in _batched(sampled):
             self.out.append(batch)
             for candidate in batch:

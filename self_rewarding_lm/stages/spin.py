@@ -95,9 +95,8 @@ class SelfPlayConfig(PreferenceConfig):
         known = {candidate.prompt_id for candidate in out.read(Candidate)}
         missing = ctx.runtime.share([p for p in prompts if p.id not in known])
         with ctx.runtime.progress(len(missing), f"{ctx.stage}: own answers", "row") as bar:
-            for candidate in rollout(
-                ctx, missing, self.generation, 1, max_seq_len=self.max_seq_len
-            ):
+            limit = self.max_seq_len
+            for candidate in rollout(ctx, missing, self.generation, 1, max_seq_len=limit):
                 out.append([candidate])
                 bar.update()
         out.merge(Candidate)

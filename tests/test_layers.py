@@ -1,0 +1,101 @@
+"""Imports point down the list of layers, files stay short, each outside library has one home."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "self_rewarding_lm"
+LAYERS = [
+    "errors",
+    "records",
+    "config",
+    "logprobs losses sampling judging pairing batching",
+    "runtime tokens",
+    "adapters datasets store run optimizers",
+    "engine context",
+    "rollout judges reference",
+    "objectives",
+    "fit",
+    "stages",
+    "recipes",
+    "trainer",
+    "spin_trainer",
+    "__init__",
+]
+HEIGHT = {name: height for height, row in enumerate(LAYERS) for name in row.split()}
+HOMES = {
+    "accelerate": {"runtime"},
+    "transformers": {"adapters", "tokens"},
+    "peft": {"adapters", "tokens"},
+    "x_transformers": {"adapters"},
+    "jinja2": {"judging"},
+    "safetensors": {"store"},
+}
+WITHIN_LAYER = {
+    ("losses", "logprobs"),  # log-probs are the losses' own words
+    ("run", "store"),  # a run is stage folders
+    ("context", "engine"),
+    ("judges", "rollout"),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.Module) -> list[str]:
+    """Modules imported at run time, those of `if TYPE_CHECKING` left out."""
+    free = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in free:
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_layers_above_it(path):
+    own = room(path)
+    assert own in HEIGHT, f"{own} has no layer; give it one in LAYERS and in docs/decisions.md"
+    for name in imports(ast.parse(path.read_text())):
+        top, _, rest = name.partition(".")
+        if top == "self_rewarding_lm" and rest:
+            other = rest.split(".")[0]
+            below = HEIGHT[other] < HEIGHT[own] or other == own or (own, other) in WITHIN_LAYER
+            assert below, f"{path.name}: {own} may not import {other}"
+        elif top in HOMES:
+            assert own in HOMES[top], f"{path.name}: {top} is imported in {HOMES[top]} alone"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_has_at_most_350_lines(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_store_the_run_and_the_datasets_open_files(path):
+    if room(path) in {"store", "run", "datasets"}:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            assert name not in {"open", "read_text", "write_text", "read_bytes", "write_bytes"}
+
+
+def test_every_public_name_is_there_and_says_what_it_is():
+    import self_rewarding_lm
+
+    for name in self_rewarding_lm.__all__:
+        assert (getattr(self_rewarding_lm, name).__doc__ or "").strip(), name

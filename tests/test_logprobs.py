@@ -1,0 +1,137 @@
+"""Token log-probs against a double loop over a softmax in plain Python."""
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from self_rewarding_lm.logprobs import masked_sum, token_logprobs
+
+RAGGED = [[3, 0, 6, 2, 1, 5], [4, 4, 0], [2]]  # vocabulary of 7
+LONGEST = max(map(len, RAGGED))
+
+
+def random_logits(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return (4 * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def padded(rows, pad_id):
+    return tensor([[*row, *[pad_id] * (LONGEST - len(row))] for row in rows])
+
+
+def by_hand(logits, ids):
+    """The log-probs of one unpadded row: a loop over positions, a softmax at each."""
+    found = [0.0]
+    for i in range(1, len(ids)):
+        scores = [float(x) for x in logits[i - 1]]
+        total = math.fsum(math.exp(score - max(scores)) for score in scores)
+        found.append(scores[ids[i]] - max(scores) - math.log(total))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)],
+)
+@pytest.mark.parametrize("pad_id", [0, 6])
+def test_log_probs_of_ragged_rows_equal_a_double_loop_over_a_softmax(dtype, tolerance, pad_id):
+    """Low-precision logits lose nothing beyond their own rounding: the softmax is in float32."""
+    logits = random_logits(len(RAGGED), LONGEST, 7, dtype=dtype)
+    found = token_logprobs(logits, padded(RAGGED, pad_id))
+    for row, ids, values in zip(logits, RAGGED, found, strict=True):
+        assert values[: len(ids)].tolist() == pytest.approx(by_hand(row, ids), abs=tolerance)
+
+
+def test_results_are_float32_and_float64_only_for_float64_logits():
+    ids = tensor([[1, 2]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert token_logprobs(torch.zeros(1, 2, 3, dtype=dtype), ids).dtype == torch.float32
+    assert token_logprobs(torch.zeros(1, 2, 3).double(), ids).dtype == torch.float64
+
+
+def test_uniform_logits_give_minus_log_of_the_vocabulary_size():
+    found = token_logprobs(torch.full((1, 4, 5), 2.5, dtype=torch.float64), tensor([[4, 0, 2, 2]]))
+    assert found[0].tolist() == pytest.approx([0.0] + [-math.log(5)] * 3, abs=1e-15)
+
+
+def test_column_0_is_zero_because_nothing_predicts_it():
+    found = token_logprobs(random_logits(3, LONGEST, 7), padded(RAGGED, 0))
+    assert found[:, 0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_row_of_one_token_has_the_log_prob_zero_alone():
+    assert token_logprobs(random_logits(1, 1, 7), tensor([[5]])).tolist() == [[0.0]]
+
+
+def sure_of(ids, vocab=7):
+    """Logits (1, t, v) with all mass on `ids`, column by column."""
+    return 1e4 * torch.nn.functional.one_hot(tensor([ids]), vocab).float()
+
+
+def test_a_model_sure_of_the_next_token_has_log_prob_zero():
+    ids = [3, 0, 6, 2, 1]
+    following = [*ids[1:], 5]
+    assert token_logprobs(sure_of(following), tensor([ids])).tolist() == [[0.0] * 5]
+
+
+def test_trap_1_a_model_sure_of_the_token_it_just_read_is_not_rewarded_for_it():
+    ids = [3, 0, 6, 2, 1]
+    assert token_logprobs(sure_of(ids), tensor([ids]))[0, 1:].tolist() == [-1e4] * 4
+
+
+def test_a_token_has_no_influence_on_log_probs_left_of_it():
+    """Column i depends on logits left of i and on ids up to i."""
+    logits, ids = random_logits(1, 6, 7), tensor([RAGGED[0]])
+    changed_logits, changed_ids = logits.clone(), ids.clone()
+    changed_logits[:, 3:] += random_logits(1, 3, 7, seed=1)
+    changed_ids[:, 4:] = 6
+    found = token_logprobs(changed_logits, changed_ids)
+    assert torch.equal(found[:, :4], token_logprobs(logits, ids)[:, :4])
+    assert not torch.equal(found[:, 4:], token_logprobs(logits, ids)[:, 4:])
+
+
+def test_trap_22_token_0_is_a_token_like_any_other():
+    """Renaming the tokens of a vocabulary, 0 among them, changes no log-prob."""
+    logits, ids = random_logits(1, 6, 7), tensor([RAGGED[0]])
+    renamed = tensor([4, 0, 1, 2, 3, 6, 5])  # old name -> new name
+    moved = torch.empty_like(logits)
+    moved[..., renamed] = logits
+    assert token_logprobs(moved, renamed[ids])[0].tolist() == pytest.approx(
+        token_logprobs(logits, ids)[0].tolist(), abs=1e-12
+    )
+
+
+def test_ids_of_another_integer_type_give_the_same_log_probs():
+    logits = random_logits(1, 6, 7)
+    expected = token_logprobs(logits, tensor([RAGGED[0]]))
+    assert torch.equal(token_logprobs(logits, tensor([RAGGED[0]], dtype=torch.int32)), expected)
+
+
+def test_large_logits_do_not_overflow():
+    found = token_logprobs(tensor([[[3e38, 0.0, -3e38]] * 3]), tensor([[0, 0, 1]]))
+    assert found.tolist() == [[0.0, 0.0, pytest.approx(-3e38)]]
+
+
+def test_the_gradient_is_one_hot_minus_softmax_at_the_column_before():
+    logits = random_logits(1, 3, 4).requires_grad_()
+    token_logprobs(logits, tensor([[1, 3, 0]]))[0, 2].backward()
+    assert logits.grad is not None
+    probabilities = [math.exp(x) for x in logits[0, 1].tolist()]
+    share = [p / math.fsum(probabilities) for p in probabilities]
+    expected = [1 - share[0], -share[1], -share[2], -share[3]]
+    assert logits.grad[0, 1].tolist() == pytest.approx(expected, abs=1e-12)
+    assert logits.grad[0, [0, 2]].abs().max().item() == 0.0
+
+
+def test_masked_sum_adds_up_what_the_mask_shows():
+    values = tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0], [64.0, 128.0, 256.0]])
+    mask = tensor([[True, False, True], [False, False, False], [True, True, True]])
+    assert masked_sum(values, mask).tolist() == [5.0, 0.0, 448.0]
+
+
+def test_masked_sum_ignores_even_infinities_and_nan_behind_the_mask():
+    values = tensor([[1.0, -math.inf, 2.0], [math.nan, 4.0, math.inf]])
+    mask = tensor([[True, False, True], [False, True, False]])
+    assert masked_sum(values, mask).tolist() == [3.0, 4.0]
