@@ -39,7 +39,7 @@ class StoredReference:
     def sums(self, pairs: Sequence[PreferencePair]) -> list[PairSums]:
         """The summed log-probs of each pair, in the order of `pairs`."""
         wanted = {f"{pair.id}/r{self.round}": pair for pair in pairs}
-        stored = {record.id for record in self.out.read(ReferenceLogprobs)}
+        stored = {record.id for record in self.out.known(ReferenceLogprobs)}
         missing = [(i, pair) for i, pair in wanted.items() if i not in stored]
         self._store(self.ctx.runtime.share(missing))
         self.out.merge(ReferenceLogprobs)

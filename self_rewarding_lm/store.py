@@ -86,6 +86,12 @@ class StageDir:
                 found.setdefault(values["id"], _record(record_type, values, path))
         return list(found.values())
 
+    def known(self, record_type: type[Record]) -> list[Record]:
+        """As `read`, before an arrow begins: no process appends until all have read."""
+        records = self.read(record_type)
+        self.runtime.barrier()
+        return records
+
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl (main process)."""
         if self.runtime.is_main:

@@ -335,9 +335,14 @@ def test_modes_and_gradients_are_as_before_between_results_and_after_stopping_ea
     assert module.head.bias.grad is not None
 
 
-def test_autocast_is_not_left_on_for_the_consumer_of_a_rollout():
-    runtime = Runtime({"cpu": True, "mixed_precision": "bf16"}, quiet=True)
-    ctx = context(Recurrent(), runtime=runtime)
+@pytest.fixture
+def bf16():
+    yield Runtime({"cpu": True, "mixed_precision": "bf16"}, quiet=True)
+    Runtime({"cpu": True, "mixed_precision": "no"}, quiet=True)  # accelerate's state is global
+
+
+def test_autocast_is_not_left_on_for_the_consumer_of_a_rollout(bf16):
+    ctx = context(Recurrent(), runtime=bf16)
     prompts = [Prompt("stage/0/0", 0, (1, 2)), Prompt("stage/1/0", 1, (1,))]
     results = rollout(ctx, prompts, TAKE_ALL, 1)
     next(results)
@@ -399,5 +404,3 @@ def test_a_mask_of_another_shape_and_a_mask_for_lists_are_refused():
 def test_prompts_may_be_floats_that_are_whole():
     found = generate(Successor(), [torch.tensor([1.0, 2.0])], sampling=TAKE_ALL)
     assert found[0][0].ids == (3, 4, 5, 6, 7, 8)
-
-

@@ -36,7 +36,7 @@ from self_rewarding_lm.errors import (
     TokenizerError,
     TrainingError,
 )
-from tests.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode
+from tests.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode, lively
 
 QUICK = OptimConfig(batch_size=4, learning_rate=1e-2)
 SHORT = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=6)
@@ -54,8 +54,7 @@ def decode(ids):
 
 
 def model64(seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    return Recurrent(TEXT_VOCAB).double()
+    return lively(Recurrent(TEXT_VOCAB).double(), seed)
 
 
 def trainer_of(folder, stages, model=None, **options):
@@ -482,8 +481,7 @@ def test_hooks_have_the_ancestors_signatures(tmp_path):
 
 
 def test_another_model_judges_where_one_is_given(tmp_path):
-    torch.manual_seed(7)
-    judge = Recurrent(TEXT_VOCAB).double()
+    judge = model64(seed=7)
     before = weights_of(judge)
     run = trainer_of(tmp_path, [self_reward(rewarding_model=judge)])()
     own = trainer_of(tmp_path / "own", [self_reward()])()
@@ -508,7 +506,9 @@ def test_a_text_reward_function_gets_the_rows_other_columns(tmp_path):
 
 
 def test_several_reward_prompts_by_name(tmp_path):
-    other = RewardConfig(prompt_template="{{ response }}<{{ prompt }}", parse_reward=lambda t: sum(map(ord, t)))
+    other = RewardConfig(
+        prompt_template="{{ response }}<{{ prompt }}", parse_reward=lambda t: sum(map(ord, t))
+    )
     prompts = {"default": JUDGE, "length": other}
     stage = self_reward(self_reward_config_keyname="length")
     run = trainer_of(tmp_path, [stage], self_reward_prompt_config=prompts)()

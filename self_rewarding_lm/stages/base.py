@@ -130,7 +130,7 @@ def read_once(
 
     def stored() -> list[Record]:
         depth = name.count("/") + 1
-        found = [r for r in out.read(record_type) if r.id.startswith(f"{name}/")]  # type: ignore[attr-defined]
+        found = [r for r in out.known(record_type) if r.id.startswith(f"{name}/")]  # type: ignore[attr-defined]
         return [r for r in found if r.id.count("/") == depth]  # type: ignore[attr-defined]
 
     if len(rows) == 0:

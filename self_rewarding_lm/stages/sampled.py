@@ -111,10 +111,9 @@ class PairMaker:
     def __init__(self, config: SampledPreferenceConfig, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
         self.judge = config.build_judge(ctx)
-        ctx.runtime.barrier()
-        self.prompts = {p.id: p for p in out.read(Prompt)}
-        self.candidates = _grouped(out.read(Candidate), lambda c: c.prompt_id)
-        self.judgements = _grouped(out.read(Judgement), lambda j: j.candidate_ids[0])
+        self.prompts = {p.id: p for p in out.known(Prompt)}
+        self.candidates = _grouped(out.known(Candidate), lambda c: c.prompt_id)
+        self.judgements = _grouped(out.known(Judgement), lambda j: j.candidate_ids[0])
         self.scored = self.judged = 0
 
     def make(self) -> list[PreferencePair]:

@@ -92,7 +92,7 @@ class SelfPlayConfig(PreferenceConfig):
     ) -> list[PreferencePair]:
         """Each row's human answer against the present weights' own; equal ones are dropped."""
         prompts = [Prompt(f"{h.id}/{iteration}", h.row, h.ids, h.text) for h in humans]
-        known = {candidate.prompt_id for candidate in out.read(Candidate)}
+        known = {candidate.prompt_id for candidate in out.known(Candidate)}
         missing = ctx.runtime.share([p for p in prompts if p.id not in known])
         with ctx.runtime.progress(len(missing), f"{ctx.stage}: own answers", "row") as bar:
             limit = self.max_seq_len
