@@ -1,14 +1,8 @@
 """A model that measurably improves itself: train, answer, judge, pair, train again. No download.
 
-    python examples/quickstart.py                      about two minutes on two CPU cores
-    python examples/quickstart.py --control shuffled   the same with its scores shuffled
-    python examples/quickstart.py --control sft        the same steps spent on more SFT
-    python examples/quickstart.py --seed 7 --json result.json
-
-A small character-level transformer learns from a few solved instructions and from many reviews of
-(mostly wrong) answers. Then it answers new instructions, reviews its own answers, and is trained
-on its best against its worst: twice. The program in quickstart_task.py that knows what is right
-measures the models; the loop never sees it.
+A small character-level transformer learns from a few solved instructions and many reviews of mostly
+wrong answers. Then, twice, it answers new instructions, reviews its own answers and is trained on
+its best against its worst. The checker in quickstart_task.py measures; the loop never sees it.
 """
 
 import argparse
@@ -16,123 +10,103 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import quickstart_task as task
 import torch
-from quickstart_task import (
-    EOS_ID,
-    JUDGE_PROMPT,
-    VOCAB_SIZE,
-    TaskData,
-    decode,
-    encode,
-    judge_prompt,
-    make_data,
-    points,
-)
 from x_transformers import Decoder, TransformerWrapper
 
 from self_rewarding_lm import (
-    Candidate,
     FinetuneConfig,
-    Judgement,
     LocalEngine,
     OptimConfig,
-    Prompt,
     RewardConfig,
+    Run,
     SamplingConfig,
     SelfRewardDPOConfig,
     SelfRewardingTrainer,
     SFTConfig,
     generate,
 )
-from self_rewarding_lm.tokens import CallableTokenizer
+from self_rewarding_lm.judges import SelfJudge
 
 ENGINE = LocalEngine(max_rows=512)
-TOKENIZER = CallableTokenizer(
-    lambda text: torch.tensor(encode(text)), lambda ids: decode(ids.tolist())
-)
-GREEDY_ANSWER = SamplingConfig(temperature=0, top_p=None, max_new_tokens=16)
-GREEDY_REVIEW = SamplingConfig(temperature=0, top_p=None, max_new_tokens=32)
+ANSWER = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=16)
+BEST_ANSWER = SamplingConfig(temperature=0, top_p=None, max_new_tokens=16)
+REVIEW = SamplingConfig(temperature=0, top_p=None, max_new_tokens=32)
 REWARD = RewardConfig(
-    prompt_template=JUDGE_PROMPT, reward_regex_template="Score: {{ reward }}", score_range=(0, 5)
+    prompt_template=task.JUDGE_PROMPT,
+    reward_regex_template="Score: {{ reward }}",
+    score_range=(0, 5),
 )
-
-
-def build_model() -> torch.nn.Module:
-    layers = Decoder(dim=128, depth=3, heads=4, attn_dim_head=32, ff_mult=2)
-    return TransformerWrapper(num_tokens=VOCAB_SIZE, max_seq_len=128, attn_layers=layers)
-
-
-def build_stages(data: TaskData, control: str) -> list[FinetuneConfig]:
-    rows = [*data.instruction_rows * 10, *data.judge_rows]
-    fast = OptimConfig(learning_rate=3e-3, warmup_steps=30, batch_size=40, betas=(0.9, 0.95))
-    first = SFTConfig(name="m1", train_dataset=rows, num_train_steps=600, dropout=0, optim=fast)
-    if control == "sft":
-        more = OptimConfig(learning_rate=4e-4, batch_size=64)
-        return [
-            first,
-            *(
-                SFTConfig(name=name, train_dataset=rows, num_train_steps=40, dropout=0, optim=more)
-                for name in ("m2", "m3")
-            ),
-        ]
-    rounds = [
-        SelfRewardDPOConfig(
-            name=name,
-            prompt_dataset=prompts,
-            generation=SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=16),
-            judging=GREEDY_REVIEW,
-            num_sampled_reward_responses=1,  # greedy reviews are all the same
-            judge=ShuffledScores() if control == "shuffled" else None,
-            prompts_per_block=len(prompts),
-            dpo_beta=0.3,
-            nll_weight=0.5,
-            dropout=0,
-            optim=OptimConfig(learning_rate=4e-4, batch_size=32, epochs=2),
-        )
-        for name, prompts in zip(("m2", "m3"), data.round_prompts, strict=True)
-    ]
-    return [first, *rounds]
 
 
 class ShuffledScores:
-    """The control: the model's own judgements, each score given to a random other candidate."""
+    """The control: the model's own judgements, each score given to another candidate by chance."""
 
-    def judge(
-        self, ctx, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
-    ) -> Iterable[Judgement]:
-        from dataclasses import replace
-
-        from self_rewarding_lm.judges import SelfJudge
-
-        own = list(SelfJudge(REWARD, GREEDY_REVIEW, 1).judge(ctx, prompts, candidates_PG))
+    def judge(self, ctx, prompts, candidates_PG):
+        own = list(SelfJudge(REWARD, REVIEW, 1).judge(ctx, prompts, candidates_PG))
         scores = [judgement.score for judgement in own]
         random.Random(ctx.seed).shuffle(scores)
         return [replace(j, score=score) for j, score in zip(own, scores, strict=True)]
 
 
-def measure(model: torch.nn.Module, data: TaskData, name: str) -> dict:
-    """Accuracy and mean score of greedy answers, and how often the review's score is right."""
-    options = {"tokenizer": TOKENIZER, "eos_id": EOS_ID, "engine": ENGINE}
-    answers = generate(model, data.held_out_prompts, sampling=GREEDY_ANSWER, **options)
-    scores = [
-        points(prompt, answer.text) if answer.finished else 0
-        for prompt, [answer] in zip(data.held_out_prompts, answers, strict=True)
+def build_model() -> torch.nn.Module:
+    layers = Decoder(dim=128, depth=3, heads=4, attn_dim_head=32, ff_mult=2)
+    return TransformerWrapper(num_tokens=task.VOCAB_SIZE, max_seq_len=128, attn_layers=layers)
+
+
+def build_stages(data: task.TaskData, control: str, sft_steps: int = 700) -> list[FinetuneConfig]:
+    rows = data.instruction_rows * 15 + data.judge_rows
+    high = OptimConfig(learning_rate=3e-3, warmup_steps=30, batch_size=40, betas=(0.9, 0.95))
+    low = OptimConfig(learning_rate=4e-4, batch_size=32, betas=(0.9, 0.95))
+    m1 = SFTConfig(name="M1", train_dataset=rows, num_train_steps=sft_steps, dropout=0, optim=high)
+    if control == "sft":
+        more = {"train_dataset": rows, "num_train_steps": 40, "dropout": 0, "optim": low}
+        return [m1, SFTConfig(name="M2", **more), SFTConfig(name="M3", **more)]
+    return [m1] + [
+        SelfRewardDPOConfig(
+            name=name,
+            prompt_dataset=prompts,
+            generation=ANSWER,
+            judging=REVIEW,
+            num_sampled_reward_responses=1,  # a greedy review is the same each time
+            judge=ShuffledScores() if control == "shuffled" else None,
+            prompts_per_block=len(prompts),
+            dpo_beta=0.3,
+            nll_weight=0.5,
+            dropout=0,
+            optim=low.model_copy(update={"epochs": 2}),
+        )
+        for name, prompts in zip(("M2", "M3"), data.round_prompts, strict=True)
     ]
-    asked = [judge_prompt(prompt, response) for prompt, response in data.held_out_judge_items]
-    reviews = generate(model, asked, sampling=GREEDY_REVIEW, **options)
-    exact = [
-        review.text.endswith(f"Score: {points(prompt, response)}")
-        for (prompt, response), [review] in zip(data.held_out_judge_items, reviews, strict=True)
-    ]
-    return {
-        "name": name,
-        "accuracy": 100 * sum(score == 5 for score in scores) / len(scores),
-        "mean_score": sum(scores) / len(scores),
-        "judge_exact": 100 * sum(exact) / len(exact),
-    }
+
+
+class Measure:
+    """Called by the trainer after each stage: asks the checker, prints a line of the table."""
+
+    def __init__(self, data: task.TaskData) -> None:
+        self.data, self.models = data, []
+        print("model   accuracy   mean score   judge exact   kept pairs", flush=True)
+
+    def on_stage_end(self, run: Run, stage: str, model: torch.nn.Module) -> None:
+        prompts, items = self.data.held_out_prompts, self.data.held_out_judge_items
+        words = self.greedy(model, prompts, BEST_ANSWER)
+        scores = [task.points(*pair) for pair in zip(prompts, words, strict=True)]
+        reviews = self.greedy(model, [task.judge_prompt(*item) for item in items], REVIEW)
+        right = [f"Score: {task.points(*item)}" for item in items]
+        exact = [review.endswith(score) for review, score in zip(reviews, right, strict=True)]
+        accuracy = 100 * sum(score == 5 for score in scores) / len(scores)
+        mean, judge = sum(scores) / len(scores), 100 * sum(exact) / len(exact)
+        kept = run.summary(stage).get("pairs", "-")
+        print(f"{stage:5}{accuracy:10.1f} %{mean:13.2f}{judge:12.1f} %{kept:>13}", flush=True)
+        found = {"name": stage, "accuracy": accuracy, "mean_score": mean, "judge_exact": judge}
+        self.models.append(found)
+
+    def greedy(self, model: torch.nn.Module, prompts: list[str], how: SamplingConfig) -> list[str]:
+        found = generate(model, prompts, sampling=how, tokenizer=task.Characters(), engine=ENGINE)
+        return [answer.text if answer.finished else "" for [answer] in found]
 
 
 def main() -> None:
@@ -140,46 +114,34 @@ def main() -> None:
     parser.add_argument("--control", choices=("none", "shuffled", "sft"), default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--out", type=Path, help="the run directory; default: a new temporary one")
+    parser.add_argument("--out", type=Path, help="run directory (default: a new temporary one)")
     arguments = parser.parse_args()
 
     started = time.time()
-    data = make_data(arguments.seed)
     torch.manual_seed(arguments.seed)
-    measured = []
-    print(f"{'model':8}{'accuracy':>10}{'mean score':>12}{'judge exact':>13}{'kept pairs':>12}")
-
-    class Measure:
-        def on_stage_end(self, run, stage, model):
-            found = measure(model, data, stage.upper())
-            measured.append(found)
-            pairs = run.summary(stage).get("pairs", "-")
-            print(
-                f"{found['name']:8}{found['accuracy']:9.1f}%{found['mean_score']:12.2f}"
-                f"{found['judge_exact']:12.1f}%{pairs:>12}",
-                flush=True,
-            )
-
+    data = task.make_data(arguments.seed)
+    table = Measure(data)
     trainer = SelfRewardingTrainer(
         build_model(),
         finetune_configs=build_stages(data, arguments.control),
-        tokenizer=TOKENIZER,
-        eos_id=EOS_ID,
+        tokenizer=task.Characters(),
         self_reward_prompt_config=REWARD,
         seed=arguments.seed,
         checkpoints_folder=arguments.out or tempfile.mkdtemp(prefix="quickstart-"),
         engine=ENGINE,
-        callbacks=[Measure()],
+        callbacks=[table],
     )
     run = trainer()
 
+    first, *_, last = (model["accuracy"] for model in table.models)
     seconds = time.time() - started
-    gain = measured[-1]["accuracy"] - measured[0]["accuracy"]
-    print(f"M3 minus M1: {gain:+.1f} points, in {seconds:.0f} s (control: {arguments.control})")
+    print(
+        f"\nM3 minus M1: {last - first:+.1f} points in {seconds:.0f} s, control {arguments.control}"
+    )
     if arguments.json:
         result = {"seed": arguments.seed, "control": arguments.control, "seconds": seconds}
-        arguments.json.write_text(json.dumps({**result, "models": measured}, indent=2))
-    print(f"Every prompt, answer, review and pair is in {run.folder}")
+        arguments.json.write_text(json.dumps({**result, "models": table.models}, indent=2))
+    print(f"Every prompt, answer, review and pair: {run.folder}")
 
 
 if __name__ == "__main__":

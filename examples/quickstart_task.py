@@ -38,6 +38,14 @@ def decode(ids: list[int]) -> str:
     return "".join(_CHARACTERS[i - 1] for i in ids if i != EOS_ID)
 
 
+class Characters:
+    """The alphabet as a tokenizer."""
+
+    eos_token_id = EOS_ID
+    encode = staticmethod(encode)
+    decode = staticmethod(decode)
+
+
 @dataclass(frozen=True)
 class Instruction:
     """Five constraints on a word."""
@@ -176,10 +184,10 @@ class TaskData:
 def make_data(
     seed: int,
     *,
-    instructions: int = 150,
+    instructions: int = 100,
     judge_rows: int = 6000,
     rounds: int = 2,
-    prompts_per_round: int = 1000,
+    prompts_per_round: int = 700,
     held_out: int = 1000,
     held_out_judge: int = 600,
 ) -> TaskData:
