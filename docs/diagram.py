@@ -118,7 +118,7 @@ def draw_cycle(top, middle, bottom):
     (x, y), edge, down, fork = MODEL, LEFT + NARROW, RIGHT + WIDE / 2, 880
     text(440, y - 28, "$M_1$", 32, ha="center")
     text(x + 20, top + TALL + 65, "round $t$ starts", color=MUTED)
-    text(edge + 120, bottom + 155, "+ reference\nlog-probs", 22, MUTED, "center", 28)
+    text(edge + 120, bottom + 155, "+ reference.jsonl", 22, MUTED, "center", 28)
     text(x - 20, bottom - 79, "$M_{t+1}$\nreplaces $M_t$", 25, ha="right")
     text(x + 176, bottom - 28, "last", color=MUTED)
     files = ((edge + 11, top + 64, "prompts.jsonl"), (down + 22, middle - 36, "candidates.jsonl"))

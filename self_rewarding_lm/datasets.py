@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from self_rewarding_lm.errors import DataError
@@ -198,7 +197,7 @@ def prompt_and_completion(row: Any, where: str, tokens: Tokens) -> tuple[Ids, Id
     """The two parts of a supervised row whose prompt stands before its completion."""
     ids, targets = training_row(row, where, tokens)
     length = targets.index(True)
-    if not all(targets[length:]) or not length or (length == 1 and _starts_unprompted(row)):
+    if not all(targets[length:]) or (length == 1 and _is_unprompted(row)):
         raise DataError(
             f"{where}: a prompt followed by a completion is needed here, to sample an answer to "
             f"the same prompt; got {_shape(row)}."
@@ -250,13 +249,17 @@ def _is_concatenation(dataset: Any) -> bool:
         return False
     return all(
         isinstance(item, FromStage | Dataset | Path)
-        or (isinstance(item, str) and item.endswith((".jsonl", ".json")) and Path(item).is_file())
+        or (
+            isinstance(item, str)
+            and item.endswith((".jsonl", ".json"))
+            and not set(item) & set(" \n")
+        )
         for item in dataset
     )
 
 
 def _read_file(path: Path, name: str) -> list[Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".json":
             try:
                 rows = json.load(file)
@@ -268,7 +271,8 @@ def _read_file(path: Path, name: str) -> list[Any]:
                 )
             return rows
         rows = []
-        for number, line in enumerate(file, 1):
+        lines = file.read().rstrip()
+        for number, line in enumerate(lines.split("\n") if lines else [], 1):
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
@@ -289,8 +293,7 @@ def _response(value: Any, whose: str, tokens: Tokens) -> Ids:
 
 
 def _prompt_part(value: Any, ids: Ids, where: str) -> int | tuple[bool, ...]:
-    if isinstance(value, Tensor):
-        value = value.tolist()
+    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor, an array, a scalar
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value <= len(ids):
             return value
@@ -303,8 +306,12 @@ def _prompt_part(value: Any, ids: Ids, where: str) -> int | tuple[bool, ...]:
     )
 
 
-def _starts_unprompted(row: Any) -> bool:
-    return isinstance(row, Mapping) and "text" in row and "completion" not in row
+def _is_unprompted(row: Any) -> bool:
+    """Whether a row has no prompt: nothing predicts its first token, which is no target either."""
+    if isinstance(row, Mapping):
+        return "text" in row and "completion" not in row
+    part = row[1].tolist() if hasattr(row[1], "tolist") else row[1]
+    return part == 0 or (isinstance(part, Sequence) and not any(part))
 
 
 def _require(row: Mapping, names: Sequence[str], where: str) -> None:

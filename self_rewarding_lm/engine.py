@@ -167,6 +167,11 @@ class _Batch:
         d, going = self.decoding, []
         can_end = d.eos_id is not None or d.is_stop is not None
         for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):
+            if token >= self.model.vocab:
+                raise AdapterError(
+                    "the model's logits are not finite, or filter_fn left no token: nothing can be "
+                    "sampled. Has training diverged?"
+                )
             new = self.new[row]
             new.append(token)
             if token == d.eos_id or (d.is_stop is not None and d.is_stop(new)):

@@ -26,9 +26,14 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(autoescape=False, keep_trailing_new
 _FILLER = r"[\s*_`]{0,8}"  # white space and markup between the words of a score statement
 _OPENING = r"[\s*_`\"'“”‘’«<(\[{$]{0,8}(?:\\boxed\{)?"
 _CLOSING = r"[\s*_`\"'“”‘’»>)\]}$]{0,8}"
-_NUMBER = r"(?P<number>[-+]?\d{1,9}(?:[.,]\d{1,6})?)"
-_WHOLE = r"(?![.,]?\d)(?![^\W_])(?!\s?[%½¼¾])"  # not a piece of a longer number, word or percentage
-_NO_RANGE = r"(?!\s{0,4}(?:[-‐-―~]|to\b|or\b)\s{0,4}\d)"  # "0-5", "0 to 5", "4 or 5" state no score
+_NUMBER = r"(?P<number>[-+]?\d{1,9}(?:\.\d{1,6}|,\d{1,2})?)"
+_SUM = r"(?:\d{1,9}(?:[^\S\n]?\+[^\S\n]?\d{1,9}){1,12}[^\S\n]?=[^\S\n]?)?"  # "1 + 1 + 1 = 3"
+_WHOLE = (  # not a piece of a longer number, word, percentage, fraction or sum
+    r"(?![.,]?\d)(?![^\W_])(?!\s?[%½¼¾])(?![^\S\n]\d+/\d)(?![^\S\n]?\+[^\S\n]?\d)"
+)
+# "0-5", "0 to 5", "4 or 5" state no score
+_NO_RANGE = r"(?!(?:\s{1,4}(?:to|or)\b|[^\S\n]{0,4}[-‐-―~])[^\S\n]{0,4}\d)"
+_FRESH = r"(?<![^\W_])(?<!\d[.,])(?<!\d to )(?<!\d or )(?<!\d-)(?<!\d - )"  # begins a number
 _BARE_LINE = re.compile(  # a last line that is nothing but a score: "4/5", "**4**"
     rf"\W{{0,8}}{_NUMBER}\s{{0,4}}(?:/|out\s{{1,4}}of)\s{{0,4}}(?P<scale>\d{{1,9}})\W{{0,8}}"
     rf"|\*\*{_NUMBER.replace('number', 'bold')}\*\*"
@@ -56,6 +61,10 @@ def compile_prompt_template(template: str, *, auto_dedent: bool) -> Callable[[st
             f"{{{{ response }}}}; it has {_braced(names)}."
         )
     compiled = _ENVIRONMENT.from_string(dedent(template).strip("\n") if auto_dedent else template)
+    try:
+        compiled.render(prompt="prompt", response="response")
+    except TemplateError as error:
+        raise ConfigError(f"prompt_template cannot be rendered with two texts: {error}") from error
     return lambda prompt, response: compiled.render(prompt=prompt, response=response)
 
 
@@ -73,15 +82,16 @@ def compile_score_pattern(template: str) -> re.Pattern[str]:
             f"'Score: {{{{ reward }}}}'; it has {_braced(names)}."
         )
     parts = re.split(r"\{\{\s*reward\s*\}\}", template.strip())
-    if len(parts) != 2:
+    if len(parts) != 2 or "{#" in template or "{%" in template:
         raise ConfigError(
             "a reward_regex_template is plain text with {{ reward }} in it once; "
             f"got {template.strip()!r}."
         )
     before, after = (_literal(_ascii_digits(part)) for part in parts)
-    start = r"(?<![^\W_])" if before[:1].isalnum() else ""
-    tail = f"{_CLOSING}{after}" if after else ""
-    body = f"{start}{before}{_OPENING}{_NUMBER}{_WHOLE}{_NO_RANGE}{_SCALE}{tail}"
+    start = r"(?<![^\W_])" if before[:1].isascii() and before[:1].isalnum() else ""
+    lead = f"{start}{before}{_OPENING}{_SUM}" if before else _FRESH
+    tail = f"{_CLOSING}{after}" + (r"(?![^\W_])" if after[-1:].isalnum() else "") if after else ""
+    body = f"{lead}{_NUMBER}{_WHOLE}{_NO_RANGE}{_SCALE}{tail}"
     return re.compile(body, re.IGNORECASE)
 
 
@@ -133,10 +143,12 @@ def score_of(value: object) -> ParsedScore:
     """A user function's result as a score: a finite number, else None with its reason."""
     if value is None:
         return ParsedScore(None, "no_score")
-    if isinstance(value, bool | str | bytes):
+    if isinstance(value, bool | str | bytes) or "bool" in str(getattr(value, "dtype", "")):
         return ParsedScore(None, f"not_a_number: {type(value).__name__}")
     try:
         score = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return ParsedScore(None, "not_finite")
     except (TypeError, ValueError):
         return ParsedScore(None, f"not_a_number: {type(value).__name__}")
     return ParsedScore(score) if math.isfinite(score) else ParsedScore(None, "not_finite")
@@ -201,7 +213,7 @@ def _braced(names: set[str]) -> str:
 
 
 def _literal(text: str) -> str:
-    pieces = re.findall(r"[^\W_]+|[^\w\s]|_", text)
+    pieces = re.findall(r"[^\W_]+|[^\w\s*`]", text)  # markup is filler, wherever it stands
     return _FILLER.join(re.escape(piece) for piece in pieces)
 
 

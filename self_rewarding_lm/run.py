@@ -51,6 +51,7 @@ class Run:
     def __init__(self, folder: Path, runtime: Runtime | None = None) -> None:
         self.folder = folder
         self.info = read_json(folder / "run.json")
+        _check_ours(folder, self.info)
         self._runtime = runtime or Runtime({}, quiet=True)
 
     @classmethod
@@ -192,11 +193,17 @@ def describe(value: Any) -> Any:
     if name is not None:
         return f"{getattr(value, '__module__', '?')}.{name}"
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    return f"{kind}[{len(value)}]" if hasattr(value, "__len__") else kind
+    try:
+        return f"{kind}[{len(value)}]"
+    except TypeError:  # no length
+        return kind
 
 
 def _describe_text(value: str | Path) -> str:
-    if len(str(value)) > 1024 or "\n" in str(value) or not Path(value).is_file():
+    try:
+        if "\n" in str(value) or not Path(value).is_file():
+            return str(value)
+    except OSError:  # too long for a file's name
         return str(value)
     with Path(value).open("rb") as file:
         return f"{Path(value).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
@@ -223,8 +230,8 @@ def _check_and_write(
 ) -> None:
     path = folder / "run.json"
     old = read_json(path) if path.exists() else None
-    if old is not None and old.get("library") != LIBRARY:
-        raise StoreError(f"{path} was not written by {LIBRARY}; choose another checkpoints_folder.")
+    if old is not None:
+        _check_ours(folder, old)
     if old is not None and overwrite:
         for name in old["stages"]:
             remove_stage(folder / name)
@@ -244,6 +251,13 @@ def _check_and_write(
         info["created"] = old["created"]
         info["model"] = old["model"] | {"hash_now": info["model"]["hash"]}
     write_json(path, info)
+
+
+def _check_ours(folder: Path, info: Any) -> None:
+    if not isinstance(info, dict) or info.get("library") != LIBRARY:
+        raise StoreError(
+            f"{folder / 'run.json'} was not written by {LIBRARY}; choose another folder."
+        )
 
 
 def _run_info(stages: Sequence[str], model: nn.Module, seed: int) -> dict[str, Any]:

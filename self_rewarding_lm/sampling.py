@@ -75,7 +75,10 @@ def keep_threshold(
 
 
 def inverse_cdf(scores: Float[Tensor, "r n"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
-    """The first column where the cumulative probability exceeds `uniform`; -inf has none."""
+    """The first column where the cumulative probability exceeds `uniform`; -inf has none.
+
+    Scores that are not finite give n, which is no column.
+    """
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -93,7 +96,7 @@ def sample_next(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Int[Tensor, " r"]:
-    """One token a row; temperature 0 is the argmax."""
+    """One token a row; temperature 0 is the argmax. A row that is not finite gives v, no token."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     scores = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
@@ -102,11 +105,14 @@ def sample_next(
         return _sample_whole(scores, uniform, filters)
     head, columns = scores.topk(HEAD_SIZE, dim=-1)
     threshold = keep_threshold(head, scores.logsumexp(dim=-1, keepdim=True), **filters)
-    short = (threshold <= head[:, -1:]).squeeze(-1)  # tokens outside the head may survive
+    short = threshold[:, 0] <= head[:, -1]  # tokens outside the head may survive
+    if top_k is not None:  # or belong to the mass that top-p is a share of
+        short |= head[:, min(top_k, HEAD_SIZE) - 1] <= head[:, -1]
     columns, order = columns.sort(dim=-1)  # vocabulary order
     head = head.gather(-1, order)
     picked = inverse_cdf(head.masked_fill(head < threshold, -math.inf), uniform)
-    tokens = columns.gather(-1, picked[:, None]).squeeze(-1)
+    tokens = columns.gather(-1, picked[:, None].clamp(max=HEAD_SIZE - 1)).squeeze(-1)
+    tokens[picked == HEAD_SIZE] = scores.shape[-1]
     if bool(short.any()):
         tokens[short] = _sample_whole(scores[short], uniform[short], filters)
     return tokens

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -36,6 +37,7 @@ from self_rewarding_lm.records import (
 from self_rewarding_lm.runtime import Runtime
 
 RECORD_TYPES = (Prompt, Candidate, Judgement, PreferencePair, ReferenceLogprobs, TrainingRow)
+WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
 STAGE_FILES = ("config.json", "done.json", "metrics.jsonl")
 
 
@@ -83,7 +85,8 @@ class StageDir:
         kind = record_type.kind  # type: ignore[attr-defined]
         for path in (self.path / f"{kind}.jsonl", *self._rank_files(kind)):
             for values in read_lines(path):
-                found.setdefault(values["id"], _record(record_type, values, path))
+                record = _record(record_type, values, path)
+                found.setdefault(record.id, record)  # type: ignore[attr-defined]
         return list(found.values())
 
     def known(self, record_type: type[Record]) -> list[Record]:
@@ -143,7 +146,7 @@ def id_order(record_id: str) -> tuple[tuple[int, int, str], ...]:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file by rename, so that it is there in full or not at all."""
     draft = path.with_suffix(".json.tmp")
-    with draft.open("w", encoding="utf-8") as file:
+    with draft.open("w", encoding="utf-8", errors="replace") as file:
         json.dump(values, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()
@@ -159,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[Any]:
     """The lines of a JSONL file; a torn last line is left out."""
     if not path.exists():
         return
@@ -188,7 +191,7 @@ def read_weights(module: nn.Module, path: Path) -> None:
     """Load weights into a module, in place; StoreError where they do not fit."""
     try:
         load_model(module, str(path), device="cpu")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise StoreError(
             f"the weights in {path} cannot be loaded into this model: {error}. They belong to "
             "another model, or the file is damaged."
@@ -203,8 +206,9 @@ def remove_stage(path: Path) -> None:
     files += [f for t in RECORD_TYPES for f in path.glob(f"{t.kind}.[0-9]*.jsonl")]
     for file in files:
         file.unlink(missing_ok=True)
-    for folder in [d for d in path.glob("*") if d.is_dir()]:
-        remove_weights(folder)
+    for pattern in WEIGHTS_FOLDERS:
+        for folder in path.glob(pattern):
+            remove_weights(folder)
     _remove_if_empty(path)
 
 
@@ -240,8 +244,8 @@ def _line(values: dict[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _record(record_type: type[Record], values: dict[str, Any], path: Path) -> Record:
+def _record(record_type: type[Record], values: Any, path: Path) -> Record:
     try:
         return from_json(record_type, values)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise StoreError(f"{path} holds no {record_type.__name__} record: {error}") from error

@@ -95,7 +95,7 @@ class Tokens:
             number = int(value)
         except (TypeError, ValueError, OverflowError):
             number = None
-        if number is None or number != value:
+        if number is None or number != value or isinstance(value, bool):
             raise TokenizerError(f"token ids {whose} must be whole numbers; got {value!r}.")
         if number < 0 or (self.vocab is not None and number >= self.vocab):
             limit = "" if self.vocab is None else f" to {self.vocab - 1}"

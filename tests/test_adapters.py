@@ -94,6 +94,17 @@ def test_dropping_the_longest_row_frees_its_columns():
     assert cache.state.attn_intermediates[0].cached_kv[0].shape[-2] == 3
 
 
+def test_dropping_the_longest_row_shortens_the_rows_of_a_plain_model():
+    module, shapes = Recurrent(), []
+    model = adapt(module)
+    module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad(), evaluating(module):
+        _, cache = model.start(RAGGED)
+        cache.select(torch.tensor([0, 2]))
+        cache.extend(torch.tensor([1, 1]))
+    assert shapes == [(4, 7), (2, 4)]
+
+
 @pytest.mark.parametrize(
     "options",
     [{"shift_tokens": 1}, {"num_memory_tokens": 2}, {"attn_selective": True}],

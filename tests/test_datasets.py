@@ -79,12 +79,17 @@ SUPERVISED = {
     "ids and prompt_len as a tensor": ((tensor([1, 2, 3]), tensor(1)), (1, 2, 3), (F, T, T)),
     "lists": (([1, 2, 3, 4], 2), (1, 2, 3, 4), (F, F, T, T)),
     "a pair from JSON": ([[1, 2, 3, 4], 3], (1, 2, 3, 4), (F, F, F, T)),
-    "an array of ids": ((np.array([1, 2, 3]), 1), (1, 2, 3), (F, T, T)),
+    "arrays": ((np.array([1, 2, 3]), np.array([T, T, F])), (1, 2, 3), (F, F, T)),
+    "an array of ids and its number": ((np.array([1, 2, 3]), np.int64(1)), (1, 2, 3), (F, T, T)),
     "a text and prompt_len": (("abc", 1), (1, 2, 3), (F, T, T)),
     "no prompt: the first token has nothing before it": (([1, 2, 3], 0), (1, 2, 3), (F, T, T)),
     "ids and prompt_mask": ((tensor([1, 2, 3]), tensor([T, T, F])), (1, 2, 3), (F, F, T)),
     "prompt_mask as a list": (([1, 2, 3, 4], [T, F, T, F]), (1, 2, 3, 4), (F, T, F, T)),
-    "prompt and completion": ({"prompt": "ab", "completion": "cd"}, (1, 2, 3, 4, EOS), (F, F, T, T, T)),
+    "prompt and completion": (
+        {"prompt": "ab", "completion": "cd"},
+        (1, 2, 3, 4, EOS),
+        (F, F, T, T, T),
+    ),
     "prompt and completion as ids": (
         {"prompt": [1, 2], "completion": tensor([3, 4])},
         (1, 2, 3, 4),
@@ -150,17 +155,14 @@ NOT_SUPERVISED = {
     "the mask takes all": (([1, 2], [True, True]), "nothing to learn"),
     "one token": (([1], 0), "nothing to learn"),
     "no token": (([], 0), "nothing to learn"),
-    "an empty completion of ids": ({"prompt": "a", "completion": []}, "the completion) is empty"),
+    "an empty completion of ids": ({"prompt": "a", "completion": []}, "the completion is empty"),
 }
 
 
 @pytest.mark.parametrize(("row", "words"), NOT_SUPERVISED.values(), ids=NOT_SUPERVISED)
 def test_a_row_that_is_not_supervised_is_an_error_that_names_it(row, words):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=f"train_dataset, row 17.*{words}"):
         training_row(row, "train_dataset, row 17", TOKENS)
-    message = str(caught.value)
-    assert "train_dataset, row 17" in message
-    assert words.replace("(", "").replace(")", "") in message.replace("(", "").replace(")", "")
 
 
 def test_an_empty_completion_text_teaches_the_end_token_alone():
@@ -279,7 +281,7 @@ def test_a_supervised_row_is_cut_between_prompt_and_completion(row):
     "row", [{"text": "abc"}, ([1, 2, 3], [T, F, T]), ([1, 2, 3, 4], [T, F, T, F])], ids=str
 )
 def test_a_row_that_is_no_prompt_with_its_completion_is_an_error(row):
-    with pytest.raises(DataError, match="row 17.* a prompt followed by a completion"):
+    with pytest.raises(DataError, match=r"row 17.* a prompt followed by a completion"):
         prompt_and_completion(row, "train_dataset, row 17", TOKENS)
 
 
@@ -302,7 +304,7 @@ def test_a_row_that_fits_is_left_alone():
 
 def test_a_prompt_that_leaves_no_room_for_a_response_is_an_error():
     assert truncated((1, 2, 3, 4), 2, 3, "row") == ((1, 2, 3), True)
-    with pytest.raises(DataError, match="row 17.*3 tokens.*max_seq_len is 3"):
+    with pytest.raises(DataError, match=r"row 17.*3 tokens.*max_seq_len is 3"):
         truncated((1, 2, 3, 4), 3, 3, "train_dataset, row 17")
 
 
@@ -437,12 +439,6 @@ def test_a_jsonl_file_may_end_in_an_empty_line(tmp_path):
     assert len(opened(path)) == 2
 
 
-def test_a_jsonl_file_may_begin_with_a_byte_order_mark(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
-    assert all_of(opened(path)) == [{"prompt": "a"}]
-
-
 def test_a_mock_dataset_gives_its_output_as_often_as_it_is_long():
     constant = create_mock_dataset(3, ([1, 2], 1))
     assert len(constant) == 3
@@ -518,23 +514,25 @@ def test_decoding_leaves_out_the_end_token():
 
 
 def test_decoding_to_something_else_than_text_is_an_error():
-    tokens = Tokens(CallableTokenizer(letters, lambda ids: ids.tolist()), eos_id=0, vocab=30)
     with pytest.raises(TokenizerError, match="must give a str; got list"):
-        tokens.decode((1, 2))
+        Tokens(Own(), eos_id=None, vocab=30).decode((1, 2))
 
 
 def test_the_end_token_is_the_tokenizers_own_unless_another_is_given():
-    class Own:
-        eos_token_id = 7
-
-        def encode(self, text):
-            return letters(text)
-
-        def decode(self, ids):
-            return ""
-
     assert Tokens(Own(), eos_id=None, vocab=30).eos_id == 7
     assert Tokens(Own(), eos_id=0, vocab=30).eos_id == 0
+
+
+class Own:
+    """A tokenizer that knows its end token, and whose decoding is broken."""
+
+    eos_token_id = 7
+
+    def encode(self, text):
+        return letters(text)
+
+    def decode(self, ids):
+        return list(ids)
 
 
 @pytest.mark.parametrize("eos_id", [30, -1])

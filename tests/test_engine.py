@@ -148,11 +148,30 @@ def test_samples_of_one_prompt_share_its_first_forward():
     assert sizes_of_forwards(Successor(), requests, GREEDY) == [2, 5, 5]
 
 
+def test_decoding_keeps_no_gradients_and_is_in_evaluation_mode():
+    module, states = Recurrent().train(), []
+    model = adapt(module)
+    module.register_forward_pre_hook(
+        lambda *_: states.append((torch.is_grad_enabled(), module.training))
+    )
+    list(LocalEngine().generate(model, requests_of(), GREEDY))
+    assert set(states) == {(False, False)}
+
+
 def test_max_rows_bounds_the_rows_of_a_forward():
     model, sizes = adapt(Recurrent()), []
     model.module.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
     list(LocalEngine(max_rows=2).generate(model, requests_of(), GREEDY))
     assert max(sizes) == 2
+
+
+def test_max_prefill_tokens_bounds_a_first_forward_padding_included():
+    model, sizes = adapt(Recurrent()), []
+    model.module.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    requests = requests_of(limits=[1])  # the first forward is the only one
+    list(LocalEngine(max_prefill_tokens=10).generate(model, requests, GREEDY))
+    # lengths 1 | 2 | 3, the same ids again | 5 | 7: no two of the longer ones fit into 10
+    assert max(sizes) <= 10 and sum(sizes) >= 1 + 2 + 3 + 5 + 7
 
 
 def test_no_requests_give_no_completions():
@@ -203,6 +222,12 @@ def test_min_new_tokens_forbids_the_end_token_before():
     assert decoded(Successor(), [Request((3,), 0, 9)], decoding)[0].ids == (0, 1, 2, 3, 4)
 
 
+def test_exactly_min_new_tokens_come_before_the_end_token():
+    decoding = Decoding(temperature=0.0, eos_id=2, min_new_tokens=2)
+    done = decoded(Fixed([1.0, 0.5, 3.0]), [Request((1,), 0, 9)], decoding)
+    assert done == [Completion((0, 0, 2), True)]
+
+
 def test_min_new_tokens_that_are_reached_change_nothing():
     decoding = Decoding(temperature=0.0, eos_id=EOS, min_new_tokens=2)
     assert decoded(Successor(), [Request((4,), 0, 9)], decoding)[0].ids == (5, 6, 7)
@@ -211,9 +236,10 @@ def test_min_new_tokens_that_are_reached_change_nothing():
 def test_repetition_penalty_makes_seen_tokens_less_likely():
     decoding = Decoding(temperature=0.0, repetition_penalty=4.0)
     module = Fixed([2.0, 1.5, 1.0, -1.0])
-    requests = [Request((3,), 0, 4), Request((0,), 1, 3)]
+    requests = [Request((1,), 0, 1), Request((3,), 1, 4), Request((0,), 2, 3)]
     # 2.0 -> 0.5 once token 0 was seen, 1.5 -> 0.375, 1.0 -> 0.25: then 0 is the likeliest again
-    assert [c.ids for c in decoded(module, requests, decoding)] == [(0, 1, 2, 0), (1, 2, 0)]
+    found = [c.ids for c in decoded(module, requests, decoding)]
+    assert found == [(0,), (0, 1, 2, 0), (1, 2, 0)]
 
 
 def test_filter_fn_sees_logits_first_and_may_change_them_in_place():

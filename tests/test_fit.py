@@ -419,6 +419,19 @@ def test_dropout_at_a_step_is_the_same_every_time(tmp_path):
     assert not same(trained("d", 0.5, round=1), first)
 
 
+def test_dropout_is_another_at_each_step(tmp_path):
+    module, masks = Recurrent(dropout=0.1), []
+    module.dropout.register_forward_hook(lambda part, args, out: masks.append(out == 0))
+    ctx = context(module)
+    masks.clear()
+    training = Fit(
+        ctx, stage_dir(ctx, tmp_path), supervised(ROWS[2:3]), optim(epochs=3), dropout=0.5
+    )
+    training.run()
+    assert len(masks) == 3
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+
+
 def test_without_dropout_a_model_in_training_mode_is_exact(tmp_path):
     module, start = Recurrent(dropout=0.9).double(), plain64()
     fit(module, tmp_path, supervised(), dropout=0.0)

@@ -232,6 +232,14 @@ def test_tokens_that_tie_with_the_last_kept_one_are_kept_too(size, filters, kept
     assert set(sample_next(logits, noise, **filters).tolist()) == kept
 
 
+def test_ties_with_the_last_of_top_k_count_in_the_mass_of_top_p_however_many_they_are():
+    """Five tokens of weight 10 and 150 of weight 1: top-k 10 keeps all of them, a mass of 200."""
+    logits = [math.log(10)] * 5 + [0.0] * 150 + [-40.0] * 145
+    settings = {"top_k": 10, "top_p": 0.4}
+    assert sum(p > 0 for p in distribution(logits, **settings)) == 155
+    assert p_value(draw(logits, 0, **settings), distribution(logits, **settings)) > LEAST_P
+
+
 @pytest.mark.parametrize("size", [8, 1_000])
 def test_filters_that_keep_everything_change_nothing(size):
     logits = torch.randn(400, size, generator=torch.Generator().manual_seed(3))

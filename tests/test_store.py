@@ -163,7 +163,9 @@ def test_trap_8_stages_have_files_of_their_own(tmp_path):
     assert [c.id for c in other.read(Candidate)] == ["b/0/0"]
 
 
-@pytest.mark.parametrize("torn", [b'{"id": "a/1/0", "prom', '{"id": "a/1/0", "text": "ü'.encode()[:-1]])
+@pytest.mark.parametrize(
+    "torn", [b'{"id": "a/1/0", "prom', '{"id": "a/1/0", "text": "ü'.encode()[:-1]]
+)
 def test_a_torn_last_line_is_cut_off_and_the_next_record_is_not_glued_onto_it(tmp_path, torn):
     stage = stage_dir(tmp_path)
     stage.append([candidate("a/0/0")])
