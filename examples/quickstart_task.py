@@ -184,7 +184,7 @@ class TaskData:
 def make_data(
     seed: int,
     *,
-    instructions: int = 100,
+    instructions: int = 80,
     judge_rows: int = 6000,
     rounds: int = 2,
     prompts_per_round: int = 700,

@@ -80,7 +80,7 @@ class Fit:
         self.first_step = first_step
         self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
         self.total = num_train_steps or (optim.epochs or 1) * self.steps_per_epoch
-        self.stopper = _Stopper(ctx, out, early_stopping) if early_stopping else None
+        self.stopper = _Stopper(ctx, out, early_stopping, first_step) if early_stopping else None
 
     def run(self) -> int:
         """Train; the number of steps that were done."""
@@ -229,14 +229,18 @@ def _add(sums: _Sums, losses: Tensor, tokens: int, metrics: dict[str, Tensor]) -
 class _Stopper:
     """Early stopping, decided on the main process and told to all."""
 
-    def __init__(self, ctx: Context, out: StageDir, settings: EarlyStopping) -> None:
+    def __init__(
+        self, ctx: Context, out: StageDir, settings: EarlyStopping, first_step: int
+    ) -> None:
         self.ctx, self.out, self.settings = ctx, out, settings
+        self.first_step = first_step
         self.best: float | None = None
         self.best_step = 0
         self.worse = 0
 
     def check(self, step: int) -> bool:
         """Evaluate, keep the weights if they are the best so far; whether to stop."""
+        step += self.first_step
         score = self.ctx.runtime.from_main(self._score() if self.ctx.runtime.is_main else None)
         assert score is not None
         better = self.best is None or (

@@ -96,11 +96,11 @@ class SelfJudge:
     ) -> Iterator[Judgement]:
         requests = [request for *_, request in asked]
         decoding = decoding_of(self.sampling, ctx.tokens)
-        with ctx.runtime.autocast():
-            for index, done in ctx.engine.generate(model, requests, decoding):
-                candidate, k, _ = asked[index]
-                text = ctx.tokens.decode(done.ids) or ""
-                yield self._judgement(candidate, k, self.parse(text), text)
+        answers = ctx.engine.generate(model, requests, decoding)
+        for index, done in ctx.runtime.autocasted(answers):
+            candidate, k, _ = asked[index]
+            text = ctx.tokens.decode(done.ids) or ""
+            yield self._judgement(candidate, k, self.parse(text), text)
 
     def _judgement(
         self, candidate: Candidate, k: int, parsed: ParsedScore, text: str | None
@@ -124,11 +124,12 @@ class FunctionJudge:
         columns = self._columns([p for p, _ in flat])
         texts = [c.text for _, c in flat]
         scores = self.function(prompts=[p.text for p, _ in flat], completions=texts, **columns)
-        scores = scores.tolist() if isinstance(scores, Tensor) else list(scores)
-        if len(scores) != len(flat):
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores
+        if not isinstance(scores, Sequence) or len(scores) != len(flat):
+            came = f"{len(scores)}" if isinstance(scores, Sequence) else f"{scores!r:.200}"
             raise JudgeError(
                 f"reward function {self.name} must return one score (or None) for each of the "
-                f"{len(flat)} completions; got {len(scores)}."
+                f"{len(flat)} completions; got {came}."
             )
         return [
             Judgement(f"{c.id}/j0", (c.id,), self.name, parsed.score, parsed.reason)

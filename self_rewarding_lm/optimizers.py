@@ -30,6 +30,8 @@ def make_optimizers(
     hidden = _hidden_matrices(module, vocab)
     rest = [p for p in params if id(p) not in hidden]
     matrices = [p for p in params if id(p) in hidden]
+    if not matrices:
+        return [_adamw(rest, optim)]
     muon = torch.optim.Muon(
         matrices,
         lr=optim.learning_rate or 0.0,

@@ -14,7 +14,7 @@ from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.tokens import Tokenizer, Tokens
 
-STOP_WINDOW = 32  # tokens at the end of a row that are decoded to look for a stop text
+BYTES_PER_CHARACTER = 4  # at most: how many tokens one character of a stop text may take
 
 
 def rollout(
@@ -29,17 +29,17 @@ def rollout(
 
     A candidate's noise is a function of (seed, its id, position) alone.
     """
-    with ctx.runtime.autocast():
-        yield from sample_candidates(
-            ctx.model,
-            prompts,
-            sampling,
-            num_samples,
-            engine=ctx.engine,
-            tokens=ctx.tokens,
-            seed=ctx.seed,
-            limit=ctx.limit(max_seq_len),
-        )
+    found = sample_candidates(
+        ctx.model,
+        prompts,
+        sampling,
+        num_samples,
+        engine=ctx.engine,
+        tokens=ctx.tokens,
+        seed=ctx.seed,
+        limit=ctx.limit(max_seq_len),
+    )
+    return ctx.runtime.autocasted(found)
 
 
 def sample_candidates(
@@ -159,8 +159,10 @@ def _stop_check(stop: Sequence[str], tokens: Tokens) -> Callable[[Sequence[int]]
     if tokens.tokenizer is None:
         raise ConfigError(f"stop texts {list(stop)} need a tokenizer, to see them in the tokens.")
 
+    window = BYTES_PER_CHARACTER * max(map(len, stop))
+
     def is_stop(new: Sequence[int]) -> bool:
-        tail = tokens.decode(new[-STOP_WINDOW:]) or ""
+        tail = tokens.decode(new[-window:]) or ""
         return any(text in tail for text in stop)
 
     return is_stop

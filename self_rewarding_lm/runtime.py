@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,9 +63,19 @@ class Runtime:
         norm = self.accelerator.clip_grad_norm_(parameters, limit or float("inf"))
         return float(norm) if norm is not None else float("nan")
 
-    def autocast(self) -> AbstractContextManager:
-        """Mixed precision for a forward outside the prepared module."""
-        return self.accelerator.autocast()
+    def autocasted(self, results: Iterable[T]) -> Iterator[T]:
+        """The results of forwards outside the prepared module, each made in mixed precision.
+
+        Precision is as before for whoever consumes them.
+        """
+        iterator = iter(results)
+        while True:
+            with self.accelerator.autocast():
+                try:
+                    result = next(iterator)
+                except StopIteration:
+                    return
+            yield result
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sums over all processes."""
@@ -124,31 +134,32 @@ def random_numbers_kept() -> Iterator[None]:
     """The global random state of torch and Python is afterwards what it was before."""
     state = random.getstate()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-    random.setstate(state)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
+    """An Accelerator with its own settings, whatever an earlier one of this process has.
+
+    accelerate shares one state among all of a process. Alone, each gets a state of its own; with
+    siblings the process group cannot be changed, so other settings are refused.
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+    if alone:  # earlier accelerators keep the dicts they hold
+        for state in (AcceleratorState, PartialState):
+            state._shared_state = type(state._shared_state)()
     try:
         return Accelerator(**kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"accelerate_kwargs are passed to accelerate.Accelerator: {error}"
+            f"accelerate.Accelerator refused accelerate_kwargs={kwargs}: {error} They are its "
+            "arguments; with several processes all trainers of a process share them."
         ) from error
-    except ValueError as error:
-        if "already been initialized" not in str(error):
-            raise ConfigError(
-                f"accelerate.Accelerator refused accelerate_kwargs: {error}"
-            ) from error
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ConfigError(
-                f"an earlier trainer of this process used other accelerate_kwargs than {kwargs}; "
-                "with several processes they cannot be changed. Use the same for all trainers, or "
-                "start a new process."
-            ) from error
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process: nothing else holds it
-    return Accelerator(**kwargs)
 
 
 def _set_up_logging(shows: bool) -> None:

@@ -87,13 +87,13 @@ def test_greedy_batched_and_cached_is_greedy_one_row_at_a_time(kind):
 
 @pytest.mark.parametrize("kind", KINDS64)
 def test_sampled_tokens_are_those_of_a_plain_loop(kind):
-    module, requests = KINDS64[kind](), requests_of(RAGGED * 3)
+    module, requests = KINDS64[kind](), requests_of(RAGGED * 2)
     assert decoded(module, requests, NOISY) == [oracle(module, r, NOISY) for r in requests]
 
 
 @pytest.mark.parametrize("kind", ["rotary", "plain"])
 def test_candidates_do_not_depend_on_the_batch_or_the_order(kind):
-    module, requests = KINDS64[kind](), requests_of(RAGGED * 5)
+    module, requests = KINDS64[kind](), requests_of(RAGGED * 4)
     expected = decoded(module, requests, NOISY, max_rows=1)
     order = list(range(len(requests)))
     random.Random(0).shuffle(order)
@@ -170,8 +170,8 @@ def test_max_prefill_tokens_bounds_a_first_forward_padding_included():
     model.module.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
     requests = requests_of(limits=[1])  # the first forward is the only one
     list(LocalEngine(max_prefill_tokens=10).generate(model, requests, GREEDY))
-    # lengths 1 | 2 | 3, the same ids again | 5 | 7: no two of the longer ones fit into 10
-    assert max(sizes) <= 10 and sum(sizes) >= 1 + 2 + 3 + 5 + 7
+    # rows of 1, 2 and 3 (twice the same) go as 3 x 3; with the one of 5 they would be 4 x 5
+    assert sizes == [9, 5, 7]
 
 
 def test_no_requests_give_no_completions():

@@ -147,9 +147,11 @@ def _cached_equals_whole(model: TokenModel, rows: list[list[int]], following: in
     second = cache.extend(torch.full((2,), following, device=device))[order]
     for i, row in enumerate(rows):
         whole = torch.tensor([[*row, following]], device=device)
-        truth = model.logits(whole)[0, -2:].double()
-        got = torch.stack([first[i], second[i]]).double()
-        tolerance = 1e-2 * truth.abs().amax().clamp(min=1.0)
+        truth = model.logits(whole)[0, -2:]
+        got = torch.stack([first[i], second[i]])
+        rounding = 1e-4 if truth.dtype in (torch.float32, torch.float64) else 2e-2
+        truth, got = truth.double(), got.double()
+        tolerance = rounding * truth.abs().amax().clamp(min=1.0)
         if not bool(((truth - got).abs() <= tolerance).all()):
             return False
     return True

@@ -39,22 +39,39 @@ class XTransformersModel:
         self.max_len = limit_of(transformer)
         self.vocab = probe_vocab(transformer)
         check_causal(self)
-        self.caches = bool(transformer.can_cache_kv) and cache_agrees(self)
-        if not self.caches:
-            logger.warning(
-                "this x-transformers model cannot be decoded with a cache (its options do not "
-                "allow it, or the cached logits differ): each token costs a whole forward."
-            )
+        self._tried: int | None = None  # the state of the weights the cache was tried with
+        self._warned = False
+        self.caches = self._try_cache()
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.transformer(ids), *ids.shape)
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
-        if not getattr(self, "caches", True):  # unset while the cache itself is tried out
+        self.caches = self._try_cache()
+        if not self.caches:
             recomputed = RecomputedRows(self, rows)
             return recomputed.last_logits(), recomputed
         cache = KeyValueRows(self.transformer, rows)
         return cache.logits, cache
+
+    def _try_cache(self) -> bool:
+        """Whether cached decoding is right, tried anew after the weights have changed.
+
+        A branch that starts at zero hides what the cache gets wrong until it is trained.
+        """
+        state = sum(p._version for p in self.module.parameters())
+        if state == self._tried:
+            return self.caches
+        self._tried = state
+        self.caches = bool(self.transformer.can_cache_kv)  # `start` shall cache while it is tried
+        self.caches = self.caches and cache_agrees(self)
+        if not self.caches and not self._warned:
+            self._warned = True
+            logger.warning(
+                "this x-transformers model cannot be decoded with a cache (its options do not "
+                "allow it, or the cached logits differ): each token costs a whole forward."
+            )
+        return self.caches
 
 
 class KeyValueRows:
