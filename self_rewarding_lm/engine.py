@@ -76,6 +76,7 @@ class LocalEngine:
     def generate(
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]:
+        model.refresh()
         for batch in self._batches(requests):
             with torch.no_grad(), evaluating(model.module):
                 finished = _Batch(model, [requests[i] for i in batch], decoding).run()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from self_rewarding_lm.adapters.base import device_of, evaluating
+from self_rewarding_lm.adapters.base import device_of, evaluating, modes_kept
 from self_rewarding_lm.adapters.policy import dropout_set
 from self_rewarding_lm.batching import micro_batches, pad_masks, pad_rows
 from self_rewarding_lm.config import OptimConfig
@@ -87,7 +87,7 @@ class Fit:
         module = self.ctx.policy
         made = make_optimizers(module, self.optim, self.ctx.model.vocab)
         optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
-        with random_numbers_kept(), dropout_set(module, self.dropout):
+        with random_numbers_kept(), modes_kept(module), dropout_set(module, self.dropout):
             try:
                 steps = self._steps(module, optimizers)
             finally:

@@ -138,7 +138,7 @@ class FunctionJudge:
 
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
         """The rows' other columns that the function asks for by name, or all with **columns."""
-        names = {key for p in prompts for key in (p.columns or {})}
+        names = {key for p in prompts for key in (p.columns or {})} - {"prompts", "completions"}
         asked = signature(self.function).parameters
         if not any(p.kind is Parameter.VAR_KEYWORD for p in asked.values()):
             names &= set(asked)

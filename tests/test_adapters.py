@@ -132,6 +132,7 @@ def test_a_cache_that_was_accepted_before_training_is_right_after_it(options, se
     module = untrained(seed=seed, **options)
     model = adapt(module)
     lively(module)
+    model.refresh()  # as the engine does before each generation
     rows = [[3, 1, 4, 1, 5, 9], [2, 6]]
     with torch.no_grad(), evaluating(module):
         _, cache = model.start(rows)

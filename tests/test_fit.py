@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from self_rewarding_lm.adapters.base import evaluating
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import ConfigError, TrainingError
 from self_rewarding_lm.fit import EarlyStopping, Fit
@@ -18,7 +19,16 @@ from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, Trainin
 from self_rewarding_lm.reference import PairSums, StoredReference, response_logprobs
 from self_rewarding_lm.runtime import Runtime, random_numbers_kept
 from self_rewarding_lm.store import read_lines, read_weights
-from tests.models import VOCAB, Recurrent, context, stage_dir, transformer, transformer64
+from tests.models import (
+    VOCAB,
+    Recurrent,
+    context,
+    last_logits,
+    stage_dir,
+    transformer,
+    transformer64,
+    untrained,
+)
 
 ROWS = [  # (ids, length of the prompt)
     ([3, 1, 4, 1, 5], 2),
@@ -309,7 +319,11 @@ def test_the_reference_stays_bit_for_bit_while_the_policy_moves(tmp_path):
     settings = optim(optimizer="adamw", learning_rate=1e-2, epochs=5)
     Fit(ctx, out, PreferenceObjective(pairs(), first, 0.1), settings).run()
     assert (tmp_path / "reference.jsonl").read_bytes() == before
+    forwards = []
+    hook = ctx.policy.register_forward_pre_hook(lambda *_: forwards.append(1))
     assert StoredReference(ctx, out, token_budget=1000).sums(pairs()) == first
+    hook.remove()
+    assert not forwards  # it was read, not computed
     policy = response_logprobs(ctx.policy, [(p.prompt_ids, p.chosen_ids) for p in pairs()])
     assert all(abs(sum(now) - then.chosen) > 1e-3 for now, then in zip(policy, first, strict=True))
 
@@ -630,6 +644,21 @@ def test_both_named_optimisers_lower_the_loss(name, tmp_path):
     fit(transformer(), tmp_path, supervised(), settings)
     losses = logged(tmp_path, "loss")
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_cache_that_seemed_right_before_training_is_right_after_it(name, tmp_path):
+    module = untrained(shift_tokens=1, zero_init_branch_output=True)
+    ctx = context(module)  # every branch gives zero now, so any cache would seem right
+    settings = optim(optimizer=name, learning_rate=3e-2, epochs=20)
+    Fit(ctx, stage_dir(ctx, tmp_path), supervised(), settings).run()
+    rows = [[3, 1, 4, 1, 5, 9], [2, 6]]
+    with torch.no_grad(), evaluating(module):
+        ctx.model.refresh()  # as the engine does before each generation
+        _, cache = ctx.model.start(rows)
+        logits = cache.extend(torch.tensor([2, 2]))
+    whole = torch.stack([last_logits(module, [*row, 2]) for row in rows])
+    assert torch.allclose(logits, whole, atol=1e-4)
 
 
 def test_muon_trains_a_model_that_is_as_wide_as_its_vocabulary(tmp_path):

@@ -30,6 +30,9 @@ class PlainModel:
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.module(ids), *ids.shape)
 
+    def refresh(self) -> None:
+        """Nothing here depends on the weights."""
+
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = RecomputedRows(self, rows)
         return cache.last_logits(), cache

@@ -20,6 +20,7 @@ from self_rewarding_lm.adapters.base import (
     probe_vocab,
 )
 from self_rewarding_lm.adapters.plain import RecomputedRows
+from self_rewarding_lm.errors import AdapterError
 
 logger = logging.getLogger(__name__)
 
@@ -38,31 +39,27 @@ class XTransformersModel:
         self.transformer = transformer
         self.max_len = limit_of(transformer)
         self.vocab = probe_vocab(transformer)
+        if not transformer.attn_layers.causal:
+            raise AdapterError("the model is not causal: build it with Decoder, not Encoder.")
         check_causal(self)
-        self._tried: int | None = None  # the state of the weights the cache was tried with
         self._warned = False
-        self.caches = self._try_cache()
+        self.refresh()
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.transformer(ids), *ids.shape)
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
-        self.caches = self._try_cache()
         if not self.caches:
             recomputed = RecomputedRows(self, rows)
             return recomputed.last_logits(), recomputed
         cache = KeyValueRows(self.transformer, rows)
         return cache.logits, cache
 
-    def _try_cache(self) -> bool:
-        """Whether cached decoding is right, tried anew after the weights have changed.
+    def refresh(self) -> None:
+        """Try whether cached decoding is right with the present weights.
 
-        A branch that starts at zero hides what the cache gets wrong until it is trained.
+        A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
-        state = sum(p._version for p in self.module.parameters())
-        if state == self._tried:
-            return self.caches
-        self._tried = state
         self.caches = bool(self.transformer.can_cache_kv)  # `start` shall cache while it is tried
         self.caches = self.caches and cache_agrees(self)
         if not self.caches and not self._warned:
@@ -71,7 +68,6 @@ class XTransformersModel:
                 "this x-transformers model cannot be decoded with a cache (its options do not "
                 "allow it, or the cached logits differ): each token costs a whole forward."
             )
-        return self.caches
 
 
 class KeyValueRows:
