@@ -39,7 +39,7 @@ setup(
             "self-rewarding-lm-pytorch==0.2.12",
         ],
         "docs": ["matplotlib>=3.9"],
-        "dev": [*TEST, "ruff", "pyright"],
+        "dev": [*TEST, "ruff", "pyright[nodejs]"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

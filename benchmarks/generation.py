@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--quick", action="store_true", help="smaller, one run: for a look")
     arguments = parser.parse_args()
-    prompts_count, new_tokens, runs = (8, 32, 1) if arguments.quick else (16, 256, 5)
+    prompts_count, new_tokens, runs = (8, 32, 1) if arguments.quick else (8, 128, 5)
     dim, depth = (128, 2) if arguments.quick else (256, 4)
     torch.set_num_threads(os.cpu_count() or 1)
 

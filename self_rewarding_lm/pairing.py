@@ -22,13 +22,13 @@ class DropCounts:
 
     def metrics(self) -> dict[str, int]:
         """`pairs/kept`, `pairs/dropped_<reason>` and `candidates/dropped_<reason>`."""
-        prompts = {f"pairs/dropped_{k}": n for k, n in sorted(self.prompts.items())}
+        prompts = {f"pairs/dropped_{k}": n for k, n in sorted(self.prompts.items()) if n}
         candidates = {f"candidates/dropped_{k}": n for k, n in sorted(self.candidates.items())}
         return {"pairs/kept": self.kept, **prompts, **candidates}
 
     def in_words(self) -> str:
         """For a message: '3 tie, 1 unfinished'."""
-        return ", ".join(f"{n} {reason}" for reason, n in self.prompts.most_common()) or "none"
+        return ", ".join(f"{n} {reason}" for reason, n in self.prompts.most_common() if n) or "none"
 
 
 def best_against_worst(scores: Sequence[float | None]) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from self_rewarding_lm.records import (
 )
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import (
-    StageDir,
+    StageFiles,
     read_json,
     read_lines,
     read_weights,
@@ -48,11 +48,10 @@ class Run:
     `Run.open(folder)` raises StoreError where the folder holds no run.
     """
 
-    def __init__(self, folder: Path, runtime: Runtime | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info = read_json(folder / "run.json")
         _check_ours(folder, self.info)
-        self._runtime = runtime or Runtime({}, quiet=True)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -128,7 +127,7 @@ class Run:
         """Load a stage's trained weights into a model of the same shape, in place."""
         read_weights(model, self.weights(stage))
 
-    def stage(self, stage: str | int) -> StageDir:
+    def stage(self, stage: str | int) -> StageFiles:
         """The stage's folder."""
         folders = self.info["stages"]
         if isinstance(stage, int):
@@ -137,7 +136,7 @@ class Run:
             found = next((f for f in folders if stage in (f, f.split("-", 1)[1])), None)
         if found is None:
             raise StoreError(f"the run has no stage {stage!r}; it has: {', '.join(self.stages)}.")
-        return StageDir(self.folder / found, self._runtime)
+        return StageFiles(self.folder / found)
 
     def _read(self, stage: str | int, record_type: type[Record]) -> list[Record]:
         return self.stage(stage).read(record_type)
@@ -161,7 +160,7 @@ def begin_run(
     if runtime.is_main:
         _check_and_write(folder, stages, settings, model, seed, overwrite)
     runtime.barrier()
-    return Run(folder, runtime)
+    return Run(folder)
 
 
 def save_initial(run: Run, model: nn.Module, runtime: Runtime) -> None:
@@ -249,8 +248,22 @@ def _check_and_write(
     info = _run_info(stages, model, seed)
     if old is not None:
         info["created"] = old["created"]
-        info["model"] = old["model"] | {"hash_now": info["model"]["hash"]}
+        if (folder / stages[0] / "done.json").exists():
+            info["model"] = old["model"]  # the weights that count are the last stage's
+        else:
+            _check_first_weights(folder / stages[0], old["model"], info["model"])
     write_json(path, info)
+
+
+def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Responses sampled by other weights than the model's must not be trained on as its own."""
+    if before["hash"] != now["hash"] and any(first.glob("candidates*.jsonl")):
+        raise RunMismatchError(
+            f"{first} holds responses that were sampled from other weights (hash "
+            f"{before['hash']}) than the model has now ({now['hash']}). Start with the same "
+            "weights (for a random model: the same torch.manual_seed), or call the trainer with "
+            "overwrite_checkpoints=True."
+        )
 
 
 def _check_ours(folder: Path, info: Any) -> None:

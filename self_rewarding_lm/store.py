@@ -41,11 +41,40 @@ WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
 STAGE_FILES = ("config.json", "done.json", "metrics.jsonl")
 
 
-class StageDir:
+class StageFiles:
+    """One stage's folder, to read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "done.json").exists()
+
+    def read(self, record_type: type[Record]) -> list[Record]:
+        """All records of a type that are on disk, each id once."""
+        found: dict[str, Record] = {}
+        kind = record_type.kind  # type: ignore[attr-defined]
+        for path in (self.path / f"{kind}.jsonl", *self._rank_files(kind)):
+            for values in read_lines(path):
+                record = _record(record_type, values, path)
+                found.setdefault(record.id, record)  # type: ignore[attr-defined]
+        return list(found.values())
+
+    def weights(self, name: str = "model") -> Path | None:
+        """The weights of that name, if they were written."""
+        path = self.path / name / "model.safetensors"
+        return path if path.exists() else None
+
+    def _rank_files(self, kind: str) -> list[Path]:
+        return sorted(self.path.glob(f"{kind}.[0-9]*.jsonl"))
+
+
+class StageDir(StageFiles):
     """One stage's folder, as the stage writes it. `runtime` tells which process this is."""
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
-        self.path = path
+        super().__init__(path)
         self.runtime = runtime
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
@@ -79,16 +108,6 @@ class StageDir:
                 part.unlink()
         self.runtime.barrier()
 
-    def read(self, record_type: type[Record]) -> list[Record]:
-        """All records of a type that are on disk, each id once."""
-        found: dict[str, Record] = {}
-        kind = record_type.kind  # type: ignore[attr-defined]
-        for path in (self.path / f"{kind}.jsonl", *self._rank_files(kind)):
-            for values in read_lines(path):
-                record = _record(record_type, values, path)
-                found.setdefault(record.id, record)  # type: ignore[attr-defined]
-        return list(found.values())
-
     def known(self, record_type: type[Record]) -> list[Record]:
         """As `read`, before an arrow begins: no process appends until all have read."""
         records = self.read(record_type)
@@ -108,11 +127,6 @@ class StageDir:
         self.runtime.barrier()
         return path
 
-    def weights(self, name: str = "model") -> Path | None:
-        """The weights of that name, if they were written."""
-        path = self.path / name / "model.safetensors"
-        return path if path.exists() else None
-
     def drop_weights(self, name: str) -> None:
         """Delete weights that were only needed within the stage."""
         self.runtime.barrier()
@@ -126,15 +140,8 @@ class StageDir:
             write_json(self.path / "done.json", self.summary)
         self.runtime.barrier()
 
-    @property
-    def is_done(self) -> bool:
-        return (self.path / "done.json").exists()
-
     def _rank_file(self, kind: str) -> Path:
         return self.path / f"{kind}.{self.runtime.rank}.jsonl"
-
-    def _rank_files(self, kind: str) -> list[Path]:
-        return sorted(self.path.glob(f"{kind}.[0-9]*.jsonl"))
 
 
 def id_order(record_id: str) -> tuple[tuple[int, int, str], ...]:

@@ -153,7 +153,7 @@ class SelfRewardingTrainer:
         stage, name, ctx = self.stages[place], self.names[place], self._context(place)
         if stage.init_from != "previous":
             ctx.load(stage.init_from)
-        out: StageDir = run.stage(place)
+        out = StageDir(run.stage(place).path, self.runtime)
         out.begin(self._settings(stage))
         logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
         stage.run(ctx, out)

@@ -1,6 +1,5 @@
-"""The four examples of the ancestor's README, with only the import name changed.
-
-At their own model and data sizes where that takes under a minute; what is smaller is said.
+"""The examples of the ancestor's README that leave something out (`...`), filled in; and the first
+one with a judge that can be read. The first and the second as they stand: test_readme.py.
 """
 
 import pytest
@@ -18,10 +17,8 @@ from self_rewarding_lm import (
     SelfRewardDPOConfig,
     SelfRewardingTrainer,
     SFTConfig,
-    SPINTrainer,
     create_mock_dataset,
 )
-from self_rewarding_lm.errors import JudgeError
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +28,11 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
-def transformer_of(dim: int = 512, depth: int = 1, max_seq_len: int = 1024) -> TransformerWrapper:
+def transformer_of(dim: int, heads: int = 2, max_seq_len: int = 1024) -> TransformerWrapper:
     return TransformerWrapper(
         num_tokens=256,
         max_seq_len=max_seq_len,
-        attn_layers=Decoder(dim=dim, depth=depth, heads=8),
+        attn_layers=Decoder(dim=dim, depth=1, heads=heads),
     )
 
 
@@ -46,38 +43,6 @@ def decode_tokens(tokens: Tensor) -> str:
 
 def encode_str(seq_str: str) -> Tensor:
     return Tensor(list(map(ord, seq_str)))
-
-
-def test_first_example_stops_at_its_unreadable_judge_with_the_sft_checkpoint_on_disk():
-    transformer = transformer_of(dim=64)  # the example's 512 takes over a minute on two cores
-
-    sft_dataset = create_mock_dataset(100, lambda: (torch.randint(0, 256, (256,)), torch.tensor(1)))
-    prompt_dataset = create_mock_dataset(100, lambda: "mock prompt")
-
-    trainer = SelfRewardingTrainer(
-        transformer,
-        finetune_configs=dict(
-            train_sft_dataset=sft_dataset,
-            self_reward_prompt_dataset=prompt_dataset,
-            dpo_num_train_steps=1000,
-        ),
-        tokenizer_decode=decode_tokens,
-        tokenizer_encode=encode_str,
-        accelerate_kwargs=dict(cpu=True),
-    )
-
-    with pytest.raises(JudgeError) as error:
-        trainer(overwrite_checkpoints=True)
-
-    run = Run.open("./checkpoints")
-    assert run.stages == ["sft", "self_reward", "self_reward-2"]
-    assert run.is_done("sft") and run.weights("sft").exists()
-    assert not run.is_done("self_reward")
-    assert len(run.judgements("self_reward")) == 64
-    message = str(error.value)
-    assert "of 64 judgements" in message and "%" in message
-    assert message.count("no_score: ") == 3
-    assert "Change one of these" in message and "reward_regex_template" in message
 
 
 def test_first_example_runs_to_its_end_with_a_parse_reward_that_gives_numbers():
@@ -108,30 +73,6 @@ def test_first_example_runs_to_its_end_with_a_parse_reward_that_gives_numbers():
     assert [len(run.pairs(stage)) for stage in run.stages] == [0, 6, 5]
     first, second = run.prompts("self_reward"), run.prompts("self_reward-2")
     assert not {p.row for p in first} & {p.row for p in second}  # goes on where the first stopped
-
-
-def test_second_example_trains_by_self_play():
-    transformer = transformer_of(depth=1)  # the example's depth is 6
-
-    sft_dataset = create_mock_dataset(100, lambda: (torch.randint(0, 256, (256,)), torch.tensor(1)))
-
-    spin_trainer = SPINTrainer(
-        transformer,
-        max_seq_len=16,
-        train_sft_dataset=sft_dataset,
-        checkpoint_every=100,
-        spin_kwargs=dict(
-            λ=0.1,
-        ),
-    )
-
-    spin_trainer()
-
-    run = Run.open("./spin-checkpoints")
-    assert run.stages == ["spin"] and run.is_done("spin")
-    assert len(run.pairs("spin")) == 100
-    assert run.settings("spin")["settings"]["spin_lambda"] == 0.1
-    assert len(run.metrics("spin")) >= 14  # 100 pairs, batch 16, 2 epochs
 
 
 def test_third_example_reads_a_reward_prompt_of_ones_own():

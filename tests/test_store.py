@@ -425,6 +425,12 @@ def test_dropping_weights_leaves_others(tmp_path):
 
 # A run as a whole
 
+
+def writable(run):
+    """The run's SFT stage, to write."""
+    return StageDir(run.stage("sft").path, Runtime({}, quiet=True))
+
+
 STAGES = ["00-sft", "01-self_reward"]
 
 
@@ -448,7 +454,7 @@ def test_a_folder_without_a_run_cannot_be_opened(tmp_path):
 
 def test_a_run_is_read_back_from_its_folder_alone(tmp_path):
     run = begin(tmp_path)
-    stage = run.stage("sft")
+    stage = writable(run)
     stage.begin({"a": 1})
     pair = PreferencePair("sft/0", (1,), (2,), (3,), "p", "c", "r")
     stage.append([pair, PreferencePair("sft/1", (4,), (5,), (6,))])
@@ -486,7 +492,7 @@ def test_a_stage_is_named_by_its_name_its_folder_or_its_place(tmp_path):
 
 def test_weights_of_a_stage_are_loaded_and_missing_ones_are_an_error(tmp_path):
     run, trained, other = begin(tmp_path), nn.Linear(2, 2), nn.Linear(2, 2)
-    run.stage("sft").save_weights(trained)
+    writable(run).save_weights(trained)
     run.load_weights(other, "sft")
     assert same(trained, other)
     with pytest.raises(StoreError, match="'self_reward'"):
@@ -503,34 +509,35 @@ def test_the_initial_weights_are_kept_as_they_were_at_the_first_start(tmp_path):
 
 def test_a_run_goes_on_with_the_same_settings_and_keeps_its_beginning(tmp_path):
     first = begin(tmp_path)
-    first.stage("sft").begin({"a": 1})
+    writable(first).begin({"a": 1})
+    writable(first).finish()
     again = begin(tmp_path)
     assert again.info["created"] == first.info["created"]
     assert again.info["model"]["hash"] == first.info["model"]["hash"]
 
 
 def test_a_started_stage_with_other_settings_is_refused_with_the_difference(tmp_path):
-    begin(tmp_path).stage("sft").begin({"a": 1})
+    writable(begin(tmp_path)).begin({"a": 1})
     with pytest.raises(RunMismatchError, match=r'(?s)-\s*"a": 1.*\+\s*"a": 2'):
         begin(tmp_path, settings=({"a": 2}, {"b": 1}))
 
 
 def test_a_stage_that_has_not_started_may_change(tmp_path):
-    begin(tmp_path).stage("sft").begin({"a": 1})
+    writable(begin(tmp_path)).begin({"a": 1})
     run = begin(tmp_path, settings=({"a": 1}, {"c": 2}), stages=["00-sft", "01-dpo"])
     assert run.stages == ["sft", "dpo"]
 
 
 def test_a_started_stage_cannot_be_left_out(tmp_path):
-    begin(tmp_path).stage("sft").begin({"a": 1})
+    writable(begin(tmp_path)).begin({"a": 1})
     with pytest.raises(RunMismatchError, match="not among this run's"):
         begin(tmp_path, stages=["00-dpo"], settings=({"b": 1},))
 
 
 def test_overwriting_starts_anew_and_removes_nothing_foreign(tmp_path):
     run = begin(tmp_path)
-    run.stage("sft").begin({"a": 1})
-    run.stage("sft").append([candidate("sft/0/0")])
+    writable(run).begin({"a": 1})
+    writable(run).append([candidate("sft/0/0")])
     save_initial(run, nn.Linear(2, 2), Runtime({}, quiet=True))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "02-other").mkdir()

@@ -199,6 +199,16 @@ def test_a_run_that_was_stopped_goes_on_with_its_records_to_the_same_weights(tmp
     assert same(weights_of(straight), weights_of(resumed))
 
 
+def test_responses_of_other_weights_are_not_taken_for_the_models_own(tmp_path):
+    broken = RewardConfig(prompt_template=JUDGE.prompt_template, parse_reward=lambda text: 1 / 0)
+    with pytest.raises(JudgeError, match="ZeroDivisionError"):
+        trainer_of(tmp_path, [self_reward()], self_reward_prompt_config=broken)()
+    assert Run.open(tmp_path).candidates(0)
+    other = model64(seed=1)
+    with pytest.raises(RunMismatchError, match="other weights"):
+        trainer_of(tmp_path, [self_reward()], other, self_reward_prompt_config=broken)()
+
+
 def test_a_run_that_is_done_is_loaded_and_nothing_is_trained_again(tmp_path):
     first = model64()
     trainer_of(tmp_path, [sft()], first)()
@@ -456,6 +466,16 @@ def test_a_custom_stage_runs_between_ours_and_resumes_like_them(tmp_path):
         run = trainer_of(tmp_path, [sft(), Halve(), sft()])()
     assert ran == ["halve"] and run.summary("halve") == {"factor": 0.5}
     assert run.settings("halve")["settings"]["factor"] == 0.5
+
+
+def test_a_stages_sampling_settings_reach_the_sampler(tmp_path):
+    def only_five(logits):
+        return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([5]), 0.0)
+
+    how = SamplingConfig(filter_fn=only_five, max_new_tokens=3)
+    with pytest.raises(PairingError, match="tie"):
+        trainer_of(tmp_path, [external(generation=how)])()
+    assert {c.ids for c in Run.open(tmp_path).candidates(0)} == {(5, 5, 5)}
 
 
 def test_hooks_have_the_ancestors_signatures(tmp_path):

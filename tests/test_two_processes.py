@@ -33,6 +33,7 @@ def test_two_processes_give_the_records_and_weights_of_one(tmp_path):
                 if name == "rewards/accuracies":
                     continue  # margins that are 0 but for rounding have no sign
                 torch.testing.assert_close(other_step[name], value, rtol=1e-6, atol=1e-9)
+    assert together.summary("sft")["early_stopping"] == {"best_step": 1, "score": 2.0}
     weights = [
         torch.load(tmp_path / f, weights_only=True)
         for f in ("one/weights.0.pt", "two/weights.0.pt", "two/weights.1.pt")

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from self_rewarding_lm import SelfPlayConfig
+from self_rewarding_lm import OptimConfig, SelfPlayConfig
 from tests.test_trainer import (
     QUICK,
     ROWS,
@@ -21,9 +21,18 @@ from tests.test_trainer import (
 def main(folder: str) -> None:
     model = model64()
     spin = SelfPlayConfig(train_dataset=ROWS[:5], generation=SHORT, dropout=0.0, optim=QUICK)
-    stages = [sft(), spin, external(), self_reward(num_generated_preference_pairs=5)]
+    asked = []
+
+    def evaluate(module):
+        asked.append(1)
+        return [0.0, 2.0, 1.0][len(asked) - 1]
+
+    often = OptimConfig(batch_size=4, learning_rate=1e-2, eval_every=1)
+    stops = sft(early_stopper_eval_module=evaluate, num_train_steps=9, optim=often)
+    stages = [stops, spin, external(), self_reward(num_generated_preference_pairs=5)]
     trainer = trainer_of(folder, stages, model, accelerate_kwargs=dict(cpu=True))
     trainer()
+    assert trainer.runtime.is_main or not asked  # one process decides, all are told
     torch.save(weights_of(model), f"{folder}/weights.{trainer.runtime.rank}.pt")
 
 

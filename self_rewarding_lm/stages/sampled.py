@@ -135,13 +135,15 @@ class PairMaker:
                 drops.candidates.update(dropped.candidates)
                 position = block.stop
                 bar.update(len(found) if wanted else len(block))
+        drops.prompts["surplus"] = drops.kept - len(kept[:wanted])
         kept = kept[:wanted]
+        drops.kept = len(kept)
         if ctx.runtime.is_main:
             out.append(kept)
         for record_type in (Prompt, Candidate, Judgement, PreferencePair):
             out.merge(record_type)
         out.summary["next_prompt"] = position
-        self._report(drops, len(kept), wanted)
+        self._report(drops, wanted)
         return kept
 
     def _block(self, block: range) -> tuple[list[PreferencePair], DropCounts]:
@@ -256,8 +258,9 @@ class PairMaker:
             min_margin=self.config.min_margin,
         )
 
-    def _report(self, drops: DropCounts, kept: int, wanted: int | None) -> None:
+    def _report(self, drops: DropCounts, wanted: int | None) -> None:
         """Metrics of the arrows, and a word where there are too few pairs."""
+        kept = drops.kept
         prompts, candidates = self.out.read(Prompt), self.out.read(Candidate)
         judgements = self.out.read(Judgement)
         lengths = [len(c.ids) for c in candidates]
