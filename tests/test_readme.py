@@ -40,7 +40,8 @@ def smaller(code: str, **sizes: int) -> str:
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
 def test_every_block_of_the_readme_is_python(code):
-    ast.parse(code.replace("    ...,\n", "").replace("    ...\n", ""))
+    filled = code.replace("    ...,\n", "").replace("    ...\n", "")
+    assert ast.parse(filled).body
 
 
 @pytest.mark.skipif(not SEEDS.exists(), reason="the ancestor's README is not beside this checkout")

@@ -16,6 +16,7 @@ from self_rewarding_lm.objectives import Objective, PreferenceObjective
 from self_rewarding_lm.records import PreferencePair, Record
 from self_rewarding_lm.reference import StoredReference
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,13 @@ class TrainingConfig(FinetuneConfig):
                 f"{ctx.stage}: early_stopper_eval_module must be a module or function of the "
                 f"model; got {type(module).__name__}."
             )
+        for rows in ctx.rows.values():
+            first = rows.peek()
+            if first is not None:
+                self.check_row(first, rows.where(0), ctx.tokens)
+
+    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
+        """Raise DataError or TokenizerError where a row has not the form the stage reads."""
 
     def fit(
         self,

@@ -1,7 +1,7 @@
 """DPO on pairs that are there already (arXiv:2305.18290)."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
@@ -9,6 +9,7 @@ from self_rewarding_lm.datasets import Rows, preference_row
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.tokens import Tokens
 
 
 class DPOConfig(PreferenceConfig):
@@ -19,12 +20,8 @@ class DPOConfig(PreferenceConfig):
     train_dataset: Object
     valid_dataset: Object = None
 
-    def check(self, ctx: Context) -> None:
-        super().check(ctx)
-        for rows in ctx.rows.values():
-            first = rows.peek()
-            if first is not None:
-                preference_row(first, rows.where(0), ctx.tokens)
+    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
+        preference_row(row, where, tokens)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         pairs = self._pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)

@@ -19,6 +19,7 @@ from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prom
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.stages.base import PreferenceConfig
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,9 @@ class SampledPreferenceConfig(PreferenceConfig):
                 f"{ctx.stage}: judge must have a method judge(ctx, prompts, candidates_PG); got "
                 f"{type(self.judge).__name__}."
             )
-        rows = ctx.rows["prompt_dataset"]
-        first = rows.peek()
-        if first is not None:
-            prompt_of(first, rows.where(0), ctx.tokens)
+
+    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
+        prompt_of(row, where, tokens)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         pairs = PairMaker(self, ctx, out).make()

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: M0 -> M1 of arXiv:2401.10020, section 2.1."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
@@ -9,6 +9,7 @@ from self_rewarding_lm.objectives import SupervisedObjective
 from self_rewarding_lm.records import TrainingRow
 from self_rewarding_lm.stages.base import TrainingConfig, read_once, report_cut
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.tokens import Tokens
 
 
 class SFTConfig(TrainingConfig):
@@ -25,12 +26,8 @@ class SFTConfig(TrainingConfig):
     train_dataset: Object
     valid_dataset: Object = None
 
-    def check(self, ctx: Context) -> None:
-        super().check(ctx)
-        for rows in ctx.rows.values():
-            first = rows.peek()
-            if first is not None:
-                training_row(first, rows.where(0), ctx.tokens)
+    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
+        training_row(row, where, tokens)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         rows = self._rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)

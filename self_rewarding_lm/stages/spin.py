@@ -1,7 +1,7 @@
 """SPIN: self-play against one's own last iterate (arXiv:2401.01335, Algorithm 1)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import AliasChoices, Field
 
@@ -12,6 +12,7 @@ from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.tokens import Tokens
 
 
 class SelfPlayConfig(PreferenceConfig):
@@ -41,12 +42,8 @@ class SelfPlayConfig(PreferenceConfig):
     def spin_λ(self) -> float:
         return self.spin_lambda
 
-    def check(self, ctx: Context) -> None:
-        super().check(ctx)
-        for rows in ctx.rows.values():
-            first = rows.peek()
-            if first is not None:
-                prompt_and_completion(first, rows.where(0), ctx.tokens)
+    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
+        prompt_and_completion(row, where, tokens)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         humans = self._humans(ctx, out, ctx.rows["train_dataset"], ctx.stage)
