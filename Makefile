@@ -22,7 +22,7 @@ benchmark: $(VENV)/installed-bench
 	$(RUN) benchmarks/generation.py
 
 diagram: $(VENV)/installed
-	$(RUN) -m pip install -q -c constraints.txt ".[docs]"
+	$(RUN) -m pip install -q -c constraints.txt -e ".[docs]"
 	$(RUN) docs/diagram.py
 
 $(VENV)/installed: setup.py constraints.txt

@@ -24,12 +24,12 @@ from self_rewarding_lm import (
     RewardConfig,
     Run,
     SamplingConfig,
+    SelfJudge,
     SelfRewardDPOConfig,
     SelfRewardingTrainer,
     SFTConfig,
     generate,
 )
-from self_rewarding_lm.judges import SelfJudge
 
 ENGINE = LocalEngine(max_rows=512)
 ANSWER = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=16)
@@ -114,7 +114,9 @@ def main() -> None:
     parser.add_argument("--control", choices=("none", "shuffled", "sft"), default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--out", type=Path, help="run directory (default: a new temporary one)")
+    parser.add_argument(
+        "--out", type=Path, help="run directory; a run in it is replaced (default: temporary)"
+    )
     arguments = parser.parse_args()
 
     started = time.time()
@@ -131,7 +133,7 @@ def main() -> None:
         engine=ENGINE,
         callbacks=[table],
     )
-    run = trainer()
+    run = trainer(overwrite_checkpoints=True)
 
     first, *_, last = (model["accuracy"] for model in table.models)
     seconds = time.time() - started

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.datasets import create_mock_dataset, from_stage
     from self_rewarding_lm.engine import LocalEngine
     from self_rewarding_lm.errors import SelfRewardingError
+    from self_rewarding_lm.judges import SelfJudge
     from self_rewarding_lm.recipes import create_default_paper_config
     from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
     from self_rewarding_lm.rollout import generate
@@ -46,6 +47,7 @@ __all__ = [
     "SFTConfig",
     "SPINTrainer",
     "SamplingConfig",
+    "SelfJudge",
     "SelfPlayConfig",
     "SelfRewardDPOConfig",
     "SelfRewardingError",
@@ -67,6 +69,7 @@ _HOMES = {
     "datasets": ("create_mock_dataset", "from_stage"),
     "engine": ("LocalEngine",),
     "errors": ("SelfRewardingError",),
+    "judges": ("SelfJudge",),
     "recipes": ("create_default_paper_config",),
     "records": ("Candidate", "Judgement", "PreferencePair", "Prompt"),
     "rollout": ("generate",),

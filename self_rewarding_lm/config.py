@@ -127,7 +127,8 @@ class OptimConfig(Config):
     batch_size: int = Field(default=16, ge=1)
     """Rows or pairs an optimiser step, over all processes (the paper's 16)."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens that go through the model at once; changes memory and speed, not results."""
+    """Padded tokens that go through the model at once: memory and speed; the gradient is the same
+    (with dropout, other units are dropped)."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows or pairs that go through the model at once at most."""
     optimizer: Object = "adamw"

@@ -7,7 +7,7 @@ Every row is checked as it is read; a DataError names the dataset, the row and w
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from self_rewarding_lm.tokens import Tokens
 logger = logging.getLogger(__name__)
 
 Ids = tuple[int, ...]
+PREVIEWED_ROWS = 10_000  # of lists and files, checked before the first stage begins
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,27 @@ class Rows:
             index -= len(part)
         raise IndexError(index)
 
-    def peek(self) -> Any:
-        """The first row, before the run; None where an earlier stage will make it.
+    def preview(self) -> Iterator[tuple[int, Any]]:
+        """Rows that can be looked at before the run, with their places.
 
-        The row is kept for `read`.
+        Of lists and files all (up to PREVIEWED_ROWS); of other datasets, whose rows may be read
+        once only, the first, which is kept for `read`; none that an earlier stage will make.
         """
         if any(isinstance(part, FromStage) for part in self._datasets):
-            return None
+            return
         if len(self) == 0:
             raise DataError(f"{self.name} is empty; it needs at least one row.")
+        if all(isinstance(part, list) for part in self._opened()):
+            yield from ((i, self.read(i)) for i in range(min(len(self), PREVIEWED_ROWS)))
+            return
         if not self._first:
             self._first.append(self.read(0))
-        return self._first[0]
+        yield 0, self._first[0]
+
+    def forget_stages(self) -> None:
+        """Read the rows of earlier stages anew: those stages may have run again."""
+        if any(isinstance(part, FromStage) for part in self._datasets):
+            self._parts = None
 
     def where(self, index: int) -> str:
         """Words that name a row in an error."""
@@ -223,12 +233,17 @@ def read_prompt(
     """The prompt at a row; DataError where it leaves no room for a response in `limit` tokens."""
     where = rows.where(index)
     text, ids, columns = prompt_of(rows.read(index), where, tokens)
+    check_prompt(ids, where, limit)
+    return Prompt(prompt_id, index, ids, text, columns)
+
+
+def check_prompt(ids: Ids, where: str, limit: int | None) -> None:
+    """Raise DataError where a prompt leaves no room for a response in `limit` tokens."""
     if limit is not None and len(ids) >= limit:
         raise DataError(
             f"{where}: the prompt has {len(ids)} tokens, and prompt and response together may "
             f"have {limit}. Shorten it or raise max_seq_len."
         )
-    return Prompt(prompt_id, index, ids, text, columns)
 
 
 def _check_dataset(dataset: Any, name: str) -> None:
@@ -245,17 +260,16 @@ def _check_dataset(dataset: Any, name: str) -> None:
 
 
 def _is_concatenation(dataset: Any) -> bool:
-    if not isinstance(dataset, list) or not dataset:
-        return False
-    return all(
-        isinstance(item, FromStage | Dataset | Path)
-        or (
-            isinstance(item, str)
-            and item.endswith((".jsonl", ".json"))
-            and not set(item) & set(" \n")
-        )
-        for item in dataset
-    )
+    return isinstance(dataset, list) and bool(dataset) and all(map(_is_dataset, dataset))
+
+
+def _is_dataset(item: Any) -> bool:
+    """Whether an item of a list is a dataset itself: rows are texts, dicts, tuples and ids."""
+    if isinstance(item, str):
+        return item.endswith((".jsonl", ".json")) and not set(item) & set(" \n")
+    if isinstance(item, list):
+        return bool(item) and isinstance(item[0], str | Mapping | tuple)
+    return isinstance(item, FromStage | Dataset | Path)
 
 
 def _read_file(path: Path, name: str) -> list[Any]:
@@ -324,6 +338,9 @@ def _require(row: Mapping, names: Sequence[str], where: str) -> None:
 
 
 def _is_plain(value: Any) -> bool:
+    """Whether a column's value can be kept in a record."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, str | int | float | bool)
 
 

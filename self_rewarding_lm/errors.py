@@ -51,9 +51,5 @@ class TrainingError(SelfRewardingError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
 
 
-class MissingExtraError(SelfRewardingError, ImportError):
-    """An optional package is needed; the message gives the pip line."""
-
-
 typed = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))
 """Checks the types of a public function's arguments; a wrong one is an ArgumentTypeError."""

@@ -181,8 +181,7 @@ class Fit:
         return result.losses, int(lengths.sum()), dict(result.metrics)
 
     def _reduced(self, sums: _Sums, divisor: float) -> dict[str, float]:
-        names = sorted(self.ctx.runtime.gather(list(sums.metrics)))
-        names = sorted(set(names))
+        names = sorted(set(self.ctx.runtime.gather(list(sums.metrics))))
         values = [sums.loss, float(sums.tokens), float(sums.rows)]
         values += [sums.metrics.get(name, 0.0) for name in names]
         loss, tokens, rows, *rest = self.ctx.runtime.sum(values)

@@ -20,6 +20,12 @@ class DropCounts:
     candidates: Counter[str] = field(default_factory=Counter)
     kept: int = 0
 
+    def add(self, other: "DropCounts") -> None:
+        """Count what another counted too."""
+        self.prompts.update(other.prompts)
+        self.candidates.update(other.candidates)
+        self.kept += other.kept
+
     def metrics(self) -> dict[str, int]:
         """`pairs/kept`, `pairs/dropped_<reason>` and `candidates/dropped_<reason>`."""
         prompts = {f"pairs/dropped_{k}": n for k, n in sorted(self.prompts.items()) if n}

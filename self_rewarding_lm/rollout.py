@@ -1,6 +1,7 @@
 """Prompts to candidates, and the public `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,7 +10,7 @@ from self_rewarding_lm.batching import unpad
 from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.engine import Decoding, Engine, LocalEngine, Request
-from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.errors import ConfigError, DataError, typed
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.tokens import Tokenizer, Tokens
@@ -90,9 +91,10 @@ def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
     )
 
 
+@typed
 def generate(
     model: nn.Module,
-    prompts: Sequence[Tensor] | Sequence[str] | Tensor,
+    prompts: Sequence[Any] | Tensor,
     *,
     mask: Tensor | None = None,
     sampling: SamplingConfig | None = None,
@@ -130,6 +132,8 @@ def generate(
 
 
 def _prompt_rows(prompts: Sequence | Tensor, mask: Tensor | None) -> Sequence:
+    if isinstance(prompts, str):
+        raise DataError(f"prompts must be a list; got one text. Write [{prompts!r:.60}].")
     if not isinstance(prompts, Tensor):
         if mask is not None:
             raise ConfigError("mask goes with a padded batch of ids (b, t), not with a list.")

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.config import Config
+from self_rewarding_lm.datasets import FromStage
 from self_rewarding_lm.errors import RunMismatchError, StoreError
 from self_rewarding_lm.records import (
     Candidate,
@@ -36,10 +38,12 @@ from self_rewarding_lm.store import (
     write_weights,
 )
 
+logger = logging.getLogger(__name__)
+
 LIBRARY = "self_rewarding_lm"
 INITIAL = "initial"
 FREE_SETTINGS = ("micro_batch_tokens", "micro_batch_size", "checkpoint_every")
-"""Settings that may differ when a run goes on, because they do not change its results."""
+"""Settings that may differ when a run goes on: results are the same up to rounding and dropout."""
 
 
 class Run:
@@ -81,7 +85,9 @@ class Run:
         return self._read(stage, Judgement)
 
     def pairs(self, stage: str | int) -> list[PreferencePair]:
-        return self._read(stage, PreferencePair)
+        """The pairs that the stage trained on; those of its valid_dataset are left out."""
+        found = self._read(stage, PreferencePair)
+        return [pair for pair in found if pair.id.split("/")[1] != "valid"]
 
     def reference(self, stage: str | int) -> list[ReferenceLogprobs]:
         return self._read(stage, ReferenceLogprobs)
@@ -167,6 +173,12 @@ def save_initial(run: Run, model: nn.Module, runtime: Runtime) -> None:
     """Keep the weights as they are before the first stage, unless they are kept already."""
     path = run.folder / INITIAL / "model.safetensors"
     if runtime.is_main and not path.exists():
+        if weights_hash(model) != run.info["model"]["hash"]:
+            raise StoreError(
+                "a stage has init_from='initial', but the weights before the first stage were not "
+                "kept and the model has others now. Begin in another checkpoints_folder, or start "
+                "anew with overwrite_checkpoints=True."
+            )
         write_weights(model, path)
     runtime.barrier()
 
@@ -188,6 +200,8 @@ def describe(value: Any) -> Any:
         return [describe(item) for item in value]
     if isinstance(value, dict):
         return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, FromStage):
+        return f"from_stage({value.stage})"
     name = getattr(value, "__qualname__", None)
     if name is not None:
         return f"{getattr(value, '__module__', '?')}.{name}"
@@ -231,12 +245,17 @@ def _check_and_write(
     old = read_json(path) if path.exists() else None
     if old is not None:
         _check_ours(folder, old)
+    ours = old["stages"] if old is not None else []
     if old is not None and overwrite:
         for name in old["stages"]:
             remove_stage(folder / name)
         remove_weights(folder / INITIAL)
         old = None
-    in_the_way = [s for s in stages if (folder / s).exists() and any((folder / s).iterdir())]
+    in_the_way = [
+        stage
+        for stage in stages
+        if stage not in ours and (folder / stage).exists() and any((folder / stage).iterdir())
+    ]
     if old is None and in_the_way:
         raise StoreError(
             f"{folder / in_the_way[0]} holds files, but no run of this library is recorded in "
@@ -257,13 +276,20 @@ def _check_and_write(
 
 def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Responses sampled by other weights than the model's must not be trained on as its own."""
-    if before["hash"] != now["hash"] and any(first.glob("candidates*.jsonl")):
+    if before["hash"] == now["hash"] or not (first / "config.json").exists():
+        return
+    made = [*first.glob("candidates*.jsonl"), *first.glob("reference*.jsonl")]
+    words = (
+        f"the first stage in {first} was begun with other weights (hash {before['hash']}) than the "
+        f"model has now ({now['hash']})"
+    )
+    if made:
         raise RunMismatchError(
-            f"{first} holds responses that were sampled from other weights (hash "
-            f"{before['hash']}) than the model has now ({now['hash']}). Start with the same "
-            "weights (for a random model: the same torch.manual_seed), or call the trainer with "
-            "overwrite_checkpoints=True."
+            f"{words}, and holds what those weights gave. Start with the same weights (for a "
+            "random model: the same torch.manual_seed; after an interruption: a fresh model), or "
+            "call the trainer with overwrite_checkpoints=True."
         )
+    logger.warning("%s; it is trained again from those of now.", words)
 
 
 def _check_ours(folder: Path, info: Any) -> None:

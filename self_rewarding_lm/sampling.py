@@ -98,7 +98,8 @@ def sample_next(
 ) -> Int[Tensor, " r"]:
     """One token a row; temperature 0 is the argmax. A row that is not finite gives v, no token."""
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        best = logits.max(dim=-1)
+        return best.indices.masked_fill(best.values.isnan(), logits.shape[-1])
     scores = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     if scores.shape[-1] <= 4 * HEAD_SIZE or not _filters_anything(top_k, top_p, min_p):

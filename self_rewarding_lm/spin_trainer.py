@@ -18,7 +18,8 @@ class SPINTrainer(SelfRewardingTrainer):
 
     train_sft_dataset: rows with a prompt and a completion, as for SFT. spin_lambda, or
     spin_kwargs=dict(λ=...): lambda of Eq. 4.7. checkpoint_every: steps between copies of the
-    weights. Further arguments as of SelfRewardingTrainer.
+    weights. checkpoint_folder is the run directory; the other arguments are those of
+    SelfRewardingTrainer and OptimConfig.
     """
 
     @typed

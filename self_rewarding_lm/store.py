@@ -81,9 +81,14 @@ class StageDir(StageFiles):
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Make the folder and write config.json, unless it began before."""
-        if self.runtime.is_main and not (self.path / "config.json").exists():
+        if self.runtime.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "config.json", settings)
+            if not (self.path / "config.json").exists():
+                write_json(self.path / "config.json", settings)
+            metrics = self.path / "metrics.jsonl"
+            if metrics.exists():  # of an attempt that was stopped: its curve is kept apart
+                earlier = len(list(self.path.glob("metrics.attempt-*.jsonl")))
+                metrics.replace(self.path / f"metrics.attempt-{earlier + 1}.jsonl")
         self.runtime.barrier()
 
     def append(self, records: Sequence[Any]) -> None:
@@ -210,6 +215,7 @@ def remove_stage(path: Path) -> None:
     names = [*STAGE_FILES, *(f"{t.kind}.jsonl" for t in RECORD_TYPES)]
     names += [f"{name}.tmp" for name in names]
     files = [path / name for name in names]
+    files += path.glob("metrics.attempt-[0-9]*.jsonl")
     files += [f for t in RECORD_TYPES for f in path.glob(f"{t.kind}.[0-9]*.jsonl")]
     for file in files:
         file.unlink(missing_ok=True)

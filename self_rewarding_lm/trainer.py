@@ -78,6 +78,12 @@ class SelfRewardingTrainer:
         if isinstance(finetune_configs, dict):
             finetune_configs = create_default_paper_config(**finetune_configs)
         self.stages = list(finetune_configs)
+        for stage in self.stages:
+            if not isinstance(stage, FinetuneConfig):
+                raise ConfigError(
+                    "finetune_configs must be a list of stages (SFTConfig(...), ...); it holds a "
+                    f"{type(stage).__name__}: {stage!r:.100}"
+                )
         if not self.stages:
             raise ConfigError("finetune_configs is empty; give at least one stage.")
         self.names = _names(self.stages)
@@ -143,7 +149,7 @@ class SelfRewardingTrainer:
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the model's weights to a safetensors file; a relative path is within the run."""
         target = self.folder / path
-        if target.exists() and not overwrite:
+        if self.runtime.from_main(target.exists()) and not overwrite:
             raise StoreError(f"{target} exists; pass overwrite=True to replace it.")
         if self.runtime.is_main:
             write_weights(self.model, target)
@@ -184,6 +190,8 @@ class SelfRewardingTrainer:
             rows = {field: Rows(data, field, resolve) for field, data in datasets.items()}
         else:
             rows = dict(self.contexts[place].rows)
+            for opened in rows.values():
+                opened.forget_stages()
         return Context(
             stage=name,
             seed=self.seed,

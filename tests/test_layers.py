@@ -34,6 +34,7 @@ HOMES = {
 }
 WITHIN_LAYER = {
     ("losses", "logprobs"),  # log-probs are the losses' own words
+    ("run", "datasets"),  # from_stage is a setting
     ("run", "store"),  # a run is stage folders
     ("context", "engine"),
     ("judges", "rollout"),

@@ -500,8 +500,11 @@ def test_weights_of_a_stage_are_loaded_and_missing_ones_are_an_error(tmp_path):
 
 
 def test_the_initial_weights_are_kept_as_they_were_at_the_first_start(tmp_path):
-    run, first, other = begin(tmp_path), nn.Linear(2, 2), nn.Linear(2, 2)
-    for module in (first, nn.Linear(2, 2)):
+    first, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    run = begin(tmp_path, model=first)
+    with pytest.raises(StoreError, match="were not kept"):
+        save_initial(run, other, Runtime({}, quiet=True))
+    for module in (first, other):  # the second time they are there already
         save_initial(run, module, Runtime({}, quiet=True))
     run.load_weights(other, "initial")
     assert same(first, other)
@@ -535,10 +538,11 @@ def test_a_started_stage_cannot_be_left_out(tmp_path):
 
 
 def test_overwriting_starts_anew_and_removes_nothing_foreign(tmp_path):
-    run = begin(tmp_path)
+    first = nn.Linear(2, 2)
+    run = begin(tmp_path, model=first)
     writable(run).begin({"a": 1})
     writable(run).append([candidate("sft/0/0")])
-    save_initial(run, nn.Linear(2, 2), Runtime({}, quiet=True))
+    save_initial(run, first, Runtime({}, quiet=True))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "02-other").mkdir()
     (tmp_path / "02-other" / "candidates.jsonl").write_text("mine")

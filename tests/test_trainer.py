@@ -199,6 +199,88 @@ def test_a_run_that_was_stopped_goes_on_with_its_records_to_the_same_weights(tmp
     assert same(weights_of(straight), weights_of(resumed))
 
 
+def test_a_prompt_that_is_too_long_is_found_before_an_earlier_stage_trains(tmp_path):
+    prompts = ["tell", "a" * 40]
+    with pytest.raises(DataError, match="prompt_dataset, row 1: the prompt has 40 tokens"):
+        trainer_of(tmp_path, [sft(), self_reward(prompt_dataset=prompts)], small_xt())
+
+
+def test_reference_log_probs_of_other_weights_are_not_taken_for_the_models_own(tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(8)]
+
+    def stop(model):
+        raise StopError
+
+    def stages():
+        return [DPOConfig(train_dataset=rows, optim=QUICK, early_stopper_eval_module=stop)]
+
+    with pytest.raises(StopError):
+        trainer_of(tmp_path, stages())()
+    with pytest.raises(RunMismatchError, match="other weights"):
+        trainer_of(tmp_path, stages(), model64(seed=1))()
+
+
+def test_overwriting_leaves_a_users_file_in_a_stages_folder_and_runs(tmp_path):
+    trainer_of(tmp_path, [sft()])()
+    (tmp_path / "01-sft" / "notes.txt").write_text("mine")
+    run = trainer_of(tmp_path, [sft()])(overwrite_checkpoints=True)
+    assert run.is_done(0) and (tmp_path / "01-sft" / "notes.txt").read_text() == "mine"
+
+
+def test_initial_weights_that_were_not_kept_are_not_made_up(tmp_path):
+    trainer_of(tmp_path, [sft()])()
+    other = model64(seed=1)
+    with pytest.raises(StoreError, match="were not kept"):
+        trainer_of(tmp_path, [sft(), sft(init_from="initial")], other)()
+
+
+def test_pairs_of_an_earlier_stage_are_those_of_this_call(tmp_path):
+    spin = SelfPlayConfig(train_dataset=ROWS, generation=SHORT, dropout=0.0, optim=QUICK)
+    trainer = trainer_of(tmp_path, [spin, DPOConfig(train_dataset=from_stage("spin"), optim=QUICK)])
+    trainer()
+    run = trainer(overwrite_checkpoints=True)  # from the weights of the first call
+    assert [p.rejected for p in run.pairs("dpo")] == [p.rejected for p in run.pairs("spin")]
+
+
+def test_held_out_pairs_are_not_trained_on_by_a_later_stage(tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    first = DPOConfig(train_dataset=rows[:2], valid_dataset=rows[2:], optim=QUICK)
+    later = DPOConfig(train_dataset=from_stage("dpo"), optim=QUICK)
+    run = trainer_of(tmp_path, [first, later])()
+    assert len(run.pairs("dpo")) == len(run.pairs("dpo-2")) == 2
+
+
+def test_another_source_stage_is_another_setting(tmp_path):
+    def stages(source):
+        made = [external(name=name) for name in ("a", "b")]
+        return [*made, DPOConfig(train_dataset=from_stage(source), optim=QUICK)]
+
+    trainer_of(tmp_path, stages("a"))()
+    with pytest.raises(RunMismatchError, match=r"from_stage\(b\)"):
+        trainer_of(tmp_path, stages("b"))()
+
+
+def test_the_curve_of_an_attempt_that_was_stopped_is_kept_apart(tmp_path):
+    calls = []
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == 2:
+            raise StopError
+        return 0.0
+
+    often = OptimConfig(batch_size=4, learning_rate=1e-2, eval_every=1)
+    for _ in range(2):
+        stage = sft(optim=often, early_stopper_eval_module=evaluate, early_stopper_patience=99)
+        try:
+            run = trainer_of(tmp_path, [stage])()
+        except StopError:
+            continue
+    steps = [m["step"] for m in run.metrics(0) if "loss" in m]
+    assert steps == list(range(1, 7))
+    assert (tmp_path / "01-sft" / "metrics.attempt-1.jsonl").exists()
+
+
 def test_responses_of_other_weights_are_not_taken_for_the_models_own(tmp_path):
     broken = RewardConfig(prompt_template=JUDGE.prompt_template, parse_reward=lambda text: 1 / 0)
     with pytest.raises(JudgeError, match="ZeroDivisionError"):
@@ -390,6 +472,9 @@ def test_spin_plays_against_the_iterations_first_weights_and_mixes_earlier_pairs
     )
     run = trainer_of(tmp_path, [stage], model, eos_id=END)()
     pairs = {i: [p for p in run.pairs(0) if p.id.endswith(f"/{i}")] for i in (0, 1)}
+    prompts = {p.id for p in run.prompts(0)}
+    assert {c.prompt_id for c in run.candidates(0)} <= prompts
+    assert run.summary(0)["pairs"] == len(run.pairs(0))
     assert [p.prompt for p in pairs[0]] == [row["prompt"] for row in ROWS]
     assert all(p.chosen == row["completion"] for p, row in zip(pairs[0], ROWS, strict=True))
     assert all(p.chosen_ids[-1] == END for p in pairs[0])
@@ -559,6 +644,12 @@ TWO_COLUMNS = [{"prompt": "a", "answer": "b"}]
 BAD = {
     "wrong field": (ConfigError, lambda p: SFTConfig(train_data=ROWS), "train_dataset"),
     "wrong type of a field": (ConfigError, lambda p: sft(dropout="much"), "dropout"),
+    "a dict among the stages": (ConfigError, lambda p: trainer_of(p, [sft(), {}]), "dict"),
+    "a judge of another vocabulary": (
+        ConfigError,
+        lambda p: trainer_of(p, [self_reward(rewarding_model=Recurrent(5))]),
+        "vocabulary of",
+    ),
     "no stages": (ConfigError, lambda p: trainer_of(p, []), "at least one stage"),
     "empty dataset": (DataError, lambda p: trainer_of(p, [sft(train_dataset=[])]), "empty"),
     "no dataset": (DataError, lambda p: trainer_of(p, [sft(train_dataset=5)]), "train_dataset"),

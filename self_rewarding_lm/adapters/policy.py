@@ -35,7 +35,8 @@ def dropout_set(module: nn.Module, rate: float) -> Iterator[None]:
     found: list[tuple[nn.Module, str, float]] = []
     for part in module.modules():
         for name in ("p",) if isinstance(part, nn.Dropout) else ("dropout", "attention_dropout"):
-            if isinstance(getattr(part, name, None), float):
+            rate_now = getattr(part, name, None)
+            if isinstance(rate_now, int | float) and not isinstance(rate_now, bool):
                 found.append((part, name, getattr(part, name)))
     if not found and rate > 0:
         logger.warning("dropout=%s has no effect: the model has no dropout layers.", rate)

@@ -1,6 +1,7 @@
 """What stages share: how long they train, and fitting on preference pairs."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,6 @@ from self_rewarding_lm.objectives import Objective, PreferenceObjective
 from self_rewarding_lm.records import PreferencePair, Record
 from self_rewarding_lm.reference import StoredReference
 from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,16 @@ class TrainingConfig(FinetuneConfig):
                 f"model; got {type(module).__name__}."
             )
         for rows in ctx.rows.values():
-            first = rows.peek()
-            if first is not None:
-                self.check_row(first, rows.where(0), ctx.tokens)
+            for place, row in rows.preview():
+                self.check_row(row, rows.where(place), ctx)
 
-    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
-        """Raise DataError or TokenizerError where a row has not the form the stage reads."""
+    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+        """Raise DataError or TokenizerError where the stage could not use a row."""
+
+    def planned_steps(self, rows: int) -> int:
+        """Optimiser steps on so many rows, unless early stopping ends them."""
+        epochs = self.optim.epochs or self.default_epochs
+        return self.num_train_steps or epochs * math.ceil(rows / self.optim.batch_size)
 
     def fit(
         self,
@@ -87,7 +91,7 @@ class TrainingConfig(FinetuneConfig):
             out,
             objective,
             self.optim.completed(*self.default_learning_rates, self.default_epochs),
-            num_train_steps=self.num_train_steps,
+            num_train_steps=self.planned_steps(len(objective)),
             dropout=self.dropout,
             valid=valid,
             early_stopping=stopping,

@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows, preference_row
+from self_rewarding_lm.datasets import Rows, preference_row, truncated
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import Tokens
 
 
 class DPOConfig(PreferenceConfig):
@@ -20,8 +19,10 @@ class DPOConfig(PreferenceConfig):
     train_dataset: Object
     valid_dataset: Object = None
 
-    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
-        preference_row(row, where, tokens)
+    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+        pair = preference_row(row, where, ctx.tokens)
+        ids, limit = (*pair.prompt_ids, *pair.chosen_ids), ctx.limit(self.max_seq_len)
+        truncated(ids, len(pair.prompt_ids), limit, where)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         pairs = self._pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)

@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
@@ -20,6 +22,8 @@ class ExternalRewardDPOConfig(SampledPreferenceConfig):
     folder_name: ClassVar[str] = "external_reward"
 
     reward_model: Object
+    min_parse_rate: float = Field(default=0.0, ge=0, le=1)
+    """A reward from outside may mean its None; set a share here to be stopped by too many."""
 
     def build_judge(self, ctx: Context) -> Judge:
         return self.judge or judge_of(self.reward_model)

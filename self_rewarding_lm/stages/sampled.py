@@ -10,7 +10,7 @@ from pydantic import Field
 
 from self_rewarding_lm.config import Object, SamplingConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import prompt_of, read_prompt
+from self_rewarding_lm.datasets import check_prompt, prompt_of, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, PairingError
 from self_rewarding_lm.judges import FIRST_LOOK, Judge
 from self_rewarding_lm.judging import judge_metrics, mean_score
@@ -19,7 +19,6 @@ from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prom
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.stages.base import PreferenceConfig
 from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,8 @@ class SampledPreferenceConfig(PreferenceConfig):
                 f"{type(self.judge).__name__}."
             )
 
-    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
-        prompt_of(row, where, tokens)
+    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+        check_prompt(prompt_of(row, where, ctx.tokens)[1], where, ctx.limit(self.max_seq_len))
 
     def run(self, ctx: Context, out: StageDir) -> None:
         pairs = PairMaker(self, ctx, out).make()
@@ -130,9 +129,7 @@ class PairMaker:
                 block = range(position, min(position + config.prompts_per_block, end))
                 found, dropped = self._block(block)
                 kept += found
-                drops.kept += dropped.kept
-                drops.prompts.update(dropped.prompts)
-                drops.candidates.update(dropped.candidates)
+                drops.add(dropped)
                 position = block.stop
                 bar.update(len(found) if wanted else len(block))
         drops.prompts["surplus"] = drops.kept - len(kept[:wanted])
@@ -161,9 +158,7 @@ class PairMaker:
         found = self.ctx.runtime.gather([(pairs, drops)])
         merged = DropCounts()
         for _, part in found:
-            merged.prompts.update(part.prompts)
-            merged.candidates.update(part.candidates)
-            merged.kept += part.kept
+            merged.add(part)
         order = {self._prompt_id(place): place for place in block}
         return sorted((p for part, _ in found for p in part), key=lambda p: order[p.id]), merged
 

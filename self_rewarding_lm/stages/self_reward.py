@@ -53,6 +53,12 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
                     "ExternalRewardDPOConfig(reward_model=...)."
                 )
             model = ctx.adapt(self.rewarding_model)
+            if model.vocab != ctx.model.vocab:
+                raise ConfigError(
+                    f"{ctx.stage}: rewarding_model reads the policy's tokens, so it must have its "
+                    f"vocabulary of {ctx.model.vocab}; it has {model.vocab}. For a judge with its "
+                    "own tokenizer give an object with a judge method."
+                )
         check_judge_prompt(self._reward(ctx), ctx.tokens, model.max_len)
 
     def _reward(self, ctx: Context) -> RewardConfig:

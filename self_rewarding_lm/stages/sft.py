@@ -9,7 +9,6 @@ from self_rewarding_lm.objectives import SupervisedObjective
 from self_rewarding_lm.records import TrainingRow
 from self_rewarding_lm.stages.base import TrainingConfig, read_once, report_cut
 from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import Tokens
 
 
 class SFTConfig(TrainingConfig):
@@ -26,8 +25,9 @@ class SFTConfig(TrainingConfig):
     train_dataset: Object
     valid_dataset: Object = None
 
-    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
-        training_row(row, where, tokens)
+    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+        ids, targets = training_row(row, where, ctx.tokens)
+        truncated(ids, targets.index(True), ctx.limit(self.max_seq_len), where)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         rows = self._rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)

@@ -1,6 +1,7 @@
 """SPIN: self-play against one's own last iterate (arXiv:2401.01335, Algorithm 1)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import AliasChoices, Field
@@ -12,7 +13,6 @@ from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import Tokens
 
 
 class SelfPlayConfig(PreferenceConfig):
@@ -42,8 +42,9 @@ class SelfPlayConfig(PreferenceConfig):
     def spin_λ(self) -> float:
         return self.spin_lambda
 
-    def check_row(self, row: Any, where: str, tokens: Tokens) -> None:
-        prompt_and_completion(row, where, tokens)
+    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+        prompt, completion = prompt_and_completion(row, where, ctx.tokens)
+        truncated((*prompt, *completion), len(prompt), ctx.limit(self.max_seq_len), where)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         humans = self._humans(ctx, out, ctx.rows["train_dataset"], ctx.stage)
@@ -51,7 +52,7 @@ class SelfPlayConfig(PreferenceConfig):
         if "valid_dataset" in ctx.rows:
             name = f"{ctx.stage}/valid"
             held_out = self._humans(ctx, out, ctx.rows["valid_dataset"], name)
-        steps, earlier = 0, []
+        steps, kept, earlier = 0, 0, []
         for iteration in range(self.iterations):
             own = self._pairs(ctx, out, humans, iteration)
             valid = None
@@ -62,15 +63,17 @@ class SelfPlayConfig(PreferenceConfig):
             objective = self.objective(ctx, out, mixed, beta=self.spin_lambda, round=iteration)
             earlier = own
             name = f"iteration-{iteration}"
+            kept += len(own)
             if (done := out.weights(name)) is not None:  # the stage was stopped after it
                 ctx.load(done)
+                steps += self.planned_steps(len(objective))
                 continue
             steps += self.fit(ctx, out, objective, valid=valid, round=iteration, first_step=steps)
             if iteration + 1 < self.iterations:
                 out.save_weights(ctx.model.module, name)
         for iteration in range(self.iterations - 1):
             out.drop_weights(f"iteration-{iteration}")
-        out.summary |= {"pairs": len(humans), "iterations": self.iterations, "steps": steps}
+        out.summary |= {"pairs": kept, "iterations": self.iterations, "steps": steps}
 
     def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> list[Prompt]:
         """The rows as prompts that hold their human completion."""
@@ -88,14 +91,16 @@ class SelfPlayConfig(PreferenceConfig):
         self, ctx: Context, out: StageDir, humans: Sequence[Prompt], iteration: int
     ) -> list[PreferencePair]:
         """Each row's human answer against the present weights' own; equal ones are dropped."""
-        prompts = [Prompt(f"{h.id}/{iteration}", h.row, h.ids, h.text) for h in humans]
+        prompts = [replace(human, id=f"{human.id}/{iteration}") for human in humans]
         known = {candidate.prompt_id for candidate in out.known(Candidate)}
         missing = ctx.runtime.share([p for p in prompts if p.id not in known])
+        out.append(missing)
         with ctx.runtime.progress(len(missing), f"{ctx.stage}: own answers", "row") as bar:
             limit = self.max_seq_len
             for candidate in rollout(ctx, missing, self.generation, 1, max_seq_len=limit):
                 out.append([candidate])
                 bar.update()
+        out.merge(Prompt)
         out.merge(Candidate)
         own = {candidate.prompt_id: candidate for candidate in out.read(Candidate)}
         pairs = []
