@@ -124,7 +124,7 @@ def test_a_checker_of_garbage_leaves_the_pairs_identical(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("control", ["none", "shuffled"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_the_loop_improves_the_model_and_shuffled_scores_do_not(control, seed, tmp_path):
     out = tmp_path / "result.json"
     command = [sys.executable, "quickstart.py", "--seed", str(seed), "--control", control]
