@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,6 +378,29 @@ def test_init_from_starts_at_the_initial_or_an_earlier_stages_weights(tmp_path):
     assert same(seen["look-2"], load_file(run.weights("sft")))
     assert same(seen["look-3"], seen["look-2"])  # previous: as the stage before left it
     assert not same(load_file(run.weights("sft-2")), load_file(run.weights("sft")))
+
+
+def test_an_old_checkpoint_converted_as_the_migration_page_says_is_started_from(
+    tmp_path, monkeypatch
+):
+    page = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text(encoding="utf-8")
+    [code] = [
+        text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "save_file" in text
+    ]
+    monkeypatch.chdir(tmp_path)
+    old = model64(seed=3)
+    torch.save({"model": old.state_dict()}, "1.sft.ckpt.pt")
+    exec(code, {})
+    seen = {}
+
+    class Look(FinetuneConfig):
+        folder_name = "look"
+
+        def run(self, ctx, out):
+            seen.update(weights_of(ctx.model.module))
+
+    trainer_of(tmp_path / "run", [Look(init_from="m1.safetensors")])()
+    assert same(weights_of(old), seen)
 
 
 def test_the_context_swaps_earlier_weights_in_and_back(tmp_path):
