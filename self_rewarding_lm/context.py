@@ -11,10 +11,11 @@ from self_rewarding_lm.adapters import TokenModel
 from self_rewarding_lm.config import RewardConfig
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.engine import Engine
+from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.run import INITIAL, Run
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import read_weights
 from self_rewarding_lm.tokens import Tokens
+from self_rewarding_lm.weights import weights_file
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,16 @@ class Context:
 
         which: "initial", an earlier stage's name, or a path.
         """
-        module = self.model.module
-        kept = {name: t.detach().cpu().clone() for name, t in module.state_dict().items()}
+        kept = self.model.state()
         try:
             self.load(which)
             yield
         finally:
-            module.load_state_dict(kept)
+            self.model.module.load_state_dict(kept, strict=False)
 
     def load(self, which: str | Path) -> None:
         """Load weights into the model, in place."""
-        read_weights(self.model.module, self.weights_path(which))
+        self.model.load(self.weights_path(which))
 
     def weights_path(self, which: str | Path) -> Path:
         """The file of weights that `init_from` or `weights` name."""
@@ -69,4 +69,7 @@ class Context:
         if which == INITIAL or which in self.run.stages:
             return self.run.weights(str(which))
         path = Path(which)
-        return path / "model.safetensors" if path.is_dir() else path
+        found = weights_file(path) if path.is_dir() else path
+        if found is None:
+            raise StoreError(f"there are no weights in the folder {str(which)!r}.")
+        return found

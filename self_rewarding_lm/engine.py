@@ -32,7 +32,7 @@ class Decoding:
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
     filter_fn: Callable[[Tensor], Tensor] | None = None
-    eos_id: int | None = None
+    end_ids: tuple[int, ...] = ()
     is_stop: Callable[[Sequence[int]], bool] | None = None
 
 
@@ -146,9 +146,9 @@ class _Batch:
         if self.seen is not None:
             self.seen = self.seen.to(self.device)
             logits = penalise_repetition(logits, self.seen[alive], d.repetition_penalty)
-        if d.eos_id is not None and step < d.min_new_tokens:
+        if d.end_ids and step < d.min_new_tokens:
             logits = logits.clone()
-            logits[:, d.eos_id] = -torch.inf
+            logits[:, list(d.end_ids)] = -torch.inf
         if d.filter_fn is not None:
             logits = _filtered(d.filter_fn, logits)
         tokens = sample_next(
@@ -166,7 +166,7 @@ class _Batch:
     def _take(self, tokens: list[int], alive: list[int], step: int) -> list[int]:
         """Append a token to each row; the places of the rows that go on."""
         d, going = self.decoding, []
-        can_end = d.eos_id is not None or d.is_stop is not None
+        can_end = bool(d.end_ids) or d.is_stop is not None
         for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):
             if token >= self.model.vocab:
                 raise AdapterError(
@@ -175,7 +175,7 @@ class _Batch:
                 )
             new = self.new[row]
             new.append(token)
-            if token == d.eos_id or (d.is_stop is not None and d.is_stop(new)):
+            if token in d.end_ids or (d.is_stop is not None and d.is_stop(new)):
                 self.finished[row] = True
             elif step + 1 >= self.limits[row]:
                 self.finished[row] = False if can_end else None

@@ -23,7 +23,7 @@ from self_rewarding_lm.objectives import Objective
 from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers
 from self_rewarding_lm.runtime import random_numbers_kept
 from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.store import StageDir, read_weights
+from self_rewarding_lm.store import StageDir
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Fit:
                 bar.update()
                 if step % (self.optim.checkpoint_every or self.total + 1) == 0:
                     name = f"checkpoint-{self.first_step + step}"
-                    self.out.save_weights(self.ctx.model.module, name)
+                    self.out.save_weights(self.ctx.model, name)
                 if step % self.optim.eval_every == 0 or step == self.total:
                     self._evaluate(module, step)
                     if self.stopper and self.stopper.check(step):
@@ -256,7 +256,7 @@ class _Stopper:
         )
         if better:
             self.best, self.best_step, self.worse = score, step, 0
-            self.out.save_weights(self.ctx.model.module, BEST)
+            self.out.save_weights(self.ctx.model, BEST)
             return False
         self.worse += 1
         return self.worse >= self.settings.patience
@@ -265,7 +265,7 @@ class _Stopper:
         """Load the best weights and delete their file."""
         path = self.out.weights(BEST)
         assert path is not None
-        read_weights(self.ctx.model.module, path)
+        self.ctx.model.load(path)
         self.out.drop_weights(BEST)
         self.out.summary["early_stopping"] = {"best_step": self.best_step, "score": self.best}
 

@@ -21,6 +21,7 @@ class Prompt:
     id: stage/row/pass. row: its row in the dataset. text: None where only ids were given.
     columns: the other columns of its row; text reward functions receive them.
     completion: ids of the human answer where the row has one (SPIN), else None.
+    messages: what the chat template rendered; None where the text is taken as it is.
     """
 
     kind: ClassVar[str] = "prompts"
@@ -30,6 +31,7 @@ class Prompt:
     text: str | None = None
     columns: Mapping[str, Any] | None = None
     completion: tuple[int, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,10 @@ class Judgement:
     """What a judge said once of one candidate (or, comparing, of two); id: <candidate id>/j<k>.
 
     score: None if none could be read, and reason says why. text: the judge's words, None for
-    judges that only give numbers.
+    judges that only give numbers. source: the way the score came: `sampled` (read in the text),
+    `expected` (over the allowed numbers where the judge states one), `forced` (the same behind a
+    score prefix that was appended), `compared`, `given` (by a function or module). score_mass: the
+    probability of all allowed numbers together, where that was looked at.
     """
 
     kind: ClassVar[str] = "judgements"
@@ -65,6 +70,8 @@ class Judgement:
     score: float | None
     reason: str | None = None
     text: str | None = None
+    source: str = "given"
+    score_mass: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,8 @@ class PreferencePair:
     """A better and a worse response to one prompt; id: the prompt's id.
 
     chosen_id and rejected_id name the candidates; None for a response that was not sampled here
-    (a human answer). The scores are None where nobody scored.
+    (a human answer). The scores are None where nobody scored. messages: those of the prompt, where
+    a chat template rendered it.
     """
 
     kind: ClassVar[str] = "pairs"
@@ -87,6 +95,53 @@ class PreferencePair:
     rejected_id: str | None = None
     chosen_score: float | None = None
     rejected_score: float | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A response to be learnt, made by a stage; id: stage/row/reply.
+
+    parents: ids of the records that it was made from.
+    """
+
+    kind: ClassVar[str] = "demonstrations"
+    id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    prompt: str | None = None
+    completion: str | None = None
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RankedReplies:
+    """Replies to one prompt, ranked by people; id: stage/row.
+
+    prompt: a text, or messages. ranks: 0 is best; equal ranks were not ordered. group: what the
+    row belongs to with others (a message tree); rows of one group are no independent evidence.
+    """
+
+    kind: ClassVar[str] = "ranked"
+    id: str
+    prompt: str | tuple[Mapping[str, Any], ...]
+    replies: tuple[str, ...]
+    ranks: tuple[float, ...]
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """A prompt that a model wrote; id: <stage>/<sample>/<place in it>.
+
+    parents: the examples that were shown. reason: why it was left out, None if it was kept.
+    """
+
+    kind: ClassVar[str] = "instructions"
+    id: str
+    text: str
+    parents: tuple[str, ...]
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
         min_new_tokens=sampling.min_new_tokens,
         repetition_penalty=sampling.repetition_penalty,
         filter_fn=sampling.filter_fn,
-        eos_id=tokens.eos_id,
+        end_ids=tokens.end_ids,
         is_stop=_stop_check(sampling.stop, tokens),
     )
 

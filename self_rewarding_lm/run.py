@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from self_rewarding_lm.adapters import load_into
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.datasets import FromStage
 from self_rewarding_lm.errors import RunMismatchError, StoreError
@@ -31,11 +31,15 @@ from self_rewarding_lm.store import (
     StageFiles,
     read_json,
     read_lines,
-    read_weights,
     remove_stage,
-    remove_weights,
     write_json,
-    write_weights,
+)
+from self_rewarding_lm.weights import (
+    Savable,
+    remove_weights,
+    save_folder,
+    weights_file,
+    weights_hash,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,14 +128,14 @@ class Run:
     def weights(self, stage: str | int) -> Path:
         """The file of the stage's trained weights (`initial`: those before the first stage)."""
         folder = self.folder / INITIAL if stage == INITIAL else self.stage(stage).path / "model"
-        path = folder / "model.safetensors"
-        if not path.exists():
+        path = weights_file(folder)
+        if path is None:
             raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}.")
         return path
 
     def load_weights(self, model: nn.Module, stage: str | int) -> None:
         """Load a stage's trained weights into a model of the same shape, in place."""
-        read_weights(model, self.weights(stage))
+        load_into(model, self.weights(stage))
 
     def stage(self, stage: str | int) -> StageFiles:
         """The stage's folder."""
@@ -169,17 +173,16 @@ def begin_run(
     return Run(folder)
 
 
-def save_initial(run: Run, model: nn.Module, runtime: Runtime) -> None:
+def save_initial(run: Run, model: Savable, module: nn.Module, runtime: Runtime) -> None:
     """Keep the weights as they are before the first stage, unless they are kept already."""
-    path = run.folder / INITIAL / "model.safetensors"
-    if runtime.is_main and not path.exists():
-        if weights_hash(model) != run.info["model"]["hash"]:
+    if runtime.is_main and weights_file(run.folder / INITIAL) is None:
+        if weights_hash(module) != run.info["model"]["hash"]:
             raise StoreError(
                 "a stage has init_from='initial', but the weights before the first stage were not "
                 "kept and the model has others now. Begin in another checkpoints_folder, or start "
                 "anew with overwrite_checkpoints=True."
             )
-        write_weights(model, path)
+        save_folder(model, run.folder / INITIAL)
     runtime.barrier()
 
 
@@ -220,17 +223,6 @@ def _describe_text(value: str | Path) -> str:
         return str(value)
     with Path(value).open("rb") as file:
         return f"{Path(value).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A digest of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
-            digest.update(name.encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_and_write(

@@ -37,9 +37,12 @@ class Runtime:
         self._has_trackers = False
         _set_up_logging(self.shows)
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """The module wrapped for training: distributed, mixed precision, as the launch asks."""
-        return self.accelerator.prepare_model(module)
+    def prepare(self, module: nn.Module, *, place: bool = True) -> nn.Module:
+        """The module wrapped for training: distributed, mixed precision, as the launch asks.
+
+        place: move it to this process's device.
+        """
+        return self.accelerator.prepare_model(module, device_placement=place)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         """The optimiser wrapped for mixed precision."""

@@ -4,7 +4,7 @@
     <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
     <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows
     <nn>-<name>/metrics.jsonl
-    <nn>-<name>/model/model.safetensors
+    <nn>-<name>/model/                      the weights, see weights.py
     <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
 
 While an arrow runs each process appends to its own <records>.<rank>.jsonl; at its end they become
@@ -14,13 +14,9 @@ that cannot be read is an error.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
 
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import (
@@ -35,6 +31,7 @@ from self_rewarding_lm.records import (
     to_json,
 )
 from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.weights import Savable, remove_weights, save_folder, weights_file
 
 RECORD_TYPES = (Prompt, Candidate, Judgement, PreferencePair, ReferenceLogprobs, TrainingRow)
 WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
@@ -63,19 +60,25 @@ class StageFiles:
 
     def weights(self, name: str = "model") -> Path | None:
         """The weights of that name, if they were written."""
-        path = self.path / name / "model.safetensors"
-        return path if path.exists() else None
+        return weights_file(self.path / name)
 
     def _rank_files(self, kind: str) -> list[Path]:
         return sorted(self.path.glob(f"{kind}.[0-9]*.jsonl"))
 
 
 class StageDir(StageFiles):
-    """One stage's folder, as the stage writes it. `runtime` tells which process this is."""
+    """One stage's folder, as the stage writes it.
 
-    def __init__(self, path: Path, runtime: Runtime) -> None:
+    runtime tells which process this is. beside: writes what belongs into a folder of weights
+    beside them, such as a tokenizer.
+    """
+
+    def __init__(
+        self, path: Path, runtime: Runtime, beside: Callable[[Path], None] | None = None
+    ) -> None:
         super().__init__(path)
         self.runtime = runtime
+        self.beside = beside
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
 
@@ -124,13 +127,11 @@ class StageDir(StageFiles):
         if self.runtime.is_main:
             _append_lines(self.path / "metrics.jsonl", [metrics])
 
-    def save_weights(self, module: nn.Module, name: str = "model") -> Path:
-        """Write a module's weights (main process); all processes wait."""
-        path = self.path / name / "model.safetensors"
+    def save_weights(self, model: Savable, name: str = "model") -> None:
+        """Write a model's weights (main process); all processes wait."""
         if self.runtime.is_main:
-            write_weights(module, path)
+            save_folder(model, self.path / name, self.beside)
         self.runtime.barrier()
-        return path
 
     def drop_weights(self, name: str) -> None:
         """Delete weights that were only needed within the stage."""
@@ -191,25 +192,6 @@ def read_lines(path: Path) -> Iterator[Any]:
                 ) from error
 
 
-def write_weights(module: nn.Module, path: Path) -> None:
-    """A module's weights as safetensors, by rename; tied and non-contiguous tensors included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    save_model(module, str(draft))
-    draft.replace(path)
-
-
-def read_weights(module: nn.Module, path: Path) -> None:
-    """Load weights into a module, in place; StoreError where they do not fit."""
-    try:
-        load_model(module, str(path), device="cpu")
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise StoreError(
-            f"the weights in {path} cannot be loaded into this model: {error}. They belong to "
-            "another model, or the file is damaged."
-        ) from error
-
-
 def remove_stage(path: Path) -> None:
     """Delete what the library wrote into a stage's folder; other files stay."""
     names = [*STAGE_FILES, *(f"{t.kind}.jsonl" for t in RECORD_TYPES)]
@@ -223,13 +205,6 @@ def remove_stage(path: Path) -> None:
         for folder in path.glob(pattern):
             remove_weights(folder)
     _remove_if_empty(path)
-
-
-def remove_weights(folder: Path) -> None:
-    """Delete a folder of weights, unless other files are in it."""
-    for name in ("model.safetensors", "model.tmp"):
-        (folder / name).unlink(missing_ok=True)
-    _remove_if_empty(folder)
 
 
 def _remove_if_empty(folder: Path) -> None:

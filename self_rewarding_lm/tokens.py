@@ -1,13 +1,26 @@
-"""Text to token ids and back, whatever tokenizer the user has."""
+"""Text to token ids and back, whatever tokenizer the user has.
+
+The one place that turns prompts and responses into ids: what is generated from is what is trained
+on.
+"""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from self_rewarding_lm.errors import ConfigError, TokenizerError
+from self_rewarding_lm.chat import RAW, Message, Messages, messages_of, renderer, template_text
+from self_rewarding_lm.chat import transcript as transcript_of
+from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
+
+Ids = tuple[int, ...]
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
+"""Special tokens that end a text in the vocabularies that have them."""
 
 
 @runtime_checkable
@@ -37,45 +50,157 @@ class CallableTokenizer:
         return self.decode_fn(torch.tensor(list(ids), dtype=torch.long))
 
 
+class HuggingFaceTokenizer:
+    """A tokenizer of transformers; special tokens are put around whole texts only."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        self.special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+        self.lead: Ids = tuple(i for i in tokenizer.encode("") if i == tokenizer.bos_token_id)
+        """What it puts before every text: its begin token, or nothing."""
+        names = ((i, str(tokenizer.convert_ids_to_tokens(i))) for i in sorted(self.special))
+        self.text_ends: Ids = tuple(i for i, name in names if name in END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        """With the begin token where the tokenizer adds one, never with an end token."""
+        ids = self.encode_part(text)
+        return ids if tuple(ids[: len(self.lead)]) == self.lead else [*self.lead, *ids]
+
+    def encode_part(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as the model reads it. messages: None where the text is taken as it is."""
+
+    ids: Ids
+    text: str
+    messages: Messages | None = None
+
+
 class Tokens:
-    """A tokenizer, its end token and the model's vocabulary, with their results checked."""
+    """A tokenizer, its chat template, its end tokens and the model's vocabulary.
+
+    chat_template: a name, jinja text, or "raw" for texts as they are. None: a Hugging Face
+    tokenizer's own (the plain one where it has none), texts as they are for all others.
+    end_ids: further ids that end a response, as a model's generation config names them.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, *, eos_id: int | None, vocab: int | None
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        eos_id: int | None,
+        vocab: int | None,
+        chat_template: str | None = None,
+        end_ids: Sequence[int] = (),
     ) -> None:
-        self.tokenizer = tokenizer
         self.vocab = vocab
-        found = getattr(tokenizer, "eos_token_id", None) if eos_id is None else eos_id
-        self.eos_id: int | None = found
-        if found is not None and vocab is not None and not 0 <= found < vocab:
-            raise ConfigError(
-                f"eos_id must be one of the model's {vocab} tokens (0 to {vocab - 1}); got {found}."
-            )
+        own = getattr(tokenizer, "chat_template", None) is not None and chat_template is None
+        hugging_face = hasattr(tokenizer, "apply_chat_template")
+        eos_token = getattr(tokenizer, "eos_token", None)
+        self.source: Any = tokenizer
+        self.tokenizer: Any = HuggingFaceTokenizer(tokenizer) if hugging_face else tokenizer
+        self.lead: Ids = () if own or not hugging_face else self.tokenizer.lead
+        """The begin token, which the library's own templates leave to the tokenizer."""
+        self.template: str | None = (
+            None if own or chat_template == RAW else (template_text(chat_template or "plain"))
+        )
+        """The template where it is not the tokenizer's own."""
+        self.renders = chat_template != RAW and (hugging_face or chat_template is not None)
+        """Whether a text is a user's message and goes through the template."""
+        self._render = renderer(
+            None if chat_template == RAW else chat_template,
+            tokenizer=tokenizer,
+            bos_token=getattr(tokenizer, "bos_token", None),
+            eos_token=eos_token,
+        )
+        found = getattr(self.tokenizer, "eos_token_id", None) if eos_id is None else eos_id
+        turn = self._turn_end() if hugging_face and self.renders else None
+        self.eos_id: int | None = found if turn is None else turn
+        """The token that the library puts behind a response."""
+        text_ends = getattr(self.tokenizer, "text_ends", ()) if eos_id is None else ()
+        ends = [i for i in (self.eos_id, found, *end_ids, *text_ends) if i is not None]
+        self.end_ids: Ids = tuple(dict.fromkeys(ends))
+        """All tokens that end a response: end of turn and end of text."""
+        for end in self.end_ids:
+            if vocab is not None and not 0 <= end < vocab:
+                raise ConfigError(
+                    f"eos_id must be one of the model's {vocab} tokens (0 to {vocab - 1}); "
+                    f"got {end}."
+                )
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text; TokenizerError where they are no ids of the model."""
-        if self.tokenizer is None:
-            raise ConfigError(
-                f"a text needs a tokenizer: {text[:60]!r}. Give the trainer tokenizer_encode and "
-                "tokenizer_decode, or tokenizer."
+    def prompt(self, value: str | Sequence[Message], where: str = "the prompt") -> Rendered:
+        """A prompt's ids, those of the generation prompt where a template is used."""
+        if isinstance(value, str) and not self.renders:
+            return Rendered(self.encode(value), value)
+        messages = messages_of(value, where)
+        text = self._text(messages, True, where)
+        return Rendered(self._rendered_ids(text), transcript_of(messages), messages)
+
+    def response(
+        self, prompt: str | Sequence[Message], completion: str, where: str = "the completion"
+    ) -> Ids:
+        """The ids of a response to a prompt, up to and including its end token.
+
+        They are the rest of the full rendering behind the generation prompt. Raises DataError
+        where the template renders a prompt otherwise once it is answered.
+        """
+        if isinstance(prompt, str) and not self.renders:
+            return self.ended(self.encode_part(completion))
+        messages = messages_of(prompt, where)
+        before = self._text(messages, True, where)
+        full = self._text([*messages, {"role": "assistant", "content": completion}], False, where)
+        if not full.startswith(before):
+            raise DataError(
+                f"{where}: the chat template does not render the prompt as the beginning of prompt "
+                f"and response, so what is generated from would not be what is trained on.\n"
+                f"prompt: {before!r}\nboth: {full!r}"
             )
-        return self.checked(self.tokenizer.encode(text), f"of the text {text[:60]!r}")
+        ids, head = self._rendered_ids(full), self._rendered_ids(before)
+        rest = ids[len(head) :] if ids[: len(head)] == head else None
+        rest = self.encode_part(full[len(before) :]) if rest is None else rest
+        last = max((i for i, token in enumerate(rest) if token in self.end_ids), default=None)
+        return self.ended(rest) if last is None else rest[: last + 1]
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a text as it is; TokenizerError where they are no ids of the model."""
+        return self._checked_text(text, "encode")
+
+    def encode_part(self, text: str) -> Ids:
+        """Ids of a piece of a text: no begin token."""
+        part = "encode_part" if hasattr(self.tokenizer, "encode_part") else "encode"
+        return self._checked_text(text, part)
 
     def decode(self, ids: Sequence[int]) -> str | None:
-        """The text of ids, without the end token; None without a tokenizer."""
+        """The text of ids, without end tokens; None without a tokenizer."""
         if self.tokenizer is None:
             return None
-        kept = [i for i in ids if i != self.eos_id]
+        kept = [i for i in ids if i not in self.end_ids]
         text = self.tokenizer.decode(kept)
         if not isinstance(text, str):
             raise TokenizerError(f"decoding must give a str; got {type(text).__name__}: {text!r}")
         return text
 
-    def ended(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+    def ended(self, ids: Ids) -> Ids:
         """The ids with the end token behind them, where one is known."""
         return ids if self.eos_id is None or ids[-1:] == (self.eos_id,) else (*ids, self.eos_id)
 
-    def checked(self, ids: Any, whose: str) -> tuple[int, ...]:
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face tokenizer and its chat template into a folder; others stay out."""
+        if not hasattr(self.source, "save_pretrained"):
+            return
+        kept = copy(self.source)
+        if self.template is not None:
+            kept.chat_template = self.template
+        kept.save_pretrained(str(folder))
+
+    def checked(self, ids: Any, whose: str) -> Ids:
         """Ids of any number type as a tuple of ints within the vocabulary."""
         if isinstance(ids, Tensor) or hasattr(ids, "tolist"):
             if getattr(ids, "ndim", 1) != 1:
@@ -89,6 +214,37 @@ class Tokens:
                 f"{type(ids).__name__}. Does tokenizer_encode return ids?"
             )
         return tuple(self._checked_id(i, whose) for i in ids)
+
+    def _text(self, messages: Sequence[Message], generation: bool, where: str) -> str:
+        try:
+            return self._render(messages, generation)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+    def _rendered_ids(self, text: str) -> Ids:
+        """Ids of a rendered text: the template writes the begin token, or the tokenizer leads."""
+        ids = self.encode_part(text)
+        return ids if ids[: len(self.lead)] == self.lead else (*self.lead, *ids)
+
+    def _turn_end(self) -> int | None:
+        """The last special token behind an answer: what ends a turn in this template."""
+        messages: Messages = ({"role": "user", "content": "a"},)
+        try:
+            before = self._render(messages, True)
+            full = self._render([*messages, {"role": "assistant", "content": "b"}], False)
+        except DataError:
+            return None
+        rest = full[len(before) :] if full.startswith(before) else ""
+        special = [i for i in self.encode_part(rest) if i in self.tokenizer.special]
+        return special[-1] if special else None
+
+    def _checked_text(self, text: str, method: str) -> Ids:
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"a text needs a tokenizer: {text[:60]!r}. Give the trainer tokenizer_encode and "
+                "tokenizer_decode, or tokenizer."
+            )
+        return self.checked(getattr(self.tokenizer, method)(text), f"of the text {text[:60]!r}")
 
     def _checked_id(self, value: Any, whose: str) -> int:
         try:

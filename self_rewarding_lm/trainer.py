@@ -7,9 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from self_rewarding_lm.adapters import Policy, TokenModel, adapt
+from self_rewarding_lm.adapters.loading import (
+    Loading,
+    check_placement,
+    end_ids_of,
+    is_placed,
+    merged,
+    open_model,
+)
 from self_rewarding_lm.config import (
     DEFAULT_REWARD_CONFIG,
     FinetuneConfig,
@@ -22,12 +31,14 @@ from self_rewarding_lm.errors import ConfigError, StoreError, typed
 from self_rewarding_lm.recipes import create_default_paper_config
 from self_rewarding_lm.run import INITIAL, Run, begin_run, describe, save_initial
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import StageDir, write_weights
+from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.tokens import CallableTokenizer, Tokenizer, Tokens
+from self_rewarding_lm.weights import save_folder, write_weights
 
 logger = logging.getLogger(__name__)
 
 OVERWRITE_VARIABLE = "SELF_REWARDING_LM_OVERWRITE"
+MERGED = "merged"
 
 
 @runtime_checkable
@@ -42,10 +53,16 @@ class Callback(Protocol):
 class SelfRewardingTrainer:
     """Runs stages on a model, one after the other, each with its records and weights on disk.
 
-    model: ids (b, n) -> logits (b, n, v), or an object with `.logits`; trained in place.
+    model: ids (b, n) -> logits (b, n, v), or an object with `.logits`; trained in place. A Hugging
+    Face causal LM as it is, or by folder, hub name or .gguf file; those are loaded in `torch_dtype`
+    (default float32), with `device_map`, or with `load_in_4bit` (bitsandbytes). peft_config: a
+    LoRA adapter is trained and saved in place of all weights; with `merge_adapter` the merged
+    model is written to <checkpoints_folder>/merged after the last stage.
     finetune_configs: a list of stages, or a dict for create_default_paper_config(**dict).
-    tokenizer: an object with encode and decode; or tokenizer_encode, str -> 1-D tensor of any
-    number dtype, and tokenizer_decode, tensor -> str. Stages that see only ids need none.
+    tokenizer: of Hugging Face, or an object with encode and decode; or tokenizer_encode, str -> 1-D
+    tensor of any number dtype, and tokenizer_decode, tensor -> str. Stages that see only ids need
+    none. chat_template: a name (plain, chatml, llama-3, gemma, zephyr), jinja text, or "raw";
+    default the tokenizer's own.
     self_reward_prompt_config: the judge's prompt, or several by name.
     eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted and not needed,
     masks come from lengths. checkpoints_folder: the run directory. accelerate_kwargs: for
@@ -59,13 +76,19 @@ class SelfRewardingTrainer:
     @typed
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | Path,
         *,
         finetune_configs: Sequence[FinetuneConfig] | dict[str, Any],
         tokenizer: Tokenizer | None = None,
         tokenizer_encode: Callable[[str], Any] | None = None,
         tokenizer_decode: Callable[[Tensor], str] | None = None,
         self_reward_prompt_config: RewardConfig | Mapping[str, RewardConfig] | None = None,
+        chat_template: str | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        load_in_4bit: bool = False,
+        peft_config: Any = None,
+        merge_adapter: bool = False,
         eos_id: int | None = None,
         pad_id: int | None = None,
         seed: int = 0,
@@ -94,12 +117,23 @@ class SelfRewardingTrainer:
         self.callbacks = tuple(callbacks)
         self.rewards = _rewards(self_reward_prompt_config)
 
-        self.model = model
-        model.to(self.runtime.device)
-        self.token_model: TokenModel = adapt(model)
-        self.policy = self.runtime.prepare(Policy(self.token_model))
         found = _tokenizer(tokenizer, tokenizer_encode, tokenizer_decode)
-        self.tokens = Tokens(found, eos_id=eos_id, vocab=self.token_model.vocab)
+        check_placement(model, device_map, self.runtime.world)
+        options = Loading(torch_dtype, device_map, load_in_4bit, peft_config, merge_adapter)
+        self.model, own = open_model(model, options)
+        self.merge_adapter = merge_adapter
+        placed = is_placed(self.model)
+        if not placed:
+            self.model.to(self.runtime.device)
+        self.token_model: TokenModel = adapt(self.model)
+        self.policy = self.runtime.prepare(Policy(self.token_model), place=not placed)
+        self.tokens = Tokens(
+            found or own,
+            eos_id=eos_id,
+            vocab=self.token_model.vocab,
+            chat_template=chat_template,
+            end_ids=end_ids_of(self.model) if eos_id is None else (),
+        )
         self._check_pad(pad_id)
 
         self._run: Run | None = None
@@ -134,15 +168,17 @@ class SelfRewardingTrainer:
             overwrite=overwrite_checkpoints,
         )
         if any(stage.init_from == INITIAL for stage in self.stages):
-            save_initial(run, self.model, self.runtime)
+            save_initial(run, self.token_model, self.model, self.runtime)
         self._run = run
         done = [run.is_done(i) for i in range(len(self.stages))]
         first = done.index(False) if False in done else len(done)
         if first > 0:
             logger.info("%d of %d stages are done already in %s", first, len(done), self.folder)
-            run.load_weights(self.model, first - 1)
+            self.token_model.load(run.weights(first - 1))
         for place in range(first, len(self.stages)):
             self._run_stage(run, place)
+        if self.merge_adapter and self.runtime.is_main:
+            save_folder(adapt(merged(self.model)), self.folder / MERGED, self.tokens.save)
         self.runtime.end_trackers()
         return run
 
@@ -159,11 +195,11 @@ class SelfRewardingTrainer:
         stage, name, ctx = self.stages[place], self.names[place], self._context(place)
         if stage.init_from != "previous":
             ctx.load(stage.init_from)
-        out = StageDir(run.stage(place).path, self.runtime)
+        out = StageDir(run.stage(place).path, self.runtime, self.tokens.save)
         out.begin(self._settings(stage))
         logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
         stage.run(ctx, out)
-        out.save_weights(self.model)
+        out.save_weights(self.token_model)
         out.finish()
         for callback in self.callbacks if self.runtime.is_main else ():
             callback.on_stage_end(run, name, self.model)
@@ -229,6 +265,7 @@ class SelfRewardingTrainer:
             "reward_prompt": describe(self.rewards.get(key)) if key else None,
             "seed": self.seed,
             "eos_id": self.tokens.eos_id,
+            "chat_template": self.tokens.template or ("own" if self.tokens.renders else None),
         }
 
     def _check_pad(self, pad_id: int | None) -> None:

@@ -38,8 +38,8 @@ from tests.models import (
 
 RAGGED = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5], [8, 9, 7, 9, 3], [3, 1, 4], [0, 0]]
 EOS = 7
-GREEDY = Decoding(temperature=0.0, eos_id=EOS)
-NOISY = Decoding(temperature=1.3, top_k=12, top_p=0.95, min_p=0.01, eos_id=EOS)
+GREEDY = Decoding(temperature=0.0, end_ids=(EOS,))
+NOISY = Decoding(temperature=1.3, top_k=12, top_p=0.95, min_p=0.01, end_ids=(EOS,))
 TAKE_ALL = SamplingConfig(temperature=0.0, max_new_tokens=6)
 
 
@@ -66,7 +66,7 @@ def oracle(module: nn.Module, request: Request, decoding: Decoding) -> Completio
         uniform = torch.tensor([number])
         token = sample_next(logits, uniform, temperature=decoding.temperature, **filters)
         new.append(int(token))
-        if new[-1] == decoding.eos_id:
+        if new[-1] in decoding.end_ids:
             return Completion(tuple(new), True)
     return Completion(tuple(new), False)
 
@@ -202,7 +202,7 @@ def test_token_0_is_generated_and_kept_like_any_other():
 
 
 def test_token_0_can_be_the_end_token():
-    decoding = Decoding(temperature=0.0, eos_id=0)
+    decoding = Decoding(temperature=0.0, end_ids=(0,))
     assert decoded(Successor(), [Request((8,), 0, 9)], decoding) == [Completion((9, 0), True)]
 
 
@@ -217,19 +217,19 @@ def test_limits_are_those_of_each_request():
 
 
 def test_min_new_tokens_forbids_the_end_token_before():
-    decoding = Decoding(temperature=0.0, eos_id=4, min_new_tokens=2)
+    decoding = Decoding(temperature=0.0, end_ids=(4,), min_new_tokens=2)
     # after 3 comes the end, 4; forbidden, all others are equal and the first, 0, is taken
     assert decoded(Successor(), [Request((3,), 0, 9)], decoding)[0].ids == (0, 1, 2, 3, 4)
 
 
 def test_exactly_min_new_tokens_come_before_the_end_token():
-    decoding = Decoding(temperature=0.0, eos_id=2, min_new_tokens=2)
+    decoding = Decoding(temperature=0.0, end_ids=(2,), min_new_tokens=2)
     done = decoded(Fixed([1.0, 0.5, 3.0]), [Request((1,), 0, 9)], decoding)
     assert done == [Completion((0, 0, 2), True)]
 
 
 def test_min_new_tokens_that_are_reached_change_nothing():
-    decoding = Decoding(temperature=0.0, eos_id=EOS, min_new_tokens=2)
+    decoding = Decoding(temperature=0.0, end_ids=(EOS,), min_new_tokens=2)
     assert decoded(Successor(), [Request((4,), 0, 9)], decoding)[0].ids == (5, 6, 7)
 
 

@@ -18,7 +18,8 @@ from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, TrainingRow
 from self_rewarding_lm.reference import PairSums, StoredReference, response_logprobs
 from self_rewarding_lm.runtime import Runtime, random_numbers_kept
-from self_rewarding_lm.store import read_lines, read_weights
+from self_rewarding_lm.store import read_lines
+from self_rewarding_lm.weights import read_weights
 from tests.models import (
     VOCAB,
     Recurrent,

@@ -10,7 +10,8 @@ LAYERS = [
     "errors",
     "records",
     "config",
-    "logprobs losses sampling judging pairing batching",
+    "logprobs losses sampling judging pairing batching agreement",
+    "chat weights",
     "runtime tokens",
     "adapters datasets store run optimizers",
     "engine context",
@@ -29,13 +30,14 @@ HOMES = {
     "transformers": {"adapters", "tokens"},
     "peft": {"adapters", "tokens"},
     "x_transformers": {"adapters"},
-    "jinja2": {"judging"},
-    "safetensors": {"store"},
+    "jinja2": {"judging", "chat"},
+    "safetensors": {"weights"},
 }
 WITHIN_LAYER = {
     ("losses", "logprobs"),  # log-probs are the losses' own words
     ("run", "datasets"),  # from_stage is a setting
     ("run", "store"),  # a run is stage folders
+    ("run", "adapters"),  # weights of adapters
     ("context", "engine"),
     ("judges", "rollout"),
 }

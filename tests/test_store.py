@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,18 +26,30 @@ from self_rewarding_lm.run import (
     begin_run,
     describe,
     save_initial,
-    weights_hash,
 )
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import (
     StageDir,
     id_order,
     read_json,
-    read_weights,
     remove_stage,
     write_json,
-    write_weights,
 )
+from self_rewarding_lm.weights import read_weights, weights_hash, write_weights
+
+
+class Saved:
+    """A bare module as a stage's weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def save(self, folder: Path) -> None:
+        write_weights(self.module, folder / "model.safetensors")
+
+    def load(self, file: Path) -> None:
+        read_weights(self.module, file)
+
 
 TEXT = 'two\nlines, "quotes", \\, tab\t, nul\0, \u2028, \x85, ü, 語, 🙂'
 
@@ -254,7 +267,7 @@ def test_done_is_written_at_the_finish_and_holds_the_summary(tmp_path):
     stage = stage_dir(tmp_path)
     stage.append([candidate("a/0/0")])
     stage.merge(Candidate)
-    stage.save_weights(nn.Linear(2, 2))
+    stage.save_weights(Saved(nn.Linear(2, 2)))
     stage.summary |= {"steps": 3}
     assert not stage.is_done and not (stage.path / "done.json").exists()
     stage.finish()
@@ -387,8 +400,8 @@ def test_removing_a_stage_removes_all_that_the_library_wrote(tmp_path):
     stage.append([candidate("a/1/0")])
     stage.append([Prompt("a/0", 0, (1,))])
     stage.log({"step": 1})
-    stage.save_weights(nn.Linear(2, 2))
-    stage.save_weights(nn.Linear(2, 2), "checkpoint-10")
+    stage.save_weights(Saved(nn.Linear(2, 2)))
+    stage.save_weights(Saved(nn.Linear(2, 2)), "checkpoint-10")
     (stage.path / "candidates.jsonl.tmp").write_text("half")
     stage.finish()
     remove_stage(stage.path)
@@ -398,7 +411,7 @@ def test_removing_a_stage_removes_all_that_the_library_wrote(tmp_path):
 def test_removing_a_stage_leaves_foreign_files(tmp_path):
     stage = stage_dir(tmp_path)
     stage.append([candidate("a/0/0")])
-    stage.save_weights(nn.Linear(2, 2))
+    stage.save_weights(Saved(nn.Linear(2, 2)))
     foreign = ["notes.txt", "model/README.md", "plots/a.png", "my.jsonl", "candidates.old.jsonl"]
     for name in foreign:
         (stage.path / name).parent.mkdir(exist_ok=True)
@@ -417,7 +430,7 @@ def test_removing_a_stage_leaves_weights_in_a_folder_that_the_library_did_not_ma
 def test_dropping_weights_leaves_others(tmp_path):
     stage = stage_dir(tmp_path)
     for name in ("model", "iteration-0"):
-        stage.save_weights(nn.Linear(2, 2), name)
+        stage.save_weights(Saved(nn.Linear(2, 2)), name)
     stage.drop_weights("iteration-0")
     assert stage.weights("iteration-0") is None
     assert stage.weights() == stage.path / "model" / "model.safetensors"
@@ -460,7 +473,7 @@ def test_a_run_is_read_back_from_its_folder_alone(tmp_path):
     stage.append([pair, PreferencePair("sft/1", (4,), (5,), (6,))])
     stage.append([candidate("sft/0/0")])
     stage.log({"step": 1, "loss": 2.0})
-    stage.save_weights(nn.Linear(2, 2))
+    stage.save_weights(Saved(nn.Linear(2, 2)))
     stage.summary |= {"steps": 1}
     stage.finish()
 
@@ -492,7 +505,7 @@ def test_a_stage_is_named_by_its_name_its_folder_or_its_place(tmp_path):
 
 def test_weights_of_a_stage_are_loaded_and_missing_ones_are_an_error(tmp_path):
     run, trained, other = begin(tmp_path), nn.Linear(2, 2), nn.Linear(2, 2)
-    writable(run).save_weights(trained)
+    writable(run).save_weights(Saved(trained))
     run.load_weights(other, "sft")
     assert same(trained, other)
     with pytest.raises(StoreError, match="'self_reward'"):
@@ -503,9 +516,9 @@ def test_the_initial_weights_are_kept_as_they_were_at_the_first_start(tmp_path):
     first, other = nn.Linear(2, 2), nn.Linear(2, 2)
     run = begin(tmp_path, model=first)
     with pytest.raises(StoreError, match="were not kept"):
-        save_initial(run, other, Runtime({}, quiet=True))
+        save_initial(run, Saved(other), other, Runtime({}, quiet=True))
     for module in (first, other):  # the second time they are there already
-        save_initial(run, module, Runtime({}, quiet=True))
+        save_initial(run, Saved(module), module, Runtime({}, quiet=True))
     run.load_weights(other, "initial")
     assert same(first, other)
 
@@ -542,7 +555,7 @@ def test_overwriting_starts_anew_and_removes_nothing_foreign(tmp_path):
     run = begin(tmp_path, model=first)
     writable(run).begin({"a": 1})
     writable(run).append([candidate("sft/0/0")])
-    save_initial(run, first, Runtime({}, quiet=True))
+    save_initial(run, Saved(first), first, Runtime({}, quiet=True))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "02-other").mkdir()
     (tmp_path / "02-other" / "candidates.jsonl").write_text("mine")

@@ -1,8 +1,9 @@
 """What the engine and the training loop ask of a model, and the trial of a new one."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -49,6 +50,18 @@ class TokenModel(Protocol):
         """The logits of what follows each row, and the state to go on from."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """A copy, on the CPU, of the tensors that `load` replaces."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the weights, and what else loading them needs, into a folder."""
+        ...
+
+    def load(self, file: Path) -> None:
+        """Load weights from the file that `save` wrote, in place."""
+        ...
+
 
 def logits_of(output: Any, batch: int, length: int) -> Tensor:
     """The logits in a model's output: a tensor, or an object with `.logits`."""
@@ -87,6 +100,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     with modes_kept(module):
         module.eval()
         yield
+
+
+def copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU."""
+    return {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def limit_of(module: nn.Module) -> int | None:

@@ -1,6 +1,7 @@
 """Any module ids (b, t) -> logits (b, t, v): no cache, so each token costs a whole forward."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -10,12 +11,14 @@ from self_rewarding_lm.adapters.base import (
     Cache,
     TokenModel,
     check_causal,
+    copied,
     device_of,
     limit_of,
     logits_of,
     probe_vocab,
 )
 from self_rewarding_lm.batching import pad_rows
+from self_rewarding_lm.weights import MODEL_FILE, read_weights, write_weights
 
 
 class PlainModel:
@@ -32,6 +35,15 @@ class PlainModel:
 
     def refresh(self) -> None:
         """Nothing here depends on the weights."""
+
+    def state(self) -> dict[str, Tensor]:
+        return copied(self.module.state_dict())
+
+    def save(self, folder: Path) -> None:
+        write_weights(self.module, folder / MODEL_FILE)
+
+    def load(self, file: Path) -> None:
+        read_weights(self.module, file)
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = RecomputedRows(self, rows)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from self_rewarding_lm.adapters.base import (
     Cache,
     cache_agrees,
     check_causal,
+    copied,
     device_of,
     limit_of,
     logits_of,
@@ -21,6 +23,7 @@ from self_rewarding_lm.adapters.base import (
 )
 from self_rewarding_lm.adapters.plain import RecomputedRows
 from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.weights import MODEL_FILE, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,15 @@ class XTransformersModel:
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.transformer(ids), *ids.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        return copied(self.module.state_dict())
+
+    def save(self, folder: Path) -> None:
+        write_weights(self.module, folder / MODEL_FILE)
+
+    def load(self, file: Path) -> None:
+        read_weights(self.module, file)
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         if not self.caches:

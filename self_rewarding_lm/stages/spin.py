@@ -70,7 +70,7 @@ class SelfPlayConfig(PreferenceConfig):
                 continue
             steps += self.fit(ctx, out, objective, valid=valid, round=iteration, first_step=steps)
             if iteration + 1 < self.iterations:
-                out.save_weights(ctx.model.module, name)
+                out.save_weights(ctx.model, name)
         for iteration in range(self.iterations - 1):
             out.drop_weights(f"iteration-{iteration}")
         out.summary |= {"pairs": kept, "iterations": self.iterations, "steps": steps}

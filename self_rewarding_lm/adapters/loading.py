@@ -1,0 +1,228 @@
+"""Causal LMs by name: a folder, a hub name or a GGUF file; and adapters of peft put on them."""
+
+import importlib.util
+import logging
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from self_rewarding_lm.adapters.hugging_face import has_adapter, is_hugging_face
+from self_rewarding_lm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, and the adapter that is put on it."""
+
+    torch_dtype: str | torch.dtype | None = None
+    device_map: Any = None
+    load_in_4bit: bool = False
+    peft_config: Any = None
+    merge_adapter: bool = False
+
+
+def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Module, Any]:
+    """A module as it is or loaded by name, with its adapter; and a tokenizer that came with it."""
+    tokenizer = None
+    if isinstance(model, nn.Module):
+        given = (options.torch_dtype, options.device_map, options.load_in_4bit or None)
+        if any(option is not None for option in given):
+            raise ConfigError(
+                "torch_dtype, device_map and load_in_4bit say how a model is loaded by name; this "
+                f"one is loaded already (a {type(model).__name__}). Load it so, or leave them out."
+            )
+    else:
+        model, tokenizer = load_causal_lm(
+            model,
+            torch_dtype=options.torch_dtype,
+            device_map=options.device_map,
+            load_in_4bit=options.load_in_4bit,
+        )
+    if options.peft_config is not None:
+        model = with_adapter(model, options.peft_config)
+    if options.merge_adapter and not has_adapter(model):
+        raise ConfigError("merge_adapter needs a model with an adapter; give peft_config.")
+    warn_of_low_precision(model)
+    return model, tokenizer
+
+
+def load_causal_lm(
+    source: str | Path,
+    *,
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    load_in_4bit: bool = False,
+) -> tuple[nn.Module, Any]:
+    """A causal LM and its tokenizer from a folder, a hub name or a GGUF file.
+
+    A folder may hold an adapter of peft: its base model is loaded and the adapter is trained on.
+    torch_dtype: default float32, in which small learning rates are not rounded away. The tokenizer
+    is None where there is none. Raises ConfigError for what cannot be found or read.
+    """
+    require("transformers", "a model by name")
+    from transformers import AutoModelForCausalLM
+
+    path = Path(source)
+    name, extra = str(source), {}
+    if path.suffix == ".gguf":
+        require("gguf", "a GGUF file")
+        if not path.is_file():
+            raise ConfigError(f"there is no file {str(source)!r}.")
+        name, extra = str(path.parent), {"gguf_file": path.name}
+    options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map, **extra}
+    if load_in_4bit:
+        options["quantization_config"] = _four_bit()
+    try:
+        if (path / "adapter_config.json").exists():
+            require("peft", "a model with an adapter")
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no causal LM could be loaded from {str(source)!r}: {error} A model is given as an "
+            "object, a folder that save_pretrained wrote, a name on the hub, or a .gguf file."
+        ) from error
+    if extra:
+        model = _unpacked(model)
+    return model, _tokenizer(name, extra)
+
+
+def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """A model with a new adapter of peft, the only part that is trained then."""
+    require("peft", "peft_config")
+    from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            "peft_config must be a configuration of peft, for example LoraConfig(r=16, "
+            f"target_modules='all-linear', task_type='CAUSAL_LM'); got {peft_config!r:.100}."
+        )
+    if not is_hugging_face(model):
+        raise ConfigError(
+            f"peft_config needs a Hugging Face causal LM; the model is a {type(model).__name__}."
+        )
+    if has_adapter(model):
+        raise ConfigError("the model has an adapter already; leave peft_config out.")
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of a model with its adapter merged into the weights."""
+    return deepcopy(model).merge_and_unload()  # type: ignore[operator]
+
+
+def check_placement(model: nn.Module | str | Path, device_map: Any, processes: int) -> None:
+    """Raise ConfigError where a model is spread over devices though several processes run."""
+    spread = getattr(model, "hf_device_map", None) or {}
+    if processes > 1 and (device_map is not None or len(set(spread.values())) > 1):
+        raise ConfigError(
+            f"device_map={device_map!r} spreads one model over all devices that a process sees, "
+            f"and {processes} processes run, which would each do so on the same devices. Leave "
+            "device_map out (each process then holds the model on its own device), or start one "
+            "process."
+        )
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether a model's tensors must stay where they are: spread over devices, or quantised."""
+    return bool(getattr(model, "hf_device_map", None)) or bool(
+        getattr(model, "is_loaded_in_4bit", False)
+    )
+
+
+def end_ids_of(model: nn.Module) -> tuple[int, ...]:
+    """The end tokens that a Hugging Face model's generation config names."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
+
+
+def warn_of_low_precision(model: nn.Module) -> None:
+    """A word on weights that round small updates away."""
+    low = [p for p in model.parameters() if p.requires_grad and p.dtype in _LOW]
+    if low:
+        logger.warning(
+            "the trained weights are %s: updates of a learning rate such as 1e-6 are rounded "
+            "away. Load the model in float32 (and set accelerate_kwargs=dict(mixed_precision="
+            "'bf16') for speed), or train an adapter with peft_config.",
+            low[0].dtype,
+        )
+
+
+def dtype_of(torch_dtype: str | torch.dtype | None) -> torch.dtype | str:
+    """A dtype by name; float32 for None. "auto" is the checkpoint's own."""
+    if torch_dtype is None:
+        return torch.float32
+    if isinstance(torch_dtype, torch.dtype) or torch_dtype == "auto":
+        return torch_dtype
+    name = torch_dtype.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(
+            f"torch_dtype must be auto, {', '.join(DTYPES)} or a torch.dtype; got {torch_dtype!r}."
+        )
+    return DTYPES[name]
+
+
+def require(package: str, what: str) -> None:
+    """Raise ConfigError with the pip line where a package of the [hf] extra is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{what} needs the package {package}, which is not installed: "
+            'pip install "self-rewarding-lm[hf]"'
+        )
+
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def _four_bit() -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "load_in_4bit needs the package bitsandbytes, which is not installed: "
+            "pip install bitsandbytes"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """A model read from GGUF without its marks of quantisation: the weights are plain tensors."""
+    config: Any = model.config
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    plain = type(model)(config).to(next(model.parameters()).dtype)  # type: ignore[call-arg]
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config  # type: ignore[assignment]
+    return plain
+
+
+def _tokenizer(name: str, extra: dict[str, str]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **extra)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("no tokenizer could be loaded from %s (%s)", name, error)
+        return None
