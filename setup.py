@@ -5,7 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-TEST = ["pytest>=8", "scipy"]
+HF = ["transformers>=5.8", "tokenizers", "peft>=0.18", "gguf>=0.17"]
+DATA = ["datasets>=4.0", "pyarrow>=18"]
+TEST = ["pytest>=8", "scipy", *HF, *DATA]
 
 setup(
     name="self-rewarding-lm",
@@ -32,7 +34,10 @@ setup(
         "tqdm>=4.66",
         "PyYAML>=6.0",
     ],
+    entry_points={"console_scripts": ["self-rewarding-lm = self_rewarding_lm.cli:main"]},
     extras_require={
+        "hf": HF,
+        "data": DATA,
         "test": TEST,
         "bench": [
             "trl==1.16.0",

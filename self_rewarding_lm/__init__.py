@@ -4,27 +4,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from self_rewarding_lm.adapters import load_causal_lm
+    from self_rewarding_lm.comparing import PairwiseJudge
     from self_rewarding_lm.config import (
         PAPER_REWARD_CONFIG,
+        ComparisonConfig,
         FinetuneConfig,
         OptimConfig,
         RewardConfig,
         SamplingConfig,
+        SelfInstruct,
     )
     from self_rewarding_lm.datasets import create_mock_dataset, from_stage
     from self_rewarding_lm.engine import LocalEngine
     from self_rewarding_lm.errors import SelfRewardingError
+    from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
     from self_rewarding_lm.judges import SelfJudge
-    from self_rewarding_lm.recipes import create_default_paper_config
-    from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+    from self_rewarding_lm.oasst import OpenAssistant, open_assistant
+    from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
+    from self_rewarding_lm.records import (
+        Candidate,
+        Demonstration,
+        Judgement,
+        PreferencePair,
+        Prompt,
+        RankedReplies,
+    )
     from self_rewarding_lm.rollout import generate
     from self_rewarding_lm.run import Run
     from self_rewarding_lm.spin_trainer import SPINTrainer
     from self_rewarding_lm.stages import (
+        BuildEFTConfig,
         DPOConfig,
         ExternalRewardDPOConfig,
         SelfPlayConfig,
         SelfRewardDPOConfig,
+        SelfRewardSFTConfig,
         SFTConfig,
     )
     from self_rewarding_lm.trainer import SelfRewardingTrainer
@@ -33,55 +48,83 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_REWARD_CONFIG",
+    "BuildEFTConfig",
     "Candidate",
+    "ComparisonConfig",
     "DPOConfig",
+    "Demonstration",
     "ExternalRewardDPOConfig",
     "FinetuneConfig",
+    "JudgeEvaluation",
     "Judgement",
     "LocalEngine",
+    "OpenAssistant",
     "OptimConfig",
+    "PairwiseJudge",
     "PreferencePair",
     "Prompt",
+    "RankedReplies",
     "RewardConfig",
     "Run",
     "SFTConfig",
     "SPINTrainer",
     "SamplingConfig",
+    "SelfInstruct",
     "SelfJudge",
     "SelfPlayConfig",
     "SelfRewardDPOConfig",
+    "SelfRewardSFTConfig",
     "SelfRewardingError",
     "SelfRewardingTrainer",
     "create_default_paper_config",
     "create_mock_dataset",
+    "evaluate_judge",
     "from_stage",
     "generate",
+    "load_causal_lm",
+    "open_assistant",
+    "paper_recipe",
 ]
 
 _HOMES = {
+    "adapters": ("load_causal_lm",),
+    "comparing": ("PairwiseJudge",),
     "config": (
-        "PAPER_REWARD_CONFIG",
+        "ComparisonConfig",
         "FinetuneConfig",
         "OptimConfig",
+        "PAPER_REWARD_CONFIG",
         "RewardConfig",
         "SamplingConfig",
+        "SelfInstruct",
     ),
     "datasets": ("create_mock_dataset", "from_stage"),
     "engine": ("LocalEngine",),
     "errors": ("SelfRewardingError",),
+    "evaluate": ("JudgeEvaluation", "evaluate_judge"),
     "judges": ("SelfJudge",),
-    "recipes": ("create_default_paper_config",),
-    "records": ("Candidate", "Judgement", "PreferencePair", "Prompt"),
+    "oasst": ("OpenAssistant", "open_assistant"),
+    "recipes": ("create_default_paper_config", "paper_recipe"),
+    "records": (
+        "Candidate",
+        "Demonstration",
+        "Judgement",
+        "PreferencePair",
+        "Prompt",
+        "RankedReplies",
+    ),
     "rollout": ("generate",),
     "run": ("Run",),
+    "spin_trainer": ("SPINTrainer",),
     "stages": (
+        "BuildEFTConfig",
         "DPOConfig",
         "ExternalRewardDPOConfig",
         "SFTConfig",
         "SelfPlayConfig",
         "SelfRewardDPOConfig",
+        "SelfRewardSFTConfig",
     ),
-    "spin_trainer": ("SPINTrainer",),
     "trainer": ("SelfRewardingTrainer",),
 }
 

@@ -4,12 +4,15 @@ One function renders for generation, judging and training alike. A template is t
 one of the names here, or jinja text. Knows nothing of ids.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from self_rewarding_lm.errors import ConfigError, DataError
@@ -24,7 +27,7 @@ TEMPLATES = {
     "plain": (
         "{% for message in messages %}"
         "{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}Assistant:\n{% endif %}"
     ),
@@ -154,17 +157,33 @@ def _explained(render: Render) -> Render:
     return explained
 
 
+class _Generation(Extension):
+    """`{% generation %}` marks what an assistant wrote, in templates of transformers: no text."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @cache
 def _compiled(text: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(text)
     except TemplateError as error:
         raise ConfigError(f"chat_template is no valid jinja2 template: {error}") from error
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """jinja's own filter writes characters such as < as escapes, for web pages."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _refuse(message: str) -> NoReturn:

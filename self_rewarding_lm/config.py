@@ -5,6 +5,7 @@ built; configurations compare by identity and are never copied.
 """
 
 import difflib
+import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,55 +13,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.rubrics import (
+    COMPARISON_PROMPT,
+    DEFAULT_JUDGE_PROMPT,
+    PAPER_LENGTH_JUDGE_PROMPT,
+)
 
 Object = SkipValidation[Any]
 """A dataset, module or function: taken as it is."""
 
-DEFAULT_JUDGE_PROMPT = """\
-Rate the response to the user's request on an additive scale from 0 to 5. Start at 0 and add one
-point for each statement that is true:
-- The response is about the request and gives some relevant information.
-- It covers a good part of what was asked, if not all of it.
-- It answers the main points in a way that helps the user.
-- It is written as an assistant speaking to this user: direct, complete and well ordered.
-- It fits the request exactly: expert, engaging, nothing superfluous.
-Write a short review of at most 100 words, then end with the total on a line of its own, in the
-form "Score: <points>".
-
-Request: {{ prompt }}
-
-Response: {{ response }}
-
-Review:"""
-
-PAPER_LENGTH_JUDGE_PROMPT = """\
-You are given a question of a user and a response to it. Judge the response with the additive
-scale of five points that is described here. A point is added to the ones before it when its
-criterion is met:
-- One point if the response has to do with the question and offers some information on it, even
-if much is missing or part of it is beside the point.
-- A second point if the response deals with a considerable part of the question, without settling
-it completely or answering it outright.
-- A third point if the response gives a useful answer to the essential parts of the question. It
-does not matter here whether an AI assistant seems to have written it or whether it reads like a
-blog post or a search result.
-- A fourth point if the response is plainly written from the point of view of an AI assistant,
-takes up the question directly and in full, is well organised and helpful, and leaves only little
-to improve in clarity, brevity or focus.
-- A fifth point if the response is tailored to the question without a flaw, contains nothing that
-is not needed, shows the knowledge of an expert, and is engaging and full of insight.
-
-User: {{ prompt }}
-
-<response>{{ response }}</response>
-
-Once you have examined the question and the response:
-- Give reasons for your total in at most 100 words.
-- End with the total, in this form: "Score: <total points>"
-
-Keep the point of view of an AI assistant, and draw on what a web search would tell where that
-helps. Go through the criteria one after the other and let the total follow from them.
-"""
+MAX_NUMBERS = 1001
+"""Allowed numbers whose probabilities are computed, at most: 0 to 1000."""
 
 
 class Config(BaseModel):
@@ -89,8 +52,11 @@ class SamplingConfig(Config):
     temperature: float = Field(default=0.7, ge=0)
     """0 takes the likeliest token."""
     top_p: float | None = Field(default=0.9, gt=0, le=1)
+    """The likeliest tokens that have this much probability together; None: all."""
     top_k: int | None = Field(default=None, ge=1)
+    """So many of the likeliest tokens; None: all."""
     min_p: float | None = Field(default=None, ge=0, le=1)
+    """Tokens with at least this share of the likeliest one's probability; None: all."""
     max_new_tokens: int = Field(default=256, ge=1)
     """New tokens, the prompt not counted; shortened to the room that a prompt leaves."""
     min_new_tokens: int = Field(default=0, ge=0)
@@ -98,6 +64,7 @@ class SamplingConfig(Config):
     stop: tuple[str, ...] = ()
     """Texts that end a response; they stay in it."""
     repetition_penalty: float = Field(default=1.0, gt=0)
+    """Over 1: tokens that are there already become less likely (arXiv:1909.05858)."""
     filter_fn: Object = None
     """A function logits (rows, vocabulary) -> logits of that shape, before all other filters."""
 
@@ -107,6 +74,54 @@ class SamplingConfig(Config):
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens "
                 f"({self.max_new_tokens})"
+            )
+        return self
+
+
+class SelfInstruct(Config):
+    """New prompts that a model writes, as the `prompt_dataset` of a stage (arXiv:2401.10020, 2.2).
+
+    The model is shown examples and goes on with the list (Self-Instruct, arXiv:2212.10560); what it
+    writes is filtered and kept until there are `num_prompts`.
+    """
+
+    seed_dataset: Object
+    """Prompts by people: the first examples. New prompts too like them are left out."""
+    num_prompts: int = Field(ge=1)
+    """New prompts to keep. The paper says how many pairs came of its prompts, not their number."""
+    model: Object = "current"
+    """Who writes: "current" (the weights of the stage's start), "initial", an earlier stage's name,
+    or a module. The paper: a fixed Llama 2-Chat 70B."""
+    tokenizer: Object = None
+    """The tokenizer of a module of its own; default the trainer's."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.9)
+    """Temperature 0.6, top-p 0.9 (arXiv:2401.10020, 3.1.3)."""
+    num_seed_examples: int = Field(default=6, ge=1)
+    """Of the seeds, at random for each list."""
+    num_generated_examples: int = Field(default=2, ge=0)
+    """6 + 2 (arXiv:2401.10020, 3.1.3); seeds stand in while there are no generated ones."""
+    min_words: int = Field(default=4, ge=1)
+    """Of a new prompt."""
+    max_words: int = Field(default=150, ge=1)
+    """From 4 to 150 words (Self-Instruct's code)."""
+    max_rouge_l: float = Field(default=0.7, gt=0, le=1)
+    """Greatest ROUGE-L F to a seed or a kept prompt."""
+    keywords: tuple[str, ...] | None = None
+    """Words that a prompt must not have; None: those for what a text model cannot do."""
+    samples_per_round: int = Field(default=32, ge=1)
+    """Lists that are written at once; the next ones may show what these gave."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Lists at most. Default: four for each wanted prompt."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "SelfInstruct":
+        if self.min_words > self.max_words:
+            raise ValueError(
+                f"min_words ({self.min_words}) is more than max_words ({self.max_words})"
+            )
+        if self.tokenizer is not None and isinstance(self.model, str):
+            raise ValueError(
+                f"tokenizer is for a module of its own as model; {self.model!r} has the trainer's"
             )
         return self
 
@@ -121,7 +136,9 @@ class OptimConfig(Config):
     """At the last step. Defaults: SFT 1.1e-6, preference stages 1e-7, SPIN a tenth of the first;
     a tenth of learning_rate where that is given."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From learning_rate to final_learning_rate; the paper's is cosine."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises from 0."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the rows; excludes num_train_steps. Defaults: SFT 3, SPIN 2, preference 1."""
     batch_size: int = Field(default=16, ge=1)
@@ -135,8 +152,11 @@ class OptimConfig(Config):
     """"adamw", "muon" (torch.optim.Muon for hidden matrices, AdamW for the rest), or a function
     from the list of trainable parameters to a torch optimiser."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Of matrices; AdamW leaves vectors (norms, biases) out."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Longer gradients are scaled down to this norm; None: never."""
     eval_every: int = Field(default=200, ge=1)
     """Steps between evaluations and early-stopping checks (the paper's 200)."""
     checkpoint_every: int | None = Field(default=None, ge=1)
@@ -163,7 +183,10 @@ class OptimConfig(Config):
 
 
 class RewardConfig(Config):
-    """A judge's prompt and how its answer is read: `parse_reward` first, else the template."""
+    """A judge's prompt and how its answer is read: `parse_reward` first, else the template.
+
+    Every judgement records the way its score came (`source`).
+    """
 
     prompt_template: str
     """jinja2 text with {{ prompt }} and {{ response }}."""
@@ -174,7 +197,16 @@ class RewardConfig(Config):
     score_range: tuple[float, float] | None = None
     """Scores outside are None."""
     allowed_scores: tuple[float, ...] | None = None
+    """All others are None."""
     auto_dedent: bool = True
+    """Take the common indentation and the outer empty lines off the template."""
+    score_mode: Literal["sampled", "expected"] = "sampled"
+    """"sampled": the score that the judge wrote. "expected": the mean of the allowed numbers,
+    weighted by their probabilities at the place where it wrote one."""
+    forced_ending: bool | Literal["at_once"] = False
+    """True: where the judge gave no score that counts, the words before {{ reward }} are put behind
+    its text and the expected score is taken there. "at_once": it writes no review at all, so one
+    forward judges a candidate, once."""
 
     @model_validator(mode="after")
     def _readable(self) -> "RewardConfig":
@@ -187,6 +219,70 @@ class RewardConfig(Config):
             raise ValueError(f"parse_reward must be a function, got {self.parse_reward!r}")
         if self.score_range is not None and self.score_range[0] >= self.score_range[1]:
             raise ValueError(f"score_range must be (low, high), got {self.score_range}")
+        if self.score_mode == "expected" or self.forced_ending:
+            self._check_numbers()
+        return self
+
+    def allowed_numbers(self) -> tuple[float, ...]:
+        """`allowed_scores`, else the whole numbers of `score_range`; empty without either."""
+        if self.allowed_scores is not None:
+            return tuple(sorted(set(map(float, self.allowed_scores))))
+        if self.score_range is None:
+            return ()
+        low, high = math.ceil(self.score_range[0]), math.floor(self.score_range[1])
+        if high - low >= MAX_NUMBERS:
+            raise ConfigError(
+                f"score_range {self.score_range} has more than {MAX_NUMBERS} whole numbers; give "
+                "allowed_scores"
+            )
+        return tuple(map(float, range(low, high + 1)))
+
+    def as_written(self) -> "RewardConfig":
+        """The same, for judgements whose text is what is wanted: the score that it states."""
+        return self.model_copy(update={"score_mode": "sampled", "forced_ending": False})
+
+    def _check_numbers(self) -> None:
+        ways = "score_mode='expected' and forced_ending"
+        if self.parse_reward is not None:
+            raise ValueError(
+                f"{ways} read probabilities where reward_regex_template has its number, and "
+                "parse_reward reads texts; leave one of them out"
+            )
+        if len(self.allowed_numbers()) < 2:
+            raise ValueError(
+                f"{ways} need the numbers that a judge may give, two at least: allowed_scores, or "
+                "a score_range with whole numbers in it"
+            )
+
+
+class ComparisonConfig(Config):
+    """A judge's prompt that shows two responses, and how its verdict is read.
+
+    Each two candidates are shown in both orders; judges that disagree with themselves say a tie.
+    """
+
+    prompt_template: str = COMPARISON_PROMPT
+    """jinja2 text with {{ prompt }}, {{ response_a }} and {{ response_b }}."""
+    labels: tuple[str, str] = ("A", "B")
+    """What the judge calls the first and the second response, in upper and lower case as here."""
+    tie_label: str | None = None
+    """What it says where neither is better; None: it has to choose."""
+    verdict_prefix: str = "Better: "
+    """The words before its verdict."""
+    score_mode: Literal["sampled", "expected"] = "sampled"
+    """"sampled": the verdict that the judge wrote. "expected": the labels' probabilities at the
+    place where it wrote one, a tie counting half."""
+    forced_ending: bool | Literal["at_once"] = False
+    """As in RewardConfig, with `verdict_prefix`."""
+    auto_dedent: bool = True
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> "ComparisonConfig":
+        labels = [label for label in (*self.labels, self.tie_label) if label is not None]
+        if len(set(labels)) < len(labels) or any(not x or x != x.strip() for x in labels):
+            raise ValueError(f"labels must be different words without white space; got {labels}")
+        if not self.verdict_prefix.strip():
+            raise ValueError("verdict_prefix must have words, such as 'Better: '")
         return self
 
 
@@ -222,6 +318,14 @@ class FinetuneConfig(Config):
 
     def check(self, ctx: Any) -> None:
         """Raise where something is wrong that can be known before stage 1 begins."""
+
+    def reward_names(self) -> tuple[str, ...]:
+        """Which of the trainer's reward prompts the stage judges by."""
+        return ()
+
+    def uses_initial(self) -> bool:
+        """Whether the stage asks for the weights from before the first stage."""
+        return self.init_from == "initial"
 
     def datasets(self) -> dict[str, Any]:
         """The datasets by field name: the fields that end in `_dataset` and are given."""

@@ -1,6 +1,6 @@
 """What a stage may reach, and nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from self_rewarding_lm.adapters import TokenModel
 from self_rewarding_lm.config import RewardConfig
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.engine import Engine
-from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.errors import ConfigError, StoreError
 from self_rewarding_lm.run import INITIAL, Run
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.tokens import Tokens
@@ -45,6 +45,16 @@ class Context:
         """Tokens of prompt and response together: the setting, or what the model can take."""
         known = [n for n in (max_seq_len, self.model.max_len) if n is not None]
         return min(known) if known else None
+
+    def rewards_named(self, names: Sequence[str]) -> dict[str, RewardConfig]:
+        """Reward prompts by name; ConfigError for a name that the trainer has none of."""
+        for name in names:
+            if name not in self.rewards:
+                raise ConfigError(
+                    f"{self.stage}: self_reward_config_keyname {name!r} is none of the trainer's "
+                    f"reward prompts: {', '.join(map(repr, self.rewards))}."
+                )
+        return {name: self.rewards[name] for name in names}
 
     @contextmanager
     def weights(self, which: str | Path) -> Iterator[None]:

@@ -1,40 +1,57 @@
-"""Rows in: what counts as a dataset, and what its rows may look like.
+"""Rows in: what counts as a dataset, opened for a stage.
 
-A dataset is a torch Dataset (or anything with `len` and `[i]`), a list, an iterable, a .jsonl or
-.json file, `from_stage(...)`, or a list of those, which stands for them one after the other.
-Every row is checked as it is read; a DataError names the dataset, the row and what is wrong.
+A dataset is a torch Dataset or `datasets.Dataset` (or anything with `len` and `[i]`), a list, an
+iterable, a .jsonl, .json (both also .gz) or .parquet file, `from_stage(...)`, or a list of those,
+which stands for them one after the other. Iterables are read once, into memory, and the rows that
+a stage used are stored by it; an endless one is not supported. Rows are checked as they are read;
+a DataError names the dataset or file, the row or line, and what is wrong. What a row may look like
+is in `rows`.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from self_rewarding_lm.errors import DataError
-from self_rewarding_lm.records import PreferencePair, Prompt
+from self_rewarding_lm.errors import DataError, TokenizerError
+from self_rewarding_lm.files import (
+    SUFFIXES,
+    SUFFIXES_IN_WORDS,
+    UnreadableLine,
+    check_file,
+    place_in,
+    read_rows,
+)
+from self_rewarding_lm.forms import is_conversation
+from self_rewarding_lm.records import Demonstration, PreferencePair, Prompt, RankedReplies
+from self_rewarding_lm.rows import check_prompt, prompt_of
 from self_rewarding_lm.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
-Ids = tuple[int, ...]
+OnBadRow = Literal["raise", "skip"]
 PREVIEWED_ROWS = 10_000  # of lists and files, checked before the first stage begins
+SHOWN_REASONS = 3  # of rows that were left out
+ROWS = (str, Mapping, tuple, PreferencePair, Demonstration, RankedReplies)
+"""Types of rows by which a list within a list is known to be a dataset."""
 
 
 @dataclass(frozen=True)
 class FromStage:
-    """The pairs of an earlier stage as a dataset."""
+    """The records of an earlier stage as a dataset."""
 
     stage: str
 
 
 def from_stage(stage: str) -> FromStage:
-    """The preference pairs that the stage of that name made, as a dataset for a later stage.
+    """What the stage of that name made, as a dataset for a later stage.
 
-    A DPO stage trains on them again; an SFT stage on the chosen responses alone.
+    Of a preference stage its pairs: a DPO stage trains on them again, an SFT stage on the chosen
+    responses alone. Of an EFT stage its demonstrations, for an SFT stage.
     """
     return FromStage(stage)
 
@@ -64,14 +81,17 @@ class Indexed(Protocol):
 
 
 class Rows:
-    """A dataset opened for one stage: each row is read once."""
+    """A dataset opened for one stage: each row is read once.
+
+    resolve: the records of an earlier stage. Raises DataError where `dataset` is none.
+    """
 
     def __init__(self, dataset: Any, name: str, resolve: Callable[[FromStage], Sequence]) -> None:
         self.name = name
         self._resolve = resolve
         self._parts: list[Indexed] | None = None
         self._first: list[Any] = []
-        self._datasets = dataset if _is_concatenation(dataset) else [dataset]
+        self._datasets = dataset if is_concatenation(dataset) else [dataset]
         for part in self._datasets:
             _check_dataset(part, name)
 
@@ -79,31 +99,44 @@ class Rows:
         return sum(map(len, self._opened()))
 
     def read(self, index: int) -> Any:
-        """The row at `index`, as the dataset gives it."""
+        """The row at `index`, as the dataset gives it; DataError for a line that is no JSON."""
         if index == 0 and self._first:
             return self._first.pop()
-        for part in self._opened():
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
+        part, place = self._located(index)
+        row = self._opened()[part][place]
+        if isinstance(row, UnreadableLine):
+            raise DataError(f"{self.where(index)}, is no JSON: {row.reason}")
+        return row
 
-    def preview(self) -> Iterator[tuple[int, Any]]:
-        """Rows that can be looked at before the run, with their places.
+    def preview(self) -> Iterator[int]:
+        """Places of rows that can be looked at before the run, by `peek`.
 
-        Of lists and files all (up to PREVIEWED_ROWS); of other datasets, whose rows may be read
-        once only, the first, which is kept for `read`; none that an earlier stage will make.
+        Of lists, files and `datasets.Dataset` all (up to PREVIEWED_ROWS, and every line that is no
+        JSON); of other datasets, whose rows may be read once only, the first; none that an earlier
+        stage will make. Raises DataError for an empty dataset.
         """
         if any(isinstance(part, FromStage) for part in self._datasets):
             return
         if len(self) == 0:
             raise DataError(f"{self.name} is empty; it needs at least one row.")
-        if all(isinstance(part, list) for part in self._opened()):
-            yield from ((i, self.read(i)) for i in range(min(len(self), PREVIEWED_ROWS)))
+        if not self._is_repeatable():
+            yield 0
             return
+        yield from range(min(len(self), PREVIEWED_ROWS))
+        start = 0
+        for part in self._opened():
+            for place, row in enumerate(part if isinstance(part, list) else (), start):
+                if place >= PREVIEWED_ROWS and isinstance(row, UnreadableLine):
+                    yield place
+            start += len(part)
+
+    def peek(self, index: int) -> Any:
+        """A row that `preview` named; `read` gives the same one afterwards."""
+        if self._is_repeatable():
+            return self.read(index)
         if not self._first:
             self._first.append(self.read(0))
-        yield 0, self._first[0]
+        return self._first[0]
 
     def forget_stages(self) -> None:
         """Read the rows of earlier stages anew: those stages may have run again."""
@@ -111,12 +144,28 @@ class Rows:
             self._parts = None
 
     def where(self, index: int) -> str:
-        """Words that name a row in an error."""
-        single = self._datasets[0]
-        if len(self._datasets) == 1 and isinstance(single, str | Path):
-            suffix = Path(single).suffix
-            return f"{single}, {'line' if suffix == '.jsonl' else 'row'} {index + 1}"
-        return f"{self.name}, row {index}"
+        """Words that name a row in an error: its file and line, or its dataset and number."""
+        part, place = self._located(index)
+        dataset = self._datasets[part]
+        if isinstance(dataset, str | Path):
+            return place_in(dataset, place)
+        if len(self._datasets) == 1:
+            return f"{self.name}, row {place}"
+        source = f" (from_stage({dataset.stage!r}))" if isinstance(dataset, FromStage) else ""
+        return f"{self.name}, part {part}{source}, row {place}"
+
+    def _located(self, index: int) -> tuple[int, int]:
+        """The part that holds a row, and the row's place in it."""
+        place = index
+        for number, part in enumerate(self._opened()):
+            if 0 <= place < len(part):
+                return number, place
+            place -= len(part)
+        raise IndexError(index)
+
+    def _is_repeatable(self) -> bool:
+        """Whether every row is known to be the same each time it is read."""
+        return all(isinstance(part, list) or _is_fixed(part) for part in self._opened())
 
     def _opened(self) -> list[Indexed]:
         if self._parts is None:
@@ -127,104 +176,57 @@ class Rows:
         if isinstance(dataset, FromStage):
             return self._resolve(dataset)
         if isinstance(dataset, str | Path):
-            return _read_file(Path(dataset), self.name)
-        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            return dataset
-        return list(dataset)
+            return read_rows(dataset, self.name)
+        by_place = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        return list(dataset) if isinstance(dataset, IterableDataset) or not by_place else dataset
 
 
-def prompt_of(row: Any, where: str, tokens: Tokens) -> tuple[str | None, Ids, dict | None]:
-    """Text, ids and other columns of a prompt row: a text, `{"prompt": ...}`, or ids."""
-    columns = None
-    if isinstance(row, Mapping):
-        _require(row, ("prompt",), where)
-        columns = {k: v for k, v in row.items() if k != "prompt" and _is_plain(v)} or None
-        row = row["prompt"]
-    text = row if isinstance(row, str) else None
-    ids = _ids(row, f"{where}: the prompt", tokens)
-    if not ids:
-        raise DataError(f"{where}: the prompt is empty; it must have at least one token.")
-    return text if text is not None else tokens.decode(ids), ids, columns
+class BadRows:
+    """Rows that cannot be used: an error at the first, or left out and counted."""
 
+    def __init__(self, on_bad_row: OnBadRow) -> None:
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.count = 0
+        self.reasons: list[str] = []
+        """Of the first few, each once."""
 
-def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool, ...]]:
-    """Ids and targets of a supervised row.
+    @contextmanager
+    def tolerated(self, where: str) -> Iterator[None]:
+        """A DataError or TokenizerError within goes on as it is, or is counted for the row."""
+        try:
+            yield
+        except (DataError, TokenizerError) as error:
+            if self.on_bad_row == "raise":
+                raise
+            self.count += 1
+            reason = str(error) if where in str(error) else f"{where}: {error}"
+            if len(self.reasons) < SHOWN_REASONS and reason not in self.reasons:
+                self.reasons.append(reason)
 
-    `(ids, prompt_len)`, `(ids, prompt_mask)` (True on the prompt), `{"prompt", "completion"}` or
-    `{"text"}`. Texts get the end token behind them; ids are taken as they are.
-    """
-    if isinstance(row, PreferencePair):
-        ids, prompt = (*row.prompt_ids, *row.chosen_ids), len(row.prompt_ids)
-    elif isinstance(row, Mapping) and "text" in row and "completion" not in row:
-        ids, prompt = tokens.ended(_ids(row["text"], f"{where}: the text", tokens)), 0
-    elif isinstance(row, Mapping):
-        _require(row, ("prompt", "completion"), where)
-        prompt_ids = _ids(row["prompt"], f"{where}: the prompt", tokens)
-        ids = (*prompt_ids, *_response(row["completion"], f"{where}: the completion", tokens))
-        prompt = len(prompt_ids)
-    elif isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 2:
-        ids = _ids(row[0], f"{where}: the ids", tokens)
-        prompt = _prompt_part(row[1], ids, where)
-    else:
-        raise DataError(
-            f"{where}: a supervised row is (ids, prompt_len), (ids, prompt_mask), "
-            f'{{"prompt", "completion"}} or {{"text"}}; got {_shape(row)}.'
-        )
-    is_prompt = prompt if isinstance(prompt, tuple) else tuple(i < prompt for i in range(len(ids)))
-    targets = tuple(i > 0 and not p for i, p in enumerate(is_prompt))
-    if not any(targets):
-        raise DataError(
-            f"{where}: nothing to learn: the prompt takes all {len(ids)} tokens of the row."
-        )
-    return ids, targets
+    def together(self, parts: "Iterable[BadRows]") -> "BadRows":
+        """What all processes counted."""
+        every = BadRows(self.on_bad_row)
+        for part in parts:
+            every.count += part.count
+            every.reasons += [reason for reason in part.reasons if reason not in every.reasons]
+        every.reasons = every.reasons[:SHOWN_REASONS]
+        return every
 
-
-def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
-    """A pair from `{"prompt", "chosen", "rejected"}` (texts or ids), without an id."""
-    if isinstance(row, PreferencePair):
-        return row
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f'{where}: a preference row is {{"prompt", "chosen", "rejected"}}; got {_shape(row)}.'
-        )
-    _require(row, ("prompt", "chosen", "rejected"), where)
-    texts = {
-        k: row[k] if isinstance(row[k], str) else None for k in ("prompt", "chosen", "rejected")
-    }
-    pair = PreferencePair(
-        id="",
-        prompt_ids=_ids(row["prompt"], f"{where}: the prompt", tokens),
-        chosen_ids=_response(row["chosen"], f"{where}: chosen", tokens),
-        rejected_ids=_response(row["rejected"], f"{where}: rejected", tokens),
-        **texts,
-    )
-    if pair.chosen_ids == pair.rejected_ids:
-        raise DataError(f"{where}: chosen and rejected are the same; nothing is preferred.")
-    return pair
-
-
-def prompt_and_completion(row: Any, where: str, tokens: Tokens) -> tuple[Ids, Ids]:
-    """The two parts of a supervised row whose prompt stands before its completion."""
-    ids, targets = training_row(row, where, tokens)
-    length = targets.index(True)
-    if not all(targets[length:]) or (length == 1 and _is_unprompted(row)):
-        raise DataError(
-            f"{where}: a prompt followed by a completion is needed here, to sample an answer to "
-            f"the same prompt; got {_shape(row)}."
-        )
-    return ids[:length], ids[length:]
-
-
-def truncated(ids: Ids, prompt_len: int, limit: int | None, where: str) -> tuple[Ids, bool]:
-    """Ids cut at the end to `limit` tokens, and whether they were; a prompt must leave room."""
-    if limit is None or len(ids) <= limit:
-        return ids, False
-    if prompt_len >= limit:
-        raise DataError(
-            f"{where}: the prompt alone has {prompt_len} tokens, and max_seq_len is {limit}: no "
-            "room for a response. Shorten the prompt or raise max_seq_len."
-        )
-    return ids[:limit], True
+    def report(self, name: str, total: int, *, warn: bool = True) -> None:
+        """One warning of the rows left out; DataError where these are all. total: rows in all."""
+        reasons = "\n".join(f"  {reason}" for reason in self.reasons)
+        if 0 < total <= self.count:
+            raise DataError(
+                f"{name}: none of {total} rows can be used. The first reasons:\n{reasons}"
+            )
+        if self.count and warn:
+            logger.warning(
+                "%s: %d of %d rows cannot be used and were left out. The first reasons:\n%s",
+                name,
+                self.count,
+                total,
+                reasons,
+            )
 
 
 def read_prompt(
@@ -232,119 +234,69 @@ def read_prompt(
 ) -> Prompt:
     """The prompt at a row; DataError where it leaves no room for a response in `limit` tokens."""
     where = rows.where(index)
-    text, ids, columns = prompt_of(rows.read(index), where, tokens)
-    check_prompt(ids, where, limit)
-    return Prompt(prompt_id, index, ids, text, columns)
+    found = prompt_of(rows.read(index), where, tokens)
+    check_prompt(found.ids, where, limit)
+    return Prompt(prompt_id, index, found.ids, found.text, found.columns, messages=found.messages)
 
 
-def check_prompt(ids: Ids, where: str, limit: int | None) -> None:
-    """Raise DataError where a prompt leaves no room for a response in `limit` tokens."""
-    if limit is not None and len(ids) >= limit:
-        raise DataError(
-            f"{where}: the prompt has {len(ids)} tokens, and prompt and response together may "
-            f"have {limit}. Shorten it or raise max_seq_len."
-        )
+def read_prompt_texts(rows: Rows, tokens: Tokens, on_bad_row: OnBadRow) -> list[str]:
+    """The texts of all prompts, without bad rows where those are skipped."""
+    bad, texts = BadRows(on_bad_row), []
+    for index in range(len(rows)):
+        where = rows.where(index)
+        with bad.tolerated(where):
+            texts.append(prompt_of(rows.read(index), where, tokens).text or "")
+    bad.report(rows.name, len(rows))
+    return texts
 
 
 def _check_dataset(dataset: Any, name: str) -> None:
+    """Raise DataError where something cannot be read as a dataset."""
+    kinds = (
+        f"a torch Dataset, a datasets.Dataset, a list, an iterable, a {SUFFIXES_IN_WORDS} file or "
+        "from_stage(...)"
+    )
     if isinstance(dataset, str | Path):
-        if Path(dataset).suffix not in (".jsonl", ".json"):
-            raise DataError(f"{name}: a file must be .jsonl or .json; got {str(dataset)!r}.")
-        if not Path(dataset).is_file():
-            raise DataError(f"{name}: there is no file {str(dataset)!r}.")
-    elif not isinstance(dataset, FromStage | Iterable) and not hasattr(dataset, "__getitem__"):
+        check_file(dataset, name)
+    elif isinstance(dataset, Mapping):
+        held = ", ".join(map(repr, list(dataset)[:10]))
+        told = (
+            f"has the splits {held}; give one of them, for example ...[{next(iter(dataset), '')!r}]"
+            if _is_hugging_face(dataset)
+            else f"is one row or a table with {held}; give a list of rows"
+        )
+        raise DataError(f"{name}: a {type(dataset).__name__} {told}.")
+    elif isinstance(dataset, FromStage | Iterable):
+        return
+    elif not hasattr(dataset, "__getitem__"):
+        raise DataError(f"{name} must be {kinds}; got {type(dataset).__name__}.")
+    elif not hasattr(dataset, "__len__"):
         raise DataError(
-            f"{name} must be a torch Dataset, a list, an iterable, a .jsonl or .json file or "
-            f"from_stage(...); got {type(dataset).__name__}."
+            f"{name}: {type(dataset).__name__} has __getitem__ but neither __len__ nor __iter__, "
+            "so where it ends is not known. Give it a __len__."
         )
 
 
-def _is_concatenation(dataset: Any) -> bool:
+def is_concatenation(dataset: Any) -> bool:
     return isinstance(dataset, list) and bool(dataset) and all(map(_is_dataset, dataset))
 
 
 def _is_dataset(item: Any) -> bool:
     """Whether an item of a list is a dataset itself: rows are texts, dicts, tuples and ids."""
     if isinstance(item, str):
-        return item.endswith((".jsonl", ".json")) and not set(item) & set(" \n")
+        return item.endswith(SUFFIXES) and not set(item) & set(" \n")
     if isinstance(item, list):
-        return bool(item) and isinstance(item[0], str | Mapping | tuple)
-    return isinstance(item, FromStage | Dataset | Path)
+        is_row = is_conversation(item)
+        return bool(item) and not is_row and isinstance(item[0], ROWS)
+    return isinstance(item, FromStage | Dataset | Path) or _is_hugging_face(item)
 
 
-def _read_file(path: Path, name: str) -> list[Any]:
-    with path.open(encoding="utf-8-sig") as file:
-        if path.suffix == ".json":
-            try:
-                rows = json.load(file)
-            except ValueError as error:
-                raise DataError(f"{name}: {path} is no JSON: {error}") from error
-            if not isinstance(rows, list):
-                raise DataError(
-                    f"{name}: {path} must hold a list of rows; it holds {_shape(rows)}."
-                )
-            return rows
-        rows = []
-        lines = file.read().rstrip()
-        for number, line in enumerate(lines.split("\n") if lines else [], 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(f"{name}: {path}, line {number}, is no JSON: {error}") from error
-        return rows
+def _is_hugging_face(dataset: Any) -> bool:
+    """Whether this is of the package `datasets`: a dataset, or a dict of its splits."""
+    return type(dataset).__module__.partition(".")[0] == "datasets"
 
 
-def _ids(value: Any, whose: str, tokens: Tokens) -> Ids:
-    return tokens.encode(value) if isinstance(value, str) else tokens.checked(value, f"({whose})")
-
-
-def _response(value: Any, whose: str, tokens: Tokens) -> Ids:
-    ids = _ids(value, whose, tokens)
-    ids = tokens.ended(ids) if isinstance(value, str) else ids
-    if not ids:
-        raise DataError(f"{whose} is empty; it must have at least one token.")
-    return ids
-
-
-def _prompt_part(value: Any, ids: Ids, where: str) -> int | tuple[bool, ...]:
-    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor, an array, a scalar
-    if isinstance(value, int) and not isinstance(value, bool):
-        if 0 <= value <= len(ids):
-            return value
-    elif isinstance(value, Sequence) and all(isinstance(flag, bool) for flag in value):
-        if len(value) == len(ids):
-            return tuple(value)
-    raise DataError(
-        f"{where}: beside {len(ids)} ids there must be prompt_len, an int from 0 to {len(ids)}, "
-        f"or prompt_mask, {len(ids)} booleans; got {str(value)[:80]}."
-    )
-
-
-def _is_unprompted(row: Any) -> bool:
-    """Whether a row has no prompt: nothing predicts its first token, which is no target either."""
-    if isinstance(row, Mapping):
-        return "text" in row and "completion" not in row
-    part = row[1].tolist() if hasattr(row[1], "tolist") else row[1]
-    return part == 0 or (isinstance(part, Sequence) and not any(part))
-
-
-def _require(row: Mapping, names: Sequence[str], where: str) -> None:
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise DataError(
-            f"{where}: the row has no {' and no '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, row)) or 'nothing'}."
-        )
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a column's value can be kept in a record."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
-
-
-def _shape(row: Any) -> str:
-    if isinstance(row, Mapping):
-        return f"a dict with {', '.join(map(repr, row))}"
-    return f"{type(row).__name__} {str(row)[:60]!r}"
+def _is_fixed(dataset: Any) -> bool:
+    """Whether this is a `datasets.Dataset` without a function over its rows."""
+    form = getattr(dataset, "format", None) if _is_hugging_face(dataset) else None
+    return isinstance(form, Mapping) and form.get("type") != "custom"

@@ -9,30 +9,44 @@ from torch import Tensor, nn
 
 from self_rewarding_lm.adapters import TokenModel
 from self_rewarding_lm.adapters.base import device_of, evaluating
+from self_rewarding_lm.asking import FIRST_LOOK, MIN_ANSWER_TOKENS, Asker, Question
 from self_rewarding_lm.config import RewardConfig, SamplingConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.engine import Request
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judging import (
     ParsedScore,
+    VerdictForm,
     call_parse_reward,
     compile_prompt_template,
-    compile_score_pattern,
-    parse_score,
+    score_form,
     score_of,
 )
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
-from self_rewarding_lm.rollout import decoding_of
-from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.tokens import Tokens
 
-MIN_ANSWER_TOKENS = 16
-FIRST_LOOK = 64  # judgements after which the parse rate is checked for the first time
+__all__ = [
+    "FIRST_LOOK",
+    "MIN_ANSWER_TOKENS",
+    "FunctionJudge",
+    "Judge",
+    "ModuleJudge",
+    "SelfJudge",
+    "SeveralJudges",
+    "check_judge_prompt",
+    "judge_of",
+    "reward_scores",
+    "score_parser",
+]
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Scores candidates. `candidates_PG`: for each prompt the list of its candidates."""
+    """Scores candidates. `candidates_PG`: for each prompt the list of its candidates.
+
+    It may have `num_judgements`, those of each candidate (default 1), or
+    `judgement_ids(candidates)`, the ids of all judgements of one prompt's candidates; a stage that
+    goes on asks for the prompts that miss some.
+    """
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -44,8 +58,10 @@ class Judge(Protocol):
 class SelfJudge:
     """A model asked with a reward prompt, several times a candidate (arXiv:2401.10020, 2.2).
 
-    model: another judge than the policy (the LLM annotator of arXiv:2402.04792), None for the
-    policy itself. It reads the policy's tokens.
+    num_judgements: 1 whatever is asked where `reward.forced_ending` is "at_once", for nothing is
+    sampled then and all would be the same. model: another judge than the policy (the LLM annotator
+    of arXiv:2402.04792), None for the policy itself. It reads the policy's tokens. first: the
+    number of its first judgement of a candidate, where other judges have made some.
     """
 
     def __init__(
@@ -56,58 +72,59 @@ class SelfJudge:
         *,
         name: str = "self",
         model: TokenModel | None = None,
+        first: int = 0,
     ) -> None:
         self.name = name
-        self.sampling = sampling
-        self.num_judgements = num_judgements
-        self.model = model
-        self._looked = False
+        self.num_judgements = 1 if reward.forced_ending == "at_once" else num_judgements
+        self.first = first
         self.render = compile_prompt_template(
             reward.prompt_template, auto_dedent=reward.auto_dedent
         )
-        self.parse = score_parser(reward)
+        self.asker = Asker(
+            form_of(reward),
+            sampling,
+            name=name,
+            score_mode=reward.score_mode,
+            forced_ending=reward.forced_ending,
+            model=model,
+        )
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> Iterator[Judgement]:
-        model = self.model or ctx.model
-        asked: list[tuple[Candidate, int, Request]] = []
+        questions = []
         for prompt, candidates in zip(prompts, candidates_PG, strict=True):
             for candidate in candidates:
-                ids = ctx.tokens.encode(self.render(prompt.text or "", candidate.text or ""))
-                limit = model.max_len
-                room = self.sampling.max_new_tokens if limit is None else limit - len(ids)
-                if room < min(MIN_ANSWER_TOKENS, self.sampling.max_new_tokens):
-                    for k in range(self.num_judgements):
-                        yield self._judgement(candidate, k, ParsedScore(None, "too_long"), None)
-                    continue
-                for k in range(self.num_judgements):
-                    key = stable_hash(ctx.seed, f"{candidate.id}/j{k}")
-                    new = min(self.sampling.max_new_tokens, room)
-                    asked.append((candidate, k, Request(ids, key, new)))
-        first = 0 if self._looked else FIRST_LOOK  # few at first: they may all be unreadable
-        self._looked = True
-        for chunk in (asked[:first], asked[first:]):
-            if chunk:
-                yield from self._ask(ctx, model, chunk)
+                text = self.render(prompt.text or "", candidate.text or "")
+                ids = self.judgement_ids([candidate])
+                questions += [Question(record_id, (candidate.id,), text) for record_id in ids]
+        yield from self.asker.ask(ctx, questions)
 
-    def _ask(
-        self, ctx: Context, model: TokenModel, asked: list[tuple[Candidate, int, Request]]
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Ids of all judgements of one prompt's candidates."""
+        numbers = range(self.first, self.first + self.num_judgements)
+        return [f"{candidate.id}/j{k}" for candidate in candidates for k in numbers]
+
+
+class SeveralJudges:
+    """Judges that each judge every candidate; in its score they count alike.
+
+    Their judgements of a candidate must have different ids, see SelfJudge's `first`.
+    """
+
+    def __init__(self, judges: Sequence[SelfJudge]) -> None:
+        self.judges = tuple(judges)
+        self.name = ", ".join(judge.name for judge in judges)
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> Iterator[Judgement]:
-        requests = [request for *_, request in asked]
-        decoding = decoding_of(self.sampling, ctx.tokens)
-        answers = ctx.engine.generate(model, requests, decoding)
-        for index, done in ctx.runtime.autocasted(answers):
-            candidate, k, _ = asked[index]
-            text = ctx.tokens.decode(done.ids) or ""
-            yield self._judgement(candidate, k, self.parse(text), text)
+        for judge in self.judges:
+            yield from judge.judge(ctx, prompts, candidates_PG)
 
-    def _judgement(
-        self, candidate: Candidate, k: int, parsed: ParsedScore, text: str | None
-    ) -> Judgement:
-        return Judgement(
-            f"{candidate.id}/j{k}", (candidate.id,), self.name, parsed.score, parsed.reason, text
-        )
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Ids of all judgements of one prompt's candidates."""
+        return [i for judge in self.judges for i in judge.judgement_ids(candidates)]
 
 
 class FunctionJudge:
@@ -218,23 +235,35 @@ def judge_of(reward_model: Any) -> Judge:
     return ModuleJudge(reward_model)
 
 
+def form_of(reward: RewardConfig) -> VerdictForm:
+    """How a reward config's judge says its score: `parse_reward` reads it, else the template."""
+    parse = reward.parse_reward
+    if parse is not None:
+
+        def read(text: str) -> ParsedScore:
+            return call_parse_reward(parse, text)
+
+        return VerdictForm("", {}, numeric=True, find=lambda text: None, read=read)
+    assert reward.reward_regex_template is not None
+    counts = reward.score_mode == "expected" or reward.forced_ending
+    return score_form(
+        reward.reward_regex_template,
+        numbers=reward.allowed_numbers() if counts else (),
+        score_range=reward.score_range,
+        allowed_scores=reward.allowed_scores,
+    )
+
+
 def score_parser(reward: RewardConfig) -> Callable[[str], ParsedScore]:
     """How a reward config reads a judge's text: `parse_reward` first, else the template."""
-    if reward.parse_reward is not None:
-        return lambda text: call_parse_reward(reward.parse_reward, text)
-    assert reward.reward_regex_template is not None
-    pattern = compile_score_pattern(reward.reward_regex_template)
-    limits = {"score_range": reward.score_range, "allowed_scores": reward.allowed_scores}
-    return lambda text: parse_score(text, pattern, **limits)
+    return form_of(reward).read
 
 
 def check_judge_prompt(reward: RewardConfig, tokens: Tokens, limit: int | None) -> None:
-    """Raise where the templates are wrong or the empty prompt already fills the judge's context."""
-    render = compile_prompt_template(reward.prompt_template, auto_dedent=reward.auto_dedent)
-    score_parser(reward)
-    length = len(tokens.encode(render("", "")))
-    if limit is not None and length + MIN_ANSWER_TOKENS >= limit:
-        raise JudgeError(
-            f"the judge's prompt_template alone has {length} tokens, and the judge takes {limit}: "
-            f"no room for a response and {MIN_ANSWER_TOKENS} tokens of answer. Shorten it."
-        )
+    """Raise where a reward prompt cannot be used with a tokenizer and a model.
+
+    ConfigError where its templates are wrong or the tokenizer does not tell its numbers apart;
+    JudgeError where the empty prompt already fills the judge's context.
+    """
+    judge = SelfJudge(reward, SamplingConfig(), 1)
+    judge.asker.check(judge.render("", ""), tokens, limit)

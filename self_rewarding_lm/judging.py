@@ -7,9 +7,8 @@ Knows nothing of models and tokens.
 
 import math
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from textwrap import dedent
@@ -19,26 +18,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.records import Candidate, Judgement
-
-PARSED_CHARACTERS = 20_000  # of the end of a judge's text; bounds the work of a parse
+from self_rewarding_lm.statements import (
+    Statement,
+    find_score,
+    find_verdict,
+    number_of,
+    number_text,
+    score_pattern,
+    verdict_pattern,
+)
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(autoescape=False, keep_trailing_newline=True)
-_FILLER = r"[\s*_`]{0,8}"  # white space and markup between the words of a score statement
-_OPENING = r"[\s*_`\"'“”‘’«<(\[{$]{0,8}(?:\\boxed\{)?"
-_CLOSING = r"[\s*_`\"'“”‘’»>)\]}$]{0,8}"
-_NUMBER = r"(?P<number>[-+]?\d{1,9}(?:\.\d{1,6}|,\d{1,2})?)"
-_SUM = r"(?:\d{1,9}(?:[^\S\n]?\+[^\S\n]?\d{1,9}){1,12}[^\S\n]?=[^\S\n]?)?"  # "1 + 1 + 1 = 3"
-_WHOLE = (  # not a piece of a longer number, word, percentage, fraction or sum
-    r"(?![.,]?\d)(?![^\W_])(?!\s?[%½¼¾])(?![^\S\n]\d+/\d)(?![^\S\n]?\+[^\S\n]?\d)"
-)
-# "0-5", "0 to 5", "4 or 5" state no score
-_NO_RANGE = r"(?!(?:\s{1,4}(?:to|or)\b|[^\S\n]{0,4}[-‐-―~])[^\S\n]{0,4}\d)"
-_FRESH = r"(?<![^\W_])(?<!\d[.,])(?<!\d to )(?<!\d or )(?<!\d-)(?<!\d - )"  # begins a number
-_BARE_LINE = re.compile(  # a last line that is nothing but a score: "4/5", "**4**"
-    rf"\W{{0,8}}{_NUMBER}\s{{0,4}}(?:/|out\s{{1,4}}of)\s{{0,4}}(?P<scale>\d{{1,9}})\W{{0,8}}"
-    rf"|\*\*{_NUMBER.replace('number', 'bold')}\*\*"
-)
-_SCALE = r"(?:\s{0,4}(?:/|out\s{1,4}of|of)\s{0,4}(?P<scale>\d{1,9}(?:[.,]\d{1,6})?)(?![^\W_]))?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +39,72 @@ class ParsedScore:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class VerdictForm:
+    """How a judge says what it decides: words, and one of some texts behind them.
+
+    prefix: the words. values: what each text counts, such as "4" 4.0. numeric: they are numbers,
+    so that a digit behind one makes another of it. find: the last statement in a judge's text;
+    read: what that counts, or None with the reason.
+    """
+
+    prefix: str
+    values: Mapping[str, float]
+    numeric: bool
+    find: Callable[[str], Statement | None]
+    read: Callable[[str], ParsedScore]
+
+
+def score_form(
+    template: str,
+    *,
+    numbers: Sequence[float] = (),
+    score_range: tuple[float, float] | None = None,
+    allowed_scores: Sequence[float] | None = None,
+) -> VerdictForm:
+    """Scores as a reward template says them. numbers: those whose probabilities may be asked."""
+    pattern = compile_score_pattern(template)
+    limits = {"score_range": score_range, "allowed_scores": allowed_scores}
+    return VerdictForm(
+        prefix=template_parts(template)[0],
+        values={number_text(number): float(number) for number in numbers},
+        numeric=True,
+        find=lambda text: find_score(text, pattern),
+        read=lambda text: parse_score(text, pattern, **limits),
+    )
+
+
+def comparison_form(prefix: str, labels: tuple[str, str], tie_label: str | None) -> VerdictForm:
+    """Verdicts between two: 1 for the first label, 0 for the second, 0.5 for a tie.
+
+    Where none is stated the reason is `no_verdict`.
+    """
+    values = {labels[0]: 1.0, labels[1]: 0.0} | ({} if tie_label is None else {tie_label: 0.5})
+    pattern = verdict_pattern(prefix, list(values))
+
+    def find(text: str) -> Statement | None:
+        return find_verdict(text, pattern, list(values))
+
+    def read(text: str) -> ParsedScore:
+        found = find(text)
+        return ParsedScore(None, "no_verdict") if found is None else ParsedScore(values[found.said])
+
+    return VerdictForm(prefix, values, numeric=False, find=find, read=read)
+
+
 def compile_prompt_template(template: str, *, auto_dedent: bool) -> Callable[[str, str], str]:
     """The function (prompt, response) -> judge prompt of a jinja2 template.
 
     Raises ConfigError where `prompt` or `response` is missing or another variable is asked for.
     """
-    names = _variables(template, "prompt_template")
-    if names != {"prompt", "response"}:
-        raise ConfigError(
-            "a judge's prompt_template needs exactly the variables {{ prompt }} and "
-            f"{{{{ response }}}}; it has {_braced(names)}."
-        )
-    compiled = _ENVIRONMENT.from_string(dedent(template).strip("\n") if auto_dedent else template)
-    try:
-        compiled.render(prompt="prompt", response="response")
-    except TemplateError as error:
-        raise ConfigError(f"prompt_template cannot be rendered with two texts: {error}") from error
-    return lambda prompt, response: compiled.render(prompt=prompt, response=response)
+    return _compiled(template, ("prompt", "response"), auto_dedent)
+
+
+def compile_comparison_template(
+    template: str, *, auto_dedent: bool
+) -> Callable[[str, str, str], str]:
+    """The function (prompt, response_a, response_b) -> judge prompt; errors as above."""
+    return _compiled(template, ("prompt", "response_a", "response_b"), auto_dedent)
 
 
 def compile_score_pattern(template: str) -> re.Pattern[str]:
@@ -75,6 +114,11 @@ def compile_score_pattern(template: str) -> re.Pattern[str]:
     (`**Score:** 4`, `"Score: [4]"`) is passed over; `4/5` and `4 out of 5` give the scale too.
     Raises ConfigError where `reward` is not its only variable.
     """
+    return score_pattern(*template_parts(template))
+
+
+def template_parts(template: str) -> tuple[str, str]:
+    """The texts before and behind {{ reward }}; ConfigError where it is not there once."""
     names = _variables(template, "reward_regex_template")
     if names != {"reward"}:
         raise ConfigError(
@@ -87,12 +131,7 @@ def compile_score_pattern(template: str) -> re.Pattern[str]:
             "a reward_regex_template is plain text with {{ reward }} in it once; "
             f"got {template.strip()!r}."
         )
-    before, after = (_literal(_ascii_digits(part)) for part in parts)
-    start = r"(?<![^\W_])" if before[:1].isascii() and before[:1].isalnum() else ""
-    lead = f"{start}{before}{_OPENING}{_SUM}" if before else _FRESH
-    tail = f"{_CLOSING}{after}" + (r"(?![^\W_])" if after[-1:].isalnum() else "") if after else ""
-    body = f"{lead}{_NUMBER}{_WHOLE}{_NO_RANGE}{_SCALE}{tail}"
-    return re.compile(body, re.IGNORECASE)
+    return parts[0], parts[1]
 
 
 def parse_score(
@@ -108,17 +147,13 @@ def parse_score(
     a text that is nothing but a number, states it too. Reasons: `no_score`, `other_scale` (8/10
     where the range ends at 5), `out_of_range`, `not_allowed`.
     """
-    text = _ascii_digits(text[-PARSED_CHARACTERS:])
-    statements = list(pattern.finditer(text))
-    number, scale = (
-        (statements[-1]["number"], statements[-1]["scale"]) if statements else _bare_score(text)
-    )
-    if number is None:
+    found = find_score(text, pattern)
+    if found is None:
         return ParsedScore(None, "no_score")
-    score = _number(number)
+    score = number_of(found.said)
     if score_range is not None:
         low, high = score_range
-        if scale is not None and _number(scale) != high:
+        if found.scale is not None and number_of(found.scale) != high:
             return ParsedScore(None, "other_scale")
         if not low <= score <= high:
             return ParsedScore(None, "out_of_range")
@@ -160,12 +195,69 @@ def mean_score(scores: Iterable[float | None]) -> float | None:
     return math.fsum(valid) / len(valid) if valid else None
 
 
-def _bare_score(text: str) -> tuple[str | None, str | None]:
-    text = text.strip()
-    if re.fullmatch(_NUMBER, text):
-        return text, None
-    line = _BARE_LINE.fullmatch(text[text.rfind("\n") + 1 :].strip())
-    return (line["number"] or line["bold"], line["scale"]) if line else (None, None)
+def candidate_scores(
+    candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+) -> dict[str, float | None]:
+    """What judgements come to for each candidate, by its id; None where nothing is known.
+
+    Judgements of one candidate: their mean. Judgements of two, which are `score` 1 where the first
+    shown wins, 0 where the second does: each two candidates are shown in both orders; who wins in
+    both wins, all else is a tie, and an order without a score makes the comparison unknown. The
+    mean over a candidate's known comparisons counts, 1 won, 0.5 tied, 0 lost. Several judges (by
+    name) count alike: the mean of what each comes to, None where one of them comes to nothing, for
+    a mean over fewer judges is no measure of the same thing.
+    """
+    by_judge: dict[tuple[str, bool], list[Judgement]] = {}
+    for judgement in judgements:
+        key = judgement.judge, len(judgement.candidate_ids) == 2
+        by_judge.setdefault(key, []).append(judgement)
+    found: dict[str, list[float | None]] = {candidate.id: [] for candidate in candidates}
+    for (_, compared), own in by_judge.items():
+        for candidate_id, score in (_compared if compared else _means)(own).items():
+            if candidate_id in found:
+                found[candidate_id].append(score)
+    return {
+        candidate_id: None if None in scores else mean_score(scores)
+        for candidate_id, scores in found.items()
+    }
+
+
+def _means(judgements: Sequence[Judgement]) -> dict[str, float | None]:
+    by_candidate: dict[str, list[float | None]] = {}
+    for judgement in judgements:
+        by_candidate.setdefault(judgement.candidate_ids[0], []).append(judgement.score)
+    return {candidate_id: mean_score(scores) for candidate_id, scores in by_candidate.items()}
+
+
+def _compared(judgements: Sequence[Judgement]) -> dict[str, float | None]:
+    outcomes: dict[str, list[float | None]] = {
+        candidate_id: [] for j in judgements for candidate_id in j.candidate_ids
+    }
+    for (one, other), (there, back) in _both_orders(judgements).items():
+        if there is not None and back is not None:
+            won = there if there == back else 0.5
+            outcomes[one].append(won)
+            outcomes[other].append(1 - won)
+    return {candidate_id: mean_score(scores) for candidate_id, scores in outcomes.items()}
+
+
+def _both_orders(
+    judgements: Iterable[Judgement],
+) -> dict[tuple[str, str], tuple[float | None, float | None]]:
+    """For each two candidates how the first of them did in each order: 1, 0.5, 0 or None."""
+    shown: dict[tuple[str, ...], list[float | None]] = {}
+    for judgement in judgements:
+        shown.setdefault(judgement.candidate_ids, []).append(judgement.score)
+    found = {}
+    for one, other in (order for order in shown if order[::-1] not in shown or order < order[::-1]):
+        there = _outcome(mean_score(shown[one, other]))
+        back = _outcome(mean_score(shown.get((other, one), ())))
+        found[one, other] = there, None if back is None else 1 - back
+    return found
+
+
+def _outcome(score: float | None) -> float | None:
+    return None if score is None else 0.5 + 0.5 * (score > 0.5) - 0.5 * (score < 0.5)
 
 
 def judge_metrics(
@@ -173,32 +265,64 @@ def judge_metrics(
 ) -> dict[str, float]:
     """How a judge did on a stage's candidates.
 
-    judge/parse_rate: judgements with a score. judge/score_mean: of those. judge/modal_share: the
-    commonest score's share (1.0 for a judge that always says the same). judge/self_agreement: of
-    pairs of judgements of one candidate, those with the same score. judge/tie_rate: of prompts
-    with two scored candidates, those where the best and the worst have the same mean. A measure
-    that nothing is known of is left out.
+    judge/parse_rate: judgements with a score. Of judgements of one candidate, scores rounded to
+    one decimal: judge/score_mean; judge/modal_share, the commonest score's share (1.0 for a judge
+    that always says the same); judge/self_agreement, of pairs of judgements of a candidate by one
+    judge those with the same score. Of judgements of two: judge/position_agreement, of comparisons
+    known in both orders those with the same verdict. judge/tie_rate: of prompts with two scored
+    candidates, those where the best and the worst have the same score. judge/score_mass: its mean
+    where it was looked at. judge/forced_share: judgements whose ending was forced, where any was.
+    A measure that nothing is known of is left out.
     """
-    scores = [j.score for j in judgements if j.score is not None]
-    by_candidate: dict[str, list[float]] = {}
-    for judgement in judgements:
-        if judgement.score is not None:
-            by_candidate.setdefault(judgement.candidate_ids[0], []).append(judgement.score)
+    singles: dict[tuple[str, str], list[float]] = {}
+    for j in judgements:
+        if j.score is not None and len(j.candidate_ids) == 1:
+            singles.setdefault((j.candidate_ids[0], j.judge), []).append(j.score)
+    scores = [score for own in singles.values() for score in own]
+    rounded = [[round(score, 1) for score in own] for own in singles.values()]
+    modal = Counter(score for own in rounded for score in own)
+    twos = [pair for own in rounded for pair in combinations(own, 2)]
+    known = candidate_scores(candidates, judgements)
     by_prompt: dict[str, list[float]] = {}
     for candidate in candidates:
-        if candidate.id in by_candidate:
-            own = by_candidate[candidate.id]
-            by_prompt.setdefault(candidate.prompt_id, []).append(sum(own) / len(own))
-    twos = [pair for own in by_candidate.values() for pair in combinations(own, 2)]
-    ranked = [means for means in by_prompt.values() if len(means) >= 2]
+        if (score := known[candidate.id]) is not None:
+            by_prompt.setdefault(candidate.prompt_id, []).append(score)
+    ranked = [own for own in by_prompt.values() if len(own) >= 2]
+    compared = _both_orders(j for j in judgements if len(j.candidate_ids) == 2).values()
+    orders = [(there, back) for there, back in compared if None not in (there, back)]
+    masses = [j.score_mass for j in judgements if j.score_mass is not None]
+    forced = sum(j.source == "forced" for j in judgements)
     shares = {
-        "judge/parse_rate": (len(scores), len(judgements)),
+        "judge/parse_rate": (sum(j.score is not None for j in judgements), len(judgements)),
         "judge/score_mean": (sum(scores), len(scores)),
-        "judge/modal_share": (max(Counter(scores).values(), default=0), len(scores)),
+        "judge/modal_share": (max(modal.values(), default=0), len(scores)),
         "judge/self_agreement": (sum(a == b for a, b in twos), len(twos)),
+        "judge/position_agreement": (sum(a == b for a, b in orders), len(orders)),
         "judge/tie_rate": (sum(max(m) == min(m) for m in ranked), len(ranked)),
+        "judge/score_mass": (math.fsum(masses), len(masses)),
+        "judge/forced_share": (forced, len(judgements) if forced else 0),
     }
     return {name: part / whole for name, (part, whole) in shares.items() if whole}
+
+
+def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Callable[..., str]:
+    names = _variables(template, "prompt_template")
+    if names != set(wanted):
+        braced = [f"{{{{ {name} }}}}" for name in wanted]
+        raise ConfigError(
+            f"a judge's prompt_template needs exactly the variables {', '.join(braced[:-1])} and "
+            f"{braced[-1]}; it has {_braced(names)}."
+        )
+    compiled = _ENVIRONMENT.from_string(dedent(template).strip("\n") if auto_dedent else template)
+
+    def render(*texts: str) -> str:
+        return compiled.render(**dict(zip(wanted, texts, strict=True)))
+
+    try:
+        render(*wanted)
+    except TemplateError as error:
+        raise ConfigError(f"prompt_template cannot be rendered with texts: {error}") from error
+    return render
 
 
 def _variables(template: str, name: str) -> set[str]:
@@ -210,23 +334,3 @@ def _variables(template: str, name: str) -> set[str]:
 
 def _braced(names: set[str]) -> str:
     return ", ".join(f"{{{{ {name} }}}}" for name in sorted(names)) or "none"
-
-
-def _literal(text: str) -> str:
-    pieces = re.findall(r"[^\W_]+|[^\w\s*`]", text)  # markup is filler, wherever it stands
-    return _FILLER.join(re.escape(piece) for piece in pieces)
-
-
-def _ascii_digits(text: str) -> str:
-    if text.isascii():
-        return text
-    return "".join(
-        str(unicodedata.decimal(c)) if c.isdecimal() else _FULL_WIDTH.get(c, c) for c in text
-    )
-
-
-_FULL_WIDTH = {"\uff1a": ":", "\uff0f": "/", "\uff0e": ".", "\u2212": "-", "\u066b": "."}
-
-
-def _number(text: str) -> float:
-    return float(text.replace(",", "."))

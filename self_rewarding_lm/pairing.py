@@ -103,6 +103,7 @@ def make_pair(
         rejected_id=rejected.id,
         chosen_score=best,
         rejected_score=worst,
+        messages=prompt.messages,
     )
 
 

@@ -102,7 +102,8 @@ class PreferencePair:
 class Demonstration:
     """A response to be learnt, made by a stage; id: stage/row/reply.
 
-    parents: ids of the records that it was made from.
+    parents: ids of the records that it was made from. messages: those of the prompt, where a chat
+    template rendered it.
     """
 
     kind: ClassVar[str] = "demonstrations"
@@ -112,6 +113,7 @@ class Demonstration:
     prompt: str | None = None
     completion: str | None = None
     parents: tuple[str, ...] = ()
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,18 @@ Record = TypeVar("Record")
 def to_json(record: Any) -> dict[str, Any]:
     """A record as plain JSON values."""
     return asdict(record)
+
+
+def columns_of(pair: PreferencePair) -> dict[str, Any]:
+    """A pair in TRL's columns: message lists or texts where it has them, else token ids."""
+    sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+    if None in sides.values():
+        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        return dict(zip(("prompt", "chosen", "rejected"), ids, strict=True))
+    if pair.messages is None:
+        return {"prompt": pair.prompt, **sides}
+    said = {k: [{"role": "assistant", "content": text}] for k, text in sides.items()}
+    return {"prompt": list(pair.messages), **said}
 
 
 def from_json(record_type: type[Record], values: Mapping[str, Any]) -> Record:

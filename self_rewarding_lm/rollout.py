@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from self_rewarding_lm.adapters import TokenModel, adapt
+from self_rewarding_lm.adapters.loading import end_ids_of
 from self_rewarding_lm.batching import unpad
+from self_rewarding_lm.chat import is_messages
 from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.engine import Decoding, Engine, LocalEngine, Request
@@ -100,21 +102,31 @@ def generate(
     sampling: SamplingConfig | None = None,
     num_samples: int = 1,
     tokenizer: Tokenizer | None = None,
+    chat_template: str | None = None,
     eos_id: int | None = None,
     seed: int = 0,
     engine: Engine | None = None,
 ) -> list[list[Candidate]]:
     """Sample from a model: for each prompt a list of `num_samples` candidates.
 
-    prompts: 1-D id tensors, or texts with a tokenizer, or a padded batch (b, t) of ids with its
-    boolean `mask` (b, t), True on tokens, padded on either side. The same seed gives the same
+    prompts: 1-D id tensors; or texts or message lists with a tokenizer; or a padded batch (b, t) of
+    ids with its boolean `mask` (b, t), True on tokens, padded on either side. Texts and messages
+    are rendered as the trainer does: chat_template is a name, jinja text or "raw", default a
+    Hugging Face tokenizer's own. eos_id: the end token, default all that the tokenizer, its
+    template and a Hugging Face model's generation config name. The same seed gives the same
     candidates for any batch size. Modes and gradients of the model are afterwards as before.
 
     Raises DataError for a prompt that is empty or leaves no room in the model, TokenizerError for
     ids the model does not know, AdapterError for a model that gives no logits.
     """
     token_model = adapt(model)
-    tokens = Tokens(tokenizer, eos_id=eos_id, vocab=token_model.vocab)
+    tokens = Tokens(
+        tokenizer,
+        eos_id=eos_id,
+        vocab=token_model.vocab,
+        chat_template=chat_template,
+        end_ids=end_ids_of(model) if eos_id is None else (),
+    )
     rows = _prompt_rows(prompts, mask)
     records = [_prompt(i, row, tokens, token_model.max_len) for i, row in enumerate(rows)]
     found = sample_candidates(
@@ -146,15 +158,19 @@ def _prompt_rows(prompts: Sequence | Tensor, mask: Tensor | None) -> Sequence:
     return list(prompts) if mask is None else unpad(prompts, mask)
 
 
-def _prompt(row: int, prompt: Tensor | str | tuple, tokens: Tokens, limit: int | None) -> Prompt:
-    text = prompt if isinstance(prompt, str) else None
-    ids = tokens.encode(text) if text is not None else tokens.checked(prompt, f"of prompt {row}")
+def _prompt(row: int, prompt: Any, tokens: Tokens, limit: int | None) -> Prompt:
+    text = messages = None
+    if isinstance(prompt, str) or is_messages(prompt):
+        rendered = tokens.prompt(prompt, f"prompt {row}")
+        ids, text, messages = rendered.ids, rendered.text, rendered.messages
+    else:
+        ids = tokens.checked(prompt, f"of prompt {row}")
     if not ids or (limit is not None and len(ids) >= limit):
         raise DataError(
             f"prompt {row} has {len(ids)} tokens; it must have at least 1 and fewer than the "
             f"{limit} that the model takes."
         )
-    return Prompt(f"generate/{row}", row, ids, text)
+    return Prompt(f"generate/{row}", row, ids, text, messages=messages)
 
 
 def _stop_check(stop: Sequence[str], tokens: Tokens) -> Callable[[Sequence[int]], bool] | None:

@@ -19,12 +19,14 @@ from self_rewarding_lm.datasets import FromStage
 from self_rewarding_lm.errors import RunMismatchError, StoreError
 from self_rewarding_lm.records import (
     Candidate,
+    Demonstration,
     Judgement,
     PreferencePair,
     Prompt,
     Record,
     ReferenceLogprobs,
     TrainingRow,
+    columns_of,
 )
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import (
@@ -93,6 +95,13 @@ class Run:
         found = self._read(stage, PreferencePair)
         return [pair for pair in found if pair.id.split("/")[1] != "valid"]
 
+    def demonstrations(self, stage: str | int) -> list[Demonstration]:
+        return self._read(stage, Demonstration)
+
+    def training_data(self, stage: str | int) -> list[Demonstration] | list[PreferencePair]:
+        """What `from_stage` stands for: the stage's demonstrations, of others their pairs."""
+        return self.demonstrations(stage) or self.pairs(stage)
+
     def reference(self, stage: str | int) -> list[ReferenceLogprobs]:
         return self._read(stage, ReferenceLogprobs)
 
@@ -102,14 +111,10 @@ class Run:
     def preference_rows(self, stage: str | int) -> list[dict[str, Any]]:
         """The stage's pairs in the columns that TRL trains on: prompt, chosen, rejected.
 
-        Texts where the pairs have them, else token ids.
+        Message lists where a chat template rendered the prompts, else texts where the pairs have
+        them, else token ids.
         """
-        return [
-            {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-            if p.chosen is not None
-            else {"prompt": p.prompt_ids, "chosen": p.chosen_ids, "rejected": p.rejected_ids}
-            for p in self.pairs(stage)
-        ]
+        return [columns_of(pair) for pair in self.pairs(stage)]
 
     def metrics(self, stage: str | int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

@@ -2,7 +2,8 @@
 
     run.json                                what was run, with which seed and versions
     <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
-    <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows
+    <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
+                                            ranked, demonstrations, instructions
     <nn>-<name>/metrics.jsonl
     <nn>-<name>/model/                      the weights, see weights.py
     <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
@@ -21,9 +22,12 @@ from typing import Any
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import (
     Candidate,
+    Demonstration,
+    Instruction,
     Judgement,
     PreferencePair,
     Prompt,
+    RankedReplies,
     Record,
     ReferenceLogprobs,
     TrainingRow,
@@ -33,7 +37,17 @@ from self_rewarding_lm.records import (
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.weights import Savable, remove_weights, save_folder, weights_file
 
-RECORD_TYPES = (Prompt, Candidate, Judgement, PreferencePair, ReferenceLogprobs, TrainingRow)
+RECORD_TYPES = (
+    Prompt,
+    Candidate,
+    Judgement,
+    PreferencePair,
+    ReferenceLogprobs,
+    TrainingRow,
+    Demonstration,
+    RankedReplies,
+    Instruction,
+)
 WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
 STAGE_FILES = ("config.json", "done.json", "metrics.jsonl")
 

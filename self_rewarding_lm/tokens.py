@@ -4,6 +4,7 @@ The one place that turns prompts and responses into ids: what is generated from 
 on.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -13,11 +14,24 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from self_rewarding_lm.chat import RAW, Message, Messages, messages_of, renderer, template_text
+from self_rewarding_lm.chat import (
+    RAW,
+    Message,
+    Messages,
+    Render,
+    messages_of,
+    renderer,
+    template_text,
+)
 from self_rewarding_lm.chat import transcript as transcript_of
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
 
 Ids = tuple[int, ...]
+
+ANSWER = "An answer."
+QUESTION: Message = {"role": "user", "content": "A question."}
+SAMPLES: tuple[Messages, ...] = ((QUESTION,), ({"role": "system", "content": "Be."}, QUESTION))
+"""Conversations that a template is tried on; some refuse those without a system message."""
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 """Special tokens that end a text in the vocabularies that have them."""
@@ -57,7 +71,10 @@ class HuggingFaceTokenizer:
         self.tokenizer = tokenizer
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
-        self.lead: Ids = tuple(i for i in tokenizer.encode("") if i == tokenizer.bos_token_id)
+        whole, part = tokenizer.encode("a"), self.encode_part("a")
+        places = range(len(whole) - len(part) + 1)
+        start = next((i for i in places if whole[i : i + len(part)] == part), 0)
+        self.lead: Ids = tuple(whole[:start])
         """What it puts before every text: its begin token, or nothing."""
         names = ((i, str(tokenizer.convert_ids_to_tokens(i))) for i in sorted(self.special))
         self.text_ends: Ids = tuple(i for i, name in names if name in END_OF_TEXT)
@@ -71,7 +88,9 @@ class HuggingFaceTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 @dataclass(frozen=True)
@@ -100,26 +119,16 @@ class Tokens:
         chat_template: str | None = None,
         end_ids: Sequence[int] = (),
     ) -> None:
-        self.vocab = vocab
-        own = getattr(tokenizer, "chat_template", None) is not None and chat_template is None
         hugging_face = hasattr(tokenizer, "apply_chat_template")
-        eos_token = getattr(tokenizer, "eos_token", None)
+        self.vocab = vocab
         self.source: Any = tokenizer
         self.tokenizer: Any = HuggingFaceTokenizer(tokenizer) if hugging_face else tokenizer
-        self.lead: Ids = () if own or not hugging_face else self.tokenizer.lead
-        """The begin token, which the library's own templates leave to the tokenizer."""
-        self.template: str | None = (
-            None if own or chat_template == RAW else (template_text(chat_template or "plain"))
-        )
-        """The template where it is not the tokenizer's own."""
         self.renders = chat_template != RAW and (hugging_face or chat_template is not None)
         """Whether a text is a user's message and goes through the template."""
-        self._render = renderer(
-            None if chat_template == RAW else chat_template,
-            tokenizer=tokenizer,
-            bos_token=getattr(tokenizer, "bos_token", None),
-            eos_token=eos_token,
-        )
+        self._render, text = self._renderer(None if chat_template == RAW else chat_template)
+        self.template: str | None = None if chat_template == RAW else text
+        """The template where it is not the tokenizer's own."""
+        self._tail = self._behind_answer()
         found = getattr(self.tokenizer, "eos_token_id", None) if eos_id is None else eos_id
         turn = self._turn_end() if hugging_face and self.renders else None
         self.eos_id: int | None = found if turn is None else turn
@@ -141,7 +150,7 @@ class Tokens:
             return Rendered(self.encode(value), value)
         messages = messages_of(value, where)
         text = self._text(messages, True, where)
-        return Rendered(self._rendered_ids(text), transcript_of(messages), messages)
+        return Rendered(self.encode_part(text), transcript_of(messages), messages)
 
     def response(
         self, prompt: str | Sequence[Message], completion: str, where: str = "the completion"
@@ -162,11 +171,15 @@ class Tokens:
                 f"and response, so what is generated from would not be what is trained on.\n"
                 f"prompt: {before!r}\nboth: {full!r}"
             )
-        ids, head = self._rendered_ids(full), self._rendered_ids(before)
-        rest = ids[len(head) :] if ids[: len(head)] == head else None
-        rest = self.encode_part(full[len(before) :]) if rest is None else rest
-        last = max((i for i, token in enumerate(rest) if token in self.end_ids), default=None)
-        return self.ended(rest) if last is None else rest[: last + 1]
+        tail = self._tail
+        if not tail or not full.endswith(tail):
+            tail = _behind(completion.strip(), full[len(before) :])
+        rest = self._ids_behind(before, full)
+        first = len(rest) - (len(self.encode_part(tail)) if tail else 0)
+        end = next((i for i in range(max(0, first), len(rest)) if rest[i] in self.end_ids), None)
+        if end is not None:
+            return rest[: end + 1]
+        return self.ended(self._ids_behind(before, full.removesuffix(tail)))
 
     def encode(self, text: str) -> Ids:
         """Ids of a text as it is; TokenizerError where they are no ids of the model."""
@@ -221,22 +234,43 @@ class Tokens:
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
 
-    def _rendered_ids(self, text: str) -> Ids:
-        """Ids of a rendered text: the template writes the begin token, or the tokenizer leads."""
-        ids = self.encode_part(text)
-        return ids if ids[: len(self.lead)] == self.lead else (*self.lead, *ids)
+    def _renderer(self, chat_template: str | None) -> tuple[Render, str | None]:
+        """The function that renders, and the template's text where it is not the tokenizer's own.
+
+        Begin tokens that the tokenizer leads texts with stand in that text, for whoever loads it.
+        """
+        if chat_template is None and getattr(self.source, "chat_template", None):
+            return renderer(None, tokenizer=self.source), None
+        text = template_text(chat_template or "plain")
+        assert text is not None
+        lead = getattr(self.tokenizer, "lead", ())
+        if lead and self.encode_part(_sample(self._make(text), False))[: len(lead)] != lead:
+            written = "".join(map(str, self.source.convert_ids_to_tokens(list(lead))))
+            text = "{{ " + json.dumps(written, ensure_ascii=False) + " }}" + text
+        return self._make(text), text
+
+    def _make(self, text: str) -> Render:
+        return renderer(
+            text,
+            tokenizer=self.source,
+            bos_token=getattr(self.source, "bos_token", None),
+            eos_token=getattr(self.source, "eos_token", None),
+        )
+
+    def _ids_behind(self, before: str, full: str) -> Ids:
+        """The ids of a text from where the ids of its beginning end."""
+        ids, head = self.encode_part(full), self.encode_part(before)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+        return self.encode_part(full[len(before) :])
+
+    def _behind_answer(self) -> str:
+        """What the template writes behind an answer; nothing where it refuses the trial."""
+        return _behind(ANSWER, _sample(self._render, True))
 
     def _turn_end(self) -> int | None:
-        """The last special token behind an answer: what ends a turn in this template."""
-        messages: Messages = ({"role": "user", "content": "a"},)
-        try:
-            before = self._render(messages, True)
-            full = self._render([*messages, {"role": "assistant", "content": "b"}], False)
-        except DataError:
-            return None
-        rest = full[len(before) :] if full.startswith(before) else ""
-        special = [i for i in self.encode_part(rest) if i in self.tokenizer.special]
-        return special[-1] if special else None
+        """The first special token behind an answer: what ends a turn in this template."""
+        return next((i for i in self.encode_part(self._tail) if i in self.tokenizer.special), None)
 
     def _checked_text(self, text: str, method: str) -> Ids:
         if self.tokenizer is None:
@@ -260,3 +294,19 @@ class Tokens:
                 "The tokenizer does not fit the model's vocabulary."
             )
         return number
+
+
+def _sample(render: Render, answered: bool) -> str:
+    """A rendering of a question, or of it and an answer; empty where the template refuses it."""
+    answer = ({"role": "assistant", "content": ANSWER},) if answered else ()
+    for messages in SAMPLES:
+        try:
+            return render((*messages, *answer), not answered)
+        except DataError:
+            continue
+    return ""
+
+
+def _behind(part: str, text: str) -> str:
+    """What stands behind the last place of a part of a text; nothing where it is not in it."""
+    return text.rpartition(part)[2] if part and part in text else ""

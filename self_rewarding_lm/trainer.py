@@ -14,6 +14,7 @@ from self_rewarding_lm.adapters import Policy, TokenModel, adapt
 from self_rewarding_lm.adapters.loading import (
     Loading,
     check_placement,
+    check_trainable,
     end_ids_of,
     is_placed,
     merged,
@@ -109,7 +110,7 @@ class SelfRewardingTrainer:
                 )
         if not self.stages:
             raise ConfigError("finetune_configs is empty; give at least one stage.")
-        self.names = _names(self.stages)
+        self.names = stage_names(self.stages)
         self.folder = Path(checkpoints_folder)
         self.runtime = Runtime(accelerate_kwargs, quiet=quiet)
         self.seed = seed
@@ -119,8 +120,9 @@ class SelfRewardingTrainer:
 
         found = _tokenizer(tokenizer, tokenizer_encode, tokenizer_decode)
         check_placement(model, device_map, self.runtime.world)
-        options = Loading(torch_dtype, device_map, load_in_4bit, peft_config, merge_adapter)
+        options = Loading(torch_dtype, device_map, load_in_4bit, peft_config, merge_adapter, seed)
         self.model, own = open_model(model, options)
+        check_trainable(self.model)
         self.merge_adapter = merge_adapter
         placed = is_placed(self.model)
         if not placed:
@@ -167,7 +169,7 @@ class SelfRewardingTrainer:
             seed=self.seed,
             overwrite=overwrite_checkpoints,
         )
-        if any(stage.init_from == INITIAL for stage in self.stages):
+        if any(stage.uses_initial() for stage in self.stages):
             save_initial(run, self.token_model, self.model, self.runtime)
         self._run = run
         done = [run.is_done(i) for i in range(len(self.stages))]
@@ -179,6 +181,7 @@ class SelfRewardingTrainer:
             self._run_stage(run, place)
         if self.merge_adapter and self.runtime.is_main:
             save_folder(adapt(merged(self.model)), self.folder / MERGED, self.tokens.save)
+        self.runtime.barrier()
         self.runtime.end_trackers()
         return run
 
@@ -217,7 +220,7 @@ class SelfRewardingTrainer:
 
         def resolve(source: FromStage) -> Sequence[Any]:
             assert self._run is not None
-            return self._run.pairs(source.stage)
+            return self._run.training_data(source.stage)
 
         datasets = stage.datasets()
         for dataset in datasets.values():
@@ -258,14 +261,14 @@ class SelfRewardingTrainer:
         return 0
 
     def _settings(self, stage: FinetuneConfig) -> dict[str, Any]:
-        key = getattr(stage, "self_reward_config_keyname", None)
+        prompts = {name: describe(self.rewards.get(name)) for name in stage.reward_names()}
         return {
             "stage": type(stage).__name__,
             "settings": describe(stage),
-            "reward_prompt": describe(self.rewards.get(key)) if key else None,
+            "reward_prompts": prompts,
             "seed": self.seed,
             "eos_id": self.tokens.eos_id,
-            "chat_template": self.tokens.template or ("own" if self.tokens.renders else None),
+            "chat_template": (self.tokens.template or "own") if self.tokens.renders else None,
         }
 
     def _check_pad(self, pad_id: int | None) -> None:
@@ -276,7 +279,7 @@ class SelfRewardingTrainer:
             )
 
 
-def _names(stages: Sequence[FinetuneConfig]) -> list[str]:
+def stage_names(stages: Sequence[FinetuneConfig]) -> list[str]:
     """The stages' names: `name=`, or the kind, with -2, -3 where it comes again."""
     seen: Counter[str] = Counter()
     names = []

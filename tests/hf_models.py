@@ -7,10 +7,22 @@ SLIDING_WINDOW = 5
 
 
 def tiny(kind: str, vocab: int = 96, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):
-    """A random causal LM of a kind; weights large enough that logits differ."""
+    """A random causal LM of a kind; weights large enough that logits differ.
+
+    changes: of the configuration, except for gpt2. The global random state stays as it is.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _drawn(kind, vocab, changes).eval()
+    for parameter in model.parameters():  # buffers of positions stay as from_pretrained has them
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def _drawn(kind: str, vocab: int, changes: dict):
     import transformers as t
 
-    torch.manual_seed(seed)
     common = {
         "vocab_size": vocab,
         "hidden_size": 32,
@@ -26,12 +38,12 @@ def tiny(kind: str, vocab: int = 96, dtype: torch.dtype = torch.float32, seed: i
         **changes,
     }
     if kind == "llama":
-        model = t.LlamaForCausalLM(t.LlamaConfig(**common))
-    elif kind == "qwen2":
-        model = t.Qwen2ForCausalLM(t.Qwen2Config(**common))
-    elif kind == "qwen3":
-        model = t.Qwen3ForCausalLM(t.Qwen3Config(**common, head_dim=8))
-    elif kind == "gemma3":
+        return t.LlamaForCausalLM(t.LlamaConfig(**common))
+    if kind == "qwen2":
+        return t.Qwen2ForCausalLM(t.Qwen2Config(**common))
+    if kind == "qwen3":
+        return t.Qwen3ForCausalLM(t.Qwen3Config(**common, head_dim=8))
+    if kind == "gemma3":
         config = t.Gemma3TextConfig(
             **common,
             head_dim=8,
@@ -39,8 +51,8 @@ def tiny(kind: str, vocab: int = 96, dtype: torch.dtype = torch.float32, seed: i
             layer_types=["sliding_attention", "full_attention"],
             query_pre_attn_scalar=8,
         )
-        model = t.Gemma3ForCausalLM(config)
-    elif kind == "gpt2":
+        return t.Gemma3ForCausalLM(config)
+    if kind == "gpt2":
         config = t.GPT2Config(
             vocab_size=vocab,
             n_embd=32,
@@ -51,33 +63,64 @@ def tiny(kind: str, vocab: int = 96, dtype: torch.dtype = torch.float32, seed: i
             bos_token_id=None,
             eos_token_id=None,
         )
-        model = t.GPT2LMHeadModel(config)
-    else:
-        raise ValueError(kind)
-    return model.to(dtype).eval()
+        return t.GPT2LMHeadModel(config)
+    raise ValueError(kind)
 
 
-def word_tokenizer(chat_template: str | None = None, *, adds_bos: bool = False):
-    """A fast tokenizer over bytes-like characters with chat tokens, built without a download."""
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+BYTES = len(SPECIAL)
+"""The id of the first of the 256 bytes."""
+
+
+def word_tokenizer(
+    chat_template: str | None = None,
+    *,
+    adds_bos: bool = False,
+    adds_eos: bool = False,
+    special: tuple[str, ...] = (),
+    merges: tuple[tuple[str, str], ...] = (),
+):
+    """A fast tokenizer with a token a byte and chat tokens, built without a download.
+
+    special: further special tokens, whose ids come behind the bytes'. merges: pairs of bytes that
+    are one token; theirs come behind those.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
-    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *special])}
+    vocab |= {left + right: len(vocab) + i for i, (left, right) in enumerate(merges)}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    if adds_bos:
+    if adds_bos or adds_eos:
         inner.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
+            single="<s> " * adds_bos + "$A" + " </s>" * adds_eos,
+            special_tokens=[("<s>", 1), ("</s>", 2)],
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", *special],
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+VOCAB = BYTES + 256
+"""Of a model for `word_tokenizer`."""
+
+
+def only_letters(tokenizer, ends: tuple[int, ...] = ()):
+    """A filter_fn for sampling: the letters a, b, c and end tokens, so that texts are plain."""
+    kept = [*(tokenizer.encode(c, add_special_tokens=False)[0] for c in "abc"), *ends]
+
+    def filter_fn(logits: torch.Tensor) -> torch.Tensor:
+        filtered = torch.full_like(logits, -torch.inf)
+        filtered[:, kept] = logits[:, kept]
+        return filtered
+
+    return filter_fn

@@ -1,10 +1,15 @@
-"""Rows in, whatever their form; and the tokenizer between texts and ids.
+"""Rows in, from whatever holds them; and the tokenizer between texts and ids.
 
 The tokenizer of these tests: a is 1, b is 2, ... and the end token is 0. The vocabulary has 30.
 """
 
+import gzip
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,37 +17,34 @@ import torch
 from torch import tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from self_rewarding_lm import DPOConfig, Run, SelfPlayConfig
 from self_rewarding_lm.datasets import (
+    BadRows,
     FromStage,
     Rows,
     create_mock_dataset,
     from_stage,
-    preference_row,
-    prompt_and_completion,
-    prompt_of,
     read_prompt,
-    training_row,
-    truncated,
 )
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
-from self_rewarding_lm.records import PreferencePair, Prompt
+from self_rewarding_lm.files import SUFFIXES
+from self_rewarding_lm.records import Prompt, RankedReplies, TrainingRow
+from self_rewarding_lm.rows import prompt_of, training_row
+from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.tokens import CallableTokenizer, Tokens
-
-EOS = 0
-
-
-def letters(text):
-    return [ord(c) - 96 for c in text]
-
-
-def text_of(ids):
-    return "".join(chr(96 + i) for i in ids.tolist())
-
-
-TOKENS = Tokens(CallableTokenizer(letters, text_of), eos_id=EOS, vocab=30)
-WITHOUT_EOS = Tokens(CallableTokenizer(letters, text_of), eos_id=None, vocab=30)
-WITHOUT_TEXT = Tokens(None, eos_id=EOS, vocab=30)
-T, F = True, False
+from tests.models import Successor, context, stage_dir
+from tests.test_rows import CHAT, EOS, TOKENS, WITHOUT_TEXT, letters, text_of
+from tests.test_trainer import (
+    QUICK,
+    SHORT,
+    StopError,
+    external,
+    model64,
+    same,
+    sft,
+    trainer_of,
+    weights_of,
+)
 
 
 class Listed(Dataset):
@@ -72,242 +74,6 @@ def lines(path, rows):
     return path
 
 
-# Supervised rows
-
-SUPERVISED = {
-    "ids and prompt_len": ((tensor([1, 2, 3, 4]), 2), (1, 2, 3, 4), (F, F, T, T)),
-    "ids and prompt_len as a tensor": ((tensor([1, 2, 3]), tensor(1)), (1, 2, 3), (F, T, T)),
-    "lists": (([1, 2, 3, 4], 2), (1, 2, 3, 4), (F, F, T, T)),
-    "a pair from JSON": ([[1, 2, 3, 4], 3], (1, 2, 3, 4), (F, F, F, T)),
-    "arrays": ((np.array([1, 2, 3]), np.array([T, T, F])), (1, 2, 3), (F, F, T)),
-    "an array of ids and its number": ((np.array([1, 2, 3]), np.int64(1)), (1, 2, 3), (F, T, T)),
-    "a text and prompt_len": (("abc", 1), (1, 2, 3), (F, T, T)),
-    "no prompt: the first token has nothing before it": (([1, 2, 3], 0), (1, 2, 3), (F, T, T)),
-    "ids and prompt_mask": ((tensor([1, 2, 3]), tensor([T, T, F])), (1, 2, 3), (F, F, T)),
-    "prompt_mask as a list": (([1, 2, 3, 4], [T, F, T, F]), (1, 2, 3, 4), (F, T, F, T)),
-    "prompt and completion": (
-        {"prompt": "ab", "completion": "cd"},
-        (1, 2, 3, 4, EOS),
-        (F, F, T, T, T),
-    ),
-    "prompt and completion as ids": (
-        {"prompt": [1, 2], "completion": tensor([3, 4])},
-        (1, 2, 3, 4),
-        (F, F, T, T),
-    ),
-    "other columns": ({"prompt": "a", "completion": "b", "id": 7}, (1, 2, EOS), (F, T, T)),
-    "text": ({"text": "abc"}, (1, 2, 3, EOS), (F, T, T, T)),
-    "text as ids": ({"text": [1, 2, 3]}, (1, 2, 3, EOS), (F, T, T, T)),
-    "a pair of an earlier stage": (
-        PreferencePair("dpo/0", (1, 2), (3, EOS), (4, EOS)),
-        (1, 2, 3, EOS),
-        (F, F, T, T),
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "ids", "targets"), SUPERVISED.values(), ids=SUPERVISED)
-def test_a_supervised_row_gives_these_ids_and_targets(row, ids, targets):
-    assert training_row(row, "row", TOKENS) == (ids, targets)
-
-
-def test_trap_18_the_end_token_is_put_behind_texts_and_is_the_last_target():
-    for row in ({"prompt": "a", "completion": "b"}, {"text": "ab"}):
-        ids, targets = training_row(row, "row", TOKENS)
-        assert (ids[-1], targets[-1]) == (EOS, True)
-
-
-def test_an_end_token_that_is_there_already_is_not_doubled():
-    ids, _ = training_row({"prompt": "a", "completion": "b`"}, "row", TOKENS)  # ` is token 0
-    assert ids == (1, 2, EOS)
-
-
-def test_ids_get_no_end_token():
-    assert training_row({"prompt": [1], "completion": [2, 3]}, "row", TOKENS)[0] == (1, 2, 3)
-    assert training_row(([1, 2, 3], 1), "row", TOKENS)[0] == (1, 2, 3)
-
-
-def test_texts_get_no_end_token_where_none_is_known():
-    assert training_row({"text": "ab"}, "row", WITHOUT_EOS) == ((1, 2), (F, T))
-
-
-def test_trap_22_token_0_in_the_ids_is_a_target_like_any_other():
-    assert training_row(([0, 1, 0, 0], 2), "row", WITHOUT_EOS) == ((0, 1, 0, 0), (F, F, T, T))
-
-
-NOT_SUPERVISED = {
-    "ids alone": (tensor([1, 2, 3]), "a supervised row is"),
-    "a text alone": ("abc", "a supervised row is"),
-    "two letters": ("ab", "a supervised row is"),
-    "a number": (3, "got int '3'"),
-    "nothing": (None, "a supervised row is"),
-    "three parts": (([1], 1, 1), "a supervised row is"),
-    "no completion": ({"prompt": "a"}, "has no 'completion'; it has 'prompt'"),
-    "other columns": ({"question": "a", "answer": "b"}, "has no 'prompt' and no 'completion'"),
-    "an empty dict": ({}, "it has nothing"),
-    "prompt_len beyond the row": (([1, 2, 3], 4), "an int from 0 to 3"),
-    "prompt_len below 0": (([1, 2, 3], -1), "an int from 0 to 3"),
-    "prompt_len of float": (([1, 2, 3], 1.5), "an int from 0 to 3"),
-    "prompt_len of bool": (([1, 2, 3], True), "an int from 0 to 3"),
-    "a mask of another length": (([1, 2, 3], [True, False]), "3 booleans"),
-    "a mask of numbers": (([1, 2, 3], [1, 0, 0]), "3 booleans"),
-    "the prompt takes all": (([1, 2, 3], 3), "nothing to learn"),
-    "the mask takes all": (([1, 2], [True, True]), "nothing to learn"),
-    "one token": (([1], 0), "nothing to learn"),
-    "no token": (([], 0), "nothing to learn"),
-    "an empty completion of ids": ({"prompt": "a", "completion": []}, "the completion is empty"),
-}
-
-
-@pytest.mark.parametrize(("row", "words"), NOT_SUPERVISED.values(), ids=NOT_SUPERVISED)
-def test_a_row_that_is_not_supervised_is_an_error_that_names_it(row, words):
-    with pytest.raises(DataError, match=f"train_dataset, row 17.*{words}"):
-        training_row(row, "train_dataset, row 17", TOKENS)
-
-
-def test_an_empty_completion_text_teaches_the_end_token_alone():
-    ids, targets = training_row({"prompt": "a", "completion": ""}, "row", TOKENS)
-    assert (ids, targets) == ((1, EOS), (F, T))
-
-
-# Preference rows
-
-
-@pytest.mark.parametrize(
-    ("row", "ids"),
-    [
-        ({"prompt": "a", "chosen": "b", "rejected": "cd"}, ((1,), (2, EOS), (3, 4, EOS))),
-        ({"prompt": [1], "chosen": [2], "rejected": tensor([3, 4])}, ((1,), (2,), (3, 4))),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, ((1,), (2, EOS), (EOS,))),
-    ],
-    ids=["texts", "ids", "an empty answer ends at once"],
-)
-def test_a_preference_row_gives_these_ids(row, ids):
-    pair = preference_row(row, "row", TOKENS)
-    assert (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) == ids
-
-
-def test_a_preference_row_of_texts_keeps_them_and_one_of_ids_has_none():
-    pair = preference_row({"prompt": "a", "chosen": "b", "rejected": "c"}, "row", TOKENS)
-    assert (pair.prompt, pair.chosen, pair.rejected) == ("a", "b", "c")
-    pair = preference_row({"prompt": [1], "chosen": [2], "rejected": [3]}, "row", TOKENS)
-    assert (pair.prompt, pair.chosen, pair.rejected) == (None, None, None)
-
-
-def test_a_pair_of_an_earlier_stage_is_taken_as_it_is():
-    pair = PreferencePair("sr/0", (1,), (2,), (3,))
-    assert preference_row(pair, "row", TOKENS) is pair
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        (("a", "b", "c"), "a preference row is"),
-        ({"prompt": "a", "chosen": "b"}, "has no 'rejected'; it has 'prompt', 'chosen'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same"),
-        ({"prompt": [1], "chosen": [2], "rejected": []}, "rejected is empty"),
-    ],
-)
-def test_a_row_that_is_no_preference_is_an_error_that_names_it(row, words):
-    with pytest.raises(DataError, match=f"row 17.*{words}"):
-        preference_row(row, "train_dataset, row 17", TOKENS)
-
-
-# Prompt rows
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ("ab", ("ab", (1, 2), None)),
-        ({"prompt": "ab"}, ("ab", (1, 2), None)),
-        ({"prompt": [1, 2], "topic": "x", "n": 3}, ("ab", (1, 2), {"topic": "x", "n": 3})),
-        ({"prompt": "a", "big": [1], "no": {1}}, ("a", (1,), {"big": [1]})),
-        ([1, 2], ("ab", (1, 2), None)),
-        (tensor([1, 2]), ("ab", (1, 2), None)),
-        (np.array([1, 2]), ("ab", (1, 2), None)),
-        ((1, 2), ("ab", (1, 2), None)),
-    ],
-    ids=str,
-)
-def test_a_prompt_row_gives_its_text_its_ids_and_its_plain_columns(row, expected):
-    assert prompt_of(row, "row", TOKENS) == expected
-
-
-def test_a_prompt_of_ids_has_no_text_without_a_tokenizer():
-    assert prompt_of([1, 2], "row", WITHOUT_TEXT) == (None, (1, 2), None)
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ("", "the prompt is empty"),
-        ([], "the prompt is empty"),
-        ({"text": "a"}, "has no 'prompt'; it has 'text'"),
-    ],
-)
-def test_a_row_without_a_prompt_is_an_error_that_names_it(row, words):
-    with pytest.raises(DataError, match=f"row 17.*{words}"):
-        prompt_of(row, "prompt_dataset, row 17", TOKENS)
-
-
-@pytest.mark.parametrize("row", [None, 3, 2.5, {"prompt": None}], ids=str)
-def test_a_prompt_that_is_neither_text_nor_ids_is_an_error_that_names_its_row(row):
-    with pytest.raises(TokenizerError, match="row 17"):
-        prompt_of(row, "prompt_dataset, row 17", TOKENS)
-
-
-def test_a_prompt_that_fills_the_model_is_an_error_that_names_it():
-    rows = opened([[1, 2], [1, 2, 3]], "prompt_dataset")
-    assert read_prompt(rows, 0, "sr/0/0", TOKENS, 3) == Prompt("sr/0/0", 0, (1, 2), "ab")
-    with pytest.raises(DataError, match=r"prompt_dataset, row 1.* has 3 tokens.* have 3\."):
-        read_prompt(rows, 1, "sr/1/0", TOKENS, 3)
-    assert read_prompt(rows, 1, "sr/1/0", TOKENS, None).ids == (1, 2, 3)
-
-
-# A prompt and its completion
-
-
-@pytest.mark.parametrize(
-    "row",
-    [{"prompt": "ab", "completion": "c"}, ([1, 2, 3, EOS], 2), ([1, 2, 3, EOS], [T, T, F, F])],
-    ids=str,
-)
-def test_a_supervised_row_is_cut_between_prompt_and_completion(row):
-    assert prompt_and_completion(row, "row", TOKENS) == ((1, 2), (3, EOS))
-
-
-@pytest.mark.parametrize(
-    "row", [{"text": "abc"}, ([1, 2, 3], [T, F, T]), ([1, 2, 3, 4], [T, F, T, F])], ids=str
-)
-def test_a_row_that_is_no_prompt_with_its_completion_is_an_error(row):
-    with pytest.raises(DataError, match=r"row 17.* a prompt followed by a completion"):
-        prompt_and_completion(row, "train_dataset, row 17", TOKENS)
-
-
-def test_a_row_without_a_prompt_cannot_be_answered():
-    with pytest.raises(DataError, match="a prompt followed by a completion"):
-        prompt_and_completion(([1, 2, 3], 0), "row", TOKENS)
-
-
-# Cutting
-
-
-def test_a_row_is_cut_at_its_end():
-    assert truncated((1, 2, 3, 4), 2, 3, "row") == ((1, 2, 3), True)
-
-
-def test_a_row_that_fits_is_left_alone():
-    for limit in (4, 9, None):
-        assert truncated((1, 2, 3, 4), 4, limit, "row") == ((1, 2, 3, 4), False)
-
-
-def test_a_prompt_that_leaves_no_room_for_a_response_is_an_error():
-    assert truncated((1, 2, 3, 4), 2, 3, "row") == ((1, 2, 3), True)
-    with pytest.raises(DataError, match=r"row 17.*3 tokens.*max_seq_len is 3"):
-        truncated((1, 2, 3, 4), 3, 3, "train_dataset, row 17")
-
-
 # Datasets
 
 PAIRS = [([1, 2], 1), ([3, 4], 1), ([5, 6], 1)]
@@ -322,32 +88,105 @@ class Stream(IterableDataset):
         return numbers(3)
 
 
+class LongStream(Stream):
+    """torch gives it a __getitem__ that raises."""
+
+    def __len__(self):
+        return 3
+
+
+class Endless(Dataset):
+    def __getitem__(self, index):
+        return [index]
+
+
 @pytest.mark.parametrize(
     "dataset",
-    [[[0], [1], [2]], ([0], [1], [2]), Listed([[0], [1], [2]]), Stream(), numbers(3)],
-    ids=["list", "tuple", "torch dataset", "iterable dataset", "generator"],
+    [
+        [[0], [1], [2]],
+        ([0], [1], [2]),
+        Listed([[0], [1], [2]]),
+        Stream(),
+        LongStream(),
+        numbers(3),
+        tensor([[0], [1], [2]]),
+    ],
+    ids=["list", "tuple", "torch dataset", "iterable", "iterable with len", "generator", "tensor"],
 )
 def test_rows_are_read_from_whatever_holds_them(dataset):
     rows = opened(dataset)
     assert len(rows) == 3
-    assert all_of(rows) == [[0], [1], [2]]
+    assert [list(row) for row in all_of(rows)] == [[0], [1], [2]]
     with pytest.raises(IndexError):
         rows.read(3)
 
 
 def test_a_generator_is_read_once_and_its_rows_can_be_read_again():
     rows = opened(numbers(3))
-    assert list(rows.preview()) == [(0, [0]), (1, [1]), (2, [2])]
+    assert [rows.peek(i) for i in rows.preview()] == [[0], [1], [2]]
     assert all_of(rows) == all_of(rows) == [[0], [1], [2]]
 
 
-def test_a_jsonl_and_a_json_file_hold_the_same_rows(tmp_path):
-    content = [{"prompt": "a"}, {"prompt": "b"}]
-    jsonl = lines(tmp_path / "rows.jsonl", content)
-    plain = tmp_path / "rows.json"
-    plain.write_text(json.dumps(content))
-    for dataset in (jsonl, str(jsonl), plain, str(plain)):
-        assert all_of(opened(dataset)) == content
+def written(folder, suffix, content):
+    """A file of rows in one of the forms."""
+    path = folder / f"rows{suffix}"
+    if suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(content), path)
+        return path
+    by_line = "".join(json.dumps(row) + "\n" for row in content)
+    text = by_line if suffix.startswith(".jsonl") else json.dumps(content)
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    return path
+
+
+MIXED = [
+    {"prompt": "a", "messages": None, "n": 1},
+    {"prompt": None, "messages": [{"role": "user", "content": "ü"}], "n": 2},
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_each_kind_holds_the_same_rows(suffix, tmp_path):
+    path = written(tmp_path, suffix, MIXED)
+    for dataset in (path, str(path)):
+        rows = opened(dataset)
+        assert all_of(rows) == MIXED
+        assert list(rows.preview()) == [0, 1]
+    assert all_of(opened([path, str(path)])) == [*MIXED, *MIXED]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl.gz", b"no gzip", "cannot be unpacked by gzip"),
+        ("rows.json.gz", gzip.compress(b"[1, 2]")[:-6], "cannot be unpacked by gzip"),
+        ("rows.parquet", b"no parquet", "is no parquet file"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"A file of one row a line is named \.jsonl"),
+        ("rows.json", b'"\xff"', "is no JSON"),
+    ],
+)
+def test_a_file_that_is_damaged_as_a_whole_is_an_error(name, content, words, tmp_path):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"train_dataset: {re.escape(str(path))}.*{words}"):
+        len(opened(path))
+
+
+def test_a_parquet_file_without_pyarrow_is_an_error_with_the_pip_line(tmp_path, monkeypatch):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r'pip install "self-rewarding-lm\[data\]"'):
+        len(opened(path))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_its_lines_as_windows_does(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert all_of(opened(path)) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
 def test_a_list_of_datasets_files_and_stages_is_their_concatenation(tmp_path):
@@ -374,7 +213,8 @@ def test_a_list_of_anything_else_is_a_list_of_rows(tmp_path):
 def test_looking_ahead_does_not_read_a_row_twice():
     dataset = Listed(PAIRS)
     rows = opened(dataset)
-    assert list(rows.preview()) == list(rows.preview()) == [(0, PAIRS[0])]
+    for _ in range(2):
+        assert [(i, rows.peek(i)) for i in rows.preview()] == [(0, PAIRS[0])]
     assert all_of(rows) == PAIRS
     assert dataset.reads == [1, 1, 1]
 
@@ -383,8 +223,26 @@ def test_trap_10_a_row_that_was_looked_at_is_the_row_that_is_read():
     """A dataset that draws its rows at random gives another each time it is asked."""
     count = iter(range(100))
     rows = opened(create_mock_dataset(3, lambda: ([next(count), 1], 1)))
-    [(_, first)] = rows.preview()
+    assert list(rows.preview()) == [0]
+    first = rows.peek(0)
     assert rows.read(0) is first
+
+
+def test_a_list_of_conversations_is_a_list_of_rows():
+    said = {"role": "user", "content": "b"}
+    talks = [[said], [said]]
+    rows = opened(talks)
+    assert all_of(rows) == talks
+    assert read_prompt(rows, 1, "sr/1/0", CHAT, None) == Prompt(
+        "sr/1/0", 1, (21, 2, 1), "b", messages=(said,)
+    )
+    assert len(opened([[{"prompt": "a"}], [{"prompt": "b"}, {"prompt": "c"}]])) == 3  # two lists
+
+
+def test_lists_of_records_are_put_together():
+    ranking = RankedReplies("id", "a", ("x", "y"), (0.0, 1.0), "tree")
+    assert all_of(opened([[ranking], [ranking]])) == [ranking, ranking]
+    assert all_of(opened([ranking, ranking])) == [ranking, ranking]
 
 
 def test_the_first_row_of_a_stage_that_is_still_to_come_is_not_known():
@@ -396,6 +254,23 @@ def test_rows_are_named_by_dataset_and_number_and_those_of_files_by_line(tmp_pat
     path = lines(tmp_path / "rows.jsonl", ["a", "b"])
     assert opened(["a", "b"]).where(1) == "train_dataset, row 1"
     assert opened(path).where(1) == f"{path}, line 2"
+    whole = tmp_path / "rows.json"
+    whole.write_text('["a", "b"]')
+    assert opened(whole).where(1) == f"{whole}, row 2"
+
+
+def test_rows_of_several_datasets_are_named_by_their_own_place(tmp_path):
+    path = lines(tmp_path / "rows.jsonl", ["a", "b"])
+    rows = opened([Listed(["x"]), path, from_stage("dpo"), path], resolve=lambda part: ["p", "q"])
+    assert [rows.where(i) for i in range(len(rows))] == [
+        "train_dataset, part 0, row 0",
+        f"{path}, line 1",
+        f"{path}, line 2",
+        "train_dataset, part 2 (from_stage('dpo')), row 0",
+        "train_dataset, part 2 (from_stage('dpo')), row 1",
+        f"{path}, line 1",
+        f"{path}, line 2",
+    ]
 
 
 @pytest.mark.parametrize("dataset", [[], (), Listed([]), numbers(0)], ids=repr)
@@ -409,8 +284,13 @@ def test_an_empty_dataset_is_an_error(dataset):
     [
         (3, "got int"),
         (None, "got NoneType"),
-        ("rows.csv", r"must be \.jsonl or \.json"),
+        ("rows.csv", r"must be \.jsonl, \.json, \.jsonl\.gz, \.json\.gz or \.parquet; got"),
         ("missing.jsonl", r"no file 'missing\.jsonl'"),
+        (
+            {"prompt": "a", "completion": "b"},
+            "a dict is one row or a table with 'prompt', 'completion'",
+        ),
+        (Endless(), "Endless has __getitem__ but neither __len__ nor __iter__"),
     ],
 )
 def test_what_is_no_dataset_is_refused_before_it_is_read(dataset, words):
@@ -420,9 +300,22 @@ def test_what_is_no_dataset_is_refused_before_it_is_read(dataset, words):
 
 def test_a_bad_line_of_a_file_is_named_by_its_number(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n{"prompt": \n{"prompt": "c"}\n')
-    with pytest.raises(DataError, match=rf"{re.escape(str(path))}, line 2, is no JSON"):
-        opened(path).read(0)
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": \n{"prompt": "c"}\n"\xff"\n')
+    rows = opened([str(path), path])
+    assert [rows.read(i) for i in (0, 2, 4, 6)] == [{"prompt": "a"}, {"prompt": "c"}] * 2
+    for index, line in ((1, 2), (3, 4), (5, 2), (7, 4)):
+        with pytest.raises(DataError, match=rf"{re.escape(str(path))}, line {line}, is no JSON"):
+            rows.read(index)
+
+
+def test_lines_that_are_no_json_are_looked_at_before_the_run_however_far_they_are(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("self_rewarding_lm.datasets.PREVIEWED_ROWS", 2)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('"a"\n"b"\n"c"\n{\n"e"\n')
+    assert list(opened(path).preview()) == [0, 1, 3]
+    assert list(opened([["a", "b"], path]).preview()) == [0, 1, 5]
 
 
 def test_a_json_file_that_is_no_json_or_no_list_is_an_error(tmp_path):
@@ -445,6 +338,304 @@ def test_a_mock_dataset_gives_its_output_as_often_as_it_is_long():
     assert list(constant) == [([1, 2], 1)] * 3
     drawn = create_mock_dataset(2, lambda: torch.randint(0, 9, (4,)))
     assert [row.shape for row in drawn] == [(4,), (4,)]
+
+
+def test_a_prompt_that_fills_the_model_is_an_error_that_names_it():
+    rows = opened([[1, 2], [1, 2, 3]], "prompt_dataset")
+    assert read_prompt(rows, 0, "sr/0/0", TOKENS, 3) == Prompt("sr/0/0", 0, (1, 2), "ab")
+    with pytest.raises(DataError, match=r"prompt_dataset, row 1.* has 3 tokens.* have 3\."):
+        read_prompt(rows, 1, "sr/1/0", TOKENS, 3)
+    assert read_prompt(rows, 1, "sr/1/0", TOKENS, None).ids == (1, 2, 3)
+
+
+# The package datasets
+
+TALK = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+
+
+def test_a_dataset_of_the_package_datasets_is_read_by_place_and_looked_at_in_full():
+    hugging_face = pytest.importorskip("datasets")
+    table = hugging_face.Dataset.from_list(TALK)
+    rows = opened(table)
+    assert list(rows.preview()) == [0, 1]
+    assert all_of(rows) == TALK
+    assert all_of(opened([table, table, TALK])) == TALK * 3
+
+
+def test_a_dataset_with_a_function_over_its_rows_is_looked_at_once():
+    hugging_face = pytest.importorskip("datasets")
+    count = iter(range(9))
+    drawn = hugging_face.Dataset.from_list(TALK).with_transform(
+        lambda batch: {"prompt": [f"{next(count)}" for _ in batch["prompt"]]}
+    )
+    rows = opened(drawn)
+    assert list(rows.preview()) == [0]
+    assert rows.peek(0) == rows.peek(0) == rows.read(0) == {"prompt": "0"}
+
+
+def test_an_iterable_dataset_is_read_once():
+    hugging_face = pytest.importorskip("datasets")
+    begun = []
+
+    def make():
+        begun.append(1)
+        yield from TALK
+
+    rows = opened(hugging_face.IterableDataset.from_generator(make))
+    assert list(rows.preview()) == [0, 1]
+    assert all_of(rows) == all_of(rows) == TALK
+    assert len(begun) == 1
+
+
+def test_a_dict_of_splits_is_refused_with_their_names():
+    hugging_face = pytest.importorskip("datasets")
+    table = hugging_face.Dataset.from_list(TALK)
+    splits = hugging_face.DatasetDict(train=table, test=table)
+    for dataset in (splits, [splits]):
+        with pytest.raises(
+            DataError, match=r"has the splits 'train', 'test'; give one.*\['train'\]"
+        ):
+            opened(dataset)
+
+
+# Bad rows
+
+GOOD = [{"prompt": f"say {i}", "completion": f"i say {i}"} for i in range(4)]
+BAD = [
+    {"prompt": "say"},
+    {"prompt": "x" * 99, "completion": "b"},
+    {"prompt": [999], "completion": "b"},
+]
+SPOILT = [GOOD[0], BAD[0], GOOD[1], BAD[1], BAD[2], GOOD[2], GOOD[3]]
+GOOD_PLACES = [0, 2, 5, 6]
+LIMIT = 40  # tokens; BAD[1] is too long
+
+
+def skipping(**options):
+    return dict(on_bad_row="skip", max_seq_len=LIMIT, **options)
+
+
+def spoilt_file(folder):
+    """SPOILT with a line that is no JSON at its end."""
+    path = lines(folder / "spoilt.jsonl", SPOILT)
+    path.write_text(path.read_text() + "{broken\n")
+    return path
+
+
+def test_a_bad_row_stops_a_trainer_before_its_first_stage_and_is_named_by_its_line(tmp_path):
+    path = spoilt_file(tmp_path)
+    with pytest.raises(DataError, match=rf"{re.escape(str(path))}, line 2: the row has no 'comp"):
+        trainer_of(tmp_path / "run", [sft(), sft(train_dataset=path)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_left_out_counted_and_told_of_once(tmp_path, caplog):
+    path = spoilt_file(tmp_path)
+    run = trainer_of(tmp_path / "run", [sft(train_dataset=path, **skipping())])()
+    assert [row.id for row in run.rows(0)] == [f"sft/{i}" for i in GOOD_PLACES]
+    assert {"step": 0, "rows/skipped": 4} in run.metrics(0)
+    assert {"step": 0, "rows/truncated": 0} in run.metrics(0)
+    [warning] = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert "train_dataset: 4 of 8 rows cannot be used" in warning
+    told = [line.strip() for line in warning.splitlines()[1:]]
+    assert len(told) == 3
+    assert all(f"{path}, line {n}:" in line for n, line in zip((2, 4, 5), told, strict=True))
+
+
+def test_a_good_dataset_trains_the_same_whether_bad_rows_are_skipped_or_not(tmp_path):
+    """And so does one with bad rows between the good."""
+    weights = []
+    for name, dataset, options in (
+        ("raise", GOOD, {}),
+        ("skip", GOOD, skipping()),
+        ("spoilt", SPOILT, skipping()),
+    ):
+        model = model64()
+        trainer_of(tmp_path / name, [sft(train_dataset=dataset, **options)], model)()
+        weights.append(weights_of(model))
+    assert same(weights[0], weights[1])
+    assert same(weights[0], weights[2])
+
+
+class Drawn(Dataset):
+    """Every second row that is read is bad, whichever it is."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return GOOD[index % 4] if self.reads % 2 else BAD[0]
+
+
+def test_a_stage_that_goes_on_has_the_rows_that_it_had(tmp_path):
+    """Though the dataset would give others now, and fewer records than rows are there."""
+
+    stops = [True]
+
+    def score(model):
+        if stops:
+            raise StopError
+        return 0.0
+
+    def stage(dataset):
+        often = QUICK.model_copy(update={"eval_every": 1})
+        options = dict(early_stopper_eval_module=score, num_train_steps=2, optim=often)
+        return sft(train_dataset=dataset, **options, **skipping())
+
+    with pytest.raises(StopError):
+        trainer_of(tmp_path, [stage(Drawn())])()
+    before = Run.open(tmp_path).rows(0)
+    assert [row.id for row in before] == ["sft/0", "sft/2", "sft/4"]
+    stops.clear()
+    other = Drawn()
+    other.reads = 1  # now the other rows are good
+    run = trainer_of(tmp_path, [stage(other)])()
+    assert run.rows(0) == before
+    assert {"step": 0, "rows/skipped": 3} in run.metrics(0)
+
+
+def test_rows_that_were_not_all_written_are_read_again(tmp_path):
+    ctx = context(Successor())
+    out = stage_dir(ctx, tmp_path)
+    made = []
+
+    def make(row, record_id):
+        made.append(row)
+        if row == 1:
+            raise DataError("row 1 is bad")
+        return TrainingRow(record_id, (1, 2), (False, True))
+
+    rows = opened([1, 2, 3])
+    out.append([TrainingRow("stage/0", (1, 2), (False, True))])  # killed here
+    found = read_once(ctx, out, rows, TrainingRow, "stage", make, on_bad_row="skip")
+    assert [r.id for r in found] == ["stage/0", "stage/2"]
+    assert made == [0, 1, 2]
+    again = read_once(ctx, out, rows, TrainingRow, "stage", make, on_bad_row="skip")
+    assert again == found
+    assert made == [0, 1, 2]  # nothing was read again
+
+
+def test_held_out_rows_do_not_make_the_others_look_complete(tmp_path):
+    """Ids of both begin with the stage's name, and one file holds them."""
+    ctx = context(Successor())
+    out = stage_dir(ctx, tmp_path)
+
+    def make(row, record_id):
+        if row == 0:
+            raise DataError("bad")
+        return TrainingRow(record_id, (1, 2), (False, True))
+
+    rows = opened([1, 2])
+    for name in ("stage/valid", "stage"):
+        found = read_once(ctx, out, rows, TrainingRow, name, make, on_bad_row="skip")
+        assert [r.id for r in found] == [f"{name}/1"]
+
+
+@pytest.mark.parametrize("bad", [BAD, Listed(BAD)], ids=["a list", "a dataset"])
+def test_a_dataset_of_bad_rows_alone_is_an_error(bad, tmp_path):
+    with pytest.raises(DataError, match=r"train_dataset: none of 3 rows can be used") as caught:
+        trainer_of(tmp_path, [sft(train_dataset=bad, **skipping())])()
+    assert "train_dataset, row 0: the row has no 'completion'" in str(caught.value)
+
+
+def test_bad_pairs_are_left_out_of_dpo(tmp_path):
+    pairs = [{"prompt": "say", "chosen": f"yes {i}", "rejected": "no"} for i in range(3)]
+    same_twice = {"prompt": "say", "chosen": "no", "rejected": "no"}
+    too_long = {"prompt": "x" * 99, "chosen": "yes", "rejected": "no"}
+    dataset = [pairs[0], same_twice, pairs[1], too_long, pairs[2]]
+    stage = DPOConfig(train_dataset=dataset, valid_dataset=dataset, optim=QUICK, **skipping())
+    run = trainer_of(tmp_path, [stage])()
+    assert [pair.chosen for pair in run.pairs(0)] == ["yes 0", "yes 1", "yes 2"]
+    assert run.metrics(0).count({"step": 0, "rows/skipped": 2}) == 2  # and of valid_dataset
+
+
+def test_bad_rows_are_left_out_of_spin(tmp_path):
+    stage = SelfPlayConfig(train_dataset=SPOILT, generation=SHORT, optim=QUICK, **skipping())
+    run = trainer_of(tmp_path, [stage])()
+    humans = [p for p in run.prompts(0) if p.completion is not None and p.id.count("/") == 1]
+    assert [p.row for p in humans] == GOOD_PLACES
+    assert {"step": 0, "rows/skipped": 3} in run.metrics(0)
+
+
+def test_a_bad_prompt_gives_no_pair_and_is_counted(tmp_path, caplog):
+    prompts = ["tell 0", "", "tell 1", "x" * 99, {"topic": "a"}, "tell 2", [999]]
+    options = dict(prompt_dataset=prompts, num_generated_preference_pairs=None, prompts_per_block=2)
+    run = trainer_of(tmp_path, [external(**options, **skipping())])()
+    assert [p.row for p in run.prompts(0)] == [0, 2, 5]
+    [metrics] = [m for m in run.metrics(0) if "pairs/kept" in m]
+    assert metrics["pairs/dropped_bad_row"] == 4
+    [warning] = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert "4 of 7 rows" in warning
+    assert "prompt_dataset, row 1: the prompt is empty" in warning
+
+
+def test_prompts_that_are_all_bad_are_an_error(tmp_path):
+    for number, prompts in enumerate((["", [999]], Listed(["", [999]]))):
+        with pytest.raises(DataError, match="none of 2 rows can be used"):
+            options = dict(prompt_dataset=prompts, num_generated_preference_pairs=None)
+            trainer_of(tmp_path / str(number), [external(**options, **skipping())])()
+
+
+def test_bad_rows_of_several_processes_are_told_together():
+    one, other = BadRows("skip"), BadRows("skip")
+    for bad, wheres in ((one, ["row 0", "row 2"]), (other, ["row 1", "row 3"])):
+        for where in wheres:
+            with bad.tolerated(where):
+                raise TokenizerError("no ids")
+    both = one.together([one, other])
+    assert both.count == 4
+    assert both.reasons == ["row 0: no ids", "row 2: no ids", "row 1: no ids"]
+    with pytest.raises(ConfigError), one.tolerated("row 4"):
+        raise ConfigError("no tokenizer")  # no row's fault
+    with pytest.raises(DataError), BadRows("raise").tolerated("row 4"):
+        raise DataError("bad")
+
+
+def run_spoilt(folder):
+    """SFT and a preference stage on spoilt rows; whether bad rows alone are refused."""
+    prompts = ["tell 0", "", "tell 1", [999], "tell 2"]
+    some = dict(prompt_dataset=prompts, num_generated_preference_pairs=None)
+    stages = [sft(train_dataset=SPOILT, **skipping()), external(**some, **skipping())]
+    trainer_of(f"{folder}/good", stages, accelerate_kwargs=dict(cpu=True))()
+    bad = [sft(train_dataset=Listed(BAD), **skipping())]
+    trainer = trainer_of(f"{folder}/bad", bad, accelerate_kwargs=dict(cpu=True))
+    with pytest.raises(DataError, match="none of 3 rows"):
+        trainer()
+
+
+def test_two_processes_leave_out_the_rows_that_one_does(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "from tests.test_datasets import run_spoilt\n"
+        "run_spoilt(sys.argv[1])\n"
+        "print('refused')\n"
+    )
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    home = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(script), str(tmp_path / "two")],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("refused") == 2  # every process raises, none waits for the other
+    run_spoilt(tmp_path / "one")
+    alone, together = Run.open(tmp_path / "one/good"), Run.open(tmp_path / "two/good")
+    assert [row.id for row in together.rows(0)] == [f"sft/{i}" for i in GOOD_PLACES]
+    assert together.rows(0) == alone.rows(0)
+    assert [p.row for p in together.prompts(1)] == [0, 2, 4]
+    assert together.prompts(1) == alone.prompts(1)
+    for run in (alone, together):
+        [metrics] = [m for m in run.metrics(1) if "pairs/kept" in m]
+        assert metrics["pairs/dropped_bad_row"] == 2
 
 
 # Tokens

@@ -9,27 +9,35 @@ from torch import nn
 from self_rewarding_lm.adapters import adapt
 from self_rewarding_lm.config import RewardConfig, SamplingConfig
 from self_rewarding_lm.engine import Completion, Request
-from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.judges import (
     FIRST_LOOK,
     MIN_ANSWER_TOKENS,
     FunctionJudge,
     ModuleJudge,
     SelfJudge,
+    SeveralJudges,
     check_judge_prompt,
     judge_of,
     reward_scores,
 )
+from self_rewarding_lm.judging import candidate_scores
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 from tests.models import (
     ALPHABET,
+    CHARACTERS,
+    END,
     TEXT_VOCAB,
     Fixed,
+    Recurrent,
     Successor,
     context,
     decode,
     ids_of,
+    last_logits,
+    lively,
     text_tokens,
 )
 
@@ -440,3 +448,284 @@ def test_the_judge_of_a_reward_model_is_chosen_by_what_it_takes():
     assert isinstance(judge_of(TextObject()), FunctionJudge)
     assert isinstance(judge_of(of_ids), ModuleJudge)
     assert isinstance(judge_of(Reward("flat")), ModuleJudge)
+
+
+# expected scores and forced endings
+
+EXPECTED = REWARD.model_copy(update={"score_mode": "expected"})
+FORCED = REWARD.model_copy(update={"forced_ending": True})
+AT_ONCE = REWARD.model_copy(update={"forced_ending": "at_once"})
+BOTH = REWARD.model_copy(update={"score_mode": "expected", "forced_ending": True})
+WORDS = "score: "
+
+
+def model64():
+    return lively(Recurrent(TEXT_VOCAB).double())
+
+
+def expectation(module, text: str, numbers=range(6)) -> tuple[float, float]:
+    """The oracle: the expected score behind a text and the mass, of one forward of the bare model;
+    each number is one token."""
+    chances = last_logits(module, list(ids_of(text))).softmax(dim=-1).tolist()
+    of = {n: chances[ALPHABET.index(str(n))] for n in numbers}
+    return sum(n * p for n, p in of.items()) / sum(of.values()), sum(of.values())
+
+
+def single(judge, engine=None, module=None, response: str = "b"):
+    ctx = judging_context(engine, module or model64())
+    return list(judge.judge(ctx, *asked(("a", [response]))))
+
+
+def test_an_expected_score_is_taken_where_the_judge_states_one():
+    module = favouring_digits(model64())
+    said = "quite good\nscore: 4 score: 1. bye"
+    (found,) = single(SelfJudge(EXPECTED, JUDGING, 1), Scripted(lambda p: said), module)
+    score, mass = expectation(module, "rate <a> and <b>\nreview:quite good\nscore: 4 score: ")
+    assert (found.source, found.text, found.reason) == ("expected", said, None)
+    assert (found.score, found.score_mass) == pytest.approx((score, mass), abs=1e-8)
+    assert found.score not in (1.0, 4.0)
+
+
+def favouring_digits(module):
+    """Numbers have mass."""
+    with torch.no_grad():
+        module.head.bias[[ALPHABET.index(d) for d in "0123456789"]] += 6.0
+    return module
+
+
+def test_a_forced_ending_closes_the_text_of_a_judge_that_states_no_score():
+    module = favouring_digits(model64())
+    engine = Scripted(lambda p: "it goes on and")
+    for reward in (FORCED, BOTH):
+        (found,) = single(SelfJudge(reward, JUDGING, 1), engine, module)
+        score, mass = expectation(module, "rate <a> and <b>\nreview:it goes on and\nscore: ")
+        assert (found.source, found.text, found.reason) == ("forced", "it goes on and", None)
+        assert (found.score, found.score_mass) == pytest.approx((score, mass), abs=1e-8)
+
+
+def test_a_score_that_is_stated_is_kept_beside_forced_endings():
+    (found,) = single(SelfJudge(FORCED, JUDGING, 1), Scripted(lambda p: "score: 3"))
+    assert (found.score, found.source, found.score_mass) == (3.0, "sampled", None)
+
+
+@pytest.mark.parametrize("said", ["score: 8 out of 10", "score: 9", ""])
+def test_a_score_that_does_not_count_is_replaced_by_a_forced_one(said):
+    module = favouring_digits(model64())
+    (found,) = single(SelfJudge(FORCED, JUDGING, 1), Scripted(lambda p: said), module)
+    closed = f"rate <a> and <b>\nreview:{said}\nscore: "
+    assert found.source == "forced"
+    assert found.score == pytest.approx(expectation(module, closed)[0], abs=1e-8)
+
+
+def test_without_a_forced_ending_what_has_no_place_is_none_with_its_reason():
+    def reason(said):
+        (found,) = single(SelfJudge(EXPECTED, JUDGING, 1), Scripted(lambda p: said))
+        assert found.score is None and found.score_mass is None and found.source == "expected"
+        return found.reason
+
+    assert reason("i like it") == "no_score"
+    assert reason("score: 8 out of 10") == "other_scale"
+
+
+def test_at_once_no_review_is_sampled_and_one_judgement_is_made():
+    module = favouring_digits(model64())
+    engine = Scripted(lambda p: pytest.fail("asked"))
+    judge = SelfJudge(AT_ONCE, JUDGING, 3)
+    assert judge.num_judgements == 1
+    ctx = judging_context(engine, module)
+    found = list(judge.judge(ctx, *asked(("a", ["b", "cc"]), ("d", ["e"]))))
+    assert not engine.calls
+    shown = {"s/0/0/0/j0": ("a", "b"), "s/0/0/1/j0": ("a", "cc"), "s/1/0/0/j0": ("d", "e")}
+    assert {j.id for j in found} == set(shown)
+    for judgement in found:
+        prompt, response = shown[judgement.id]
+        text = f"rate <{prompt}> and <{response}>\nreview:\nscore: "
+        score, mass = expectation(module, text)
+        assert (judgement.score, judgement.score_mass) == pytest.approx((score, mass), abs=1e-8)
+        assert (judgement.source, judgement.text) == ("forced", None)
+
+
+def test_a_judge_that_would_say_something_else_gives_no_score_and_its_mass():
+    (found,) = single(SelfJudge(AT_ONCE, JUDGING, 1), module=Successor(TEXT_VOCAB))
+    assert (found.score, found.reason, found.source) == (None, "low_mass", "forced")
+    assert found.score_mass is not None and 0 < found.score_mass < 0.1
+
+
+@pytest.mark.parametrize("score_range", [(0, 5), (0, 10), (1, 100)], ids=str)
+@pytest.mark.parametrize(
+    "way", [{}, {"score_mode": "expected"}, {"forced_ending": True}, {"forced_ending": "at_once"}],
+    ids=str,
+)  # fmt: skip
+def test_all_ways_on_scales_with_numbers_of_several_tokens(way, score_range):
+    """The model is one that always says the scale's highest number, digit by digit, at once."""
+    high = score_range[1]
+    top = str(high)
+    reward = REWARD.model_copy(update={"score_range": score_range, **way})
+    said = f"score: {top}"
+    engine = Scripted(lambda p: said if not reward.forced_ending else "no idea")
+    (found,) = single(SelfJudge(reward, JUDGING, 1), engine, Saying(f" {top}\n"))
+    assert found.score == pytest.approx(high, abs=1e-6)
+    forced = bool(reward.forced_ending)
+    assert found.source == ("forced" if forced else reward.score_mode)
+    if found.source != "sampled":
+        assert found.score_mass == pytest.approx(1.0, abs=1e-6)
+
+
+class Saying(nn.Module):
+    """Behind ":" it says a text, character by character; it looks back at no more than that."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = ids_of(text)
+
+    def forward(self, ids):
+        logits = torch.zeros(*ids.shape, TEXT_VOCAB)
+        colon = ids_of(":")[0]
+        for row in range(ids.shape[0]):
+            place = len(self.text)
+            for column in range(ids.shape[1]):
+                place = 0 if ids[row, column] == colon else place + 1
+                if place < len(self.text):
+                    logits[row, column, self.text[place]] = 50.0
+        return logits
+
+
+def test_expected_judgements_have_the_noise_of_sampled_ones():
+    engines = [Scripted(lambda p: "score: 4") for _ in range(2)]
+    for reward, engine in zip((REWARD, EXPECTED), engines, strict=True):
+        single(SelfJudge(reward, JUDGING, 3), engine)
+    assert engines[0].requests == engines[1].requests
+
+
+@pytest.mark.parametrize(("room", "source"), [(3, "expected"), (30, "forced")])
+def test_a_real_judge_is_sampled_and_then_looked_at(room, source):
+    """It writes " 4" and a line break behind every colon, and anything afterwards."""
+    judge = SelfJudge(BOTH, SamplingConfig(temperature=1.0, max_new_tokens=room), 4)
+    found = list(judge.judge(judging_context(module=Saying(" 4\n")), *asked(("a", ["b"]))))
+    assert {j.id for j in found} == {f"s/0/0/0/j{k}" for k in range(4)}
+    for judgement in found:
+        assert judgement.text is not None and judgement.text.startswith(" 4\n")
+        assert judgement.source == source and len(judgement.text) <= room
+        assert judgement.score == pytest.approx(4.0, abs=1e-6)
+
+
+# room
+
+
+def test_a_forced_ending_has_its_room_beside_the_answer():
+    prompt = "rate <a> and <b>\nreview:"
+    limit = len(prompt) + MIN_ANSWER_TOKENS + len("\nscore: ")
+    judge = SelfJudge(FORCED, JUDGING, 1)
+    engine = Scripted(lambda p: "x" * 16)
+    batch = asked(("a", ["b", "bb"]))
+    ctx = judging_context(engine, Bounded(limit))
+    found = {j.candidate_ids[0]: j for j in judge.judge(ctx, *batch)}
+    assert [r.max_new_tokens for r in engine.requests] == [MIN_ANSWER_TOKENS]
+    assert found["s/0/0/0"].source == "forced" and found["s/0/0/0"].reason != "too_long"
+    assert found["s/0/0/1"].reason == "too_long"
+
+
+class Bounded(nn.Module):
+    """A model that fails on more tokens than it takes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.max_seq_len = limit
+
+    def forward(self, ids):
+        assert ids.shape[1] <= self.max_seq_len
+        logits = torch.zeros(*ids.shape, TEXT_VOCAB)
+        logits[..., [ALPHABET.index(d) for d in "0123456789"]] = 9.0
+        return logits
+
+
+def test_at_once_only_the_words_need_room():
+    prompt = "rate <a> and <b>\nreview:"
+    limit = len(prompt) + len("\nscore: ")
+    ctx = judging_context(module=Bounded(limit))
+    found = list(SelfJudge(AT_ONCE, JUDGING, 1).judge(ctx, *asked(("a", ["b", "bb"]))))
+    assert {j.id: j.reason for j in found} == {"s/0/0/0/j0": None, "s/0/0/1/j0": "too_long"}
+    wide = AT_ONCE.model_copy(update={"score_range": (1, 100)})  # two more tokens are read
+    assert single(SelfJudge(wide, JUDGING, 1), module=Bounded(limit + 1))[0].reason == "too_long"
+    assert single(SelfJudge(wide, JUDGING, 1), module=Bounded(limit + 2))[0].reason is None
+
+
+def test_a_number_at_the_very_end_of_the_context_is_not_read_past_it():
+    """The judge's last token is the 1 of a scale to 100, and no room is left for what follows."""
+    prompt = "rate <a> and <b>\nreview:"
+    said = "score: 1"
+    wide = EXPECTED.model_copy(update={"score_range": (1, 100)})
+    judge = SelfJudge(wide, SamplingConfig(max_new_tokens=len(said)), 1)
+    fits = len(prompt) + len(said) + 1  # "score: 10" is read to see whether 0 follows
+    (found,) = single(judge, Scripted(lambda p: said), Bounded(fits + 1))
+    assert found.reason is None and found.source == "expected"
+    (found,) = single(judge, Scripted(lambda p: said + "0"), Bounded(fits - 1))
+    assert (found.score, found.reason) == (None, "too_long")
+
+
+def test_a_template_that_fills_the_judge_with_its_ending_is_refused():
+    empty, words = len("rate <> and <>\nreview:"), len("\nscore: ")
+    tokens = text_tokens()
+    check_judge_prompt(FORCED, tokens, empty + words + MIN_ANSWER_TOKENS + 1)
+    check_judge_prompt(AT_ONCE, tokens, empty + words + 1)
+    for reward, ending in ((FORCED, words + MIN_ANSWER_TOKENS), (AT_ONCE, words)):
+        with pytest.raises(JudgeError, match=f"has {empty} tokens"):
+            check_judge_prompt(reward, tokens, empty + ending)
+
+
+def test_numbers_that_a_tokenizer_does_not_tell_apart_are_refused_before_any_work():
+    tokens = Tokens(
+        CallableTokenizer(lambda t: torch.zeros(len(t)), lambda ids: "?" * len(ids)),
+        eos_id=None,
+        vocab=TEXT_VOCAB,
+    )
+    check_judge_prompt(REWARD, tokens, None)
+    for reward in (EXPECTED, FORCED, AT_ONCE):
+        with pytest.raises(ConfigError, match="cannot tell the scores apart"):
+            check_judge_prompt(reward, tokens, None)
+
+
+# chat templates and several prompts
+
+CHAT = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}<>{% endfor %}" + (
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def test_the_judge_prompt_is_a_users_message_and_a_forced_ending_stays_in_the_open_turn():
+    tokens = Tokens(CHARACTERS, eos_id=END, vocab=TEXT_VOCAB, chat_template=CHAT)
+    module = favouring_digits(model64())
+    engine = Scripted(lambda p: "good")
+    rendered = "<u>rate <a> and <b>\nreview:<><a>"
+    for reward, before in ((FORCED, "good\nscore: "), (AT_ONCE, "score: ")):
+        ctx = context(module, engine=engine, tokens=tokens)
+        (found,) = SelfJudge(reward, JUDGING, 1).judge(ctx, *asked(("a", ["b"])))
+        score, mass = expectation(module, rendered + before)
+        assert (found.score, found.score_mass) == pytest.approx((score, mass), abs=1e-8)
+    assert engine.prompts == [rendered]
+
+
+def test_several_reward_prompts_judge_every_candidate_with_ids_and_noise_of_their_own():
+    strict = RewardConfig(
+        prompt_template="strictly <{{ response }}> for <{{ prompt }}>",
+        reward_regex_template="score: {{ reward }}",
+        score_range=(0, 5),
+    )
+    engine = Scripted(lambda p: "score: 1" if "strictly" in p else "score: 4")
+    judges = [
+        SelfJudge(REWARD, JUDGING, 2),
+        SelfJudge(strict, JUDGING, 1, name="self:strict", first=2),
+    ]
+    several = SeveralJudges(judges)
+    prompts, candidates_PG = asked(("a", ["b", "c"]))
+    found = list(several.judge(judging_context(engine), prompts, candidates_PG))
+    ids = [f"s/0/0/{c}/j{k}" for c in range(2) for k in range(3)]
+    assert sorted(j.id for j in found) == ids
+    assert sorted(several.judgement_ids(candidates_PG[0])) == ids
+    assert {(j.id[-2:], j.judge, j.score) for j in found} == {
+        ("j0", "self", 4.0),
+        ("j1", "self", 4.0),
+        ("j2", "self:strict", 1.0),
+    }
+    assert candidate_scores(candidates_PG[0], found) == {"s/0/0/0": 2.5, "s/0/0/1": 2.5}
+    assert len({r.key for r in engine.requests}) == 6

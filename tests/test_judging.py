@@ -4,6 +4,8 @@ import decimal
 import math
 import re
 import time
+from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,19 +14,25 @@ import torch
 from self_rewarding_lm.config import (
     DEFAULT_REWARD_CONFIG,
     PAPER_REWARD_CONFIG,
+    ComparisonConfig,
     RewardConfig,
 )
 from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.judging import (
     call_parse_reward,
+    candidate_scores,
+    comparison_form,
+    compile_comparison_template,
     compile_prompt_template,
     compile_score_pattern,
     judge_metrics,
     mean_score,
     parse_score,
+    score_form,
     score_of,
 )
 from self_rewarding_lm.records import Candidate, Judgement
+from self_rewarding_lm.statements import PARSED_CHARACTERS, find_score
 
 # Texts of a judge who was asked to end with "Score: <points>", from 0 to 5, and the score that a
 # person would read in each; None where a person would say that none is stated.
@@ -494,3 +502,263 @@ def test_a_measure_that_nothing_is_known_of_is_left_out():
     candidates = [candidate("p0", 0)]
     assert judge_metrics(candidates, judgements("p0/0", None)) == {"judge/parse_rate": 0.0}
     assert judge_metrics(candidates, []) == {}
+
+
+STATEMENTS = [  # text, what is said, what leads to it
+    ("Good.\nScore: 4", "4", "Score: "),
+    ("score : **4/5** and more", "4", "score : **"),
+    ("Score: 1. No, Score: 2", "2", "Score: "),
+    ("Score: 1 + 1 + 1 = 3", "3", "Score: 1 + 1 + 1 = "),
+    ("well done\n  **4/5**  \n", "4", "  **"),
+    ("well done\n**4**", "4", "**"),
+    ("  4 \n", "4", "  "),
+]
+
+
+@pytest.mark.parametrize(("text", "said", "before"), STATEMENTS)
+def test_a_statement_says_where_its_number_stands(text, said, before):
+    found = find_score(text, compile_score_pattern("Score: {{ reward }}"))
+    assert found is not None and (found.said, found.before) == (said, before)
+    assert text[found.start - len(before) : found.start + len(said)] == before + said
+
+
+def test_the_place_counts_from_the_beginning_of_a_text_of_any_length_and_script():
+    pattern = compile_score_pattern("Score: {{ reward }}")
+    long = "x " * PARSED_CHARACTERS + "Score: 4"
+    found = find_score(long, pattern)
+    assert found is not None and long[found.start :] == "4"
+    arabic = find_score("gut\nScore: ٤ ok", pattern)
+    assert arabic is not None and (arabic.said, arabic.start) == ("4", 11)
+
+
+def form(numbers=(), **limits):
+    return score_form("Score: {{ reward }}", numbers=numbers, **limits)
+
+
+def test_the_form_of_scores_has_the_words_before_them_and_their_texts():
+    made = form([0, 0.5, 10.0], score_range=(0, 10))
+    assert made.prefix == "Score: " and made.numeric
+    assert made.values == {"0": 0.0, "0.5": 0.5, "10": 10.0}
+    assert made.read("Score: 10").score == 10 and made.read("Score: 11").reason == "out_of_range"
+
+
+VERDICTS = [  # text, verdict
+    ("Both fine.\nBetter: A", 1.0),
+    ("**better:** [[B]].", 0.0),
+    ("Better: A. On second thought, better: B", 0.0),
+    ("Better: Tie", 0.5),
+    ("B", 0.0),
+    ("[[A]]", 1.0),
+    ("Better: A or B", None),
+    ("Better: A/B", None),
+    ("Better: <A or B>", None),
+    ("Better: A and by far.", 1.0),
+    ("Better: A or [[B]]", None),
+    ("Better: Although", None),
+    ("Better: a long answer", None),  # labels count in their own case
+    ("A is longer, B is shorter.", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "verdict"), VERDICTS)
+def test_verdicts_between_two(text, verdict):
+    made = comparison_form("Better: ", ("A", "B"), "Tie")
+    found = made.read(text)
+    assert (found.score, found.reason) == (verdict, "no_verdict" if verdict is None else None)
+    assert (made.find(text) is None) == (verdict is None)
+
+
+def test_a_label_that_begins_another_is_not_taken_for_it():
+    made = comparison_form("Winner: ", ("Response 1", "Response 10"), None)
+    assert made.read("Winner: Response 10").score == 0.0
+    assert made.read("Winner: Response 1!").score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ prompt }} {{ response_a }}", "{{ prompt }}, {{ response_a }}"),
+        ("{{ prompt }} {{ response_a }} {{ response_b }} {{ x }}", "{{ x }}"),
+    ],
+)
+def test_a_comparison_template_needs_its_three_variables(template, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        compile_comparison_template(template, auto_dedent=True)
+
+
+def test_the_default_comparison_shows_all_three_and_states_no_verdict():
+    config = ComparisonConfig()
+    render = compile_comparison_template(config.prompt_template, auto_dedent=config.auto_dedent)
+    shown = render("What is it?", "It is one.", "It is the other.")
+    order = [shown.index(text) for text in ("What is it?", "It is one.", "It is the other.")]
+    assert order == sorted(order)
+    made = comparison_form(config.verdict_prefix, config.labels, config.tie_label)
+    assert made.read(shown).score is None
+    assert made.read(shown + "\nThe first.\nBetter: A").score == 1.0
+
+
+def candidates_of(*samples):
+    return [candidate("p", sample) for sample in samples]
+
+
+def compared(first, second, score, judge="self"):
+    ids = (f"p/{first}", f"p/{second}")
+    return Judgement(f"{ids[0]}/vs/{second}", ids, judge, score, source="compared")
+
+
+def test_the_score_of_judgements_is_their_mean():
+    said = [*judgements("p/0", 4.0, None, 1.0), *judgements("p/1", None)]
+    assert candidate_scores(candidates_of(0, 1, 2), said) == {"p/0": 2.5, "p/1": None, "p/2": None}
+
+
+def test_several_judges_count_alike_however_often_each_judged():
+    def by(judge, candidate_id, *scores):
+        return [replace(j, judge=judge) for j in judgements(candidate_id, *scores)]
+
+    said = [
+        *by("self", "p/0", 1.0, 2.0, 3.0),
+        *by("self:strict", "p/0", 0.0),
+        *by("self", "p/1", 4.0),
+        *by("self:strict", "p/1", None),
+    ]
+    # p/1: what it comes to with one judge fewer could not be compared
+    assert candidate_scores(candidates_of(0, 1), said) == {"p/0": 1.0, "p/1": None}
+
+
+def test_the_score_of_comparisons_by_hand():
+    said = [
+        compared(0, 1, 1.0), compared(1, 0, 0.0),  # 0 wins in both orders
+        compared(0, 2, 1.0), compared(2, 0, 1.0),  # whoever is first: a tie
+        compared(1, 2, 0.5), compared(2, 1, 1.0),  # a tie, and 2 wins: a tie
+    ]  # fmt: skip
+    scores = candidate_scores(candidates_of(0, 1, 2, 3), said)
+    assert scores == {"p/0": 0.75, "p/1": 0.25, "p/2": 0.5, "p/3": None}
+
+
+def test_a_comparison_that_is_not_known_in_both_orders_does_not_count():
+    said = [
+        compared(0, 1, 1.0), compared(1, 0, None),
+        compared(0, 2, 1.0), compared(2, 0, 0.0),
+        compared(1, 2, 0.0),
+    ]  # fmt: skip
+    assert candidate_scores(candidates_of(0, 1, 2), said) == {"p/0": 1.0, "p/1": None, "p/2": 0.0}
+
+
+def test_probabilities_of_the_first_are_verdicts_of_either_side_of_a_half():
+    said = [compared(0, 1, 0.51), compared(1, 0, 0.02), compared(0, 2, 0.9), compared(2, 0, 0.6)]
+    assert candidate_scores(candidates_of(0, 1, 2), said) == {"p/0": 0.75, "p/1": 0.0, "p/2": 0.5}
+
+
+def wins(judge, candidates):
+    """The scores of a tournament, counted naively: each two, both orders."""
+    found = {}
+    for one in candidates:
+        results = []
+        for other in candidates:
+            if other is not one:
+                there, back = judge(one, other), 1 - judge(other, one)
+                results.append(there if there == back else 0.5)
+        found[one.id] = sum(results) / len(results)
+    return found
+
+
+def test_a_tournament_is_what_counting_gives():
+    random = Random(1)
+    table = {(i, j): random.choice([0.0, 0.5, 1.0]) for i in range(6) for j in range(6)}
+    candidates = candidates_of(*range(6))
+    said = [compared(i, j, table[i, j]) for i in range(6) for j in range(6) if i != j]
+    random.shuffle(said)
+
+    def judge(one, other):
+        return table[int(one.id[2:]), int(other.id[2:])]
+
+    assert candidate_scores(candidates, said) == pytest.approx(wins(judge, candidates))
+
+
+def test_the_metrics_of_comparisons_are_no_scores_of_candidates():
+    said = [
+        compared(0, 1, 1.0), compared(1, 0, 0.0),  # agree
+        compared(0, 2, 1.0), compared(2, 0, 1.0),  # do not
+        compared(1, 2, 0.5), compared(2, 1, None),  # not known
+    ]  # fmt: skip
+    assert judge_metrics(candidates_of(0, 1, 2), said) == {
+        "judge/parse_rate": 5 / 6,
+        "judge/position_agreement": 1 / 2,
+        "judge/tie_rate": 0.0,
+    }
+
+
+def test_the_metrics_of_expected_scores():
+    said = [
+        replace(j, source=source, score_mass=mass)
+        for j, source, mass in zip(
+            [*judgements("p/0", 3.04, 2.96), *judgements("p/1", 2.91, None)],
+            ["expected", "forced", "expected", "expected"],
+            [0.9, 0.7, 0.8, 0.04],
+            strict=True,
+        )
+    ]
+    found = judge_metrics(candidates_of(0, 1), said)
+    assert found["judge/score_mass"] == pytest.approx((0.9 + 0.7 + 0.8 + 0.04) / 4)
+    assert found["judge/forced_share"] == 1 / 4
+    assert found["judge/modal_share"] == 2 / 3  # 3.0 twice, 2.9
+    assert found["judge/self_agreement"] == 1.0
+    assert found["judge/tie_rate"] == 0.0  # 3.0 and 2.91
+    assert found["judge/parse_rate"] == 3 / 4
+
+
+WITH_NUMBERS = {
+    "prompt_template": "{{ prompt }} {{ response }}",
+    "reward_regex_template": "S: {{ reward }}",
+}
+
+
+def test_the_numbers_that_may_be_expected():
+    def numbers(**fields):
+        return RewardConfig(**WITH_NUMBERS, **fields).allowed_numbers()
+
+    assert numbers(score_range=(0, 5)) == (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    assert numbers(score_range=(-1.5, 1.5)) == (-1.0, 0.0, 1.0)
+    assert numbers(score_range=(0, 5), allowed_scores=(3, 0.5, 3)) == (0.5, 3.0)
+    assert numbers() == ()
+
+
+@pytest.mark.parametrize("mode", [{"score_mode": "expected"}, {"forced_ending": True}], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "allowed_scores, or a score_range"),
+        ({"score_range": (0.2, 1.4)}, "two at least"),
+        ({"score_range": (0, 1e6)}, "more than 1001 whole numbers"),
+        ({"score_range": (0, 5), "parse_reward": float}, "parse_reward"),
+    ],
+)
+def test_expected_scores_without_numbers_to_expect_are_a_config_error(mode, fields, words):
+    with pytest.raises(ConfigError, match=words):
+        RewardConfig(**WITH_NUMBERS, **fields, **mode)
+
+
+def test_a_reward_prompt_as_it_is_written():
+    reward = RewardConfig(
+        **WITH_NUMBERS, score_range=(0, 5), score_mode="expected", forced_ending="at_once"
+    )
+    plain = reward.as_written()
+    assert (plain.score_mode, plain.forced_ending) == ("sampled", False)
+    assert (plain.prompt_template, plain.score_range) == (reward.prompt_template, (0, 5))
+    for ours in OURS:
+        assert (ours.score_mode, ours.forced_ending) == ("sampled", False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"labels": ("A", "A")}, "different"),
+        ({"labels": ("A", "B"), "tie_label": "B"}, "different"),
+        ({"labels": ("A", " ")}, "without white space"),
+        ({"verdict_prefix": " "}, "verdict_prefix"),
+    ],
+)
+def test_a_comparison_whose_verdicts_cannot_be_told_is_a_config_error(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        ComparisonConfig(**fields)

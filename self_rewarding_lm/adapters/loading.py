@@ -12,6 +12,7 @@ from torch import nn
 
 from self_rewarding_lm.adapters.hugging_face import has_adapter, is_hugging_face
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.runtime import random_numbers_kept
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +22,28 @@ DTYPES |= {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded, and the adapter that is put on it."""
+    """How a model is loaded, and the adapter that is put on it; seed: of its first weights."""
 
     torch_dtype: str | torch.dtype | None = None
     device_map: Any = None
     load_in_4bit: bool = False
     peft_config: Any = None
     merge_adapter: bool = False
+    seed: int = 0
 
 
 def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Module, Any]:
-    """A module as it is or loaded by name, with its adapter; and a tokenizer that came with it."""
+    """A module as it is or loaded by name, with its adapter; and a tokenizer that came with it.
+
+    Raises ConfigError for options that do not go together.
+    """
     tokenizer = None
+    if options.load_in_4bit and options.merge_adapter:
+        raise ConfigError(
+            "merge_adapter does not go with load_in_4bit: merged weights would be rounded to 4 "
+            "bit. Merge after training: load the base model in full, put the adapter on it with "
+            "peft.PeftModel.from_pretrained and call merge_and_unload."
+        )
     if isinstance(model, nn.Module):
         given = (options.torch_dtype, options.device_map, options.load_in_4bit or None)
         if any(option is not None for option in given):
@@ -48,7 +59,7 @@ def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Modu
             load_in_4bit=options.load_in_4bit,
         )
     if options.peft_config is not None:
-        model = with_adapter(model, options.peft_config)
+        model = with_adapter(model, options.peft_config, seed=options.seed)
     if options.merge_adapter and not has_adapter(model):
         raise ConfigError("merge_adapter needs a model with an adapter; give peft_config.")
     warn_of_low_precision(model)
@@ -69,55 +80,74 @@ def load_causal_lm(
     is None where there is none. Raises ConfigError for what cannot be found or read.
     """
     require("transformers", "a model by name")
-    from transformers import AutoModelForCausalLM
-
     path = Path(source)
-    name, extra = str(source), {}
+    name, gguf = str(source), {}
     if path.suffix == ".gguf":
         require("gguf", "a GGUF file")
         if not path.is_file():
             raise ConfigError(f"there is no file {str(source)!r}.")
-        name, extra = str(path.parent), {"gguf_file": path.name}
-    options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map, **extra}
+        name, gguf = str(path.parent), {"gguf_file": path.name}
+    options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map, **gguf}
     if load_in_4bit:
         options["quantization_config"] = _four_bit()
+    if (path / "adapter_config.json").exists():
+        require("peft", "a model with an adapter")
     try:
-        if (path / "adapter_config.json").exists():
-            require("peft", "a model with an adapter")
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        model, base = _read(name, options)
+    except Exception as error:  # of transformers, peft, safetensors or gguf, each with its own
         raise ConfigError(
-            f"no causal LM could be loaded from {str(source)!r}: {error} A model is given as an "
-            "object, a folder that save_pretrained wrote, a name on the hub, or a .gguf file."
+            f"no causal LM could be loaded from {str(source)!r}. A model is given as an object, "
+            "a folder that save_pretrained wrote, a name on the hub, or a .gguf file. What was "
+            f"wrong here: {type(error).__name__}: {error!s:.500}"
         ) from error
-    if extra:
+    if gguf:
         model = _unpacked(model)
-    return model, _tokenizer(name, extra)
+    return model, _tokenizer([name, base] if base else [name], gguf)
 
 
-def with_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    """A model with a new adapter of peft, the only part that is trained then."""
+def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Module:
+    """A model with a new adapter of peft, the only part that is trained then.
+
+    seed: of the adapter's first weights, so that a run can be begun again with the same ones.
+    Raises ConfigError for a configuration that does not fit.
+    """
     require("peft", "peft_config")
-    from peft import PeftConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
-    if not isinstance(peft_config, PeftConfig):
-        raise ConfigError(
-            "peft_config must be a configuration of peft, for example LoraConfig(r=16, "
-            f"target_modules='all-linear', task_type='CAUSAL_LM'); got {peft_config!r:.100}."
-        )
-    if not is_hugging_face(model):
-        raise ConfigError(
-            f"peft_config needs a Hugging Face causal LM; the model is a {type(model).__name__}."
-        )
-    if has_adapter(model):
-        raise ConfigError("the model has an adapter already; leave peft_config out.")
+    _check_adapter(model, peft_config)
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    try:
+        with random_numbers_kept():
+            torch.manual_seed(seed)
+            return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"peft_config does not fit the model: {error}") from error
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ConfigError where a Hugging Face model has nothing that can be trained and saved."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "the model holds an adapter that transformers loaded, beside its own weights. Put it "
+            "on with peft.PeftModel.from_pretrained(base, folder, is_trainable=True), or give the "
+            "adapter's folder as the model."
+        )
+    if has_adapter(model) and set(model.peft_config) != {"default"}:  # type: ignore[arg-type]
+        raise ConfigError(
+            "a model with an adapter must have one, named 'default' (peft's own name for the "
+            f"first); got {', '.join(model.peft_config)}."  # type: ignore[arg-type]
+        )
+    if is_hugging_face(model) and not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            f"the {type(model).__name__} has no weights that require gradients, so nothing can be "
+            "trained. An adapter is loaded with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    if getattr(model, "is_loaded_in_4bit", False) and not has_adapter(model):
+        raise ConfigError(
+            "weights in 4 bit cannot be trained themselves; give peft_config, so that an adapter "
+            "is trained on them."
+        )
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -129,11 +159,12 @@ def check_placement(model: nn.Module | str | Path, device_map: Any, processes: i
     """Raise ConfigError where a model is spread over devices though several processes run."""
     spread = getattr(model, "hf_device_map", None) or {}
     if processes > 1 and (device_map is not None or len(set(spread.values())) > 1):
+        shown = device_map if device_map is not None else sorted(set(map(str, spread.values())))
         raise ConfigError(
-            f"device_map={device_map!r} spreads one model over all devices that a process sees, "
-            f"and {processes} processes run, which would each do so on the same devices. Leave "
-            "device_map out (each process then holds the model on its own device), or start one "
-            "process."
+            f"device_map ({shown}) spreads one model over devices that a process sees, and "
+            f"{processes} processes run, which would each do so on the same devices. Load it "
+            "without device_map (each process then holds the model on its own device), or start "
+            "one process."
         )
 
 
@@ -190,6 +221,47 @@ def require(package: str, what: str) -> None:
 _LOW = (torch.bfloat16, torch.float16)
 
 
+def _read(name: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
+    """A model; and the name of its base model where it is an adapter."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if importlib.util.find_spec("peft") is None or find_adapter_config_file(name) is None:
+        return AutoModelForCausalLM.from_pretrained(name, **options), None
+    from peft import AutoPeftModelForCausalLM, PeftConfig
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            "its adapter_config.json names no base model. Load that, put the adapter on it with "
+            "peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and give the object."
+        )
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), base
+
+
+def _check_adapter(model: nn.Module, peft_config: Any) -> None:
+    """Raise ConfigError where peft_config is none for this model."""
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            "peft_config must be a configuration of peft, for example LoraConfig(r=16, "
+            f"target_modules='all-linear', task_type='CAUSAL_LM'); got {peft_config!r:.100}."
+        )
+    if not is_hugging_face(model):
+        raise ConfigError(
+            f"peft_config needs a Hugging Face causal LM; the model is a {type(model).__name__}."
+        )
+    if has_adapter(model):
+        raise ConfigError("the model has an adapter already; leave peft_config out.")
+    if peft_config.is_prompt_learning or peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            "peft_config must be of a kind that changes layers, such as LoraConfig, with "
+            f"task_type 'CAUSAL_LM'; got {type(peft_config).__name__} with task_type "
+            f"{str(peft_config.task_type)!r}."
+        )
+
+
 def _four_bit() -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -218,11 +290,19 @@ def _unpacked(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _tokenizer(name: str, extra: dict[str, str]) -> Any:
+def _tokenizer(names: list[str], gguf: dict[str, str]) -> Any:
+    """The tokenizer of the first name that has one; None where none has."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, **extra)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("no tokenizer could be loaded from %s (%s)", name, error)
-        return None
+    reason: object = None
+    for name in names:
+        try:
+            found = AutoTokenizer.from_pretrained(name, **gguf)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = error
+            continue
+        if set(found.encode("a", add_special_tokens=False)) - set(found.all_special_ids):
+            return found
+        reason = "no vocabulary is there"  # transformers makes an empty one of the model's kind
+    logger.warning("no tokenizer could be loaded from %s (%.200s)", " or ".join(names), reason)
+    return None

@@ -10,13 +10,14 @@ from pydantic import Field, model_validator
 
 from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows, truncated
-from self_rewarding_lm.errors import ConfigError, DataError, PairingError
+from self_rewarding_lm.datasets import BadRows, OnBadRow, Rows
+from self_rewarding_lm.errors import ConfigError, DataError, PairingError, TokenizerError
 from self_rewarding_lm.fit import EarlyStopping, Fit
 from self_rewarding_lm.objectives import Objective, PreferenceObjective
 from self_rewarding_lm.records import PreferencePair, Record
 from self_rewarding_lm.reference import StoredReference
-from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.rows import truncated
+from self_rewarding_lm.store import StageDir, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,13 @@ class TrainingConfig(FinetuneConfig):
     early_stopper_eval_module: Object = None
     """A module or function of the model -> one number, asked every optim.eval_every steps."""
     early_stopper_mode: Literal["max", "min"] = "max"
+    """Whether more or less of that number is better."""
     early_stopper_patience: int = Field(default=1, ge=1)
     """Checks without a better score before training stops."""
     optim: OptimConfig = OptimConfig()
+    """How weights are fitted."""
+    on_bad_row: OnBadRow = "raise"
+    """A row that cannot be used: an error that names it; or "skip", it is left out and counted."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
@@ -59,8 +64,13 @@ class TrainingConfig(FinetuneConfig):
                 f"model; got {type(module).__name__}."
             )
         for rows in ctx.rows.values():
-            for place, row in rows.preview():
-                self.check_row(row, rows.where(place), ctx)
+            bad = BadRows(self.on_bad_row)
+            for place in rows.preview():
+                where = rows.where(place)
+                with bad.tolerated(where):
+                    self.check_row(rows.peek(place), where, ctx)
+            if bad.count:
+                bad.report(rows.name, len(rows), warn=False)
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         """Raise DataError or TokenizerError where the stage could not use a row."""
@@ -134,24 +144,55 @@ def read_once(
     record_type: type[Record],
     name: str,
     make: Callable[[int, str], Record],
+    *,
+    on_bad_row: OnBadRow = "raise",
 ) -> list[Record]:
     """A dataset's rows as records `<name>/<row>`: from disk, or read, stored and used.
 
-    make: (row, record id) -> record. Raises DataError where the dataset is empty.
+    make: (row, record id) -> record. With on_bad_row="skip" the rows are on disk in full once the
+    records of all processes were merged, however many were left out; those are logged as
+    `rows/skipped`. Raises DataError where the dataset is empty, on every process.
     """
 
+    def is_ours(record_id: str) -> bool:
+        return record_id.startswith(f"{name}/") and record_id.count("/") == name.count("/") + 1
+
     def stored() -> list[Record]:
-        depth = name.count("/") + 1
-        found = [r for r in out.known(record_type) if r.id.startswith(f"{name}/")]  # type: ignore[attr-defined]
-        return [r for r in found if r.id.count("/") == depth]  # type: ignore[attr-defined]
+        return [r for r in out.known(record_type) if is_ours(r.id)]  # type: ignore[attr-defined]
 
     if len(rows) == 0:
         raise DataError(f"{rows.name} is empty; it needs at least one row.")
-    if len(stored()) < len(rows):
+    skips = on_bad_row == "skip"
+    merged = read_lines(out.path / f"{record_type.kind}.jsonl") if skips else ()  # type: ignore[attr-defined]
+    is_merged = any(is_ours(values["id"]) for values in merged)
+    found = stored()
+    if len(found) < len(rows) and not is_merged:
+        failure = None
         if ctx.runtime.is_main:
-            out.append([make(i, f"{name}/{i}") for i in range(len(rows))])
+            try:
+                out.append(_made(rows, name, make, on_bad_row))
+            except (DataError, TokenizerError) as error:
+                failure = error
+        failure = ctx.runtime.from_main(failure)
+        if failure is not None:
+            raise failure
         out.merge(record_type)
-    return stored()
+        found = stored()
+    if skips:
+        out.log({"step": 0, "rows/skipped": len(rows) - len(found)})
+    return found
+
+
+def _made(
+    rows: Rows, name: str, make: Callable[[int, str], Record], on_bad_row: OnBadRow
+) -> list[Record]:
+    """Records of all rows that can be used."""
+    bad, records = BadRows(on_bad_row), []
+    for row in range(len(rows)):
+        with bad.tolerated(rows.where(row)):
+            records.append(make(row, f"{name}/{row}"))
+    bad.report(rows.name, len(rows))
+    return records
 
 
 def cut_pairs(

@@ -5,24 +5,29 @@ from typing import Any, ClassVar
 
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows, preference_row, truncated
+from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.records import PreferencePair
+from self_rewarding_lm.rows import preference_row, truncated
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.store import StageDir
 
 
 class DPOConfig(PreferenceConfig):
-    """Pairs from a dataset: `{"prompt", "chosen", "rejected"}` rows, or `from_stage(...)`."""
+    """Pairs from a dataset: rows of texts, messages or ids, or `from_stage(...)`.
+
+    Rows: `{"prompt", "chosen", "rejected"}`; or `{"chosen", "rejected"}`, two lists of messages
+    that begin alike (rows.preference_row).
+    """
 
     folder_name: ClassVar[str] = "dpo"
 
     train_dataset: Object
+    """Pairs to train on."""
     valid_dataset: Object = None
+    """Held-out ones; their loss is logged every optim.eval_every steps."""
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
-        pair = preference_row(row, where, ctx.tokens)
-        ids, limit = (*pair.prompt_ids, *pair.chosen_ids), ctx.limit(self.max_seq_len)
-        truncated(ids, len(pair.prompt_ids), limit, where)
+        self._pair(row, where, ctx)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         pairs = self._pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)
@@ -35,7 +40,12 @@ class DPOConfig(PreferenceConfig):
 
     def _pairs(self, ctx: Context, rows: Rows, name: str, out: StageDir) -> list[PreferencePair]:
         def make(row: int, record_id: str) -> PreferencePair:
-            pair = preference_row(rows.read(row), rows.where(row), ctx.tokens)
-            return replace(pair, id=record_id)
+            return replace(self._pair(rows.read(row), rows.where(row), ctx), id=record_id)
 
-        return read_once(ctx, out, rows, PreferencePair, name, make)
+        return read_once(ctx, out, rows, PreferencePair, name, make, on_bad_row=self.on_bad_row)
+
+    def _pair(self, row: Any, where: str, ctx: Context) -> PreferencePair:
+        pair = preference_row(row, where, ctx.tokens)
+        ids, limit = (*pair.prompt_ids, *pair.chosen_ids), ctx.limit(self.max_seq_len)
+        truncated(ids, len(pair.prompt_ids), limit, where)  # room for a response
+        return pair

@@ -22,6 +22,7 @@ class ExternalRewardDPOConfig(SampledPreferenceConfig):
     folder_name: ClassVar[str] = "external_reward"
 
     reward_model: Object
+    """A module or function of ids, a function of texts, or a Judge."""
     min_parse_rate: float = Field(default=0.0, ge=0, le=1)
     """A reward from outside may mean its None; set a share here to be stopped by too many."""
 

@@ -2,14 +2,18 @@
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from self_rewarding_lm.config import Object, RewardConfig, SamplingConfig
+from self_rewarding_lm.adapters import TokenModel
+from self_rewarding_lm.comparing import PairwiseJudge, check_comparison
+from self_rewarding_lm.config import ComparisonConfig, Object, RewardConfig, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import Judge, SelfJudge, check_judge_prompt
+from self_rewarding_lm.judges import Judge, SelfJudge, SeveralJudges, check_judge_prompt
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+
+DEFAULT = "default"
 
 
 class SelfRewardDPOConfig(SampledPreferenceConfig):
@@ -22,50 +26,83 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
     folder_name: ClassVar[str] = "self_reward"
 
     num_sampled_reward_responses: int = Field(default=3, ge=1)
-    """Judgements of each candidate; their mean is its score."""
+    """Judgements of each candidate; their mean is its score. One where nothing is sampled
+    (forced_ending="at_once"), one in each order with `comparison`."""
     judging: SamplingConfig = SamplingConfig()
-    self_reward_config_keyname: str = "default"
-    """Which of the trainer's reward prompts."""
+    """How judgements are sampled; the paper's are sampled as responses are (3.1.3)."""
+    self_reward_config_keyname: str | tuple[str, ...] = DEFAULT
+    """Which of the trainer's reward prompts. With several each judges every candidate, and the mean
+    of what each comes to is the score; so they should have one scale."""
+    comparison: ComparisonConfig | None = None
+    """In place of reward prompts: the judge is shown two candidates and says which is better, for
+    all two in both orders. A candidate's score is the mean of 1 won, 0.5 tied, 0 lost."""
     rewarding_model: Object = None
     """A module that judges in place of the policy (with the same tokens), or a Judge."""
+
+    @model_validator(mode="after")
+    def _prompts_named(self) -> "SelfRewardDPOConfig":
+        names = self.reward_names()
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                "self_reward_config_keyname must be a reward prompt's name, or several different "
+                f"ones; got {names}"
+            )
+        return self
 
     def build_judge(self, ctx: Context) -> Judge:
         if self.judge is not None or hasattr(self.rewarding_model, "judge"):
             return self.judge or self.rewarding_model
-        return SelfJudge(
-            self._reward(ctx),
-            self.judging,
-            self.num_sampled_reward_responses,
-            name="self" if self.rewarding_model is None else type(self.rewarding_model).__name__,
-            model=None if self.rewarding_model is None else ctx.adapt(self.rewarding_model),
-        )
+        name = "self" if self.rewarding_model is None else type(self.rewarding_model).__name__
+        model = None if self.rewarding_model is None else ctx.adapt(self.rewarding_model)
+        if self.comparison is not None:
+            return PairwiseJudge(self.comparison, self.judging, name=name, model=model)
+        judges: list[SelfJudge] = []
+        for key, reward in self._rewards(ctx).items():
+            judges.append(
+                SelfJudge(
+                    reward,
+                    self.judging,
+                    self.num_sampled_reward_responses,
+                    name=name if key == DEFAULT else f"{name}:{key}",
+                    model=model,
+                    first=sum(judge.num_judgements for judge in judges),
+                )
+            )
+        return judges[0] if len(judges) == 1 else SeveralJudges(judges)
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)
         if self.judge is not None or hasattr(self.rewarding_model, "judge"):
             return
-        model = ctx.model
-        if self.rewarding_model is not None:
-            if not isinstance(self.rewarding_model, nn.Module):
-                raise ConfigError(
-                    f"{ctx.stage}: rewarding_model must be a torch module or a Judge; got "
-                    f"{type(self.rewarding_model).__name__}. For a function use "
-                    "ExternalRewardDPOConfig(reward_model=...)."
-                )
-            model = ctx.adapt(self.rewarding_model)
-            if model.vocab != ctx.model.vocab:
-                raise ConfigError(
-                    f"{ctx.stage}: rewarding_model reads the policy's tokens, so it must have its "
-                    f"vocabulary of {ctx.model.vocab}; it has {model.vocab}. For a judge with its "
-                    "own tokenizer give an object with a judge method."
-                )
-        check_judge_prompt(self._reward(ctx), ctx.tokens, model.max_len)
+        limit = self._judging_model(ctx).max_len
+        if self.comparison is not None:
+            check_comparison(self.comparison, ctx.tokens, limit)
+            return
+        for reward in self._rewards(ctx).values():
+            check_judge_prompt(reward, ctx.tokens, limit)
 
-    def _reward(self, ctx: Context) -> RewardConfig:
-        reward = ctx.rewards.get(self.self_reward_config_keyname)
-        if reward is None:
+    def _judging_model(self, ctx: Context) -> TokenModel:
+        """The model that judges; ConfigError where it cannot."""
+        if self.rewarding_model is None:
+            return ctx.model
+        if not isinstance(self.rewarding_model, nn.Module):
             raise ConfigError(
-                f"{ctx.stage}: self_reward_config_keyname {self.self_reward_config_keyname!r} is "
-                f"none of the trainer's reward prompts: {', '.join(map(repr, ctx.rewards))}."
+                f"{ctx.stage}: rewarding_model must be a torch module or a Judge; got "
+                f"{type(self.rewarding_model).__name__}. For a function use "
+                "ExternalRewardDPOConfig(reward_model=...)."
             )
-        return reward
+        model = ctx.adapt(self.rewarding_model)
+        if model.vocab != ctx.model.vocab:
+            raise ConfigError(
+                f"{ctx.stage}: rewarding_model reads the policy's tokens, so it must have its "
+                f"vocabulary of {ctx.model.vocab}; it has {model.vocab}. For a judge with its "
+                "own tokenizer give an object with a judge method."
+            )
+        return model
+
+    def reward_names(self) -> tuple[str, ...]:
+        name = self.self_reward_config_keyname
+        return (name,) if isinstance(name, str) else name
+
+    def _rewards(self, ctx: Context) -> dict[str, RewardConfig]:
+        return ctx.rewards_named(self.reward_names())

@@ -4,9 +4,10 @@ from typing import Any, ClassVar
 
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows, training_row, truncated
+from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.objectives import SupervisedObjective
 from self_rewarding_lm.records import TrainingRow
+from self_rewarding_lm.rows import training_row, truncated
 from self_rewarding_lm.stages.base import TrainingConfig, read_once, report_cut
 from self_rewarding_lm.store import StageDir
 
@@ -14,7 +15,9 @@ from self_rewarding_lm.store import StageDir
 class SFTConfig(TrainingConfig):
     """Likelihood of the responses; the prompts are read, not learnt.
 
-    Rows: `(ids, prompt_len)`, `(ids, prompt_mask)`, `{"prompt", "completion"}` or `{"text"}`.
+    Rows: `(ids, prompt_len)`, `(ids, prompt_mask)`, `{"prompt", "completion"}`, `{"messages"}`,
+    `{"conversations"}`, `{"instruction", "input", "output"}`, `{"question", "choices", "answer"}`
+    or `{"text"}` (rows.training_row); or `from_stage(...)`.
     Defaults: learning rate 5.5e-6 -> 1.1e-6, batch 16 (arXiv:2401.10020, 3.1.3); 3 epochs (ours).
     """
 
@@ -23,22 +26,27 @@ class SFTConfig(TrainingConfig):
     default_epochs: ClassVar[int] = 3
 
     train_dataset: Object
+    """Rows to train on."""
     valid_dataset: Object = None
+    """Held-out ones; their loss is logged every optim.eval_every steps."""
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         ids, targets = training_row(row, where, ctx.tokens)
         truncated(ids, targets.index(True), ctx.limit(self.max_seq_len), where)
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        rows = self._rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        rows = self.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
         valid = None
         if "valid_dataset" in ctx.rows:
-            found = self._rows(ctx, ctx.rows["valid_dataset"], f"{ctx.stage}/valid", out)
+            found = self.training_rows(ctx, ctx.rows["valid_dataset"], f"{ctx.stage}/valid", out)
             valid = SupervisedObjective(found)
         out.summary["rows"] = len(rows)
         out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows), valid=valid)
 
-    def _rows(self, ctx: Context, rows: Rows, name: str, out: StageDir) -> list[TrainingRow]:
+    def training_rows(
+        self, ctx: Context, rows: Rows, name: str, out: StageDir
+    ) -> list[TrainingRow]:
+        """A dataset's rows as they are trained, each on disk under the id `<name>/<row>`."""
         limit, cuts = ctx.limit(self.max_seq_len), []
 
         def make(row: int, record_id: str) -> TrainingRow:
@@ -48,6 +56,6 @@ class SFTConfig(TrainingConfig):
             cuts.append(was_cut)
             return TrainingRow(record_id, ids, targets[: len(ids)])
 
-        found = read_once(ctx, out, rows, TrainingRow, name, make)
+        found = read_once(ctx, out, rows, TrainingRow, name, make, on_bad_row=self.on_bad_row)
         report_cut(ctx, out, sum(cuts), limit)
         return found

@@ -8,9 +8,10 @@ from pydantic import AliasChoices, Field
 
 from self_rewarding_lm.config import Object, SamplingConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows, prompt_and_completion, truncated
+from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
+from self_rewarding_lm.rows import PromptRow, prompt_and_completion, truncated
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.store import StageDir
 
@@ -28,23 +29,26 @@ class SelfPlayConfig(PreferenceConfig):
     default_epochs: ClassVar[int] = 2
 
     train_dataset: Object
+    """Rows to train on."""
     valid_dataset: Object = None
+    """Held-out ones; their loss is logged every optim.eval_every steps."""
     spin_lambda: float = Field(
         default=0.1, gt=0, validation_alias=AliasChoices("spin_lambda", "spin_λ")
     )
     """lambda of Eq. 4.7; it takes the place of dpo_beta."""
     iterations: int = Field(default=1, ge=1)
+    """Each samples from and trains against the weights of the one before."""
     mix_previous: bool = False
     """Train also on the pairs of the iteration before, as the authors do."""
     generation: SamplingConfig = SamplingConfig()
+    """How its own answers are sampled."""
 
     @property
     def spin_λ(self) -> float:
         return self.spin_lambda
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
-        prompt, completion = prompt_and_completion(row, where, ctx.tokens)
-        truncated((*prompt, *completion), len(prompt), ctx.limit(self.max_seq_len), where)
+        self._parts(row, where, ctx)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         humans = self._humans(ctx, out, ctx.rows["train_dataset"], ctx.stage)
@@ -77,15 +81,26 @@ class SelfPlayConfig(PreferenceConfig):
 
     def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> list[Prompt]:
         """The rows as prompts that hold their human completion."""
-        limit = ctx.limit(self.max_seq_len)
 
         def make(row: int, record_id: str) -> Prompt:
-            where = rows.where(row)
-            prompt, completion = prompt_and_completion(rows.read(row), where, ctx.tokens)
-            truncated((*prompt, *completion), len(prompt), limit, where)  # room for a response
-            return Prompt(record_id, row, prompt, ctx.tokens.decode(prompt), None, completion)
+            prompt, completion = self._parts(rows.read(row), rows.where(row), ctx)
+            return Prompt(
+                record_id,
+                row,
+                prompt.ids,
+                prompt.text,
+                completion=completion,
+                messages=prompt.messages,
+            )
 
-        return read_once(ctx, out, rows, Prompt, name, make)
+        return read_once(ctx, out, rows, Prompt, name, make, on_bad_row=self.on_bad_row)
+
+    def _parts(self, row: Any, where: str, ctx: Context) -> tuple[PromptRow, tuple[int, ...]]:
+        """A row's prompt and its human completion; DataError where no room is left for one."""
+        prompt, completion = prompt_and_completion(row, where, ctx.tokens)
+        limit = ctx.limit(self.max_seq_len)
+        truncated((*prompt.ids, *completion), len(prompt.ids), limit, where)
+        return prompt, completion
 
     def _pairs(
         self, ctx: Context, out: StageDir, humans: Sequence[Prompt], iteration: int
@@ -127,4 +142,5 @@ def _pair(
         chosen=ctx.tokens.decode(completion),
         rejected=candidate.text,
         rejected_id=candidate.id,
+        messages=prompt.messages,
     )

@@ -1,0 +1,227 @@
+"""The command `self-rewarding-lm`: run a recipe, show a run, export what a stage trained on.
+
+Reads flags, calls the library and prints; what it does is done elsewhere. The library is imported
+when a command needs it, so that `--help` is there at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from self_rewarding_lm.errors import ConfigError, SelfRewardingError
+
+if TYPE_CHECKING:
+    from self_rewarding_lm.recipe_file import Recipe
+    from self_rewarding_lm.recipe_yaml import Node
+
+FLAGS: tuple[tuple[str, str, str, bool, str], ...] = (
+    # flag, place in the recipe, what stands for its value, a text as it is, help
+    (
+        "--model",
+        "model",
+        "NAME",
+        True,
+        "M0: a folder, a hub name, a .gguf or module:attribute",
+    ),
+    ("--ift", "paper.ift", "DATA", False, "instruction rows with a human answer"),
+    ("--ranked", "paper.ranked", "DATA", False, "replies ranked by people, for EFT"),
+    ("--prompts", "paper.prompts", "DATA", False, "new prompts to answer"),
+    ("--iterations", "paper.iterations", "N", False, "rounds of self-rewarding (default: 2)"),
+    ("--out", "out", "FOLDER", True, "the run's folder (default: checkpoints)"),
+    ("--seed", "seed", "N", False, "of sampling and of the order of rows (default: 0)"),
+    (
+        "--judge-mode",
+        "reward_prompts.default.score_mode",
+        "MODE",
+        True,
+        "sampled (the score is read in the judge's text) or expected (over the allowed numbers)",
+    ),
+    ("--torch-dtype", "torch_dtype", "TYPE", True, "of the loaded model (default: float32)"),
+    ("--lora-rank", "peft.r", "N", False, "train a LoRA adapter of this rank"),
+    (
+        "--chat-template",
+        "chat_template",
+        "NAME",
+        True,
+        "plain, chatml, llama-3, gemma, zephyr, raw or jinja text (default: the tokenizer's own)",
+    ),
+)
+DESCRIPTION = """\
+Train a language model on rewards that it gives itself (arXiv:2401.10020).
+"""
+RUN_DESCRIPTION = """\
+The whole loop, from a recipe, from flags, or from both (flags stand above the recipe):
+
+  self-rewarding-lm run recipe.yaml
+  self-rewarding-lm run --model M0 --ift ift.jsonl --ranked ranked.jsonl --prompts prompts.jsonl
+
+DATA is a .jsonl, .json or .parquet file, module:attribute, or what a recipe may hold there, such
+as '{open_assistant: trees.jsonl.gz, part: ift}'. A run that was stopped goes on with the same
+command. All settings with their defaults: self-rewarding-lm run --settings
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 0, 1 for an error, 130 where it was stopped.
+
+    Wrong usage ends with SystemExit(2), as argparse does it.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except SelfRewardingError as error:
+        print(f"self-rewarding-lm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        words = "stopped."
+        if options.command is _run:
+            without = " (without --overwrite)" if options.overwrite else ""
+            words = f"stopped; the same command{without} goes on with this run."
+        print(f"\nself-rewarding-lm: {words}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `show ... | head`; what is left to flush goes to a pipe of our own
+        os.dup2(os.pipe()[1], sys.stdout.fileno())
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from self_rewarding_lm.recipe_file import read_recipe
+
+    if options.settings:
+        from self_rewarding_lm.recipe_text import recipe_text
+
+        print(recipe_text(), end="")
+        return 0
+    recipe = read_recipe(_root(options))
+    if options.check:
+        print(_plan(recipe))
+        return 0
+    trainer = recipe.trainer(quiet=options.quiet)
+    run = trainer(overwrite_checkpoints=options.overwrite or None)
+    if trainer.runtime.is_main:
+        from self_rewarding_lm.show import show_run
+
+        print(show_run(run, prompts=0 if options.quiet else 1))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from self_rewarding_lm.run import Run
+    from self_rewarding_lm.show import show_run
+
+    print(show_run(Run.open(options.folder), stage=options.stage, prompts=options.prompts))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from self_rewarding_lm.export import export_stage
+    from self_rewarding_lm.run import Run
+    from self_rewarding_lm.show import stage_name
+
+    run = Run.open(options.folder)
+    stage = stage_name(run, options.stage)
+    count = export_stage(run, stage, Path(options.to), force=options.force)
+    print(f"{options.to}: {count} rows of stage {stage}")
+    return 0
+
+
+def _plan(recipe: "Recipe") -> str:
+    from self_rewarding_lm.recipe_file import stage_names
+
+    names = stage_names(recipe.stages)
+    return f"The recipe is in order: {len(names)} stages in {recipe.folder}: {', '.join(names)}."
+
+
+def _root(options: argparse.Namespace) -> "Node":
+    """The recipe's nodes: the file's with the flags above them."""
+    from self_rewarding_lm.recipe_yaml import Node, parse_yaml, read_yaml
+
+    here = Path.cwd()
+    changes = {}
+    for flag, place, _, is_text, _ in FLAGS:
+        value = getattr(options, _name(flag))
+        if value is not None:
+            node = Node(value, flag, here) if is_text else _parsed(value, flag, here)
+            changes[tuple(place.split("."))] = node
+    for given in options.set:
+        key, equals, value = given.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes KEY=VALUE, such as paper.batch_size=8; got {given!r}.")
+        changes[tuple(key.split("."))] = parse_yaml(value, f"--set {key}", here, lines=False)
+    if options.recipe is None and not changes:
+        options.parser.error("give a recipe, or at least --model, --ift and --prompts")
+    root = Node({}, "flags", here) if options.recipe is None else read_yaml(Path(options.recipe))
+    return root.replaced(changes)
+
+
+def _parsed(value: str, flag: str, here: Path) -> "Node":
+    from self_rewarding_lm.recipe_yaml import parse_yaml
+
+    return parse_yaml(value, flag, here, lines=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="self-rewarding-lm", description=DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    show = _added(commands, "show", _show, "print a run's stages, numbers and a few prompts")
+    show.add_argument("folder", metavar="RUN", help="the run's folder; it may still be going")
+    show.add_argument("--stage", metavar="S", help="one stage, by name or number (from 1)")
+    show.add_argument(
+        "--prompts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="prompts with their candidates, judgements and pair (default: 3)",
+    )
+    export = _added(commands, "export", _export, "write what a stage trained on in TRL's columns")
+    export.add_argument("folder", metavar="RUN", help="the run's folder")
+    export.add_argument("--stage", required=True, metavar="S", help="name or number (from 1)")
+    export.add_argument("--to", required=True, metavar="FILE", help="a .parquet or .jsonl file")
+    export.add_argument("--force", action="store_true", help="replace the file if it exists")
+    return parser
+
+
+def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    run = _added(commands, "run", _run, "run the whole loop", RUN_DESCRIPTION)
+    run.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file")
+    for flag, _, value, _, words in FLAGS:
+        run.add_argument(flag, metavar=value, help=words)
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting of a recipe, such as paper.batch_size=8; may come several times",
+    )
+    run.add_argument("--settings", action="store_true", help="print all settings as a recipe")
+    run.add_argument("--check", action="store_true", help="check the recipe and stop")
+    run.add_argument(
+        "--overwrite", action="store_true", help="start anew: delete the earlier run's files first"
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress, warnings only")
+
+
+def _added(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    command: Callable[[argparse.Namespace], int],
+    words: str,
+    description: str | None = None,
+) -> argparse.ArgumentParser:
+    """A subcommand with its function."""
+    parser = commands.add_parser(
+        name,
+        help=words,
+        description=description or f"{words[0].upper()}{words[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command, parser=parser)
+    return parser
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

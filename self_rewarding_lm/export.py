@@ -1,0 +1,65 @@
+"""What a stage trained on, as a file in TRL's columns.
+
+Pairs: `prompt, chosen, rejected`. Demonstrations: `prompt, completion`. Both are message lists
+where a chat template rendered the prompts (TRL renders them again), else texts. Supervised rows are
+token ids as they were trained, in the columns of a dataset that is tokenised already: `input_ids`
+and `completion_mask`, 1 where a token is learnt.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.files import write_rows
+from self_rewarding_lm.records import Demonstration, TrainingRow
+from self_rewarding_lm.run import Run
+
+
+def export_stage(run: Run, stage: str | int, path: Path, *, force: bool = False) -> int:
+    """Write a stage's rows to a .parquet or .jsonl file; the number of rows.
+
+    Raises StoreError where the file exists (unless `force`) or the stage has no rows; ConfigError
+    for other files, and for parquet without pyarrow.
+    """
+    if path.exists() and not force:
+        raise StoreError(f"{path} exists; give another name, or replace it with --force.")
+    rows = trained_rows(run, stage)
+    write_rows(path, rows)
+    return len(rows)
+
+
+def trained_rows(run: Run, stage: str | int) -> list[dict[str, Any]]:
+    """The rows that a stage trained on, or made for another one. Raises StoreError without any."""
+    rows = run.preference_rows(stage)
+    rows = rows or [_demonstration(made) for made in run.demonstrations(stage)]
+    rows = rows or [_supervised(row) for row in run.rows(stage) if not _is_held_out(row)]
+    if not rows:
+        state = "done" if run.is_done(stage) else "not done"
+        raise StoreError(
+            f"stage {stage!r} of {run.folder} has no pairs, demonstrations or supervised rows; it "
+            f"is {state}."
+        )
+    kinds = {type(row["prompt"]).__name__ for row in rows if "prompt" in row}
+    if len(kinds) > 1:
+        raise StoreError(
+            f"stage {stage!r} of {run.folder} has prompts of several kinds ({', '.join(kinds)}): "
+            "texts or messages, and token ids. A file has one kind in a column."
+        )
+    return rows
+
+
+def _demonstration(made: Demonstration) -> dict[str, Any]:
+    if made.completion is None:
+        return {"prompt": made.prompt_ids, "completion": made.completion_ids}
+    if made.messages is None:
+        return {"prompt": made.prompt, "completion": made.completion}
+    answer = [{"role": "assistant", "content": made.completion}]
+    return {"prompt": list(made.messages), "completion": answer}
+
+
+def _supervised(row: TrainingRow) -> dict[str, Any]:
+    return {"input_ids": list(row.ids), "completion_mask": [int(flag) for flag in row.targets]}
+
+
+def _is_held_out(row: TrainingRow) -> bool:
+    return row.id.split("/")[1] == "valid"

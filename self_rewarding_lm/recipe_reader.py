@@ -1,0 +1,266 @@
+"""Nodes of a recipe as settings, objects and datasets; what is wrong is written down, all of it.
+
+Knows nothing of which settings a recipe has: those are the fields of the classes that it is asked
+to make.
+"""
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from self_rewarding_lm.config import Config, SelfInstruct
+from self_rewarding_lm.datasets import FromStage, from_stage
+from self_rewarding_lm.errors import ConfigError, SelfRewardingError
+from self_rewarding_lm.files import SUFFIXES_IN_WORDS, suffix_of
+from self_rewarding_lm.oasst import OpenAssistant, open_assistant
+from self_rewarding_lm.recipe_yaml import Node
+from self_rewarding_lm.settings import config_in, model_of
+
+Keys = tuple[Any, ...]
+
+OBJECT_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
+DATASETS = ("ift", "valid_ift", "ranked", "prompts", "seeds")
+"""Arguments that are datasets, beside all that end in _dataset."""
+SOURCES = ("from_stage", "open_assistant", "self_instruct")
+DATASET_IN_WORDS = (
+    f"a {SUFFIXES_IN_WORDS} file, package.module:attribute, {{from_stage: name}}, "
+    "{open_assistant: file, part: ift}, {self_instruct: {...}}, or a list of those"
+)
+PARTS = tuple(f.name for f in fields(OpenAssistant) if f.name != "left_out")
+WRONG: Any = object()
+"""Stands for a value that was refused."""
+
+
+class Reader:
+    """problems: one line each. sources: every from_stage with its node and its keys."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.trees: dict[str, Any] = {}
+        self.sources: list[tuple[FromStage, Node, Keys]] = []
+
+    def refuse(self, node: Node, keys: Keys, words: str) -> Any:
+        """Write down a problem; the value becomes WRONG."""
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+        self.problems.append(f"{node.place}: {name[1:] + ': ' if name else ''}{words}")
+        return WRONG
+
+    def settings(
+        self, cls: type[Config], node: Node, keys: Keys, *, filled: Mapping[str, Any] = {}
+    ) -> Any:
+        """An instance of a Config class. filled: values of what the node does not say."""
+        values = self._values(cls, node, keys)
+        return values if values is WRONG else self._made(cls, {**filled, **values}, node, keys)
+
+    def part(self, cls: type[Config], node: Node, keys: Keys) -> Any:
+        """Some settings of a class as a dict; what it requires may be missing."""
+        values = self._values(cls, node, keys)
+        if values is WRONG:
+            return WRONG
+        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        made = self._made(cls, {**dict.fromkeys(required), **values}, node, keys)
+        return made if made is WRONG else {name: getattr(made, name) for name in values}
+
+    def mapping(self, node: Node, keys: Keys) -> dict[str, Node]:
+        """The items of a mapping; of anything else none, and a problem."""
+        if isinstance(node.value, dict):
+            return node.value
+        self.refuse(node, keys, f"this must be a mapping of settings; got {shape(node)}.")
+        return {}
+
+    def object(self, node: Node, keys: Keys) -> Any:
+        """What `package.module:attribute` names."""
+        name = node.value
+        if not isinstance(name, str) or not OBJECT_NAME.fullmatch(name):
+            words = "an object is named package.module:attribute"
+            return self.refuse(node, keys, f"{words}; got {shape(node)}.")
+        if str(node.folder) not in sys.path:
+            sys.path.append(str(node.folder))
+        module, attributes = name.split(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for attribute in attributes.split("."):
+                found = getattr(found, attribute)
+        except Exception as error:  # whatever the user's module raises
+            words = f"{name} cannot be imported: {type(error).__name__}: {error}."
+            return self.refuse(node, keys, words)
+        return found
+
+    def dataset(self, node: Node, keys: Keys) -> Any:
+        """A file, an object, from_stage, Open Assistant trees, new prompts; or a list of those."""
+        value = node.value
+        if isinstance(value, list) and value:
+            parts = [self.dataset(item, (*keys, i)) for i, item in enumerate(value)]
+            return WRONG if any_wrong(parts) else parts[0] if len(parts) == 1 else parts
+        if isinstance(value, dict):
+            return self._source(node, keys)
+        if not isinstance(value, str):
+            words = f"a dataset is {DATASET_IN_WORDS}; got {shape(node)}."
+            return self.refuse(node, keys, words)
+        path = node.folder / Path(value).expanduser()
+        if OBJECT_NAME.fullmatch(value) and not path.exists():
+            return self.object(node, keys)
+        if not path.is_file():
+            return self.refuse(node, keys, f"there is no file {str(path)!r}.")
+        if suffix_of(path) is None:
+            words = f"a dataset's file must be {SUFFIXES_IN_WORDS}; got {value!r}."
+            return self.refuse(node, keys, words)
+        return str(path)
+
+    def call(self, function: Any, node: Node, keys: Keys) -> Any:
+        """The result of a function on settings that are its arguments."""
+        made = self.settings(model_of(function), node, keys)
+        if made is WRONG:
+            return WRONG
+        try:
+            return function(**{name: getattr(made, name) for name in made.model_fields_set})
+        except SelfRewardingError as error:
+            return self.refuse(node, keys, str(error))
+
+    def _values(self, cls: type[Config], node: Node, keys: Keys) -> Any:
+        """Values by field, settings within settings made; WRONG where it is no mapping."""
+        if not isinstance(node.value, dict):
+            self.mapping(node, keys)
+            return WRONG
+        fields = cls.model_fields
+        values = {}
+        for key, child in node.value.items():
+            if key in fields:
+                values[key] = self._value(key, fields[key], child, (*keys, key))
+            else:
+                near = difflib.get_close_matches(key, list(fields), n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                words = f"this is no setting; {hint}There are: {', '.join(fields)}."
+                self.refuse(child, (*keys, key), words)
+        return values
+
+    def _value(self, name: str, field: Any, node: Node, keys: Keys) -> Any:
+        if node.value is None:
+            return None
+        nested = config_in(field.annotation)
+        if nested is not None:
+            return self.settings(nested, node, keys)
+        if field.annotation is not Any:
+            return self._weights(node) if name == "init_from" else node.plain()
+        if name.endswith("_dataset") or name in DATASETS:
+            return self.dataset(node, keys)
+        if isinstance(field.default, str) and not OBJECT_NAME.fullmatch(str(node.value)):
+            return node.plain()
+        return self.object(node, keys)
+
+    def _weights(self, node: Node) -> Any:
+        """A stage's name as it is; a path from the file's folder."""
+        path = node.folder / Path(str(node.value)).expanduser()
+        return path if path.exists() else node.plain()
+
+    def _made(self, cls: type[Config], values: dict[str, Any], node: Node, keys: Keys) -> Any:
+        wrong = {name for name, value in values.items() if value is WRONG}
+        try:
+            made = cls(**{name: value for name, value in values.items() if name not in wrong})
+            return WRONG if wrong else made
+        except ConfigError as error:
+            cause = error.__context__
+            if not isinstance(cause, ValidationError):
+                return self.refuse(node, keys, str(error))
+        found: dict[Keys, list[str]] = {}
+        for item in cause.errors():
+            place = item["loc"]
+            if wrong and (not place or place[0] in wrong):
+                continue  # said already, or of values that are not all there
+            if item["type"] == "missing":
+                self.refuse(node, keys, f"{place[-1]!r} is required.")
+                continue
+            words = item["msg"].removeprefix("Value error, ")
+            found.setdefault(_known(node, place), []).append(words)
+        for place, words in found.items():
+            at = node.at(place)
+            came = f"; got {shape(at)}." if place else "."
+            first, *others = dict.fromkeys(words)  # the parts of a union
+            told = [first, *(word.removeprefix("Input should be ") for word in others)]
+            self.refuse(at, (*keys, *place), " or ".join(told).rstrip(".") + came)
+        return WRONG
+
+    def _source(self, node: Node, keys: Keys) -> Any:
+        """A dataset that is a mapping: the key of SOURCES in it says what it is."""
+        kind = next((name for name in SOURCES if name in node.value), None)
+        if kind is None:
+            return self.refuse(node, keys, f"a dataset is {DATASET_IN_WORDS}; got {shape(node)}.")
+        rest = {name: child for name, child in node.value.items() if name != kind}
+        if kind == "open_assistant":
+            return self._trees(node, rest, keys)
+        for name, child in rest.items():
+            words = f"{name!r} does not go with {kind!r}; it stands alone."
+            self.refuse(child, (*keys, name), words)
+        inner = node.value[kind]
+        if kind == "self_instruct":
+            return self.settings(SelfInstruct, inner, (*keys, kind))
+        if not isinstance(inner.value, str):
+            words = f"this must be a stage's name; got {shape(inner)}."
+            return self.refuse(inner, (*keys, kind), words)
+        self.sources.append((from_stage(inner.value), inner, (*keys, kind)))
+        return self.sources[-1][0]
+
+    def _trees(self, node: Node, rest: dict[str, Node], keys: Keys) -> Any:
+        """A part of Open Assistant message trees; the file is read once for all parts of it."""
+        part = rest.pop("part", None)
+        if part is None or part.value not in PARTS:
+            words = f"must be one of {', '.join(PARTS)}; got {shape(part) if part else 'none'}."
+            return self.refuse(part or node, (*keys, "part"), words)
+        file = node.value["open_assistant"]
+        path = file.folder / Path(str(file.value)).expanduser()
+        if not path.is_file():
+            return self.refuse(file, (*keys, "open_assistant"), f"there is no file {str(path)!r}.")
+        rest["path"] = Node(str(path), file.place, file.folder)
+        lines = rest.get("trees")
+        if lines is not None:
+            rest["trees"] = self._lines(lines, (*keys, "trees"))
+        name = repr({key: child.plain() for key, child in sorted(rest.items())})
+        if name not in self.trees:
+            arguments = Node(rest, node.place, node.folder)
+            self.trees[name] = self.call(open_assistant, arguments, keys)
+        found = self.trees[name]
+        return found if found is WRONG else getattr(found, part.value)
+
+    def _lines(self, node: Node, keys: Keys) -> Node:
+        """[first, behind the last] as the lines from the one to the other."""
+        ends = node.plain()
+        if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_line, ends)):
+            words = "must be [first, behind the last], lines counted from 0, such as [0, 70]"
+            self.refuse(node, keys, f"{words}; got {shape(node)}.")
+            return Node(None, node.place, node.folder)
+        lines = [Node(line, node.place, node.folder) for line in range(*ends)]
+        return Node(lines, node.place, node.folder)
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def any_wrong(values: Iterable[Any]) -> bool:
+    """Whether one of the values was refused."""
+    return any(value is WRONG for value in values)
+
+
+def shape(node: Node) -> str:
+    """Words for a value in an error."""
+    if isinstance(node.value, dict):
+        return f"a mapping with {', '.join(map(repr, node.value)) or 'nothing in it'}"
+    return f"{node.plain()!r:.100}"
+
+
+def _known(node: Node, place: Keys) -> Keys:
+    """The beginning of an error's place that the file has; the rest names a type of a union."""
+    known: list[Any] = []
+    for key in place:
+        inner = node.at((key,))
+        if inner is node:
+            break
+        node, known = inner, [*known, key]
+    return tuple(known)

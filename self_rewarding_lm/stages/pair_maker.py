@@ -1,0 +1,279 @@
+"""The pairs of a stage that makes its own: prompts sampled, judged and paired, block by block.
+
+Knows nothing of training; what the settings mean is in `sampled`.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.datasets import BadRows, read_prompt
+from self_rewarding_lm.errors import ConfigError, JudgeError, PairingError
+from self_rewarding_lm.judges import FIRST_LOOK
+from self_rewarding_lm.judging import candidate_scores, judge_metrics
+from self_rewarding_lm.pairing import DropCounts, make_pair
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.rollout import rollout
+from self_rewarding_lm.store import StageDir
+
+if TYPE_CHECKING:
+    from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+
+logger = logging.getLogger(__name__)
+
+
+class PairMaker:
+    """Works a stage's prompts block by block; what is on disk already is used again."""
+
+    record_type: ClassVar[type[Any]] = PreferencePair
+    noun: ClassVar[str] = "pair"
+    """What the prompts give."""
+
+    def __init__(self, config: "SampledPreferenceConfig", ctx: Context, out: StageDir) -> None:
+        self.config, self.ctx, self.out = config, ctx, out
+        self.judge = config.build_judge(ctx)
+        self.prompts = {p.id: p for p in out.known(Prompt)}
+        self.candidates = _grouped(out.known(Candidate), lambda c: c.prompt_id)
+        self.judgements = _grouped(out.known(Judgement), _prompt_id_of)
+        self.scored = self.judged = 0
+        self.bad = BadRows(config.on_bad_row)
+
+    def make(self) -> list[Any]:
+        """The stage's pairs, all records of their making on disk."""
+        config, ctx, out = self.config, self.ctx, self.out
+        wanted = config.num_generated_preference_pairs
+        drops, kept, position = DropCounts(), [], ctx.first_prompt
+        total = len(ctx.rows["prompt_dataset"])
+        passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
+        end = position + passes * total
+        label = f"{ctx.stage}: {self.noun}s"
+        with ctx.runtime.progress(wanted or passes * total, label, self.noun) as bar:
+            while position < end and (wanted is None or len(kept) < wanted):
+                block = range(position, min(position + config.prompts_per_block, end))
+                found, dropped = self._block(block)
+                kept += found
+                drops.add(dropped)
+                position = block.stop
+                bar.update(len(found) if wanted else len(block))
+        bad = self.bad.together(ctx.runtime.gather([self.bad]))
+        bad.report(f"{ctx.stage}: prompts", position - ctx.first_prompt, warn=ctx.runtime.is_main)
+        drops.prompts["surplus"] = drops.kept - len(kept[:wanted])
+        kept = kept[:wanted]
+        drops.kept = len(kept)
+        if ctx.runtime.is_main:
+            out.append(kept)
+        for record_type in (Prompt, Candidate, Judgement, self.record_type):
+            out.merge(record_type)
+        out.summary["next_prompt"] = position
+        self._report(drops, wanted)
+        return kept
+
+    def _block(self, block: range) -> tuple[list[Any], DropCounts]:
+        """What a block's prompts give, in their order, the same list on every process."""
+        asked = self.ctx.runtime.share(list(block))
+        mine = [prompt for prompt in map(self._prompt, asked) if prompt is not None]
+        self._sample(mine)
+        unreadable = self._judge(mine)
+        drops = DropCounts()
+        drops.prompts["bad_row"] += len(asked) - len(mine)
+        made = [(prompt.id, self._made(prompt, drops)) for prompt in mine]
+        failures = [text for text in self.ctx.runtime.gather([unreadable]) if text]
+        if failures:
+            raise JudgeError(failures[0])
+        found = self.ctx.runtime.gather([(made, drops)])
+        merged = DropCounts()
+        for _, part in found:
+            merged.add(part)
+        order = {self._prompt_id(place): place for place in block}
+        in_order = sorted((item for part, _ in found for item in part), key=lambda i: order[i[0]])
+        return [record for _, records in in_order for record in records], merged
+
+    def _prompt_id(self, place: int) -> str:
+        passed, row = divmod(place, len(self.ctx.rows["prompt_dataset"]))
+        return f"{self.ctx.stage}/{row}/{passed}"
+
+    def _prompt(self, place: int) -> Prompt | None:
+        """The prompt at a place; None where its row is bad and bad rows are skipped."""
+        prompt_id = self._prompt_id(place)
+        if prompt_id not in self.prompts:
+            rows, row = self.ctx.rows["prompt_dataset"], int(prompt_id.split("/")[-2])
+            limit = self.ctx.limit(self.config.max_seq_len)
+            with self.bad.tolerated(rows.where(row)):
+                self.prompts[prompt_id] = read_prompt(rows, row, prompt_id, self.ctx.tokens, limit)
+                self.out.append([self.prompts[prompt_id]])
+        return self.prompts.get(prompt_id)
+
+    def _sample(self, prompts: Sequence[Prompt]) -> None:
+        count = self.config.num_candidate_responses
+        missing = [p for p in prompts if len(self.candidates.get(p.id, ())) < count]
+        for prompt in missing:
+            self.candidates[prompt.id] = []
+        limit = self.config.max_seq_len
+        sampled = rollout(self.ctx, missing, self.config.generation, count, max_seq_len=limit)
+        for batch in _batched(sampled):
+            self.out.append(batch)
+            for candidate in batch:
+                self.candidates[candidate.prompt_id].append(candidate)
+        for prompt in missing:
+            self.candidates[prompt.id].sort(key=lambda c: int(c.id.rsplit("/", 1)[1]))
+
+    def _judge(self, prompts: Sequence[Prompt]) -> str | None:
+        """Judge what is not judged; words about an unreadable judge, else None."""
+        for prompt in prompts:
+            self._count(self.judgements.get(prompt.id, ()))
+        missing = [p for p in prompts if not self._is_judged(p)]
+        groups = [[self._shown(c) for c in self.candidates[p.id]] for p in missing]
+        unreadable = self._unreadable()
+        if unreadable is not None or not missing:
+            return unreadable
+        known = {j.id for p in missing for j in self.judgements.get(p.id, ())}
+        for batch in _batched(self.judge.judge(self.ctx, missing, groups)):
+            new = [j for j in batch if j.id not in known]
+            self.out.append(new)
+            for judgement in new:
+                self.judgements.setdefault(_prompt_id_of(judgement), []).append(judgement)
+            self._count(new)
+            unreadable = self._unreadable()
+            if unreadable is not None:
+                return unreadable
+        return None
+
+    def _is_judged(self, prompt: Prompt) -> bool:
+        """Whether a prompt's candidates have all the judgements that the judge makes of them."""
+        candidates = self.candidates[prompt.id]
+        found = self.judgements.get(prompt.id, ())
+        ids_of = getattr(self.judge, "judgement_ids", None)
+        if ids_of is not None:
+            return {j.id for j in found}.issuperset(ids_of(candidates))
+        wanted = getattr(self.judge, "num_judgements", 1)
+        counts = Counter(candidate_id for j in found for candidate_id in j.candidate_ids)
+        return all(counts[candidate.id] >= wanted for candidate in candidates)
+
+    def _shown(self, candidate: Candidate) -> Candidate:
+        """A candidate as judges see it; what is trained stays as it was sampled."""
+        function = self.config.postprocess_response
+        if function is None or candidate.text is None:
+            return candidate
+        text = function(candidate.text)
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"{self.ctx.stage}: postprocess_response must return the text that judges shall "
+                f"see; got {type(text).__name__} for {candidate.text[:200]!r}."
+            )
+        if text == candidate.text:
+            return candidate
+        body = list(candidate.ids)
+        while body and body[-1] in self.ctx.tokens.end_ids:
+            body.pop()
+        ids = (*self.ctx.tokens.encode_part(text), *candidate.ids[len(body) :])
+        return replace(candidate, text=text, ids=ids)
+
+    def _count(self, judgements: Sequence[Judgement]) -> None:
+        self.judged += len(judgements)
+        self.scored += sum(j.score is not None for j in judgements)
+
+    def _unreadable(self) -> str | None:
+        look = math.ceil(FIRST_LOOK / self.ctx.runtime.world)
+        if self.judged < look or self.scored >= self.config.min_parse_rate * self.judged:
+            return None
+        latest = [j for group in self.judgements.values() for j in group if j.score is None]
+        texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in latest[:3])
+        return (
+            f"{self.ctx.stage}: only {self.scored} of {self.judged} judgements "
+            f"({self.scored / self.judged:.0%}) gave a score; at least "
+            f"{self.config.min_parse_rate:.0%} must. Three of the judge's texts:\n{texts}\n"
+            "Change one of these: train the model on judge examples first (an SFT stage); make the "
+            "reward prompt's reward_regex_template, score_range or parse_reward fit what the judge "
+            "writes; raise judging.max_new_tokens if its texts are cut off; use another "
+            "rewarding_model; or lower min_parse_rate. All records made so far are kept in "
+            f"{self.out.path}."
+        )
+
+    def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
+        """The score of each of one prompt's candidates by its id."""
+        return candidate_scores(candidates, self.judgements.get(candidates[0].prompt_id, ()))
+
+    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
+        """What a prompt gives: its pair, or nothing."""
+        candidates = self.candidates[prompt.id]
+        pair = make_pair(
+            prompt,
+            candidates,
+            self.scores(candidates),
+            drops,
+            pick=self.config.picker(),
+            is_valid_score=self.config.is_valid_reward,
+            is_valid_pair=self.config.pair_check(),
+            min_margin=self.config.min_margin,
+        )
+        return [] if pair is None else [pair]
+
+    def _nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
+        """The error where no prompt gave anything."""
+        return PairingError(
+            f"{self.ctx.stage}: no preference pair could be made from {prompts} prompts. "
+            f"Dropped: {drops.in_words()}. 'unfinished' asks for more max_new_tokens; 'tie' "
+            "and 'identical' for a higher temperature or more judgements, 'unscored' for a "
+            f"judge that can be read. The records are in {self.out.path}."
+        )
+
+    def _report(self, drops: DropCounts, wanted: int | None) -> None:
+        """Metrics of the arrows, and a word where there are too few pairs."""
+        kept = drops.kept
+        prompts, candidates = self.out.read(Prompt), self.out.read(Candidate)
+        judgements = self.out.read(Judgement)
+        lengths = [len(c.ids) for c in candidates]
+        metrics: dict[str, Any] = {
+            "completions/mean_length": sum(lengths) / max(1, len(lengths)),
+            "completions/clipped_ratio": sum(c.finished is False for c in candidates)
+            / max(1, len(candidates)),
+            **judge_metrics(candidates, judgements),
+            **drops.metrics(),
+        }
+        self.out.log({"step": 0, **metrics})
+        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, 0)
+        self.out.summary["metrics"] = metrics
+        logger.info(
+            "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",
+            self.ctx.stage,
+            len(prompts),
+            len(candidates),
+            len(judgements),
+            kept,
+            self.noun,
+            drops.in_words(),
+        )
+        if kept == 0:
+            raise self._nothing_made(len(prompts), drops)
+        if wanted is not None and kept < wanted:
+            logger.warning(
+                "%s: %d %ss instead of %d after max_prompt_passes over the prompts; training "
+                "goes on with these.",
+                self.ctx.stage,
+                kept,
+                self.noun,
+                wanted,
+            )
+
+
+def _prompt_id_of(judgement: Judgement) -> str:
+    return judgement.candidate_ids[0].rsplit("/", 1)[0]
+
+
+def _grouped(records: Sequence[Any], key: Callable[[Any], str]) -> dict[str, list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+def _batched(records: Any, size: int = FIRST_LOOK) -> Iterator[list[Any]]:
+    """Records in lists of `size`, so that the disk is not opened for each."""
+    records = iter(records)
+    while batch := list(islice(records, size)):
+        yield batch
