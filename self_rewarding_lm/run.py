@@ -27,6 +27,7 @@ from self_rewarding_lm.records import (
     ReferenceLogprobs,
     TrainingRow,
     columns_of,
+    to_json,
 )
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import (
@@ -210,6 +211,9 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, FromStage):
         return f"from_stage({value.stage})"
+    if hasattr(type(value), "kind"):  # a record
+        content = json.dumps(to_json(value), sort_keys=True).encode()
+        return f"{type(value).__name__} sha256:{hashlib.sha256(content).hexdigest()[:16]}"
     name = getattr(value, "__qualname__", None)
     if name is not None:
         return f"{getattr(value, '__module__', '?')}.{name}"

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Container, Sequence
 from typing import Any
 
-from self_rewarding_lm.judging import mean_score
+from self_rewarding_lm.judging import candidate_scores
 from self_rewarding_lm.records import (
     Candidate,
     Judgement,
@@ -169,25 +169,34 @@ def _example(
         lines += _text("chosen  ", pair.chosen, pair.chosen_ids)
     if pair is not None and rejected is None:
         lines += _text("rejected", pair.rejected, pair.rejected_ids)
+    asked = {j.id: j for c in candidates for j in judgements.get(c.id, ())}  # of two: once
+    scores = candidate_scores(candidates, list(asked.values()))
     for candidate in candidates:
         role = "learnt  " if candidate.id in learnt else "        "
         role = {chosen: "chosen  ", rejected: "rejected"}.get(candidate.id, role)
         lines += _text(role, candidate.text, candidate.ids)
         own = judgements.get(candidate.id, [])
         if own:
-            lines += _wrapped(_scores(own, candidate), " " * 10)
+            lines += _wrapped(_scores(own, candidate, scores[candidate.id]), " " * 10)
         if own and own[0].text is not None and role.strip():
             lines += _text("  judge:", own[0].text, ())
     return lines
 
 
-def _scores(judgements: Sequence[Judgement], candidate: Candidate) -> str:
-    mean = mean_score(j.score for j in judgements)
-    each = [j.reason or "no score" if j.score is None else _number(j.score) for j in judgements]
+def _scores(judgements: Sequence[Judgement], candidate: Candidate, score: float | None) -> str:
+    each = [_said(j, candidate) for j in judgements]
     judges = ", ".join(dict.fromkeys(f"{j.judge}, {j.source}" for j in judgements))
     cut = "; cut off" if candidate.finished is False else ""
-    mean_words = "no score" if mean is None else f"score {_number(mean)}"
-    return f"          {mean_words} of {', '.join(each)} ({judges}){cut}"
+    words = "no score" if score is None else f"score {_number(score)}"
+    return f"          {words} of {', '.join(each)} ({judges}){cut}"
+
+
+def _said(judgement: Judgement, candidate: Candidate) -> str:
+    """What a judgement says of a candidate, which may be the second of two that were compared."""
+    if judgement.score is None:
+        return judgement.reason or "no score"
+    second = judgement.candidate_ids[0] != candidate.id
+    return _number(1 - judgement.score if second else judgement.score)
 
 
 def _text(role: str, text: str | None, ids: Sequence[int]) -> list[str]:

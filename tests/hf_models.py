@@ -77,12 +77,14 @@ def word_tokenizer(
     *,
     adds_bos: bool = False,
     adds_eos: bool = False,
+    prefix_space: bool = False,
     special: tuple[str, ...] = (),
     merges: tuple[tuple[str, str], ...] = (),
 ):
     """A fast tokenizer with a token a byte and chat tokens, built without a download.
 
-    special: further special tokens, whose ids come behind the bytes'. merges: pairs of bytes that
+    prefix_space: a text begins with a space, as those of sentencepiece do. special: further special
+    tokens, whose ids come behind the bytes'. merges: pairs of bytes that
     are one token; theirs come behind those.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -92,7 +94,7 @@ def word_tokenizer(
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet, *special])}
     vocab |= {left + right: len(vocab) + i for i, (left, right) in enumerate(merges)}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     inner.decoder = decoders.ByteLevel()
     if adds_bos or adds_eos:
         inner.post_processor = processors.TemplateProcessing(

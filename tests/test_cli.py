@@ -1,6 +1,7 @@
 """The command: a whole run of a tiny Hugging Face model, what it shows and exports, its errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 from self_rewarding_lm.cli import main
-from self_rewarding_lm.records import Demonstration, PreferencePair, Prompt, TrainingRow
+from self_rewarding_lm.records import (
+    Demonstration,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    TrainingRow,
+    to_json,
+)
 from self_rewarding_lm.run import Run
 from tests.hf_models import tiny, word_tokenizer
 
@@ -433,3 +441,21 @@ def test_records_of_ids_alone_are_exported_as_ids():
     row = TrainingRow("a/0", (1, 2, 3), (False, False, True))
     assert _supervised(row) == {"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]}
     assert Prompt("a/0/0", 0, (1,)).messages is None
+
+
+def test_show_gives_each_of_two_compared_candidates_its_own_share(done, tmp_path, capsys):
+    copy = tmp_path / "compared"
+    shutil.copytree(done, copy)
+    run = Run.open(copy)
+    prompt = run.prompts("m2")[0]
+    one, other = [c for c in run.candidates("m2") if c.prompt_id == prompt.id][:2]
+    lines = [
+        Judgement(f"{a.id}/vs/{b.id[-1]}", (a.id, b.id), "self", score, source="compared")
+        for a, b, score in ((one, other, 1.0), (other, one, 0.0))  # `one` wins in both orders
+    ]
+    path = run.stage("m2").path / "judgements.jsonl"
+    path.write_text("".join(json.dumps(to_json(line)) + "\n" for line in lines))
+    assert main(["show", str(copy), "--stage", "m2", "--prompts", "99"]) == 0
+    shown = capsys.readouterr().out
+    assert "score 1 of 1, 1 (self, compared)" in shown
+    assert "score 0 of 0, 0 (self, compared)" in shown

@@ -120,6 +120,7 @@ def test_the_base_is_bit_for_bit_as_before_and_the_adapter_is_trained(trained):
     module = trainer.unwrapped_model
     assert same(base_weights(module), dict(tiny("llama", VOCAB).state_dict()))
     last = adapter_weights(module)
+    assert trainer.token_model.state().keys() == last.keys()  # what is kept while others are in
     assert len(last) == 28 and all(not torch.equal(first[k], last[k]) for k in last)
     assert {n for n, p in module.named_parameters() if p.requires_grad} == last.keys()
 

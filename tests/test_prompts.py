@@ -30,9 +30,10 @@ from self_rewarding_lm import (
     SFTConfig,
     from_stage,
 )
+from self_rewarding_lm.chat import TEMPLATES
 from self_rewarding_lm.engine import Completion, LocalEngine
 from self_rewarding_lm.errors import ConfigError, DataError, RunMismatchError, TokenizerError
-from self_rewarding_lm.instruct import DEFAULT_KEYWORDS
+from self_rewarding_lm.instruct import DEFAULT_KEYWORDS, Example, few_shot_prompt
 from self_rewarding_lm.prompts import write_prompts
 from self_rewarding_lm.records import Instruction
 from self_rewarding_lm.sampling import stable_hash
@@ -531,6 +532,21 @@ def test_a_list_whose_examples_leave_no_room_is_left_out_and_counted(tmp_path):
     assert out.summary["new_prompts"]["prompts/dropped_examples_too_long"] == len(left_out)
 
 
+def test_sixteen_tokens_must_be_left_to_go_on_with_a_list(tmp_path):
+    """Of one seed there is one list, so its length is known."""
+    text = few_shot_prompt([Example("", SEEDS[0])], [], key=0).text
+    model = Recurrent(VOCAB)
+    for room in (15, 16):
+        model.max_seq_len = len(text) + room
+        one = stage(seed_dataset=SEEDS[:1])
+        if room == 16:
+            trainer_of(tmp_path, [one], Scripted({}), model=model)
+            continue
+        words = f"1 examples leave no room .* has {len(text)} tokens"
+        with pytest.raises(DataError, match=words):
+            trainer_of(tmp_path, [one], Scripted({}), model=model)
+
+
 def test_where_no_list_fits_that_is_an_error_when_the_trainer_is_built(tmp_path):
     model = Recurrent(VOCAB)
     model.max_seq_len = 300
@@ -682,10 +698,11 @@ def test_the_weights_are_back_where_the_writing_was_stopped(tmp_path, who):
     engine = Scripted(two_a_list("external_reward"), stop_at=1)
     model = model64()
     trainer = trainer_of(tmp_path, [sft(), stage(model=who)], engine, model=model)
-    with pytest.raises(StopError):
+    with pytest.raises(StopError) as stopped:
         trainer()
     trained = model64()
     Run.open(tmp_path).load_weights(trained, "sft")
+    assert stopped.traceback  # while the frames live, so nothing was cleaned up with them
     assert same(model.state_dict(), trained.state_dict())
     assert len(engine.weights["lists"]) == 2
 
@@ -730,6 +747,40 @@ def test_another_model_writes_with_its_own_tokenizer_and_vocabulary(tmp_path):
     for prompt in run.prompts(0):  # in the policy's own ids
         assert Characters().decode(prompt.ids) == prompt.text
     assert writer.weight.item() == 0.0
+
+
+def test_a_hugging_face_chat_model_reads_the_list_in_its_own_template(tmp_path):
+    """And stops at its own end of turn."""
+    pytest.importorskip("transformers")
+    from tests.hf_models import VOCAB as ITS_VOCAB
+    from tests.hf_models import tiny, word_tokenizer
+
+    tokenizer = word_tokenizer(TEMPLATES["chatml"])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    writer = tiny("llama", ITS_VOCAB, max_position_embeddings=4096)
+    engine = Scripted(two_a_list("external_reward"), tokenizer=Whole(tokenizer), end=end)
+    prompts = dict(model=writer, tokenizer=tokenizer, num_prompts=4)
+    run = trainer_of(tmp_path, [stage(**prompts)], engine)()
+    assert {id(module) for module in engine.models} == {id(writer)}
+    assert all(end in decoding.end_ids for decoding in engine.decodings)
+    for text in engine.asked.values():
+        assert text.startswith("<|im_start|>user\nBelow is a numbered list")
+        assert text.endswith("\n9.<|im_end|>\n<|im_start|>assistant\n")
+    kept = [r.text for r in new_of(instructions(run)) if r.reason is None]
+    assert kept == [new_text(i) for i in range(4)]  # without the end of turn
+
+
+class Whole:
+    """A Hugging Face tokenizer that shows special tokens too."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
 def test_another_model_with_the_trainers_tokens_needs_no_tokenizer(tmp_path):
@@ -919,13 +970,16 @@ def test_a_bad_seed_is_named_or_left_out_and_the_others_keep_their_numbers(tmp_p
     assert {"step": 0, "rows/skipped": 1} in run.metrics(0)
 
 
-def test_seeds_need_no_room_for_an_answer(tmp_path):
-    """They are shown to the writer; the policy's max_seq_len is for new prompts."""
-    engine = Scripted({"external_reward/new/0/0": " Ask me why it is\n10. Sing me a song now"})
+def test_seeds_need_no_room_for_an_answer_and_new_prompts_do(tmp_path):
+    """Seeds are only shown to the writer; max_seq_len is for what the policy answers."""
+    texts = ["Ask me why it is", "Paint the whole fence green", "Sing me a song now"]
+    assert min(map(len, SEEDS)) >= 27 == len(texts[1])
+    listed = f" {texts[0]}\n10. {texts[1]}\n11. {texts[2]}"
+    engine = Scripted({"external_reward/new/0/0": listed})
     short = stage(num_prompts=2, samples_per_round=1, max_seq_len=27)
-    assert min(map(len, SEEDS)) >= 27
     run = trainer_of(tmp_path, [short], engine)()
-    assert {p.text for p in run.prompts(0)} == {"Ask me why it is", "Sing me a song now"}
+    assert {p.text for p in run.prompts(0)} == {texts[0], texts[2]}
+    assert [r.reason for r in new_of(instructions(run))] == [None, "no_room", None]
 
 
 # ---- what is refused when the trainer is built

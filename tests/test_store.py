@@ -16,6 +16,7 @@ from self_rewarding_lm.records import (
     Judgement,
     PreferencePair,
     Prompt,
+    RankedReplies,
     ReferenceLogprobs,
     TrainingRow,
     to_json,
@@ -649,3 +650,9 @@ def test_a_described_config_is_json_and_says_what_is_in_it():
     assert json.loads(json.dumps(found)) == found
     assert found["score_range"] == [0, 5]
     assert found["parse_reward"] == f"{__name__}.best"
+
+
+def test_records_in_a_setting_are_named_by_their_content():
+    one = RankedReplies("a", "q", ("x", "y"), (0.0, 1.0), "tree")
+    assert describe([one]) == describe([RankedReplies("a", "q", ("x", "y"), (0.0, 1.0), "tree")])
+    assert describe([one]) != describe([RankedReplies("a", "q", ("x", "z"), (0.0, 1.0), "tree")])

@@ -241,6 +241,16 @@ def test_tokens_that_join_over_the_border_of_prompt_and_response_leave_the_promp
     assert tokenizer.decode(response) == "\n\nI.<|im_end|>"
 
 
+def test_a_response_has_no_space_of_its_own_where_the_tokenizer_puts_one_before_texts():
+    tokenizer = word_tokenizer(TEMPLATES["chatml"], prefix_space=True)
+    tokens = tokens_of(tokenizer)
+    assert tokenizer.decode(tokens.encode_part("I.")) == " I."
+    prompt, response = tokens.prompt("Who?").ids, tokens.response("Who?", "I.")
+    assert tokenizer.decode(response) == "I.<|im_end|>"
+    whole = theirs(tokenizer, [said("user", "Who?"), said("assistant", "I.")], False)
+    assert whole[: len(prompt) + len(response)] == (*prompt, *response)
+
+
 def test_all_that_end_a_turn_or_a_text_end_a_response():
     tokenizer = word_tokenizer(TEMPLATES["chatml"], special=("<|endoftext|>", "<|eom|>"))
     tokens = tokens_of(tokenizer, end_ids=(262,))

@@ -189,7 +189,8 @@ class PairMaker:
             f"{self.config.min_parse_rate:.0%} must. Three of the judge's texts:\n{texts}\n"
             "Change one of these: train the model on judge examples first (an SFT stage); make the "
             "reward prompt's reward_regex_template, score_range or parse_reward fit what the judge "
-            "writes; raise judging.max_new_tokens if its texts are cut off; use another "
+            "writes; set its forced_ending, which takes a score where none is written; raise "
+            "judging.max_new_tokens if its texts are cut off; use another "
             "rewarding_model; or lower min_parse_rate. All records made so far are kept in "
             f"{self.out.path}."
         )
