@@ -142,7 +142,7 @@ def stages(data, prompts: str, pairs: int) -> list:
         "max_seq_len": 512,
         "dropout": 0.0,  # of attention, which is slow on a CPU
         "on_bad_row": "skip",
-        "optim": OptimConfig(learning_rate=2e-4, epochs=1, batch_size=8, micro_batch_tokens=4096),
+        "optim": OptimConfig(learning_rate=2e-4, epochs=1, batch_size=8, micro_batch_tokens=1024),
     }
     dpo = {
         "generation": ANSWERS,
@@ -151,7 +151,7 @@ def stages(data, prompts: str, pairs: int) -> list:
         "prompts_per_block": 16,
         "max_seq_len": 512,
         "dropout": 0.0,  # of attention, which is slow on a CPU
-        "optim": OptimConfig(learning_rate=2e-5, batch_size=8, micro_batch_tokens=4096),
+        "optim": OptimConfig(learning_rate=2e-5, batch_size=8, micro_batch_tokens=1024),
     }
     return [
         SFTConfig(name="baseline", train_dataset=data.ift, **sft),
@@ -193,8 +193,8 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
 
-    training = range(TRAINING_TREES)
-    data = open_assistant(args.trees, trees=training, shares=(0.5, 0.2, 0.3))  # all to train on
+    training = range(TRAINING_TREES)  # with these shares some are left over, for time
+    data = open_assistant(args.trees, trees=training, shares=(0.5, 0.2, 0.15))
     others = range(TRAINING_TREES, sum(1 for _ in args.trees.open(encoding="utf-8")))
     held_out = open_assistant(args.trees, trees=others, shares=(0, 0, 1)).eft_eval
 
