@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 HF = ["transformers>=5.8", "tokenizers", "peft>=0.18", "gguf>=0.17"]
 DATA = ["datasets>=4.0", "pyarrow>=18"]
-TEST = ["pytest>=8", "scipy", *HF, *DATA]
+SERVER = ["openai>=2.0"]
+TEST = ["pytest>=8", "scipy", *HF, *DATA, *SERVER, "fastapi", "uvicorn"]  # of transformers serve
 
 setup(
     name="self-rewarding-lm",
@@ -30,6 +31,7 @@ setup(
         "pydantic>=2.11",
         "jinja2>=3.1",
         "numpy>=2.0",
+        "psutil>=6.0",
         "safetensors>=0.5",
         "tqdm>=4.66",
         "PyYAML>=6.0",
@@ -38,10 +40,13 @@ setup(
     extras_require={
         "hf": HF,
         "data": DATA,
+        "server": SERVER,
         "test": TEST,
         "bench": [
+            *HF,
             "trl==1.16.0",
             "self-rewarding-lm-pytorch==0.2.12",
+            "psutil",
         ],
         "docs": ["matplotlib>=3.9"],
         "dev": [*TEST, "ruff", "pyright[nodejs]"],

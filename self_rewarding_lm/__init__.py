@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     )
     from self_rewarding_lm.rollout import generate
     from self_rewarding_lm.run import Run
+    from self_rewarding_lm.server.engine import ServerEngine
+    from self_rewarding_lm.server_judge import ServerJudge
     from self_rewarding_lm.spin_trainer import SPINTrainer
     from self_rewarding_lm.stages import (
         BuildEFTConfig,
@@ -76,6 +78,8 @@ __all__ = [
     "SelfRewardSFTConfig",
     "SelfRewardingError",
     "SelfRewardingTrainer",
+    "ServerEngine",
+    "ServerJudge",
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
@@ -115,6 +119,8 @@ _HOMES = {
     ),
     "rollout": ("generate",),
     "run": ("Run",),
+    "server": ("ServerEngine",),
+    "server_judge": ("ServerJudge",),
     "spin_trainer": ("SPINTrainer",),
     "stages": (
         "BuildEFTConfig",

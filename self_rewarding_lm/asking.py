@@ -6,18 +6,19 @@ Knows texts, tokens and the ways a score may come; nothing of what is judged.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from self_rewarding_lm.adapters import TokenModel
 from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.engine import LocalEngine, Request
+from self_rewarding_lm.engine import Request
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.expected import Place, VerdictReader, expected_scores
 from self_rewarding_lm.judging import VerdictForm
 from self_rewarding_lm.records import Judgement
 from self_rewarding_lm.rollout import decoding_of
 from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.serving import engine_of, served
 from self_rewarding_lm.tokens import Rendered, Tokens
 
 MIN_ANSWER_TOKENS = 16
@@ -52,6 +53,13 @@ class _Pending:
     text: str | None
     place: Place
     source: str
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """Who answers questions with judgements: a model by its tokens, or one behind an address."""
+
+    def ask(self, ctx: Context, questions: Sequence[Question]) -> Iterator[Judgement]: ...
 
 
 class Asker:
@@ -94,14 +102,15 @@ class Asker:
                 yield self._judgement(question, None, "too_long", None, self._way)
         first = 0 if self._looked else FIRST_LOOK  # few at first: they may all be unreadable
         self._looked = True
-        for chunk in (asked[:first], asked[first:]):
-            if not chunk:
-                continue
-            if self.forced_ending == "at_once":
-                waiting = [self._at_once(one, reader) for one in chunk]
-                yield from self._computed(ctx, model, waiting, reader)
-            else:
-                yield from self._sampled(ctx, model, chunk, reader)
+        with served(ctx):
+            for chunk in (asked[:first], asked[first:]):
+                if not chunk:
+                    continue
+                if self.forced_ending == "at_once":
+                    waiting = [self._at_once(one, reader) for one in chunk]
+                    yield from self._computed(ctx, model, waiting, reader)
+                else:
+                    yield from self._sampled(ctx, model, chunk, reader)
 
     def reader(self, tokens: Tokens) -> VerdictReader:
         """Where this judge's verdicts stand in a tokenizer's ids."""
@@ -143,10 +152,15 @@ class Asker:
             key = stable_hash(ctx.seed, one.question.id)
             requests.append(Request(one.prompt.ids, key, new))
         decoding = decoding_of(self.sampling, ctx.tokens)
-        answers = ctx.runtime.autocasted(ctx.engine.generate(model, requests, decoding))
+        engine = engine_of(ctx, model)
+        answers = ctx.runtime.autocasted(engine.generate(model, requests, decoding))
         while some := list(islice(answers, FIRST_LOOK)):
             waiting: list[_Pending] = []
             for index, done in some:
+                if done.reason is not None:
+                    one = asked[index].question
+                    yield self._judgement(one, None, done.reason, None, self.score_mode)
+                    continue
                 read = self._read(asked[index], done.ids, ctx.tokens, reader)
                 if isinstance(read, Judgement):
                     yield read
@@ -183,14 +197,8 @@ class Asker:
                 fitting.append(one)
             else:
                 yield self._judgement(one.question, None, "too_long", one.text, one.source)
-        engine = ctx.engine if isinstance(ctx.engine, LocalEngine) else LocalEngine()
-        found = expected_scores(
-            model,
-            [one.place for one in fitting],
-            reader,
-            max_rows=engine.max_rows,
-            max_tokens=engine.max_prefill_tokens,
-        )
+        places = [one.place for one in fitting]
+        found = expected_scores(model, places, reader, engine_of(ctx, model))
         for index, result in ctx.runtime.autocasted(found):
             one = fitting[index]
             yield self._judgement(

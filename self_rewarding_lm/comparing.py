@@ -4,10 +4,14 @@ from collections.abc import Iterator, Sequence
 from itertools import permutations
 
 from self_rewarding_lm.adapters import TokenModel
-from self_rewarding_lm.asking import Asker, Question
+from self_rewarding_lm.asking import Asker, Asks, Question
 from self_rewarding_lm.config import ComparisonConfig, SamplingConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.judging import comparison_form, compile_comparison_template
+from self_rewarding_lm.judging import (
+    VerdictForm,
+    comparison_form,
+    compile_comparison_template,
+)
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.tokens import Tokens
 
@@ -21,7 +25,7 @@ class PairwiseJudge:
     scores of candidates of them. N candidates take N (N - 1) judgements.
 
     sampling: default temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). model: another judge
-    than the policy, None for the policy itself.
+    than the policy, None for the policy itself. asker: who is asked in place of a model.
     """
 
     def __init__(
@@ -31,14 +35,15 @@ class PairwiseJudge:
         *,
         name: str = "self",
         model: TokenModel | None = None,
+        asker: Asks | None = None,
     ) -> None:
         comparison = comparison or ComparisonConfig()
         self.name = name
         self.render = compile_comparison_template(
             comparison.prompt_template, auto_dedent=comparison.auto_dedent
         )
-        self.asker = Asker(
-            comparison_form(comparison.verdict_prefix, comparison.labels, comparison.tie_label),
+        self.asker: Asks = asker or Asker(
+            form_of_comparison(comparison),
             sampling or SamplingConfig(),
             name=name,
             score_mode=comparison.score_mode,
@@ -62,9 +67,15 @@ class PairwiseJudge:
         return [_id(one, other) for one, other in permutations(candidates, 2)]
 
 
+def form_of_comparison(comparison: ComparisonConfig) -> VerdictForm:
+    """How a comparison's judge says its verdict."""
+    return comparison_form(comparison.verdict_prefix, comparison.labels, comparison.tie_label)
+
+
 def check_comparison(comparison: ComparisonConfig, tokens: Tokens, limit: int | None) -> None:
     """Raise where a comparison cannot be used; as `judges.check_judge_prompt`."""
     judge = PairwiseJudge(comparison)
+    assert isinstance(judge.asker, Asker)
     judge.asker.check(judge.render("", "", ""), tokens, limit)
 
 

@@ -1,56 +1,24 @@
-"""Batched decoding over a TokenModel. Token ids in, token ids out.
+"""Engines: what generates, and ours, which decodes in this process.
 
-Knows nothing of text, prompts, stages or files. Rows of similar length are decoded together, rows
-with the same beginning share its first forward, and a row that has ended costs no further forward.
+Knows nothing of text, prompts, stages or files. What prompts have in common is computed once, see
+adapters/attending.py; rows are batched continuously, see flight.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-import numpy as np
-import torch
-from torch import Tensor
+from self_rewarding_lm.adapters import Session, TokenModel
+from self_rewarding_lm.adapters.inference import inferring
+from self_rewarding_lm.decoding import Completion, Decoding, Request
+from self_rewarding_lm.flight import Flight
+from self_rewarding_lm.schedule import Group, plans
+from self_rewarding_lm.score_trie import Ids, NodeChances, ScoreTrie
+from self_rewarding_lm.tokens import Tokens
+from self_rewarding_lm.trie_walk import walk
 
-from self_rewarding_lm.adapters import TokenModel
-from self_rewarding_lm.adapters.base import Cache, device_of, evaluating
-from self_rewarding_lm.errors import AdapterError
-from self_rewarding_lm.sampling import penalise_repetition, sample_next, uniforms
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How tokens are chosen and when a row ends.
-
-    is_stop: whether a row's new ids end it though no end token came.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    min_new_tokens: int = 0
-    repetition_penalty: float = 1.0
-    filter_fn: Callable[[Tensor], Tensor] | None = None
-    end_ids: tuple[int, ...] = ()
-    is_stop: Callable[[Sequence[int]], bool] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """ids to go on from; key: of the noise, see sampling.uniforms."""
-
-    ids: tuple[int, ...]
-    key: int
-    max_new_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """New ids, the end token included. finished: None where nothing is known that ends a row."""
-
-    ids: tuple[int, ...]
-    finished: bool | None
+__all__ = ["Completion", "Decoding", "Engine", "LocalEngine", "Request"]
 
 
 @runtime_checkable
@@ -61,142 +29,82 @@ class Engine(Protocol):
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]: ...
 
+    def chances(
+        self, model: TokenModel, rows: Sequence[Ids], trie: ScoreTrie, longer: frozenset[int]
+    ) -> Iterator[tuple[int, dict[Ids, NodeChances]]]:
+        """What follows each inner node of a trie behind each row, at temperature 1."""
+        ...
+
+    def serving(self, save: Callable[[Path], None], tokens: Tokens) -> AbstractContextManager[None]:
+        """Around a stage's generating and judging, left before it trains.
+
+        save: writes the present weights and the tokenizer into a folder.
+        """
+        ...
+
 
 class LocalEngine:
     """Decodes in this process, with the weights that are being trained.
 
-    max_rows: rows that are decoded at once. max_prefill_tokens: prompt tokens, padding included,
-    that go through the model at once; both bound the memory.
+    max_rows: rows in flight; ours: more cost memory and gain little on a CPU. cache_bytes: what
+    their keys and values may take; default half of what is free when the engine is called; fewer
+    rows are in flight where they do not fit. max_prefill_tokens: prompt tokens that go through the
+    model at once; a longer prompt goes alone.
     """
 
-    def __init__(self, *, max_rows: int = 128, max_prefill_tokens: int = 32_768) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int = 128,
+        cache_bytes: int | None = None,
+        max_prefill_tokens: int = 4096,
+    ) -> None:
         self.max_rows = max_rows
+        self.cache_bytes = cache_bytes
         self.max_prefill_tokens = max_prefill_tokens
 
     def generate(
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]:
         model.refresh()
-        for batch in self._batches(requests):
-            with torch.no_grad(), evaluating(model.module):
-                finished = _Batch(model, [requests[i] for i in batch], decoding).run()
-            yield from zip(batch, finished, strict=True)
+        sizes = [(request.ids, request.max_new_tokens) for request in requests]
+        for plan, groups in plans(model, sizes, self.max_rows, self.cache_bytes):
+            flight = Flight(model, plan, groups, requests, decoding, self.max_prefill_tokens)
+            while flight.busy:
+                with inferring(model.module):
+                    finished = flight.until_some_end()
+                yield from finished
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Requests of similar length, those with the same ids side by side."""
-        order = sorted(
-            range(len(requests)),
-            key=lambda i: (len(requests[i].ids), requests[i].max_new_tokens, requests[i].ids),
-        )
-        batch: list[int] = []
-        distinct: set[tuple[int, ...]] = set()
-        for i in order:
-            ids = requests[i].ids
-            prefill = (len(distinct) + (ids not in distinct)) * len(ids)
-            if batch and (len(batch) == self.max_rows or prefill > self.max_prefill_tokens):
-                yield batch
-                batch, distinct = [], set()
-            batch.append(i)
-            distinct.add(ids)
-        if batch:
-            yield batch
+    def chances(
+        self, model: TokenModel, rows: Sequence[Ids], trie: ScoreTrie, longer: frozenset[int]
+    ) -> Iterator[tuple[int, dict[Ids, NodeChances]]]:
+        model.refresh()
+        levels = trie.levels()
+        width = max(map(len, levels))
+        sizes = [(row, len(levels)) for row in rows]
+        most = max(1, self.max_rows // width)
+        for plan, groups in plans(model, sizes, width * most, self.cache_bytes, copies=width):
+            session: Session | None = None
+            for some in _batches(groups, max(1, plan.max_rows // width), self.max_prefill_tokens):
+                with inferring(model.module):
+                    session = session or model.session(plan)
+                    found = walk(session, [group.ids for group in some], trie, longer)
+                for group, chances in zip(some, found, strict=True):
+                    yield from ((i, chances) for i in group.members)
 
-
-class _Batch:
-    """Rows that are decoded together, one token a step."""
-
-    def __init__(self, model: TokenModel, requests: list[Request], decoding: Decoding) -> None:
-        self.model, self.requests, self.decoding = model, requests, decoding
-        self.device = device_of(model.module)
-        self.new: list[list[int]] = [[] for _ in requests]
-        self.finished: list[bool | None] = [None] * len(requests)
-        self.limits = np.array([r.max_new_tokens for r in requests])
-        keys = np.array([r.key for r in requests], dtype=np.int64)
-        self.noise = torch.from_numpy(uniforms(keys, int(self.limits.max()))).to(self.device)
-        self.seen = _seen(requests, model.vocab) if decoding.repetition_penalty != 1.0 else None
-
-    def run(self) -> list[Completion]:
-        alive = torch.arange(len(self.requests), device=self.device)
-        logits, cache = self._start()
-        for step in range(self.noise.shape[1]):
-            tokens = self._choose(logits, alive, step)
-            going = self._take(tokens.tolist(), alive.tolist(), step)
-            if not going:
-                break
-            if len(going) < len(alive):
-                rows = torch.tensor(going, device=self.device)
-                cache.select(rows)
-                alive, tokens = alive[rows], tokens[rows]
-            logits = cache.extend(tokens)
-        return [Completion(tuple(n), f) for n, f in zip(self.new, self.finished, strict=True)]
-
-    def _start(self) -> tuple[Tensor, Cache]:
-        """The first logits, each distinct prompt computed once."""
-        place: dict[tuple[int, ...], int] = {}
-        which = [place.setdefault(r.ids, len(place)) for r in self.requests]
-        logits, cache = self.model.start(list(place))
-        if len(place) < len(which):
-            rows = torch.tensor(which, device=self.device)
-            cache.select(rows)
-            logits = logits[rows]
-        return logits, cache
-
-    def _choose(self, logits: Tensor, alive: Tensor, step: int) -> Tensor:
-        d = self.decoding
-        if self.seen is not None:
-            self.seen = self.seen.to(self.device)
-            logits = penalise_repetition(logits, self.seen[alive], d.repetition_penalty)
-        if d.end_ids and step < d.min_new_tokens:
-            logits = logits.clone()
-            logits[:, list(d.end_ids)] = -torch.inf
-        if d.filter_fn is not None:
-            logits = _filtered(d.filter_fn, logits)
-        tokens = sample_next(
-            logits,
-            self.noise[alive, step],
-            temperature=d.temperature,
-            top_k=d.top_k,
-            top_p=d.top_p,
-            min_p=d.min_p,
-        )
-        if self.seen is not None:
-            self.seen[alive, tokens] = True
-        return tokens
-
-    def _take(self, tokens: list[int], alive: list[int], step: int) -> list[int]:
-        """Append a token to each row; the places of the rows that go on."""
-        d, going = self.decoding, []
-        can_end = bool(d.end_ids) or d.is_stop is not None
-        for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):
-            if token >= self.model.vocab:
-                raise AdapterError(
-                    "the model's logits are not finite, or filter_fn left no token: nothing can be "
-                    "sampled. Has training diverged?"
-                )
-            new = self.new[row]
-            new.append(token)
-            if token in d.end_ids or (d.is_stop is not None and d.is_stop(new)):
-                self.finished[row] = True
-            elif step + 1 >= self.limits[row]:
-                self.finished[row] = False if can_end else None
-            else:
-                going.append(place)
-        return going
+    def serving(self, save: Callable[[Path], None], tokens: Tokens) -> AbstractContextManager[None]:
+        """Nothing to do: the weights are here."""
+        return nullcontext()
 
 
-def _seen(requests: list[Request], vocab: int) -> Tensor:
-    seen = torch.zeros(len(requests), vocab, dtype=torch.bool)
-    for row, request in enumerate(requests):
-        seen[row, list(request.ids)] = True
-    return seen
-
-
-def _filtered(filter_fn: Callable[[Tensor], Any], logits: Tensor) -> Tensor:
-    out = filter_fn(logits.clone())
-    if not isinstance(out, Tensor) or out.shape != logits.shape:
-        came = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise AdapterError(
-            f"filter_fn must return logits of the shape it is given, {tuple(logits.shape)}; "
-            f"got {came}."
-        )
-    return out
+def _batches(groups: Sequence[Group], count: int, tokens: int) -> Iterator[list[Group]]:
+    """Groups in their order, at most `count` at once, and tokens with padding bounded too."""
+    some: list[Group] = []
+    for group in groups:
+        longest = max(len(g.ids) for g in (*some, group))
+        if some and (len(some) == count or (len(some) + 1) * longest > tokens):
+            yield some
+            some = []
+        some.append(group)
+    if some:
+        yield some

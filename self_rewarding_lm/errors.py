@@ -51,5 +51,9 @@ class TrainingError(SelfRewardingError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
 
 
+class ServerError(SelfRewardingError, RuntimeError):
+    """An inference server does not start, refuses all requests or answers none."""
+
+
 typed = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))
 """Checks the types of a public function's arguments; a wrong one is an ArgumentTypeError."""

@@ -8,17 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
 from self_rewarding_lm.adapters import TokenModel
-from self_rewarding_lm.adapters.base import device_of, evaluating
-from self_rewarding_lm.batching import micro_batches
+from self_rewarding_lm.engine import Engine
 from self_rewarding_lm.judging import VerdictForm
 from self_rewarding_lm.score_trie import (
     Expected,
     Ids,
-    NodeChances,
     ScoreTrie,
     build_trie,
     expected_score,
@@ -26,7 +21,6 @@ from self_rewarding_lm.score_trie import (
 )
 from self_rewarding_lm.tokens import Rendered, Tokens
 
-ROWS_AT_ONCE = 16  # rows whose probabilities are held in float64
 DIGITS = "0123456789"
 
 
@@ -156,72 +150,16 @@ def _digit_tokens(before: Ids, vocab: int, tokens: Tokens) -> frozenset[int]:
 
 
 def expected_scores(
-    model: TokenModel,
-    places: Sequence[Place],
-    reader: VerdictReader,
-    *,
-    max_rows: int = 128,
-    max_tokens: int = 32_768,
+    model: TokenModel, places: Sequence[Place], reader: VerdictReader, engine: Engine
 ) -> Iterator[tuple[int, Expected]]:
     """The expected score at each place, with its index, as they are computed.
 
-    One forward of a place's ids, and where a number has several tokens one more token for each
-    inner node of the trie, with the keys and values of the ids shared. max_rows and max_tokens
-    bound what is held at once, a row for each node of the widest level. Probabilities are in
-    float64 (float32 on devices without it), of the model's logits as they are: no temperature.
+    Probabilities are those of the model as it is: no temperature.
     """
-    model.refresh()
     by_trie: dict[ScoreTrie, list[int]] = {}
     for i, place in enumerate(places):
         by_trie.setdefault(place.trie, []).append(i)
     for trie, members in by_trie.items():
         longer = reader.longer(trie, model.vocab)
-        width = max(map(len, trie.levels()))
-        lengths = [width * (len(places[i].ids) + len(trie.levels()) - 1) for i in members]
-        rows_at_once = max(1, max_rows // width)
-        for group in micro_batches(lengths, token_budget=max_tokens, max_rows=rows_at_once):
-            batch = [members[n] for n in group]
-            with torch.no_grad(), evaluating(model.module):
-                found = _chances(model, [places[i].ids for i in batch], trie, longer)
-            for i, chances in zip(batch, found, strict=True):
-                yield i, expected_score(score_probabilities(trie, chances))
-
-
-def _chances(
-    model: TokenModel, rows: list[Ids], trie: ScoreTrie, longer: frozenset[int]
-) -> list[dict[Ids, NodeChances]]:
-    """For each row what follows each inner node, level by level."""
-    device = device_of(model.module)
-    found: list[dict[Ids, NodeChances]] = [{} for _ in rows]
-    logits, cache = model.start(rows)
-    above: list[Ids] = [()]
-    for depth, nodes in enumerate(trie.levels()):
-        if depth:  # the rows of a level are those of each place side by side
-            parents = [above.index(node[:-1]) for node in nodes]
-            chosen = [row * len(above) + p for row in range(len(rows)) for p in parents]
-            cache.select(torch.tensor(chosen, device=device))
-            tokens = [node[-1] for node in nodes] * len(rows)
-            logits = cache.extend(torch.tensor(tokens, device=device))
-            above = nodes
-        for place, node in enumerate(nodes):
-            own = _node_chances(logits[place :: len(nodes)], node, trie, longer)
-            for of_row, chances in zip(found, own, strict=True):
-                of_row[node] = chances
-    return found
-
-
-def _node_chances(
-    logits: Tensor, node: Ids, trie: ScoreTrie, longer: frozenset[int]
-) -> Iterator[NodeChances]:
-    """What follows a node, for each row of logits (r, v)."""
-    children = trie.children(node)
-    may_stop = node in trie.endings()
-    goes_on = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    goes_on[[*children, *longer]] = True
-    for part in logits.split(ROWS_AT_ONCE):
-        exact = part.float() if part.device.type == "mps" else part.double()
-        probabilities = exact.softmax(dim=-1)
-        stops = probabilities[:, ~goes_on].sum(dim=-1).tolist()
-        for row, stop in zip(probabilities[:, children].tolist(), stops, strict=True):
-            follow = dict(zip(children, row, strict=True))
-            yield NodeChances(follow, stop if may_stop else 0.0)
+        for i, found in engine.chances(model, [places[m].ids for m in members], trie, longer):
+            yield members[i], expected_score(score_probabilities(trie, found))

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from self_rewarding_lm.adapters.base import device_of, evaluating, modes_kept
+from self_rewarding_lm.adapters.base import device_of
+from self_rewarding_lm.adapters.inference import evaluating, modes_kept
 from self_rewarding_lm.adapters.policy import dropout_set
 from self_rewarding_lm.batching import micro_batches, pad_masks, pad_rows
 from self_rewarding_lm.config import OptimConfig

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from self_rewarding_lm.adapters import TokenModel
-from self_rewarding_lm.adapters.base import device_of, evaluating
-from self_rewarding_lm.asking import FIRST_LOOK, MIN_ANSWER_TOKENS, Asker, Question
+from self_rewarding_lm.adapters.base import device_of
+from self_rewarding_lm.adapters.inference import evaluating
+from self_rewarding_lm.asking import FIRST_LOOK, MIN_ANSWER_TOKENS, Asker, Asks, Question
 from self_rewarding_lm.config import RewardConfig, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import JudgeError
@@ -61,7 +62,8 @@ class SelfJudge:
     num_judgements: 1 whatever is asked where `reward.forced_ending` is "at_once", for nothing is
     sampled then and all would be the same. model: another judge than the policy (the LLM annotator
     of arXiv:2402.04792), None for the policy itself. It reads the policy's tokens. first: the
-    number of its first judgement of a candidate, where other judges have made some.
+    number of its first judgement of a candidate, where other judges have made some. asker: who is
+    asked in place of a model.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class SelfJudge:
         name: str = "self",
         model: TokenModel | None = None,
         first: int = 0,
+        asker: Asks | None = None,
     ) -> None:
         self.name = name
         self.num_judgements = 1 if reward.forced_ending == "at_once" else num_judgements
@@ -80,7 +83,7 @@ class SelfJudge:
         self.render = compile_prompt_template(
             reward.prompt_template, auto_dedent=reward.auto_dedent
         )
-        self.asker = Asker(
+        self.asker: Asks = asker or Asker(
             form_of(reward),
             sampling,
             name=name,
@@ -266,4 +269,5 @@ def check_judge_prompt(reward: RewardConfig, tokens: Tokens, limit: int | None) 
     JudgeError where the empty prompt already fills the judge's context.
     """
     judge = SelfJudge(reward, SamplingConfig(), 1)
+    assert isinstance(judge.asker, Asker)
     judge.asker.check(judge.render("", ""), tokens, limit)

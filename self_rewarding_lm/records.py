@@ -41,6 +41,9 @@ class Candidate:
     ids: the new tokens, the end token included where there is one.
     finished: True if it ended by itself, False if it was cut off by max_new_tokens, None where no
     end token is known. max_new_tokens: the limit that was in force for it.
+    tokens: "re-encoded" where a server gave a text and the ids are its encoding; None where they
+    are those that were sampled. reason: why there is no response (a server refused its request);
+    then it has no ids and no text, is judged by nobody and trained in no pair.
     """
 
     kind: ClassVar[str] = "candidates"
@@ -50,6 +53,8 @@ class Candidate:
     text: str | None
     finished: bool | None
     max_new_tokens: int
+    tokens: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from self_rewarding_lm.adapters.base import evaluating
+from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.batching import micro_batches, pad_rows
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs

@@ -1,6 +1,7 @@
 """Prompts to candidates, and the public `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from self_rewarding_lm.engine import Decoding, Engine, LocalEngine, Request
 from self_rewarding_lm.errors import ConfigError, DataError, typed
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.serving import served
 from self_rewarding_lm.tokens import Tokenizer, Tokens
+from self_rewarding_lm.weights import save_folder
 
 BYTES_PER_CHARACTER = 4  # at most: how many tokens one character of a stop text may take
 
@@ -30,19 +33,21 @@ def rollout(
 ) -> Iterator[Candidate]:
     """`num_samples` candidates of each prompt from the present weights, as they finish.
 
-    A candidate's noise is a function of (seed, its id, position) alone.
+    A candidate's noise is a function of (seed, its id, position) alone. Where a server refuses a
+    request the candidate has no ids and says the reason.
     """
-    found = sample_candidates(
-        ctx.model,
-        prompts,
-        sampling,
-        num_samples,
-        engine=ctx.engine,
-        tokens=ctx.tokens,
-        seed=ctx.seed,
-        limit=ctx.limit(max_seq_len),
-    )
-    return ctx.runtime.autocasted(found)
+    with served(ctx):
+        found = sample_candidates(
+            ctx.model,
+            prompts,
+            sampling,
+            num_samples,
+            engine=ctx.engine,
+            tokens=ctx.tokens,
+            seed=ctx.seed,
+            limit=ctx.limit(max_seq_len),
+        )
+        yield from ctx.runtime.autocasted(found)
 
 
 def sample_candidates(
@@ -63,7 +68,8 @@ def sample_candidates(
         new = min(sampling.max_new_tokens, room)
         for sample in range(num_samples):
             owners.append((prompt, f"{prompt.id}/{sample}"))
-            requests.append(Request(prompt.ids, stable_hash(seed, owners[-1][1]), new))
+            key = stable_hash(seed, owners[-1][1])
+            requests.append(Request(prompt.ids, key, new, prompt.text, prompt.messages))
     if not requests:
         return
     for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
@@ -72,9 +78,11 @@ def sample_candidates(
             id=candidate_id,
             prompt_id=prompt.id,
             ids=done.ids,
-            text=tokens.decode(done.ids),
+            text=tokens.decode(done.ids) if done.reason is None else None,
             finished=done.finished,
             max_new_tokens=requests[index].max_new_tokens,
+            tokens=done.tokens,
+            reason=done.reason,
         )
 
 
@@ -90,6 +98,7 @@ def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
         filter_fn=sampling.filter_fn,
         end_ids=tokens.end_ids,
         is_stop=_stop_check(sampling.stop, tokens),
+        stop=tuple(sampling.stop),
     )
 
 
@@ -129,17 +138,23 @@ def generate(
     )
     rows = _prompt_rows(prompts, mask)
     records = [_prompt(i, row, tokens, token_model.max_len) for i, row in enumerate(rows)]
-    found = sample_candidates(
-        token_model,
-        records,
-        sampling or SamplingConfig(),
-        num_samples,
-        engine=engine or LocalEngine(),
-        tokens=tokens,
-        seed=seed,
-        limit=token_model.max_len,
-    )
-    by_id = {candidate.id: candidate for candidate in found}
+    engine = engine or LocalEngine()
+
+    def save(folder: Path) -> None:
+        save_folder(token_model, folder, tokens.save)
+
+    with engine.serving(save, tokens):
+        found = sample_candidates(
+            token_model,
+            records,
+            sampling or SamplingConfig(),
+            num_samples,
+            engine=engine,
+            tokens=tokens,
+            seed=seed,
+            limit=token_model.max_len,
+        )
+        by_id = {candidate.id: candidate for candidate in found}
     return [[by_id[f"{p.id}/{s}"] for s in range(num_samples)] for p in records]
 
 

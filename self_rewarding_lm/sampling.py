@@ -13,13 +13,15 @@ on how a sort breaks ties.
 import hashlib
 import json
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-HEAD_SIZE = 64  # the slice that is tried before a whole vocabulary is sorted
+HEAD_SIZES = (64, 1024)  # the slices that are tried before a whole vocabulary is sorted
+Filters = dict[str, Any]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -100,30 +102,51 @@ def sample_next(
     if temperature == 0:
         best = logits.max(dim=-1)
         return best.indices.masked_fill(best.values.isnan(), logits.shape[-1])
-    scores = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if scores.shape[-1] <= 4 * HEAD_SIZE or not _filters_anything(top_k, top_p, min_p):
-        return _sample_whole(scores, uniform, filters)
-    head, columns = scores.topk(HEAD_SIZE, dim=-1)
-    threshold = keep_threshold(head, scores.logsumexp(dim=-1, keepdim=True), **filters)
+    tokens = torch.full(uniform.shape, logits.shape[-1], device=logits.device)
+    left = torch.arange(len(logits), device=logits.device)  # rows without a token
+    for size in HEAD_SIZES if _filters_anything(top_k, top_p, min_p) else ():
+        if len(left) and logits.shape[-1] > 4 * size:
+            some = logits if len(left) == len(logits) else logits[left]
+            found, whole = _sample_head(some, uniform[left], size, temperature, filters)
+            tokens[left] = found
+            left = left[whole]
+    if len(left):
+        tokens[left] = _sample_whole(_scores(logits[left], temperature), uniform[left], filters)
+    return tokens
+
+
+def _sample_head(
+    logits: Tensor, uniform: Tensor, size: int, temperature: float, filters: Filters
+) -> tuple[Tensor, Tensor]:
+    """A token a row of its likeliest ones, and for which rows these may not be all that count."""
+    raw, columns = logits.topk(size, dim=-1)
+    head, top_k = _scores(raw, temperature), filters["top_k"]
+    if top_k is None:  # top-p is a share of the mass of all
+        log_total = _scores(logits, temperature).logsumexp(dim=-1, keepdim=True)
+    else:
+        log_total = head.logsumexp(dim=-1, keepdim=True)  # of those it keeps, see keep_threshold
+    threshold = keep_threshold(head, log_total, **filters)
     short = threshold[:, 0] <= head[:, -1]  # tokens outside the head may survive
     if top_k is not None:  # or belong to the mass that top-p is a share of
-        short |= head[:, min(top_k, HEAD_SIZE) - 1] <= head[:, -1]
+        short |= head[:, min(int(top_k), size) - 1] <= head[:, -1]
     columns, order = columns.sort(dim=-1)  # vocabulary order
     head = head.gather(-1, order)
     picked = inverse_cdf(head.masked_fill(head < threshold, -math.inf), uniform)
-    tokens = columns.gather(-1, picked[:, None].clamp(max=HEAD_SIZE - 1)).squeeze(-1)
-    tokens[picked == HEAD_SIZE] = scores.shape[-1]
-    if bool(short.any()):
-        tokens[short] = _sample_whole(scores[short], uniform[short], filters)
-    return tokens
+    tokens = columns.gather(-1, picked[:, None].clamp(max=size - 1)).squeeze(-1)
+    tokens[picked == size] = logits.shape[-1]
+    return tokens, short
+
+
+def _scores(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
 def _filters_anything(top_k: int | None, top_p: float | None, min_p: float | None) -> bool:
     return top_k is not None or (top_p is not None and top_p < 1.0) or bool(min_p)
 
 
-def _sample_whole(scores: Tensor, uniform: Tensor, filters: dict) -> Tensor:
+def _sample_whole(scores: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
     log_total = scores.logsumexp(dim=-1, keepdim=True)
     threshold = keep_threshold(scores, log_total, **filters)
     return inverse_cdf(scores.masked_fill(scores < threshold, -math.inf), uniform)

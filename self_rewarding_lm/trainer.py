@@ -67,7 +67,8 @@ class SelfRewardingTrainer:
     self_reward_prompt_config: the judge's prompt, or several by name.
     eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted and not needed,
     masks come from lengths. checkpoints_folder: the run directory. accelerate_kwargs: for
-    accelerate.Accelerator. engine: default LocalEngine(). quiet: no progress, warnings only (as
+    accelerate.Accelerator. engine: default LocalEngine();
+    ServerEngine(...) generates by an inference server. quiet: no progress, warnings only (as
     SELF_REWARDING_LM_QUIET=1).
 
     Everything that can be known to be wrong before the first stage is raised here: ConfigError,

@@ -1,6 +1,7 @@
 """Tiny models, a tokenizer and a context, built anew for each test."""
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-from self_rewarding_lm.adapters import Policy, adapt
+from self_rewarding_lm.adapters import Plan, Policy, Session, TokenModel, adapt
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.runtime import Runtime
@@ -200,3 +201,12 @@ def stage_dir(ctx: Context, path: Path) -> StageDir:
     out = StageDir(path, ctx.runtime)
     out.begin({})
     return out
+
+
+def started(model: TokenModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Session]:
+    """The first logits of rows, and a session in which they are in flight."""
+    session = model.session(Plan((), max(map(len, rows)), max_new=16, max_rows=8))
+    logits = session.prefill(rows)
+    session.add(range(len(rows)))
+    session.release(range(len(rows)))
+    return logits, session

@@ -8,7 +8,7 @@ from torch import nn
 from x_transformers import AutoregressiveWrapper, Encoder, TransformerWrapper
 
 from self_rewarding_lm.adapters import Policy, adapt
-from self_rewarding_lm.adapters.base import evaluating
+from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.adapters.policy import dropout_set
 from self_rewarding_lm.errors import AdapterError
 from tests.models import (
@@ -22,6 +22,7 @@ from tests.models import (
     WithLogits,
     last_logits,
     lively,
+    started,
     transformer,
     transformer64,
     untrained,
@@ -40,9 +41,9 @@ def ragged_error(module: nn.Module) -> float:
     model = adapt(module)
     rows, errors = [list(row) for row in RAGGED], []
     with torch.no_grad(), evaluating(module):
-        logits, cache = model.start(rows)
+        logits, cache = started(model, rows)
         for chosen in ([0, 1, 2, 3], [2, 1, 1, 3, 0], [4, 3, 0, 3], [1, 2], [0]):
-            cache.select(torch.tensor(chosen))
+            cache.select(chosen)
             rows, logits = [list(rows[i]) for i in chosen], logits[chosen]
             for step in range(3):
                 whole = torch.stack([last_logits(module, row) for row in rows])
@@ -79,9 +80,9 @@ def test_a_cached_step_sends_one_token_a_row_through_the_model():
     model, shapes = adapt(module), []
     module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     with torch.no_grad(), evaluating(module):
-        _, cache = model.start(RAGGED)
+        _, cache = started(model, RAGGED)
         cache.extend(torch.tensor([1, 2, 3, 4]))
-        cache.select(torch.tensor([2, 0]))
+        cache.select([2, 0])
         cache.extend(torch.tensor([1, 2]))
     assert shapes == [(4, 7), (4, 1), (2, 1)]
 
@@ -89,9 +90,9 @@ def test_a_cached_step_sends_one_token_a_row_through_the_model():
 def test_dropping_the_longest_row_frees_its_columns():
     model = adapt(transformer())
     with torch.no_grad(), evaluating(model.module):
-        _, cache = model.start(RAGGED)
-        cache.select(torch.tensor([0, 2]))
-    assert cache.state.attn_intermediates[0].cached_kv[0].shape[-2] == 3
+        _, cache = started(model, RAGGED)
+        cache.select([0, 2])
+    assert cache._running.state.attn_intermediates[0].cached_kv[0].shape[-2] == 3
 
 
 def test_dropping_the_longest_row_shortens_the_rows_of_a_plain_model():
@@ -99,8 +100,8 @@ def test_dropping_the_longest_row_shortens_the_rows_of_a_plain_model():
     model = adapt(module)
     module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     with torch.no_grad(), evaluating(module):
-        _, cache = model.start(RAGGED)
-        cache.select(torch.tensor([0, 2]))
+        _, cache = started(model, RAGGED)
+        cache.select([0, 2])
         cache.extend(torch.tensor([1, 1]))
     assert shapes == [(4, 7), (2, 4)]
 
@@ -135,7 +136,7 @@ def test_a_cache_that_was_accepted_before_training_is_right_after_it(options, se
     model.refresh()  # as the engine does before each generation
     rows = [[3, 1, 4, 1, 5, 9], [2, 6]]
     with torch.no_grad(), evaluating(module):
-        _, cache = model.start(rows)
+        _, cache = started(model, rows)
         logits = cache.extend(torch.tensor([2, 2]))
     whole = torch.stack([last_logits(module, [*row, 2]) for row in rows])
     assert torch.allclose(logits, whole, atol=1e-5)
@@ -155,7 +156,7 @@ def test_modes_gradients_and_flags_are_as_before_after_use(kind):
 
     model = adapt(module)
     with torch.no_grad(), evaluating(model.module):
-        _, cache = model.start(RAGGED)
+        _, cache = started(model, RAGGED)
         cache.extend(torch.tensor([1, 2, 3, 4]))
 
     assert [part.training for part in parts] == modes

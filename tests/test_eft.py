@@ -20,7 +20,7 @@ from self_rewarding_lm import (
     SFTConfig,
     from_stage,
 )
-from self_rewarding_lm.engine import Completion
+from self_rewarding_lm.engine import Completion, LocalEngine
 from self_rewarding_lm.errors import ConfigError, DataError, JudgeError
 from self_rewarding_lm.records import Demonstration, RankedReplies
 from self_rewarding_lm.sampling import stable_hash
@@ -63,13 +63,14 @@ def decode(ids):
     return "".join((ALPHABET + " ")[i] for i in ids.tolist())
 
 
-class Told:
+class Told(LocalEngine):
     """An engine that answers with the text of the judgement whose noise is asked for.
 
     stop_after: it fails behind so many answers, as a machine that is switched off.
     """
 
     def __init__(self, said, *, stop_after: int | None = None, encode=encode, end=END) -> None:
+        super().__init__()
         names = [(f"{c}/j{k}", text) for c, texts in said.items() for k, text in enumerate(texts)]
         self.texts = {stable_hash(0, name): (name, text) for name, text in names}
         self.stop_after, self.encode, self.end = stop_after, encode, end
@@ -443,7 +444,7 @@ def test_no_score_has_more_than_half_of_what_is_kept_unless_asked_otherwise(tmp_
 
 
 def test_ranks_alone_ask_no_model(tmp_path):
-    class NoEngine:
+    class NoEngine(LocalEngine):
         def generate(self, model, requests, decoding):
             raise AssertionError("asked")
 

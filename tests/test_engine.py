@@ -170,8 +170,9 @@ def test_max_prefill_tokens_bounds_a_first_forward_padding_included():
     model.module.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
     requests = requests_of(limits=[1])  # the first forward is the only one
     list(LocalEngine(max_prefill_tokens=10).generate(model, requests, GREEDY))
-    # rows of 1, 2 and 3 (twice the same) go as 3 x 3; with the one of 5 they would be 4 x 5
-    assert sizes == [9, 5, 7]
+    # the longest first: with the row of 5 the one of 7 would be 2 x 7; 5 and 3 (twice the same) go
+    # as 2 x 5; 2 and 1 as 2 x 2
+    assert sizes == [7, 10, 4]
 
 
 def test_no_requests_give_no_completions():

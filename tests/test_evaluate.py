@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from self_rewarding_lm import RewardConfig, SamplingConfig, evaluate_judge
-from self_rewarding_lm.engine import Completion
+from self_rewarding_lm.engine import Completion, LocalEngine
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.evaluate import as_candidates, judge_ranked, top_score_of
 from self_rewarding_lm.judges import FunctionJudge, SelfJudge
@@ -54,10 +54,11 @@ SAID = {  # of the reply in the judge prompt
 }
 
 
-class Saying:
+class Saying(LocalEngine):
     """An engine that answers to the reply in the judge prompt, and notes what it was asked."""
 
     def __init__(self, said=SAID) -> None:
+        super().__init__()
         self.said = said
         self.asked: list[str] = []
 
@@ -69,10 +70,11 @@ class Saying:
             yield i, Completion((*ids_of(text), END), True)
 
 
-class ByKey:
+class ByKey(LocalEngine):
     """An engine that answers with the text named for a judgement's id, whatever it is asked."""
 
     def __init__(self, texts, seed: int = 0) -> None:
+        super().__init__()
         self.texts = {stable_hash(seed, name): text for name, text in texts.items()}
 
     def generate(self, model, requests, decoding):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from self_rewarding_lm.adapters import adapt
+from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.expected import VerdictReader, expected_scores
 from self_rewarding_lm.judging import comparison_form, score_form
@@ -106,7 +107,7 @@ def oracle(module, before: list[int], paths: dict[int, list[int]], texts) -> tup
 
 
 def scores_at(module, places, reader, **limits):
-    found = dict(expected_scores(adapt(module), places, reader, **limits))
+    found = dict(expected_scores(adapt(module), places, reader, LocalEngine(**limits)))
     return [found[i] for i in range(len(places))]
 
 
@@ -191,7 +192,7 @@ def test_one_forward_where_every_number_is_one_token_and_one_more_for_each_level
         reader = VerdictReader(form(RANGES[numbers]), tokens_of(pieces))
         places = [reader.forced(Rendered((i,), "a"), ()) for i in range(3)]
         lengths.clear()
-        list(expected_scores(model, places, reader))
+        list(expected_scores(model, places, reader, LocalEngine()))
         return list(lengths)
 
     assert forwards("a token a character", "0-5") == [3]
@@ -201,7 +202,7 @@ def test_one_forward_where_every_number_is_one_token_and_one_more_for_each_level
 
 
 @pytest.mark.parametrize(
-    "limits", [{}, {"max_rows": 1}, {"max_tokens": 1}, {"max_tokens": 300}], ids=str
+    "limits", [{}, {"max_rows": 1}, {"max_prefill_tokens": 1}, {"max_prefill_tokens": 300}], ids=str
 )
 def test_scores_do_not_depend_on_what_is_computed_together(limits):
     pieces, _ = TOKENIZERS["space joined to the digit"]
@@ -408,7 +409,7 @@ def test_logits_that_are_not_finite_give_no_score():
     broken = Fixed([0.0] * (len(CHARACTERS) + 1))
     model = adapt(broken)
     broken.row.fill_(math.nan)
-    ((_, found),) = expected_scores(model, [place], reader)
+    ((_, found),) = expected_scores(model, [place], reader, LocalEngine())
     assert (found.score, found.mass, found.reason) == (None, None, "not_finite")
 
 
@@ -425,7 +426,7 @@ def test_labels_are_expected_like_numbers():
     assert list(place.ids) == before
     chances = last_logits(module, before).softmax(dim=-1).tolist()
     first, second, tie = (chances[made.id(t)] for t in (" A", " B", " Tie"))
-    ((_, found),) = expected_scores(adapt(module), [place], reader)
+    ((_, found),) = expected_scores(adapt(module), [place], reader, LocalEngine())
     mass = first + second + tie
     assert found.mass == pytest.approx(mass, abs=1e-8)
     assert found.score == pytest.approx((first + tie / 2) / mass, abs=1e-8)

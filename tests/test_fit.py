@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from self_rewarding_lm.adapters.base import evaluating
+from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import ConfigError, TrainingError
 from self_rewarding_lm.fit import EarlyStopping, Fit
@@ -26,6 +26,7 @@ from tests.models import (
     context,
     last_logits,
     stage_dir,
+    started,
     transformer,
     transformer64,
     untrained,
@@ -656,7 +657,7 @@ def test_a_cache_that_seemed_right_before_training_is_right_after_it(name, tmp_p
     rows = [[3, 1, 4, 1, 5, 9], [2, 6]]
     with torch.no_grad(), evaluating(module):
         ctx.model.refresh()  # as the engine does before each generation
-        _, cache = ctx.model.start(rows)
+        _, cache = started(ctx.model, rows)
         logits = cache.extend(torch.tensor([2, 2]))
     whole = torch.stack([last_logits(module, [*row, 2]) for row in rows])
     assert torch.allclose(logits, whole, atol=1e-4)

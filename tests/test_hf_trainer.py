@@ -163,10 +163,11 @@ def test_a_run_goes_on_from_its_folder_as_a_model(tmp_path):
     assert second.tokens.prompt("Who?") == first.tokens.prompt("Who?")
 
 
-class Recording:
+class Recording(LocalEngine):
     """An engine that keeps what it was asked."""
 
     def __init__(self):
+        super().__init__()
         self.asked = []
 
     def generate(self, model, requests, decoding):

@@ -14,12 +14,13 @@ import transformers
 
 from self_rewarding_lm import SamplingConfig, generate
 from self_rewarding_lm.adapters import adapt, load_into
-from self_rewarding_lm.adapters.base import evaluating
+from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import AdapterError, StoreError
 from self_rewarding_lm.sampling import stable_hash, uniforms
 from self_rewarding_lm.weights import MODEL_FILE, save_folder
 from tests.hf_models import KINDS, SLIDING_WINDOW, tiny
+from tests.models import started
 
 VOCAB = 96
 NEW = 14
@@ -61,9 +62,9 @@ def ragged_error(module: nn.Module) -> float:
     model = adapt(module)
     rows, errors = [list(row) for row in RAGGED], []
     with torch.no_grad(), evaluating(module):
-        logits, cache = model.start(rows)
+        logits, cache = started(model, rows)
         for chosen in ([0, 1, 2, 3], [2, 1, 1, 3, 0], [4, 3, 0, 3], [1, 2], [0]):
-            cache.select(torch.tensor(chosen))
+            cache.select(chosen)
             rows, logits = [list(rows[i]) for i in chosen], logits[chosen]
             for step in range(4):
                 truth = torch.stack([whole(module, row) for row in rows])
@@ -96,12 +97,14 @@ def test_in_float64_cached_rows_are_exact(kind):
     assert ragged_error(module) < 1e-12
 
 
-def test_eager_attention_in_float64_cannot_mask_and_is_right_all_the_same():
-    """transformers takes that softmax in float32, where float64's least number is -inf."""
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_our_attention_stands_in_for_that_of_the_configuration(attention):
+    """transformers' eager attention takes its softmax in float32, ours in float64."""
     module = tiny("llama", dtype=torch.float64)
-    module.set_attn_implementation("eager")
-    assert not adapt(module).caches
+    module.set_attn_implementation(attention)
+    assert adapt(module).attends
     assert ragged_error(module) < 1e-5
+    assert module.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize(
@@ -154,20 +157,20 @@ def test_a_cached_step_sends_one_token_a_row_through_the_model():
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     with torch.no_grad():
-        _, cache = model.start(RAGGED)
+        _, cache = started(model, RAGGED)
         cache.extend(torch.tensor([1, 2, 3, 4]))
-        cache.select(torch.tensor([2, 0]))
+        cache.select([2, 0])
         cache.extend(torch.tensor([1, 2]))
-    assert shapes == [(4, 12), (4, 1), (2, 1)]
+    assert shapes == [(1, sum(map(len, RAGGED))), (1, 4), (1, 2)]  # no padding
 
 
-def test_only_the_last_column_of_logits_is_computed_for_a_prompt():
+def test_only_the_last_logits_are_computed_for_a_prompt():
     module = tiny("llama", vocab=VOCAB)
     model, rows = adapt(module), []
     module.lm_head.register_forward_hook(lambda _, args, out: rows.append(tuple(out.shape)))
     with torch.no_grad():
-        model.start(RAGGED)
-    assert rows == [(4, 1, VOCAB)]
+        started(model, RAGGED)
+    assert rows == [(1, 4, VOCAB)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

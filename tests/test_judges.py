@@ -8,7 +8,7 @@ from torch import nn
 
 from self_rewarding_lm.adapters import adapt
 from self_rewarding_lm.config import RewardConfig, SamplingConfig
-from self_rewarding_lm.engine import Completion, Request
+from self_rewarding_lm.engine import Completion, LocalEngine, Request
 from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.judges import (
     FIRST_LOOK,
@@ -48,10 +48,11 @@ REWARD = RewardConfig(
 JUDGING = SamplingConfig(max_new_tokens=40)
 
 
-class Scripted:
+class Scripted(LocalEngine):
     """An engine that answers with a function's text of the judge prompt and notes the requests."""
 
     def __init__(self, answer) -> None:
+        super().__init__()
         self.answer = answer
         self.calls: list[list[Request]] = []
 

@@ -17,10 +17,15 @@ LAYERS = [
     "runtime tokens files forms",
     "rows ranked",
     "adapters datasets oasst store run optimizers",
+    "decoding schedule trie_walk",
+    "flight",
     "engine context",
+    "server",
+    "serving",
     "rollout expected reference",
     "asking",
     "judges comparing",
+    "server_judge",
     "evaluate",
     "prompts",
     "objectives",
@@ -44,6 +49,7 @@ HOMES = {
     "jinja2": {"judging", "chat"},
     "safetensors": {"weights"},
     "pyarrow": {"files"},
+    "openai": {"server"},
 }
 WITHIN_LAYER = {
     ("losses", "logprobs"),  # log-probs are the losses' own words

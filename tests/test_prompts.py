@@ -79,7 +79,7 @@ class StopError(Exception):
     """The process ends here."""
 
 
-class Scripted:
+class Scripted(LocalEngine):
     """An engine that writes known lists, told apart by their noise; all else it samples.
 
     lists: by name, "<stage>/new/<round>/<list>". cut: names of lists that a limit cut off.
@@ -87,6 +87,7 @@ class Scripted:
     """
 
     def __init__(self, lists, *, seed=0, cut=(), stop_at=None, tokenizer=None, end=END) -> None:
+        super().__init__()
         self.keys = {stable_hash(seed, f"{name}/0"): name for name in lists}
         self.lists, self.cut, self.stop_at, self.end = lists, cut, stop_at, end
         self.tokenizer = tokenizer or Characters()

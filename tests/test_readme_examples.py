@@ -9,6 +9,7 @@ from x_transformers import Decoder, TransformerWrapper
 
 from self_rewarding_lm import (
     ExternalRewardDPOConfig,
+    LocalEngine,
     OptimConfig,
     RewardConfig,
     Run,
@@ -115,12 +116,11 @@ def test_third_example_reads_a_reward_prompt_of_ones_own():
     assert scores == [7.0] * 4
 
 
-class ScriptedEngine:
+class ScriptedEngine(LocalEngine):
     """Samples as the local engine does, but answers every judge prompt with one text."""
 
     def __init__(self, verdict: str) -> None:
-        from self_rewarding_lm import LocalEngine
-
+        super().__init__()
         self.verdict, self.local, self.prompts = verdict, LocalEngine(), []
 
     def generate(self, model, requests, decoding):

@@ -133,7 +133,7 @@ LARGE = [
 def test_frequencies_of_a_large_vocabulary_follow_the_enumerated_distribution(
     logits, settings, seed
 ):
-    assert len(logits) > 4 * sampling.HEAD_SIZE
+    assert len(logits) > 4 * sampling.HEAD_SIZES[0]
     counts = draw(logits, seed, temperature=0.8, **settings)
     assert p_value(counts, distribution(logits, temperature=0.8, **settings)) > LEAST_P
 
@@ -143,9 +143,10 @@ def test_the_flat_row_is_one_whose_head_is_short_of_mass_and_the_peaked_row_is_n
         sum(p > 0 for p in distribution(row, temperature=0.8, top_p=0.8))
         for row in (LARGE_PEAKED, LARGE_FLAT)
     ]
-    assert kept[0] < sampling.HEAD_SIZE < kept[1]
+    assert kept[0] < sampling.HEAD_SIZES[0] < kept[1]
 
 
+@pytest.mark.parametrize("sizes", [(64, 1024), (8, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "filters",
@@ -153,15 +154,16 @@ def test_the_flat_row_is_one_whose_head_is_short_of_mass_and_the_peaked_row_is_n
     ids=named,
 )
 def test_the_head_slice_gives_the_tokens_that_sorting_the_whole_vocabulary_gives(
-    monkeypatch, dtype, filters
+    monkeypatch, sizes, dtype, filters
 ):
     """But for uniforms within 1e-5 of a step of the CDF, where rounding may decide."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.linspace(0.2, 6.0, 300)[:, None]  # from flat to peaked, so both ways are taken
     logits = (spread * torch.randn(300, 600, generator=generator)).to(dtype)
     noise = torch.from_numpy(uniforms(np.arange(300), 1)[:, 0])
+    monkeypatch.setattr(sampling, "HEAD_SIZES", sizes)
     quick = sample_next(logits, noise, temperature=0.9, **filters)
-    monkeypatch.setattr(sampling, "HEAD_SIZE", 600)
+    monkeypatch.setattr(sampling, "HEAD_SIZES", ())
     whole = sample_next(logits, noise, temperature=0.9, **filters)
     for row in (quick != whole).nonzero().flatten().tolist():
         steps = np.cumsum(distribution(logits[row].tolist(), temperature=0.9, **filters))

@@ -17,7 +17,7 @@ from self_rewarding_lm import (
     generate,
 )
 from self_rewarding_lm.adapters import adapt, load_causal_lm
-from self_rewarding_lm.adapters.base import evaluating
+from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.adapters.loading import end_ids_of
 from self_rewarding_lm.tokens import Tokens
 from self_rewarding_lm.weights import save_folder

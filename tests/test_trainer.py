@@ -27,6 +27,8 @@ from self_rewarding_lm import (
     create_mock_dataset,
     from_stage,
 )
+from self_rewarding_lm.adapters import adapt
+from self_rewarding_lm.engine import LocalEngine, Request
 from self_rewarding_lm.errors import (
     AdapterError,
     ConfigError,
@@ -38,6 +40,8 @@ from self_rewarding_lm.errors import (
     TokenizerError,
     TrainingError,
 )
+from self_rewarding_lm.rollout import decoding_of
+from self_rewarding_lm.sampling import stable_hash
 from tests.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode, lively
 
 QUICK = OptimConfig(batch_size=4, learning_rate=1e-2)
@@ -161,6 +165,30 @@ def test_records_and_weights_do_not_depend_on_rows_in_flight_micro_batches_or_re
     for name in finals[0]:
         torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(finals[0][name], finals[2][name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_round_answers_with_the_weights_that_the_one_before_it_left_also_after_a_restart(
+    tmp_path,
+):
+    """Those of its checkpoint, read into another model, with the noise of the candidates' ids."""
+    stages = [self_reward(optim=QUICK), self_reward(optim=QUICK)]
+    trainer_of(tmp_path / "halves", stages[:1])()
+    folders = [tmp_path / "whole", tmp_path / "halves"]
+    for folder in folders:
+        run = trainer_of(folder, stages, model64(seed=7) if folder.name == "halves" else None)()
+        checkpoint = adapt(model64(seed=5))
+        checkpoint.load(run.weights("self_reward"))
+        prompts = {p.id: p for p in run.prompts(1)}
+        candidates = run.candidates(1)
+        asked = [
+            Request(prompts[c.prompt_id].ids, stable_hash(0, c.id), c.max_new_tokens)
+            for c in candidates
+        ]
+        decoding = decoding_of(SHORT, trainer_of(tmp_path / "other", stages).tokens)
+        found = dict(LocalEngine(max_rows=1).generate(checkpoint, asked, decoding))
+        assert candidates and [found[i].ids for i in range(len(asked))] == [
+            c.ids for c in candidates
+        ]
 
 
 def test_another_seed_gives_other_candidates(tmp_path):

@@ -5,20 +5,32 @@ from typing import Any
 
 from torch import nn
 
-from self_rewarding_lm.adapters.base import Cache, TokenModel
+from self_rewarding_lm.adapters.base import TokenModel
 from self_rewarding_lm.adapters.hugging_face import (
     HuggingFaceModel,
     is_hugging_face,
     load_pretrained,
 )
+from self_rewarding_lm.adapters.key_values import KeyValues
 from self_rewarding_lm.adapters.loading import load_causal_lm
 from self_rewarding_lm.adapters.plain import PlainModel
 from self_rewarding_lm.adapters.policy import Policy
+from self_rewarding_lm.adapters.sessions import Cache, Plan, Session
 from self_rewarding_lm.adapters.x_transformers import XTransformersModel, unwrapped
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.weights import read_weights
 
-__all__ = ["Cache", "Policy", "TokenModel", "adapt", "load_causal_lm", "load_into"]
+__all__ = [
+    "Cache",
+    "KeyValues",
+    "Plan",
+    "Policy",
+    "Session",
+    "TokenModel",
+    "adapt",
+    "load_causal_lm",
+    "load_into",
+]
 
 
 def adapt(model: Any) -> TokenModel:

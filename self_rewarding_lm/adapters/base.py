@@ -1,8 +1,7 @@
 """What the engine and the training loop ask of a model, and the trial of a new one."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from self_rewarding_lm.adapters.inference import inferring
+from self_rewarding_lm.adapters.sessions import Plan, Session
 from self_rewarding_lm.errors import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -18,25 +19,16 @@ PROBE_TOKENS = 6
 
 
 @runtime_checkable
-class Cache(Protocol):
-    """The rows of a batch that is being decoded."""
-
-    def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
-        """Append a token to each row; the logits of what follows."""
-        ...
-
-    def select(self, rows: Int[Tensor, " n"]) -> None:
-        """Keep these rows, in this order; a row may be taken several times."""
-        ...
-
-
-@runtime_checkable
 class TokenModel(Protocol):
-    """A causal token-level transformer. The pad side is the adapter's own business."""
+    """A causal token-level transformer. The pad side is the adapter's own business.
+
+    bytes_per_token: what a session's memory takes for one token of one row; 0 where it keeps none.
+    """
 
     module: nn.Module
     max_len: int | None
     vocab: int
+    bytes_per_token: int
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Logits of right-padded rows, with gradients."""
@@ -46,8 +38,8 @@ class TokenModel(Protocol):
         """Called before a generation: the weights may have changed since the last one."""
         ...
 
-    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
-        """The logits of what follows each row, and the state to go on from."""
+    def session(self, plan: Plan) -> Session:
+        """Rows to be decoded together, with the present weights."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -83,25 +75,6 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-@contextmanager
-def modes_kept(module: nn.Module) -> Iterator[None]:
-    """Each submodule is afterwards in training or evaluation mode as before."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, and as before afterwards."""
-    with modes_kept(module):
-        module.eval()
-        yield
-
-
 def copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Copies of tensors on the CPU."""
     return {
@@ -122,11 +95,10 @@ def limit_of(module: nn.Module) -> int | None:
     return next((n for n in found if isinstance(n, int) and n > 0), None)
 
 
-@torch.no_grad()
 def probe_vocab(module: nn.Module) -> int:
     """The number of tokens a module gives logits for; fails where it gives none."""
     ids = torch.zeros(2, 2, dtype=torch.long, device=device_of(module))
-    with evaluating(module):
+    with inferring(module):
         try:
             output = module(ids)
         except Exception as error:
@@ -138,14 +110,13 @@ def probe_vocab(module: nn.Module) -> int:
     return logits_of(output, 2, 2).shape[-1]
 
 
-@torch.no_grad()
 def check_causal(model: TokenModel) -> None:
     """Raise AdapterError where the logits of a token depend on the tokens after it."""
     length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
     device = device_of(model.module)
     ids = torch.zeros(2, length, dtype=torch.long, device=device)
     ids[1, -1] = model.vocab - 1
-    with evaluating(model.module):
+    with inferring(model.module):
         one, other = model.logits(ids)[:, :-1].double()
     tolerance = _tolerance(model.module, one, exact=3e-4, rounded=3e-2)
     if bool(((one - other).abs() > tolerance).any()):
@@ -155,37 +126,55 @@ def check_causal(model: TokenModel) -> None:
         )
 
 
-@torch.no_grad()
 def cache_agrees(model: TokenModel) -> bool:
-    """Whether cached decoding of ragged rows gives the logits of the whole rows."""
+    """Whether a session of ragged rows gives the logits of the whole rows."""
     length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
     if length < 3:
         return False
-    tokens = [i % model.vocab for i in range(1, length + 1)]
-    rows = [tokens[: length - 1], tokens[2:length]]
     try:
-        with evaluating(model.module):
-            return _cached_equals_whole(model, rows, tokens[0])
+        with inferring(model.module):
+            return _session_equals_whole(model, [i % model.vocab for i in range(1, length + 1)])
     except Exception as error:  # whatever it is: decoding goes on without a cache
         logger.debug("cached decoding failed in its trial: %r", error)
         return False
 
 
-def _cached_equals_whole(model: TokenModel, rows: list[list[int]], following: int) -> bool:
+def _session_equals_whole(model: TokenModel, tokens: list[int]) -> bool:
+    """Two prompts with a common beginning; rows of them are exchanged, dropped and, where the
+    session allows it, added later, so that rows of different lengths go on together."""
+    long, short, following = tokens[:-1], [tokens[0], *tokens[2:-1]], tokens[-1]
     device = device_of(model.module)
-    first, cache = model.start(rows)
-    order = torch.tensor([1, 0], device=device)
-    cache.select(order)
-    second = cache.extend(torch.full((2,), following, device=device))[order]
-    for i, row in enumerate(rows):
-        whole = torch.tensor([[*row, following]], device=device)
-        truth = model.logits(whole)[0, -2:]
-        got = torch.stack([first[i], second[i]])
-        truth, got = truth.double(), got.double()
-        tolerance = _tolerance(model.module, truth, exact=1e-3, rounded=1e-1)
-        if not bool(((truth - got).abs() <= tolerance).all()):
-            return False
-    return True
+    session = model.session(Plan((tokens[0],), len(long), max_new=2, max_rows=2))
+
+    def agrees(rows: list[list[int]], logits: Tensor) -> bool:
+        return all(_close(model, row, got) for row, got in zip(rows, logits, strict=True))
+
+    def extend(rows: list[list[int]]) -> bool:
+        for row in rows:
+            row.append(following)
+        return agrees(rows, session.extend(torch.full((len(rows),), following, device=device)))
+
+    if not agrees([long, short], session.prefill([long, short])):
+        return False
+    session.add([0, 1])
+    session.select([1, 0])
+    rows = [[*short], [*long]]
+    if not extend(rows):
+        return False
+    session.select([0])
+    del rows[1]
+    if session.joins:
+        session.add([1])
+        rows.append([*short])
+    return extend(rows)
+
+
+def _close(model: TokenModel, row: list[int], got: Tensor) -> bool:
+    """Whether logits are those of what follows a row, computed alone and whole."""
+    whole = torch.tensor([row], device=got.device)
+    truth, got = model.logits(whole)[0, -1].double(), got.double()
+    tolerance = _tolerance(model.module, truth, exact=1e-3, rounded=1e-1)
+    return bool(((truth - got).abs() <= tolerance).all())
 
 
 def _tolerance(module: nn.Module, logits: Tensor, *, exact: float, rounded: float) -> float:

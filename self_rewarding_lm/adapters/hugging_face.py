@@ -1,6 +1,8 @@
-"""Causal LMs of transformers, with their key-value cache, and with a LoRA adapter of peft.
+"""Causal LMs of transformers, decoded with a cache, and with a LoRA adapter of peft.
 
-Nothing here imports transformers before such a model is there.
+Their attention layers turn to our keys and values where the model's class lets them (through
+transformers' AttentionInterface), and else use transformers' own growing cache. Nothing here
+imports transformers before such a model is there.
 """
 
 import logging
@@ -11,12 +13,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from self_rewarding_lm.adapters.attending import AttendingSession
 from self_rewarding_lm.adapters.base import (
-    Cache,
     cache_agrees,
     check_causal,
     copied,
@@ -25,13 +26,19 @@ from self_rewarding_lm.adapters.base import (
     logits_of,
     probe_vocab,
 )
-from self_rewarding_lm.adapters.plain import RecomputedRows
-from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.adapters.key_values import KeyValues
+from self_rewarding_lm.adapters.padded import PaddedRows
+from self_rewarding_lm.adapters.plain import recomputing
+from self_rewarding_lm.adapters.sessions import BatchSession, Cache, Plan, Session
+from self_rewarding_lm.errors import AdapterError, StoreError
 from self_rewarding_lm.weights import ADAPTER_FILE, MODEL_FILE, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 
 ONE_FILE = "1000GB"
+ATTENTION = "self_rewarding_lm"
+COPIES = 3
+"""Times that keys and values are held at most by transformers' cache, which grows by copying."""
 
 
 def is_hugging_face(module: nn.Module) -> bool:
@@ -55,15 +62,34 @@ class HuggingFaceModel:
         self.max_len = limit_of(self.base) or getattr(self.config, "max_position_embeddings", None)
         self.takes = set(signature(self.base.forward).parameters)
         self.vocab = probe_vocab(module)
+        self.bytes_per_token = 0
         check_causal(self)
-        self.caches = True  # `start` shall cache while it is tried
-        self.caches = cache_agrees(self)
+        self.attends = self._may_attend()  # `session` shall attend while it is tried
+        self.attends = self.attends and cache_agrees(self)
+        self.caches = True
+        self.caches = self.attends or cache_agrees(self)
         if not self.caches:
             logger.warning(
                 "%s cannot be decoded with a cache here (the cached logits differ, or it has "
                 "none): each token costs a whole forward.",
                 type(self.base).__name__,
             )
+        elif not self.attends:
+            logger.warning(
+                "%s is decoded with transformers' own cache, as its attention cannot use ours: "
+                "prompts share nothing, and a batch ends before the next one begins.",
+                type(self.base).__name__,
+            )
+
+    def _may_attend(self) -> bool:
+        """Whether positions of other rows are without effect, and the model takes what is passed.
+
+        The frequencies of some rotary embeddings follow the longest row of a forward.
+        """
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [rope, *(r for r in rope.values() if isinstance(r, dict))]
+        follows = any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+        return not follows and {"position_ids", "logits_to_keep"} <= self.takes
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.module(input_ids=ids, use_cache=False), *ids.shape)
@@ -71,12 +97,37 @@ class HuggingFaceModel:
     def refresh(self) -> None:
         """The cache's layout does not depend on the weights."""
 
-    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
+    def session(self, plan: Plan) -> Session:
+        device = device_of(self.module)
+        if self.attends:
+            return AttendingSession(self._attending, plan, device)
         if not self.caches:
-            recomputed = RecomputedRows(self, rows)
-            return recomputed.last_logits(), recomputed
-        cache = PaddedRows(self, rows)
+            return recomputing(self, plan)
+        return BatchSession(self.start, max_rows=plan.max_rows, device=device)
+
+    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
+        cache = PaddedRows(self.module, self.config, self.takes, rows)
+        self.bytes_per_token = COPIES * cache.bytes_per_token
         return cache.logits, cache
+
+    def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION, attend)
+        before = self.config._attn_implementation
+        self.config._attn_implementation = ATTENTION
+        try:
+            output = self.module(
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=0 if cache.wanted is None else cache.wanted,
+                key_values=cache,
+            )
+        finally:
+            self.config._attn_implementation = before
+        self.bytes_per_token = cache.bytes_per_token
+        return output.logits
 
     def state(self) -> dict[str, Tensor]:
         if not has_adapter(self.module):
@@ -90,43 +141,32 @@ class HuggingFaceModel:
         load_pretrained(self.module, file)
 
 
-class PaddedRows:
-    """Left-padded rows, their mask and transformers' cache."""
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    key_values: KeyValues,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that a model of transformers calls in our sessions.
 
-    def __init__(self, model: HuggingFaceModel, rows: Sequence[Sequence[int]]) -> None:
-        from transformers import DynamicCache
-
-        self.model = model
-        device = device_of(model.module)
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
-        starts = torch.tensor([longest - len(row) for row in rows], device=device)
-        self.mask = (torch.arange(longest, device=device) >= starts[:, None]).long()
-        self.cache = DynamicCache(config=model.config)
-        self.logits = self._forward(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
-
-    def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
-        positions = self.mask.sum(dim=1, keepdim=True)
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        return self._forward(tokens[:, None], positions)
-
-    def select(self, rows: Int[Tensor, " n"]) -> None:
-        self.mask = self.mask[rows]
-        self.cache.batch_select_indices(rows)
-
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        known = {"position_ids": positions, "logits_to_keep": 1}
-        optional: dict[str, Any] = {k: v for k, v in known.items() if k in self.model.takes}
-        output = self.model.module(
-            input_ids=ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **optional,
-        )
-        # a model that leaves the cache empty is found out by its trial, however small its logits
-        assert self.cache.get_seq_length() == self.mask.shape[1], "the cache was not filled"
-        return output.logits[:, -1]
+    (1, h, n, d) and (1, g, n, d) to (1, n, h, d). Raises AdapterError for kinds of attention that
+    are more than scaled, causal and sliding; what else `others` hold is found out by the trial.
+    """
+    config: Any = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), int(module.layer_idx)  # type: ignore[arg-type]
+    slides = kinds[layer] != "full_attention" if kinds else False
+    if softcap is not None or (slides and sliding_window is None):
+        raise AdapterError("this kind of attention is not known here")
+    out = key_values.attend(layer, query, key, value, scale=scaling, window=sliding_window)
+    return out.transpose(1, 2), None
 
 
 def save_pretrained(module: nn.Module, folder: Path) -> None:

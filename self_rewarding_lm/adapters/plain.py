@@ -1,15 +1,23 @@
-"""Any module ids (b, t) -> logits (b, t, v): no cache, so each token costs a whole forward."""
+"""Any module ids (b, t) -> logits (b, t, v), and one that offers a cache by our protocol.
 
+Without a cache each token costs a whole forward. A module offers one by a forward of the form
+forward(ids, positions=None, cache=None), see docs/adapters.md.
+"""
+
+import logging
 from collections.abc import Sequence
+from copy import copy
+from inspect import signature
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from self_rewarding_lm.adapters.attending import AttendingSession
 from self_rewarding_lm.adapters.base import (
-    Cache,
     TokenModel,
+    cache_agrees,
     check_causal,
     copied,
     device_of,
@@ -17,8 +25,12 @@ from self_rewarding_lm.adapters.base import (
     logits_of,
     probe_vocab,
 )
+from self_rewarding_lm.adapters.key_values import KeyValues
+from self_rewarding_lm.adapters.sessions import BatchSession, Cache, Plan, Session
 from self_rewarding_lm.batching import pad_rows
 from self_rewarding_lm.weights import MODEL_FILE, read_weights, write_weights
+
+logger = logging.getLogger(__name__)
 
 
 class PlainModel:
@@ -28,7 +40,17 @@ class PlainModel:
         self.module = module
         self.max_len = limit_of(module)
         self.vocab = probe_vocab(module)
+        self.bytes_per_token = 0
         check_causal(self)
+        self.caches = {"positions", "cache"} <= set(signature(module.forward).parameters)
+        if self.caches and not cache_agrees(self):
+            self.caches = False
+            logger.warning(
+                "%s.forward takes positions and a cache, but its logits with a cache are not those "
+                "without one: it is decoded without, and each token costs a whole forward. See "
+                "docs/adapters.md.",
+                type(module).__name__,
+            )
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.module(ids), *ids.shape)
@@ -45,9 +67,30 @@ class PlainModel:
     def load(self, file: Path) -> None:
         read_weights(self.module, file)
 
-    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
-        cache = RecomputedRows(self, rows)
+    def session(self, plan: Plan) -> Session:
+        device = device_of(self.module)
+        if self.caches:
+            return AttendingSession(self._attending, plan, device)
+        return recomputing(self, plan)
+
+    def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
+        output = self.module(ids, positions=positions, cache=cache)
+        self.bytes_per_token = cache.bytes_per_token
+        count = ids.shape[1] if cache.wanted is None else len(cache.wanted)
+        return logits_of(output, 1, count)
+
+
+def recomputing(model: TokenModel, plan: Plan) -> BatchSession:
+    """A session that computes whole rows anew for each token.
+
+    Rows are not joined: a batch of rows of one age has the least padding.
+    """
+
+    def start(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
+        cache = RecomputedRows(model, rows)
         return cache.last_logits(), cache
+
+    return BatchSession(start, max_rows=plan.max_rows, device=device_of(model.module))
 
 
 class RecomputedRows:
@@ -67,9 +110,12 @@ class RecomputedRows:
         longest = int(self.lengths.max())
         if longest == self.ids.shape[1]:
             self.ids = torch.nn.functional.pad(self.ids, (0, 1))
-        self.ids.scatter_(1, self.lengths[:, None], tokens[:, None])
+        self.ids = self.ids.scatter(1, self.lengths[:, None], tokens[:, None])
         self.lengths = self.lengths + 1
         return self.last_logits()
+
+    def copy(self) -> Cache:
+        return copy(self)
 
     def select(self, rows: Int[Tensor, " n"]) -> None:
         self.lengths = self.lengths[rows]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
 
 from self_rewarding_lm.adapters.base import (
-    Cache,
     cache_agrees,
     check_causal,
     copied,
@@ -21,11 +21,16 @@ from self_rewarding_lm.adapters.base import (
     logits_of,
     probe_vocab,
 )
-from self_rewarding_lm.adapters.plain import RecomputedRows
+from self_rewarding_lm.adapters.plain import recomputing
+from self_rewarding_lm.adapters.sessions import BatchSession, Cache, Plan, Session
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.weights import MODEL_FILE, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
+
+COPIES = 3
+"""Times that keys and values are held at most: x-transformers makes its cache longer by copying it,
+and the rows of prompts that are ready are copied out of theirs."""
 
 
 def unwrapped(model: nn.Module) -> TransformerWrapper | None:
@@ -42,6 +47,7 @@ class XTransformersModel:
         self.transformer = transformer
         self.max_len = limit_of(transformer)
         self.vocab = probe_vocab(transformer)
+        self.bytes_per_token = 0
         if not transformer.attn_layers.causal:
             raise AdapterError("the model is not causal: build it with Decoder, not Encoder.")
         check_causal(self)
@@ -60,11 +66,15 @@ class XTransformersModel:
     def load(self, file: Path) -> None:
         read_weights(self.module, file)
 
-    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
+    def session(self, plan: Plan) -> Session:
         if not self.caches:
-            recomputed = RecomputedRows(self, rows)
-            return recomputed.last_logits(), recomputed
+            return recomputing(self, plan)
+        device = device_of(self.module)
+        return BatchSession(self.start, max_rows=plan.max_rows, device=device)
+
+    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = KeyValueRows(self.transformer, rows)
+        self.bytes_per_token = COPIES * cache.bytes_per_token
         return cache.logits, cache
 
     def refresh(self) -> None:
@@ -94,6 +104,11 @@ class KeyValueRows:
         self.state: Any = None
         self.logits = self._forward(torch.tensor(padded, device=device))
 
+    @property
+    def bytes_per_token(self) -> int:
+        kept = [t for layer in self.state.attn_intermediates for t in layer.cached_kv]
+        return sum(t.shape[1] * t.shape[-1] * t.element_size() for t in kept)
+
     def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
         return self._forward(tokens[:, None])
 
@@ -107,6 +122,9 @@ class KeyValueRows:
         self.state = replace(
             self.state, attn_intermediates=layers, cache_length=self.state.cache_length - trim
         )
+
+    def copy(self) -> Cache:
+        return copy(self)
 
     def _forward(self, ids: Tensor) -> Tensor:
         logits, state = self.module(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,7 @@ from self_rewarding_lm.datasets import BadRows, OnBadRow, Rows
 from self_rewarding_lm.errors import ConfigError, DataError, PairingError, TokenizerError
 from self_rewarding_lm.fit import EarlyStopping, Fit
 from self_rewarding_lm.objectives import Objective, PreferenceObjective
-from self_rewarding_lm.records import PreferencePair, Record
+from self_rewarding_lm.records import Candidate, PreferencePair, Record
 from self_rewarding_lm.reference import StoredReference
 from self_rewarding_lm.rows import truncated
 from self_rewarding_lm.store import StageDir, read_lines
@@ -228,6 +229,15 @@ def cut_pairs(
             f"max_seq_len {limit})."
         )
     return kept
+
+
+def report_unanswered(ctx: Context, out: StageDir, candidates: Sequence[Candidate]) -> None:
+    """Log how many candidates no server answered, by reason, and warn of them."""
+    missing = Counter(c.reason for c in candidates if c.reason is not None)
+    if missing:
+        out.log({"step": 0, **{f"pairs/dropped_{k}": n for k, n in sorted(missing.items())}})
+        found = ", ".join(f"{n} {reason}" for reason, n in missing.most_common())
+        logger.warning("%s: rows without an answer of the server: %s", ctx.stage, found)
 
 
 def report_cut(ctx: Context, out: StageDir, cut: int, limit: int | None) -> None:

@@ -127,7 +127,7 @@ class PairMaker:
         for prompt in prompts:
             self._count(self.judgements.get(prompt.id, ()))
         missing = [p for p in prompts if not self._is_judged(p)]
-        groups = [[self._shown(c) for c in self.candidates[p.id]] for p in missing]
+        groups = [[self._shown(c) for c in self._given(p)] for p in missing]
         unreadable = self._unreadable()
         if unreadable is not None or not missing:
             return unreadable
@@ -145,7 +145,7 @@ class PairMaker:
 
     def _is_judged(self, prompt: Prompt) -> bool:
         """Whether a prompt's candidates have all the judgements that the judge makes of them."""
-        candidates = self.candidates[prompt.id]
+        candidates = self._given(prompt)
         found = self.judgements.get(prompt.id, ())
         ids_of = getattr(self.judge, "judgement_ids", None)
         if ids_of is not None:
@@ -153,6 +153,20 @@ class PairMaker:
         wanted = getattr(self.judge, "num_judgements", 1)
         counts = Counter(candidate_id for j in found for candidate_id in j.candidate_ids)
         return all(counts[candidate.id] >= wanted for candidate in candidates)
+
+    def _given(self, prompt: Prompt) -> list[Candidate]:
+        """A prompt's candidates without those that no server answered."""
+        return [c for c in self.candidates[prompt.id] if c.reason is None]
+
+    def _left(self, prompt: Prompt, drops: DropCounts, least: int) -> list[Candidate]:
+        """The same, the others counted; nothing, and the prompt counted, where too few are left."""
+        left = self._given(prompt)
+        missing = Counter(c.reason for c in self.candidates[prompt.id] if c.reason is not None)
+        drops.candidates.update(missing)
+        if missing and len(left) < least:
+            drops.prompts[missing.most_common(1)[0][0]] += 1
+            return []
+        return left
 
     def _shown(self, candidate: Candidate) -> Candidate:
         """A candidate as judges see it; what is trained stays as it was sampled."""
@@ -201,7 +215,9 @@ class PairMaker:
 
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
         """What a prompt gives: its pair, or nothing."""
-        candidates = self.candidates[prompt.id]
+        candidates = self._left(prompt, drops, 2)
+        if not candidates:
+            return []
         pair = make_pair(
             prompt,
             candidates,
@@ -228,11 +244,13 @@ class PairMaker:
         kept = drops.kept
         prompts, candidates = self.out.read(Prompt), self.out.read(Candidate)
         judgements = self.out.read(Judgement)
-        lengths = [len(c.ids) for c in candidates]
+        lengths = [len(c.ids) for c in candidates if c.reason is None]
+        encoded = sum(c.tokens is not None for c in candidates)
         metrics: dict[str, Any] = {
             "completions/mean_length": sum(lengths) / max(1, len(lengths)),
             "completions/clipped_ratio": sum(c.finished is False for c in candidates)
-            / max(1, len(candidates)),
+            / max(1, len(lengths)),
+            **({"completions/re_encoded": encoded} if encoded else {}),
             **judge_metrics(candidates, judgements),
             **drops.metrics(),
         }

@@ -17,6 +17,7 @@ from self_rewarding_lm.objectives import SupervisedObjective
 from self_rewarding_lm.pairing import DropCounts
 from self_rewarding_lm.records import Candidate, Demonstration, Prompt
 from self_rewarding_lm.run import INITIAL
+from self_rewarding_lm.server_judge import ServerJudge
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.sampled import no_stage
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
@@ -72,7 +73,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         self.least_score(ctx)
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        found = TopMaker(self, self.with_prompts(ctx, out), out).make()
+        found = self.made(TopMaker, ctx, out)
         top = Rows(found, f"{ctx.stage}: top-scored responses", no_stage)
         supervised = self._supervised()
         rows = supervised.training_rows(ctx, top, f"{ctx.stage}/top", out)
@@ -88,7 +89,10 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         if self.min_score is not None:
             return self.min_score
         tops: set[float | None] = {None}
-        if self.judge is None and not hasattr(self.rewarding_model, "judge"):
+        own = isinstance(self.rewarding_model, ServerJudge) or not hasattr(
+            self.rewarding_model, "judge"
+        )
+        if self.judge is None and own:
             rewards = self._rewards(ctx).values()
             tops = {1.0} if self.comparison is not None else {_highest(r) for r in rewards}
         top = tops.pop()
@@ -123,7 +127,9 @@ class TopMaker(PairMaker):
     config: SelfRewardSFTConfig
 
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
-        candidates = self.candidates[prompt.id]
+        candidates = self._left(prompt, drops, 1)
+        if not candidates:
+            return []
         found = top_scored(
             candidates,
             self.scores(candidates),

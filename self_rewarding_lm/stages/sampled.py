@@ -14,10 +14,12 @@ from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges import Judge
 from self_rewarding_lm.pairing import PickPair, best_against_worst
-from self_rewarding_lm.prompts import SEED, check_self_instruct, seed_text, write_prompts
+from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_text, write_prompts
 from self_rewarding_lm.records import Instruction
+from self_rewarding_lm.rollout import decoding_of
 from self_rewarding_lm.rows import check_prompt, prompt_of
 from self_rewarding_lm.run import INITIAL
+from self_rewarding_lm.serving import Need, check_before, local_engine, served
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.store import StageDir
@@ -84,6 +86,7 @@ class SampledPreferenceConfig(PreferenceConfig):
         if isinstance(self.prompt_dataset, SelfInstruct):
             check_self_instruct(ctx, self.prompt_dataset, self.on_bad_row)
         super().check(ctx)
+        check_before(ctx, self.needs(ctx))
         if self.judge is not None and not hasattr(self.judge, "judge"):
             raise ConfigError(
                 f"{ctx.stage}: judge must have a method judge(ctx, prompts, candidates_PG); got "
@@ -108,12 +111,24 @@ class SampledPreferenceConfig(PreferenceConfig):
         check_prompt(prompt_of(row, where, ctx.tokens).ids, where, ctx.limit(self.max_seq_len))
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        pairs = PairMaker(self, self.with_prompts(ctx, out), out).make()
+        pairs = self.made(PairMaker, ctx, out)
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs))
 
+    def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> list[Any]:
+        """What a maker makes; a server that the engine starts for it is gone afterwards."""
+        with served(ctx, self.needs(ctx)):
+            return maker(self, self.with_prompts(ctx, out), out).make()
+
+    def needs(self, ctx: Context) -> list[Need]:
+        """What the stage asks of the engine."""
+        return [(decoding_of(self.generation, ctx.tokens), False)]
+
     def with_prompts(self, ctx: Context, out: StageDir) -> Context:
-        """The context with new prompts in it, where the stage has them written."""
+        """The context with new prompts in it, where the stage has them written.
+
+        Other weights than the present ones write in this process: no server holds them.
+        """
         settings = self.prompt_dataset
         if not isinstance(settings, SelfInstruct):
             return ctx
@@ -126,7 +141,8 @@ class SampledPreferenceConfig(PreferenceConfig):
 
         name = f"{ctx.stage}/{SEED}"
         seeds = read_once(ctx, out, dataset, Instruction, name, make, on_bad_row=self.on_bad_row)
-        written = write_prompts(ctx, out, seeds, settings, limit=ctx.limit(self.max_seq_len))
+        writer = ctx if settings.model == CURRENT else replace(ctx, engine=local_engine(ctx))
+        written = write_prompts(writer, out, seeds, settings, limit=ctx.limit(self.max_seq_len))
         rows = [{"prompt": record.text, "instruction_id": record.id} for record in written]
         return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts", no_stage)})
 

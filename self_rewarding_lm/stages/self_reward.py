@@ -11,6 +11,9 @@ from self_rewarding_lm.config import ComparisonConfig, Object, RewardConfig, Sam
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges import Judge, SelfJudge, SeveralJudges, check_judge_prompt
+from self_rewarding_lm.rollout import decoding_of
+from self_rewarding_lm.server_judge import ServerJudge
+from self_rewarding_lm.serving import Need
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
 DEFAULT = "default"
@@ -37,7 +40,8 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
     """In place of reward prompts: the judge is shown two candidates and says which is better, for
     all two in both orders. A candidate's score is the mean of 1 won, 0.5 tied, 0 lost."""
     rewarding_model: Object = None
-    """A module that judges in place of the policy (with the same tokens), or a Judge."""
+    """A module that judges in place of the policy (with the same tokens), ServerJudge(url=...,
+    model=...) for a model behind an address, or any Judge."""
 
     @model_validator(mode="after")
     def _prompts_named(self) -> "SelfRewardDPOConfig":
@@ -50,8 +54,12 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         return self
 
     def build_judge(self, ctx: Context) -> Judge:
-        if self.judge is not None or hasattr(self.rewarding_model, "judge"):
-            return self.judge or self.rewarding_model
+        if self.judge is not None:
+            return self.judge
+        if isinstance(self.rewarding_model, ServerJudge):
+            return self._server_judge(ctx, self.rewarding_model)
+        if hasattr(self.rewarding_model, "judge"):
+            return self.rewarding_model  # type: ignore[return-value]
         name = "self" if self.rewarding_model is None else type(self.rewarding_model).__name__
         model = None if self.rewarding_model is None else ctx.adapt(self.rewarding_model)
         if self.comparison is not None:
@@ -70,8 +78,29 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
             )
         return judges[0] if len(judges) == 1 else SeveralJudges(judges)
 
+    def _server_judge(self, ctx: Context, server: ServerJudge) -> Judge:
+        if self.comparison is not None:
+            return server.comparing(self.comparison, self.judging)
+        count = self.num_sampled_reward_responses
+        judges: list[SelfJudge] = []
+        for key, reward in self._rewards(ctx).items():
+            name = None if key == DEFAULT else f"{server.name}:{key}"
+            first = sum(judge.num_judgements for judge in judges)
+            judges.append(server.scoring(reward, self.judging, count, name=name, first=first))
+        return judges[0] if len(judges) == 1 else SeveralJudges(judges)
+
+    def needs(self, ctx: Context) -> list[Need]:
+        found = super().needs(ctx)
+        if self.judge is None and self.rewarding_model is None:
+            asked = self._rewards(ctx).values() if self.comparison is None else [self.comparison]
+            counts = any(r.score_mode == "expected" or r.forced_ending for r in asked)
+            found.append((decoding_of(self.judging, ctx.tokens), counts))
+        return found
+
     def check(self, ctx: Context) -> None:
         super().check(ctx)
+        if isinstance(self.rewarding_model, ServerJudge) and self.judge is None:
+            self._server_judge(ctx, self.rewarding_model)
         if self.judge is not None or hasattr(self.rewarding_model, "judge"):
             return
         limit = self._judging_model(ctx).max_len

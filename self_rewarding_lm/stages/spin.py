@@ -12,7 +12,7 @@ from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.rows import PromptRow, prompt_and_completion, truncated
-from self_rewarding_lm.stages.base import PreferenceConfig, read_once
+from self_rewarding_lm.stages.base import PreferenceConfig, read_once, report_unanswered
 from self_rewarding_lm.store import StageDir
 
 
@@ -118,11 +118,12 @@ class SelfPlayConfig(PreferenceConfig):
         out.merge(Prompt)
         out.merge(Candidate)
         own = {candidate.prompt_id: candidate for candidate in out.read(Candidate)}
+        report_unanswered(ctx, out, [own[prompt.id] for prompt in prompts])
         pairs = []
         for prompt, human in zip(prompts, humans, strict=True):
             candidate = own[prompt.id]
             assert human.completion is not None
-            if candidate.ids != human.completion:
+            if candidate.reason is None and candidate.ids != human.completion:
                 pairs.append(_pair(prompt, human.completion, candidate, ctx))
         if ctx.runtime.is_main:
             out.append(pairs)
