@@ -27,17 +27,11 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """ids to go on from; key: of the noise, see sampling.uniforms.
-
-    text, messages: the same prompt as text and before the chat template, where there are such; an
-    engine that takes no ids needs them.
-    """
+    """ids to go on from; key: of the noise, see sampling.uniforms."""
 
     ids: tuple[int, ...]
     key: int
     max_new_tokens: int
-    text: str | None = None
-    messages: tuple | None = None
 
 
 @dataclass(frozen=True, slots=True)

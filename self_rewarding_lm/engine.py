@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from self_rewarding_lm.adapters import Session, TokenModel
 from self_rewarding_lm.adapters.inference import inferring
 from self_rewarding_lm.decoding import Completion, Decoding, Request
+from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.flight import Flight
 from self_rewarding_lm.schedule import Group, plans
 from self_rewarding_lm.score_trie import Ids, NodeChances, ScoreTrie
@@ -49,7 +50,7 @@ class LocalEngine:
     max_rows: rows in flight; ours: more cost memory and gain little on a CPU. cache_bytes: what
     their keys and values may take; default half of what is free when the engine is called; fewer
     rows are in flight where they do not fit. max_prefill_tokens: prompt tokens that go through the
-    model at once; a longer prompt goes alone.
+    model at once; a longer prompt goes alone. Raises ConfigError for sizes under 1.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class LocalEngine:
         cache_bytes: int | None = None,
         max_prefill_tokens: int = 4096,
     ) -> None:
+        for name, value in (("max_rows", max_rows), ("max_prefill_tokens", max_prefill_tokens)):
+            if value < 1:
+                raise ConfigError(f"LocalEngine: {name} must be at least 1; got {value}.")
         self.max_rows = max_rows
         self.cache_bytes = cache_bytes
         self.max_prefill_tokens = max_prefill_tokens

@@ -69,7 +69,7 @@ def sample_candidates(
         for sample in range(num_samples):
             owners.append((prompt, f"{prompt.id}/{sample}"))
             key = stable_hash(seed, owners[-1][1])
-            requests.append(Request(prompt.ids, key, new, prompt.text, prompt.messages))
+            requests.append(Request(prompt.ids, key, new))
     if not requests:
         return
     for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):

@@ -185,7 +185,7 @@ def _tolerance(module: nn.Module, logits: Tensor, *, exact: float, rounded: floa
     """
     if logits.numel() == 0:
         return 0.0
-    dtypes = {t.dtype for t in (*module.parameters(), *module.buffers())}
+    dtypes = {p.dtype for p in module.parameters()} or {b.dtype for b in module.buffers()}
     is_exact = not any(d.itemsize < 4 and d != torch.bool for d in dtypes)
     epsilon = torch.finfo(torch.float32 if is_exact else torch.bfloat16).eps
     spread = (logits - logits.mean(dim=-1, keepdim=True)).abs().amax()

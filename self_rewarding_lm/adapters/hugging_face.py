@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 ONE_FILE = "1000GB"
 ATTENTION = "self_rewarding_lm"
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+WITHOUT_EFFECT = {"position_ids", "cache_position"}
+"""Tensors that a model passes through to its attention, which needs them no more."""
 COPIES = 3
 """Times that keys and values are held at most by transformers' cache, which grows by copying."""
 
@@ -64,10 +67,11 @@ class HuggingFaceModel:
         self.vocab = probe_vocab(module)
         self.bytes_per_token = 0
         check_causal(self)
-        self.attends = self._may_attend()  # `session` shall attend while it is tried
+        recurs = _recurs(self.base, self.config)
+        self.attends = not recurs and self._may_attend()  # `session` shall attend while it is tried
         self.attends = self.attends and cache_agrees(self)
-        self.caches = True
-        self.caches = self.attends or cache_agrees(self)
+        self.caches = not recurs
+        self.caches = self.attends or (self.caches and cache_agrees(self))
         if not self.caches:
             logger.warning(
                 "%s cannot be decoded with a cache here (the cached logits differ, or it has "
@@ -126,6 +130,8 @@ class HuggingFaceModel:
             )
         finally:
             self.config._attn_implementation = before
+        if len(cache.layers) != self.config.num_hidden_layers:
+            raise AdapterError("not every layer's attention is ours to compute")
         self.bytes_per_token = cache.bytes_per_token
         return output.logits
 
@@ -139,6 +145,16 @@ class HuggingFaceModel:
 
     def load(self, file: Path) -> None:
         load_pretrained(self.module, file)
+
+
+def _recurs(base: nn.Module, config: Any) -> bool:
+    """Whether layers keep a state that padding and neighbours in a packed row would change.
+
+    Known by what the model says of itself: with weights that were just drawn the trial may not see
+    it, and after training it would be wrong.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    return bool(getattr(base, "_is_stateful", False)) or not set(kinds) <= ATTENTIONS
 
 
 def attend(
@@ -158,12 +174,13 @@ def attend(
     """The attention function that a model of transformers calls in our sessions.
 
     (1, h, n, d) and (1, g, n, d) to (1, n, h, d). Raises AdapterError for kinds of attention that
-    are more than scaled, causal and sliding; what else `others` hold is found out by the trial.
+    are more than scaled, causal and sliding; what else `others` say is found out by the trial.
     """
     config: Any = getattr(module, "config", None)
     kinds, layer = getattr(config, "layer_types", None), int(module.layer_idx)  # type: ignore[arg-type]
     slides = kinds[layer] != "full_attention" if kinds else False
-    if softcap is not None or (slides and sliding_window is None):
+    unknown = {k for k, v in others.items() if isinstance(v, Tensor)} - WITHOUT_EFFECT
+    if softcap is not None or (slides and sliding_window is None) or unknown:
         raise AdapterError("this kind of attention is not known here")
     out = key_values.attend(layer, query, key, value, scale=scaling, window=sliding_window)
     return out.transpose(1, 2), None

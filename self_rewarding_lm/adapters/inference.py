@@ -72,16 +72,22 @@ class WideProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and not kwargs and is_slow(args[1].dtype, args[1].device):
+        if func is F.linear and not kwargs and _is_narrow(args[1]):
             return _linear(*args)
         return func(*args, **(kwargs or {}))
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    is_matrix = weight.ndim == 2 and weight.numel() > 0
+    return is_matrix and is_slow(weight.dtype, weight.device)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
     wide, out = x.float(), []
-    for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        added = None if bias is None else bias[part].float()
-        out.append(F.linear(wide, weight[part].float(), added).to(x.dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            added = None if bias is None else bias[part].float()
+            out.append(F.linear(wide, weight[part].float(), added).to(x.dtype))
     return out[0] if len(out) == 1 else torch.cat(out, dim=-1)

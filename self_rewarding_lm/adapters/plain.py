@@ -43,20 +43,24 @@ class PlainModel:
         self.bytes_per_token = 0
         check_causal(self)
         self.caches = {"positions", "cache"} <= set(signature(module.forward).parameters)
+        self.refresh()
+
+    def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        return logits_of(self.module(ids), *ids.shape)
+
+    def refresh(self) -> None:
+        """Try whether a cache of the module's own is right with the present weights.
+
+        A branch that starts at zero hides what a cache gets wrong until it is trained.
+        """
         if self.caches and not cache_agrees(self):
             self.caches = False
             logger.warning(
                 "%s.forward takes positions and a cache, but its logits with a cache are not those "
                 "without one: it is decoded without, and each token costs a whole forward. See "
                 "docs/adapters.md.",
-                type(module).__name__,
+                type(self.module).__name__,
             )
-
-    def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
-        return logits_of(self.module(ids), *ids.shape)
-
-    def refresh(self) -> None:
-        """Nothing here depends on the weights."""
 
     def state(self) -> dict[str, Tensor]:
         return copied(self.module.state_dict())

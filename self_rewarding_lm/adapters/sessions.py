@@ -4,6 +4,7 @@ A session belongs to one call of the engine, so the weights do not change under 
 is given back with it.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -66,18 +67,18 @@ class Plan:
         if plan.tokens * bytes_per_token > allowed:
             raise ConfigError(
                 f"the keys and values of prompts of {self.longest} tokens with {self.max_new} new "
-                f"ones take {plan.tokens * bytes_per_token / 2**20:.1f} MiB even for "
-                f"{plan.max_rows} rows, and {allowed / 2**20:.1f} MiB are allowed. Raise "
+                f"ones take {plan.tokens * bytes_per_token / 2**20:.3g} MiB even for "
+                f"{plan.max_rows} rows, and {allowed / 2**20:.3g} MiB are allowed. Raise "
                 "cache_bytes of LocalEngine, or use shorter prompts or fewer new tokens."
             )
         return plan
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody uses."""
+    """Memory of a device that nobody uses; a machine's is divided among a launcher's processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @runtime_checkable
