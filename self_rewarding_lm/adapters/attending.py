@@ -34,11 +34,22 @@ class _Row:
 
 
 class AttendingSession:
-    """Rows of one model over one memory, see key_values.py."""
+    """Rows of one model over one memory, see key_values.py.
+
+    max_packed: tokens that the model takes in one row; None: any number.
+    """
 
     joins = True
 
-    def __init__(self, forward: Forward, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        plan: Plan,
+        device: torch.device,
+        *,
+        max_packed: int | None = None,
+    ) -> None:
+        self.max_packed = max_packed
         self.forward, self.plan, self.device = forward, plan, device
         sizes = Sizes(
             root=len(plan.root),
@@ -58,6 +69,17 @@ class AttendingSession:
             self._run(plan.root, range(len(plan.root)))
 
     def prefill(self, prompts: Sequence[Ids]) -> Float[Tensor, "n v"]:
+        parts: list[list[Ids]] = [[]]
+        packed = 0
+        for prompt in prompts:
+            packed += len(prompt)
+            if self.max_packed is not None and parts[-1] and packed > self.max_packed:
+                parts.append([])
+                packed = len(prompt)
+            parts[-1].append(prompt)
+        return torch.cat([self._prefill(part) for part in parts])
+
+    def _prefill(self, prompts: Sequence[Ids]) -> Tensor:
         root, spans, ids, positions = len(self.plan.root), [], [], []
         before = self._last
         for prompt in prompts:

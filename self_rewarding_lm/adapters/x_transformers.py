@@ -1,7 +1,8 @@
 """TransformerWrapper of x-transformers, with its key-value cache."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
+from x_transformers.attend import Attend
 
+from self_rewarding_lm.adapters.attending import AttendingSession
 from self_rewarding_lm.adapters.base import (
     cache_agrees,
     check_causal,
@@ -21,6 +24,7 @@ from self_rewarding_lm.adapters.base import (
     logits_of,
     probe_vocab,
 )
+from self_rewarding_lm.adapters.key_values import KeyValues
 from self_rewarding_lm.adapters.plain import recomputing
 from self_rewarding_lm.adapters.sessions import BatchSession, Cache, Plan, Session
 from self_rewarding_lm.errors import AdapterError
@@ -67,10 +71,19 @@ class XTransformersModel:
         read_weights(self.module, file)
 
     def session(self, plan: Plan) -> Session:
+        device = device_of(self.module)
+        if self.attends and plan.max_rows <= self.transformer.max_seq_len:  # a step's packed row
+            most = self.transformer.max_seq_len
+            return AttendingSession(self._attending, plan, device, max_packed=most)
         if not self.caches:
             return recomputing(self, plan)
-        device = device_of(self.module)
         return BatchSession(self.start, max_rows=plan.max_rows, device=device)
+
+    def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
+        with attending(self.transformer, cache):
+            logits = self.transformer(ids, pos=positions)
+        self.bytes_per_token = cache.bytes_per_token
+        return logits if cache.wanted is None else logits[:, cache.wanted]
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = KeyValueRows(self.transformer, rows)
@@ -82,14 +95,47 @@ class XTransformersModel:
 
         A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
-        self.caches = bool(self.transformer.can_cache_kv)  # `start` shall cache while it is tried
-        self.caches = self.caches and cache_agrees(self)
+        self.attends, self.caches = True, False  # `session` shall do so while it is tried
+        self.attends = cache_agrees(self)
+        self.caches = self.attends or bool(self.transformer.can_cache_kv)
+        self.caches = self.attends or (self.caches and cache_agrees(self))
         if not self.caches and not self._warned:
             self._warned = True
             logger.warning(
                 "this x-transformers model cannot be decoded with a cache (its options do not "
                 "allow it, or the cached logits differ): each token costs a whole forward."
             )
+
+
+@contextmanager
+def attending(transformer: TransformerWrapper, cache: KeyValues) -> Iterator[None]:
+    """Attention of x-transformers' layers over our keys and values, by hooks on its own.
+
+    The hook before hides all but one token from it, so that it costs nothing; the hook after gives
+    ours in place of what it made of that. Attention that is more than causal and scaled is an
+    AdapterError inside: masks, biases, memories, and what comes from other layers.
+    """
+    parts = [part for part in transformer.attn_layers.modules() if isinstance(part, Attend)]
+    ours: dict[nn.Module, Tensor] = {}
+
+    def before(part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        q, k, v = args
+        others = {name for name, value in kwargs.items() if isinstance(value, Tensor)}
+        if others or not part.causal or kwargs.get("causal") is False or q.shape[2] != k.shape[2]:
+            raise AdapterError("this kind of attention is not known here")
+        ours[part] = cache.attend(parts.index(part), q, k, v, scale=part.scale)
+        return tuple(t[:, :, :1] for t in args), kwargs
+
+    def after(part: nn.Module, args: tuple, output: tuple) -> tuple:
+        return ours.pop(part), output[1]
+
+    handles = [part.register_forward_pre_hook(before, with_kwargs=True) for part in parts]
+    handles += [part.register_forward_hook(after) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class KeyValueRows:
