@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from x_transformers import AutoregressiveWrapper, Encoder, TransformerWrapper
 
-from self_rewarding_lm.adapters import Policy, adapt
+from self_rewarding_lm.adapters import Plan, Policy, adapt
 from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.adapters.policy import dropout_set
 from self_rewarding_lm.errors import AdapterError
@@ -85,6 +85,38 @@ def test_a_cached_step_sends_one_token_a_row_through_the_model():
         cache.select([2, 0])
         cache.extend(torch.tensor([1, 2]))
     assert shapes == [(1, sum(map(len, RAGGED))), (1, 4), (1, 2)]  # no padding
+
+
+@pytest.mark.parametrize("positions", ["absolute", "rotary", "none", "grouped"])
+def test_attention_of_x_transformers_is_ours_for_a_forward_alone(positions):
+    module = transformer(positions)
+    model = adapt(module)
+    assert model.attends
+    with torch.no_grad(), evaluating(module):
+        _, session = started(model, RAGGED)
+        with pytest.raises(IndexError):
+            session.extend(torch.tensor([1, 2, 3, VOCAB]))  # an id that the model does not have
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("positions", ["alibi", "t5", "dynamic", "memory", "xpos"])
+def test_attention_that_is_more_than_causal_stays_with_x_transformers(positions):
+    model = adapt(transformer(positions))
+    assert model.caches and not model.attends
+    assert not model.session(Plan((), 3, 1, 1)).joins
+
+
+def test_more_rows_than_positions_and_prompts_that_fill_the_model_together():
+    """A packed row is no longer than the model's positions; too many rows take the other way."""
+    module = transformer64("absolute")
+    model = adapt(module)
+    assert model.session(Plan((), 3, 1, LIMIT)).joins
+    assert not model.session(Plan((), 3, 1, LIMIT + 1)).joins
+    rows = [[(3 * i + j) % VOCAB for j in range(10)] for i in range(5)]  # 50 tokens
+    with torch.no_grad(), evaluating(module):
+        logits, _ = started(model, rows)
+    for row, got in zip(rows, logits, strict=True):
+        torch.testing.assert_close(got, last_logits(module, row), rtol=0, atol=1e-10)
 
 
 def test_dropping_the_longest_row_frees_its_columns():
