@@ -193,7 +193,7 @@ JOINING: dict[str, Callable[[], nn.Module]] = {
     "own": own,
 }
 WAITING: dict[str, Callable[[], nn.Module]] = {
-    "x-transformers": lambda: transformer64("rotary", max_seq_len=64),
+    "x-transformers": lambda: transformer64("alibi", max_seq_len=64),
     "padded": PADDED["dynamic rope"],
     "plain": lambda: Recurrent().double(),
 }
@@ -234,7 +234,7 @@ def worked(kind: str, how: str) -> tuple[nn.Module, Decoding, list[Request], lis
 @pytest.mark.parametrize("kind", [*JOINING, *WAITING])
 def test_completions_are_those_of_one_row_at_a_time(kind, how):
     module, decoding, requests, expected = worked(kind, how)
-    assert len({len(done.ids) for done in expected}) >= 4
+    assert len({len(done.ids) for done in expected}) >= 3  # rows end at different times
     assert {done.finished for done in expected} == {True, False}
     model, draw = adapt(module), random.Random(1)
     for max_rows in (1, 2, 3, 5, 64):
@@ -433,9 +433,9 @@ def test_by_default_half_of_the_free_memory_is_used(monkeypatch):
         assert max(rounds_of(model, TEN, NEVER)) == rows
 
 
-def test_rows_of_x_transformers_are_bounded_by_three_times_their_keys_and_values():
+def test_rows_over_x_transformers_own_cache_are_bounded_by_three_times_their_keys_and_values():
     """2 layers of keys and values of 2 heads of 32 numbers in float64, three times."""
-    model = adapt(transformer64("rotary", max_seq_len=64))
+    model = adapt(transformer64("alibi", max_seq_len=64))  # over its own cache
     assert model.bytes_per_token == 3 * (2 * 2 * 2 * 32 * 8)
     some = [Request((i, *range(9)), i, 6) for i in range(12)]
     budget = (5 * 10 + 3 * 6) * model.bytes_per_token
