@@ -234,7 +234,7 @@ def worked(kind: str, how: str) -> tuple[nn.Module, Decoding, list[Request], lis
 @pytest.mark.parametrize("kind", [*JOINING, *WAITING])
 def test_completions_are_those_of_one_row_at_a_time(kind, how):
     module, decoding, requests, expected = worked(kind, how)
-    assert len({len(done.ids) for done in expected}) >= 3  # rows end at different times
+    assert len({len(done.ids) for done in expected}) >= 4
     assert {done.finished for done in expected} == {True, False}
     model, draw = adapt(module), random.Random(1)
     for max_rows in (1, 2, 3, 5, 64):
