@@ -100,8 +100,11 @@ def test_attention_of_x_transformers_is_ours_for_a_forward_alone(positions):
 
 
 @pytest.mark.parametrize("positions", ["alibi", "t5", "dynamic", "memory", "xpos"])
-def test_attention_that_is_more_than_causal_stays_with_x_transformers(positions):
-    model = adapt(transformer(positions))
+def test_attention_that_is_more_than_causal_stays_with_x_transformers(positions, caplog):
+    with caplog.at_level(logging.WARNING, "self_rewarding_lm"):
+        model = adapt(transformer(positions))
+        model.refresh()  # as before each generation
+    assert ["with its own cache" in record.message for record in caplog.records] == [True]
     assert model.caches and not model.attends
     assert not model.session(Plan((), 3, 1, 1)).joins
 

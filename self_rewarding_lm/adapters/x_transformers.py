@@ -99,8 +99,16 @@ class XTransformersModel:
         self.attends = cache_agrees(self)
         self.caches = self.attends or bool(self.transformer.can_cache_kv)
         self.caches = self.attends or (self.caches and cache_agrees(self))
-        if not self.caches and not self._warned:
-            self._warned = True
+        if self.attends or self._warned:
+            return
+        self._warned = True
+        if self.caches:
+            logger.warning(
+                "this x-transformers model is decoded with its own cache, which is copied at each "
+                "token (its attention or positions cannot use ours): prompts share nothing, and a "
+                "batch ends before the next one begins."
+            )
+        else:
             logger.warning(
                 "this x-transformers model cannot be decoded with a cache (its options do not "
                 "allow it, or the cached logits differ): each token costs a whole forward."
