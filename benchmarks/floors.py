@@ -40,14 +40,14 @@ class Least:
 
     def seconds(self, floors: "Floors", dtype: str) -> float:
         """The longer of both at the machine's floors, as if they went on side by side."""
-        return max(self.bytes / floors.bandwidth, self.operations / floors.matrix[dtype])
+        return max(self.bytes / floors.bandwidth, self.operations / floors.rate(dtype))
 
     def report(self, floors: "Floors", dtype: str, taken: float) -> dict:
         """The same beside the time that was taken."""
         return {
             **asdict(self),
             "bytes_seconds": self.bytes / floors.bandwidth,
-            "operations_seconds": self.operations / floors.matrix[dtype],
+            "operations_seconds": self.operations / floors.rate(dtype),
             "taken_seconds": taken,
             "share_reached": self.seconds(floors, dtype) / taken,
         }
@@ -59,6 +59,10 @@ class Floors:
 
     bandwidth: float
     matrix: dict[str, float]
+
+    def rate(self, dtype: str) -> float:
+        """Of products of weights of a type; they may be widened to float32 where that is faster."""
+        return max(self.matrix[dtype], self.matrix.get("fp32", 0.0))
 
 
 def measure_floors(dtypes: Sequence[str]) -> Floors:

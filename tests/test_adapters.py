@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from x_transformers import AutoregressiveWrapper, Encoder, TransformerWrapper
 
-from self_rewarding_lm.adapters import Plan, Policy, adapt
+from self_rewarding_lm.adapters import Plan, Policy, adapt, base
 from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.adapters.policy import dropout_set
 from self_rewarding_lm.errors import AdapterError
@@ -218,6 +218,26 @@ def test_logits_carry_gradients_and_ignore_the_padding(kind):
     assert torch.allclose(logits[:, :3], adapt(module).logits(short), atol=1e-5)
     logits.sum().backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "agreements", "accepted"),
+    [
+        (torch.float32, [False, True, True], False),
+        (torch.bfloat16, [False, True, True], True),
+        (torch.bfloat16, [False, False, False], False),
+    ],
+)
+def test_rounding_of_one_odd_row_does_not_cost_a_narrow_model_its_cache(
+    dtype, agreements, accepted, monkeypatch
+):
+    model, left, rows = adapt(transformer().to(dtype)), iter(agreements), []
+    monkeypatch.setattr(
+        base, "_session_equals_whole", lambda _, row: rows.append(row) or next(left)
+    )
+    assert base.cache_agrees(model) is accepted
+    assert len({tuple(row) for row in rows}) == len(rows)
+    assert all(0 <= token < VOCAB for row in rows for token in row)
 
 
 def test_an_autoregressive_wrapper_is_taken_off():
