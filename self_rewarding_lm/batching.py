@@ -32,20 +32,22 @@ def unpad(ids: Int[Tensor, "b t"], mask: Tensor) -> list[tuple[int, ...]]:
 
 
 def micro_batches(
-    lengths: Sequence[int], *, token_budget: int, max_rows: int | None = None
+    lengths: Sequence[int], *, token_budget: int, max_rows: int | None = None, padded: bool = True
 ) -> list[list[int]]:
     """Indices of rows, in groups of similar length.
 
-    rows x longest row of a group is at most `token_budget`; a row longer than that stands alone.
-    `max_rows` bounds the rows of a group.
+    A group has at most `token_budget` tokens: rows x its longest row where rows are padded, else
+    the sum of its rows. A row longer than that stands alone. `max_rows` bounds the rows of a group.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []
+    tokens = 0
     for i in order:  # ascending: the row that is being placed is the longest of its group
-        group = groups[-1] if groups else None
-        fits = group is not None and (len(group) + 1) * lengths[i] <= token_budget
-        if group is not None and fits and (max_rows is None or len(group) < max_rows):
+        group = groups[-1] if groups else []
+        tokens = (len(group) + 1) * lengths[i] if padded else tokens + lengths[i]
+        if group and tokens <= token_budget and (max_rows is None or len(group) < max_rows):
             group.append(i)
         else:
             groups.append([i])
+            tokens = lengths[i]
     return groups

@@ -4,14 +4,14 @@ Object fields (datasets, modules, functions) are taken as they are and checked w
 built; configurations compare by identity and are never copied.
 """
 
-import difflib
 import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
+from pydantic import Field, SkipValidation, model_validator
 
+from self_rewarding_lm.closed import Config
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.rubrics import (
     COMPARISON_PROMPT,
@@ -24,26 +24,6 @@ Object = SkipValidation[Any]
 
 MAX_NUMBERS = 1001
 """Allowed numbers whose probabilities are computed, at most: 0 to 1000."""
-
-
-class Config(BaseModel):
-    """What all settings share: frozen, closed, identity comparison, messages that help."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, populate_by_name=True
-    )
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_in_words(type(self), error)) from None
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 class SamplingConfig(Config):
@@ -126,6 +106,9 @@ class SelfInstruct(Config):
         return self
 
 
+OPTIMIZERS = ("adamw", "muon", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd")
+
+
 class OptimConfig(Config):
     """How weights are fitted. None takes the stage's own default."""
 
@@ -136,25 +119,32 @@ class OptimConfig(Config):
     """At the last step. Defaults: SFT 1.1e-6, preference stages 1e-7, SPIN a tenth of the first;
     a tenth of learning_rate where that is given."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From learning_rate to final_learning_rate; the paper's is cosine."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps in which the learning rate rises from 0."""
+    """From learning_rate to final_learning_rate at the last optimiser step; the paper's is cosine.
+    "constant" stays at learning_rate."""
+    warmup_steps: int | float = Field(default=0, ge=0)
+    """First steps, in which the learning rate rises evenly to learning_rate. Below 1: a share of
+    all steps, as in transformers, rounded up."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the rows; excludes num_train_steps. Defaults: SFT 3, SPIN 2, preference 1."""
     batch_size: int = Field(default=16, ge=1)
     """Rows or pairs an optimiser step, over all processes (the paper's 16)."""
     micro_batch_tokens: int = Field(default=16_384, ge=1)
-    """Padded tokens that go through the model at once: memory and speed; the gradient is the same
-    (with dropout, other units are dropped)."""
+    """Tokens, padding included, that go through the model at once: memory and speed; the gradient
+    is the same (with dropout, other units are dropped)."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows or pairs that go through the model at once at most."""
+    gradient_checkpointing: bool = False
+    """Layers are computed again in the backward pass instead of being kept: about a third more
+    work for a fraction of the memory (arXiv:1604.06174). Models of transformers."""
     optimizer: Object = "adamw"
-    """"adamw", "muon" (torch.optim.Muon for hidden matrices, AdamW for the rest), or a function
-    from the list of trainable parameters to a torch optimiser."""
+    """"adamw", "muon" (torch.optim.Muon for hidden matrices, AdamW for the rest), "adamw_8bit" and
+    "paged_adamw_8bit" (bitsandbytes), "adafactor", "sgd" (without momentum), or a function from the
+    list of trainable parameters to a torch optimiser."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Of AdamW in any form."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of matrices; AdamW leaves vectors (norms, biases) out."""
+    """Of matrices: norms, biases and embeddings, a tied head included, are left out. A function as
+    optimizer sets its own."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Longer gradients are scaled down to this norm; None: never."""
     eval_every: int = Field(default=200, ge=1)
@@ -164,10 +154,24 @@ class OptimConfig(Config):
 
     @model_validator(mode="after")
     def _optimizer_known(self) -> "OptimConfig":
-        if not callable(self.optimizer) and self.optimizer not in ("adamw", "muon"):
+        if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
             raise ValueError(
-                f"optimizer must be 'adamw', 'muon' or a function parameters -> optimiser; "
-                f"got {self.optimizer!r}"
+                f"optimizer must be {', '.join(map(repr, OPTIMIZERS))} or a function parameters -> "
+                f"optimiser; got {self.optimizer!r}"
+            )
+        if self.optimizer in ("adafactor", "sgd") and self.learning_rate is None:
+            raise ValueError(
+                f"optimizer={self.optimizer!r} needs learning_rate: the stages' own rates are "
+                "AdamW's, whose steps are of another size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> "OptimConfig":
+        if self.warmup_steps >= 1 and self.warmup_steps % 1 != 0:
+            raise ValueError(
+                "warmup_steps must be a whole number of steps, or a share of all steps below 1; "
+                f"got {self.warmup_steps}"
             )
         return self
 
@@ -323,28 +327,11 @@ class FinetuneConfig(Config):
         """Which of the trainer's reward prompts the stage judges by."""
         return ()
 
-    def uses_initial(self) -> bool:
-        """Whether the stage asks for the weights from before the first stage."""
-        return self.init_from == "initial"
+    def weights_used(self) -> set[str]:
+        """Names of the weights that the stage asks for: "initial", earlier stages, paths."""
+        return {str(self.init_from)} - {"previous"}
 
     def datasets(self) -> dict[str, Any]:
         """The datasets by field name: the fields that end in `_dataset` and are given."""
         names = [name for name in type(self).model_fields if name.endswith("_dataset")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-def _in_words(cls: type[Config], error: ValidationError) -> str:
-    lines = []
-    names = list(cls.model_fields)
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            lines.append(f"{where!r} is no setting; {hint}It has: {', '.join(names)}.")
-        elif item["type"] == "missing":
-            lines.append(f"{where!r} is required.")
-        else:
-            came = f"; got {item['input']!r:.200}" if where else ""
-            lines.append(f"{where + ': ' if where else ''}{item['msg']}{came}.")
-    return f"{cls.__name__}: " + " ".join(lines).replace("Value error, ", "")

@@ -7,16 +7,17 @@ processes, so that the gradient does not depend on micro-batches or on the numbe
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from self_rewarding_lm.adapters.base import device_of
 from self_rewarding_lm.adapters.inference import evaluating, modes_kept
 from self_rewarding_lm.adapters.policy import dropout_set
-from self_rewarding_lm.batching import micro_batches, pad_masks, pad_rows
+from self_rewarding_lm.adapters.training import grouped
+from self_rewarding_lm.batching import pad_masks, pad_rows
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError, TrainingError
@@ -25,6 +26,7 @@ from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers
 from self_rewarding_lm.runtime import random_numbers_kept
 from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.watching import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -85,40 +87,56 @@ class Fit:
 
     def run(self) -> int:
         """Train; the number of steps that were done."""
-        module = self.ctx.policy
-        made = make_optimizers(module, self.optim, self.ctx.model.vocab)
-        optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
-        with random_numbers_kept(), modes_kept(module), dropout_set(module, self.dropout):
+        self.ctx.model.refresh()
+        with ExitStack() as changed:
+            changed.enter_context(random_numbers_kept())
+            changed.enter_context(modes_kept(self.ctx.policy))
+            module = changed.enter_context(self.ctx.runtime.training(self.ctx.policy))
+            changed.enter_context(dropout_set(module, self.dropout))
+            if self.optim.gradient_checkpointing:
+                model = self.ctx.runtime.unwrapped(module).token_model
+                changed.enter_context(model.checkpointing())
+            made = make_optimizers(module, self.optim, self.ctx.model.vocab)
+            optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
             try:
-                steps = self._steps(module, optimizers)
+                return self._steps(module, optimizers)
             finally:
                 self.ctx.runtime.release(optimizers)
                 for parameter in module.parameters():
                     parameter.grad = None
-        return steps
 
     def _steps(self, module: nn.Module, optimizers: Sequence[Any]) -> int:
-        label = f"{self.ctx.stage}: training"
+        label, watcher = f"{self.ctx.stage}: training", Watcher(self.ctx.stage)
         if self.stopper:
-            self.stopper.check(0)
+            with self.ctx.runtime.whole():
+                self.stopper.check(0)
         step = 0
         with self.ctx.runtime.progress(self.total, label, "step") as bar:
             for step, batch in enumerate(self._batches(), 1):
                 metrics = self._step(module, optimizers, batch, step - 1)
                 self._log(metrics, step)
+                watcher.see(metrics, step=step, rows=len(batch))
                 bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
                 bar.update()
                 if step % (self.optim.checkpoint_every or self.total + 1) == 0:
                     name = f"checkpoint-{self.first_step + step}"
-                    self.out.save_weights(self.ctx.model, name)
+                    with self.ctx.runtime.whole():
+                        self.out.save_weights(self.ctx.model, name)
                 if step % self.optim.eval_every == 0 or step == self.total:
                     self._evaluate(module, step)
-                    if self.stopper and self.stopper.check(step):
+                    if self._stops(step):
                         logger.info("%s: stopped early after %d steps", self.ctx.stage, step)
                         break
         if self.stopper:
-            self.stopper.restore_best()
+            with self.ctx.runtime.whole():
+                self.stopper.restore_best()
         return step
+
+    def _stops(self, step: int) -> bool:
+        if self.stopper is None:
+            return False
+        with self.ctx.runtime.whole():
+            return self.stopper.check(step)
 
     def _batches(self) -> Iterator[list[int]]:
         size = self.optim.batch_size
@@ -142,13 +160,13 @@ class Fit:
         module.train()
         divisor = sum(map(self.objective.count, batch))
         sums = _Sums()
-        groups = self._micro_batches(self.objective, runtime.share(batch)) or [batch[:1]]
-        idle = not runtime.share(batch)  # fewer rows than processes: a forward that counts nothing
-        for i, rows in enumerate(groups):
+        groups = self._micro_batches(self.objective, runtime.share(batch))
+        groups = runtime.in_step(groups, batch[:1])  # fewer rows than processes: some count nothing
+        for i, (rows, counts) in enumerate(groups):
             losses, tokens, metrics = self._forward(module, self.objective, rows)
-            scale = 0.0 if idle else runtime.world / divisor
+            scale = runtime.world / divisor if counts else 0.0
             runtime.backward(module, losses.sum() * scale, sync=i == len(groups) - 1)
-            if not idle:
+            if counts:
                 _add(sums, losses, tokens, metrics)
         rate = learning_rate_at(step, self.total, self.optim)
         found = self._reduced(sums, divisor)
@@ -165,10 +183,12 @@ class Fit:
         return {"loss": found.pop("loss"), "grad_norm": norm, "learning_rate": rate, **found}
 
     def _micro_batches(self, objective: Objective, rows: list[int]) -> list[list[int]]:
-        sequences = [objective.sequences(row) for row in rows]
-        longest = [max(len(ids) for ids, _ in group) for group in sequences]
-        budget = self.optim.micro_batch_tokens // max((len(s) for s in sequences), default=1)
-        groups = micro_batches(longest, token_budget=budget, max_rows=self.optim.micro_batch_size)
+        groups = grouped(
+            self.ctx.model,
+            [[ids for ids, _ in objective.sequences(row)] for row in rows],
+            token_budget=self.optim.micro_batch_tokens,
+            max_rows=self.optim.micro_batch_size,
+        )
         return [[rows[i] for i in group] for group in groups]
 
     def _forward(
@@ -176,9 +196,9 @@ class Fit:
     ) -> tuple[Tensor, int, dict[str, Tensor]]:
         sequences = [pair for row in rows for pair in objective.sequences(row)]
         ids, lengths = pad_rows([ids for ids, _ in sequences])
-        device = device_of(module)
-        targets = pad_masks([targets for _, targets in sequences]).to(device)
-        result = objective.loss(rows, module(ids.to(device)), targets)
+        targets = pad_masks([targets for _, targets in sequences])
+        logprobs = module(ids, lengths, targets)
+        result = objective.loss(rows, logprobs, targets.to(logprobs.device))
         return result.losses, int(lengths.sum()), dict(result.metrics)
 
     def _reduced(self, sums: _Sums, divisor: float) -> dict[str, float]:
@@ -196,8 +216,11 @@ class Fit:
         sums = _Sums()
         rows = list(range(len(self.valid)))
         with evaluating(module):
-            for group in self._micro_batches(self.valid, self.ctx.runtime.share(rows)):
-                _add(sums, *self._forward(module, self.valid, group))
+            groups = self._micro_batches(self.valid, self.ctx.runtime.share(rows))
+            for group, counts in self.ctx.runtime.in_step(groups, rows[:1]):
+                found = self._forward(module, self.valid, group)
+                if counts:
+                    _add(sums, *found)
         found = self._reduced(sums, sum(map(self.valid.count, rows)))
         del found["num_tokens"]
         self._log({f"eval/{name}": value for name, value in found.items()}, step)

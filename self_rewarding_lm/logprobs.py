@@ -1,12 +1,23 @@
 """Token log-probabilities: the only place where logits and the tokens they predict are aligned.
 
-Column i speaks of token i, so masks, ids and log-probs share a shape.
+Column i speaks of token i, so masks, ids and log-probs share a shape. Either from the logits of
+whole rows, or from hidden states and the head that makes logits of them, a piece at a time, so that
+tokens x vocabulary numbers never exist at once.
 """
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LEAST_LOGITS = 16_777_216
+"""Numbers that a piece's logits may have at least, 64 MiB in float32; else as many as the head's
+own weights, so that reading these is no more work than writing those."""
 
 
 def token_logprobs(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
@@ -14,11 +25,149 @@ def token_logprobs(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> F
 
     Computed in float32, in float64 where the logits are float64.
     """
-    scores = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
+    scores = _exact(logits[:, :-1])
     chosen = scores.gather(-1, ids[:, 1:, None].long()).squeeze(-1)
     return F.pad(chosen - scores.logsumexp(dim=-1), (1, 0))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states: softcap * tanh(scale * project(h) / softcap).
+
+    weight (v, d), bias (v): of a project that is a linear layer and nothing else; None for others.
+    softcap: None for none (Gemma 2, arXiv:2408.00118, has 30).
+    """
+
+    project: Callable[[Tensor], Tensor]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+        """The logits of hidden states, all at once."""
+        return _finished(self.project(hidden), self.scale, self.softcap)
+
+
+def label_logprobs(
+    hidden: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    head: Head,
+    *,
+    vocab: int,
+    logits_at_once: int | None = None,
+) -> Float[Tensor, " n"]:
+    """log p(labels[i] | hidden[i]), the logits of few of them at a time, forward and backward.
+
+    They are computed once more for the gradient. In float32 at least, whatever the head's type.
+    logits_at_once: numbers; default as LEAST_LOGITS says.
+    """
+    weights = vocab * hidden.shape[-1]
+    rows = max(1, (logits_at_once or max(LEAST_LOGITS, weights)) // vocab)
+    labels = labels.long()
+    if head.weight is None:
+        parts = [
+            checkpoint(_of_part, hidden[part], labels[part], head, use_reentrant=False)
+            for part in _parts(len(hidden), rows)
+        ]
+        return torch.cat(parts)  # type: ignore[arg-type]
+    weight, bias = head.weight, head.bias
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        narrow = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(narrow), weight.to(narrow)
+        bias = None if bias is None else bias.to(narrow)
+    settings = (head.scale, head.softcap, rows)
+    return _LinearLogprobs.apply(hidden.to(weight.dtype), weight, bias, labels, settings)
 
 
 def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, " b"]:
     """The sum of each row's values where the mask is True."""
     return values.masked_fill(~mask, 0.0).sum(dim=-1)
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Log-probs by a linear layer. Its logits live for one piece; kept is one number a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        settings: tuple[float, float | None, int],
+    ) -> Tensor:
+        scale, softcap, rows = settings
+        found, totals = [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _parts(len(hidden), rows):
+                raw = F.linear(hidden[part], weight, bias)
+                scores = _exact(_finished(raw, scale, softcap))
+                chosen = scores.gather(-1, labels[part, None]).squeeze(-1)
+                most = scores.amax(dim=-1)
+                total = scores.sub_(most[:, None]).exp_().sum(dim=-1).log_().add_(most)
+                found.append(chosen - total)
+                totals.append(total)
+        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(totals))
+        ctx.settings = settings
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """d log p / d score = (1 at the label) - p, for all scores of a row."""
+        (gradient,) = gradients
+        hidden, weight, bias, labels, totals = ctx.saved_tensors
+        scale, softcap, rows = ctx.settings
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=totals.dtype) if wants_weight else None
+        of_bias = torch.zeros_like(bias, dtype=totals.dtype) if wants_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _parts(len(hidden), rows):
+                raw = F.linear(hidden[part], weight, bias)
+                scores = _exact(_finished(raw, scale, softcap))
+                slope = None if softcap is None else 1 - (scores / softcap).square()
+                moved = scores.sub_(totals[part, None]).exp_().mul_(-gradient[part, None])
+                moved.scatter_add_(1, labels[part, None], gradient[part, None])
+                if slope is not None:
+                    moved *= slope
+                if scale != 1.0:
+                    moved *= scale
+                if of_bias is not None:
+                    of_bias += moved.sum(dim=0)
+                narrow = moved.to(weight.dtype)
+                if of_hidden is not None:
+                    torch.mm(narrow, weight, out=of_hidden[part])
+                if of_weight is not None and of_weight.dtype == weight.dtype:
+                    of_weight.addmm_(narrow.t(), hidden[part])
+                elif of_weight is not None:  # pieces of a narrow type are summed in float32
+                    of_weight += narrow.t() @ hidden[part]
+        return (
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _of_part(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    scores = _exact(head.logits(hidden))
+    return scores.gather(-1, labels[:, None]).squeeze(-1) - scores.logsumexp(dim=-1)
+
+
+def _finished(scores: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """In the type of the scores, as the models do it."""
+    scores = scores if scale == 1.0 else scores * scale
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _exact(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _parts(count: int, rows: int) -> Iterator[slice]:
+    """Pieces of at most so many rows; one, without rows, where there are none."""
+    for start in range(0, max(count, 1), rows):
+        yield slice(start, min(start + rows, count))

@@ -110,7 +110,7 @@ class _RecipeReader(Reader):
         out = items["out"].folder if "out" in items else root.folder
         taken = ("chat_template", "torch_dtype", "device_map", "load_in_4bit", "merge_adapter")
         arguments = {
-            **{name: getattr(top, name) for name in (*taken, "eos_id", "seed")},
+            **{name: getattr(top, name) for name in (*taken, "keep_stages", "eos_id", "seed")},
             "finetune_configs": stages,
             "self_reward_prompt_config": rewards,
             "checkpoints_folder": out / Path(top.out).expanduser(),

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.adapters.inference import evaluating
-from self_rewarding_lm.batching import micro_batches, pad_rows
+from self_rewarding_lm.adapters.training import grouped
+from self_rewarding_lm.batching import pad_rows
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.store import StageDir
@@ -47,24 +48,21 @@ class StoredReference:
         return [PairSums(sum(found[i].chosen), sum(found[i].rejected)) for i in wanted]
 
     def _store(self, missing: list[tuple[str, PreferencePair]]) -> None:
-        sequences = [
-            (pair.prompt_ids, response)
-            for _, pair in missing
-            for response in (pair.chosen_ids, pair.rejected_ids)
-        ]
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
-        values: dict[int, tuple[float, ...]] = {}
+        sequences = [_sequences(pair) for _, pair in missing]
+        rows = [[(*prompt, *response) for prompt, response in pair] for pair in sequences]
+        groups = grouped(self.ctx.model, rows, token_budget=self.token_budget)
         with self.ctx.runtime.progress(len(missing), "reference log-probs", "pair") as bar:
-            for group in micro_batches(lengths, token_budget=self.token_budget):
-                found = response_logprobs(self.ctx.policy, [sequences[i] for i in group])
-                values.update(zip(group, found, strict=True))
-                bar.update(len(group) / 2)
-        self.out.append(
-            [
-                ReferenceLogprobs(record_id, values[2 * i], values[2 * i + 1])
-                for i, (record_id, _) in enumerate(missing)
-            ]
-        )
+            for group in groups:
+                together = [sequence for i in group for sequence in sequences[i]]
+                found = iter(response_logprobs(self.ctx.policy, together))
+                self.out.append(
+                    [ReferenceLogprobs(missing[i][0], next(found), next(found)) for i in group]
+                )
+                bar.update(len(group))
+
+
+def _sequences(pair: PreferencePair) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)]
 
 
 @torch.no_grad()
@@ -73,9 +71,10 @@ def response_logprobs(
 ) -> list[tuple[float, ...]]:
     """Per-token log-probs of the responses of (prompt, response) sequences, dropout off."""
     ids, lengths = pad_rows([(*prompt, *response) for prompt, response in sequences])
-    device = next(policy.parameters()).device
+    starts = torch.tensor([len(prompt) for prompt, _ in sequences])
+    targets = torch.arange(ids.shape[1]) >= starts[:, None]
     with evaluating(policy):
-        logprobs = policy(ids.to(device)).cpu()
+        logprobs = policy(ids, lengths, targets).cpu()
     return [
         tuple(row[len(prompt) : length].tolist())
         for row, (prompt, _), length in zip(logprobs, sequences, lengths.tolist(), strict=True)

@@ -136,7 +136,8 @@ class Run:
         folder = self.folder / INITIAL if stage == INITIAL else self.stage(stage).path / "model"
         path = weights_file(folder)
         if path is None:
-            raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}.")
+            why = "it is not done, or keep_stages had them deleted"
+            raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}: {why}.")
         return path
 
     def load_weights(self, model: nn.Module, stage: str | int) -> None:

@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.sharding import Sharded, whole
 
 QUIET_VARIABLE = "SELF_REWARDING_LM_QUIET"
 
@@ -33,6 +35,8 @@ class Runtime:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
+        self.shards = _asks_for_fsdp(accelerate_kwargs, self.world)
+        self._sharded: Sharded | None = None
         self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
         self._has_trackers = False
         _set_up_logging(self.shows)
@@ -42,7 +46,30 @@ class Runtime:
 
         place: move it to this process's device.
         """
-        return self.accelerator.prepare_model(module, device_placement=place)
+        return self.accelerator.prepare_model(
+            module, device_placement=place, evaluation_mode=self.shards
+        )
+
+    @contextmanager
+    def training(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module to train in place of a prepared one, which under FSDP is spread meanwhile."""
+        if not self.shards:
+            yield module
+            return
+        self._sharded = Sharded(module, self.device)
+        try:
+            with self._sharded.training() as twin:
+                yield twin
+        finally:
+            self._sharded = None
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within `training`: the prepared module's own weights are there, and may be changed."""
+        return nullcontext() if self._sharded is None else self._sharded.whole()
+
+    def unwrapped(self, module: nn.Module) -> Any:
+        """A prepared module without its wrappers for several processes."""
+        return self.accelerator.unwrap_model(module)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         """The optimiser wrapped for mixed precision."""
@@ -55,16 +82,18 @@ class Runtime:
 
     def backward(self, module: nn.Module, loss: Tensor, *, sync: bool) -> None:
         """Gradients of `loss`; siblings' gradients are averaged only where `sync` is True."""
-        context: AbstractContextManager = (
-            nullcontext() if sync else self.accelerator.no_sync(module)
-        )
+        context: AbstractContextManager = nullcontext()
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(sync)
+        elif not sync:
+            context = self.accelerator.no_sync(module)
         with context:
             self.accelerator.backward(loss)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], limit: float | None) -> float:
         """The norm of all gradients, which are scaled down to `limit`; None clips nothing."""
         norm = self.accelerator.clip_grad_norm_(parameters, limit or float("inf"))
-        return float(norm) if norm is not None else float("nan")
+        return float(whole(norm)) if norm is not None else float("nan")
 
     def autocasted(self, results: Iterable[T]) -> Iterator[T]:
         """The results of forwards outside the prepared module, each made in mixed precision.
@@ -89,6 +118,13 @@ class Runtime:
             torch.tensor(values, device=self.device, dtype=dtype), reduction="sum"
         )
         return total.tolist()  # type: ignore[union-attr]
+
+    def in_step(self, groups: list[T], idle: T) -> list[tuple[T, bool]]:
+        """Groups to work on, each with whether it counts: as many on all processes under FSDP, at
+        least one anywhere, filled up with `idle`."""
+        most = max(self.gather([len(groups)])) if self.shards else len(groups)
+        filling = [(idle, False)] * (max(most, 1) - len(groups))
+        return [(group, True) for group in groups] + filling
 
     def gather(self, items: list[T]) -> list[T]:
         """The items of all processes, in the order of their ranks."""
@@ -163,6 +199,29 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
             f"accelerate.Accelerator refused accelerate_kwargs={kwargs}: {error} They are its "
             "arguments; with several processes all trainers of a process share them."
         ) from error
+
+
+def _asks_for_fsdp(kwargs: Mapping[str, Any], world: int) -> bool:
+    """Whether the launch or the arguments ask for FSDP; ConfigError where it cannot be given.
+
+    Accelerate itself gives DDP without a word where there is no GPU.
+    """
+    plugin = kwargs.get("fsdp_plugin")
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    version = getattr(plugin, "fsdp_version", None) or int(os.environ.get("FSDP_VERSION", "1"))
+    if version != 2:
+        raise ConfigError(
+            f"FSDP version {version} was asked for; this library trains with FSDP2: set "
+            "fsdp_version: 2 in the accelerate config, or FullyShardedDataParallelPlugin("
+            "fsdp_version=2)."
+        )
+    if world == 1:
+        raise ConfigError(
+            "FSDP was asked for and there is one process, so that nothing can be spread. Start "
+            "several with `accelerate launch --num_processes N ...`, or leave FSDP out."
+        )
+    return True
 
 
 def _set_up_logging(shows: bool) -> None:

@@ -66,7 +66,9 @@ class SelfRewardingTrainer:
     default the tokenizer's own.
     self_reward_prompt_config: the judge's prompt, or several by name.
     eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted and not needed,
-    masks come from lengths. checkpoints_folder: the run directory. accelerate_kwargs: for
+    masks come from lengths. checkpoints_folder: the run directory. keep_stages: how many of the
+    stages that are done keep their weights on disk, the last ones, and those that a later stage
+    asks for; default all. accelerate_kwargs: for
     accelerate.Accelerator. engine: default LocalEngine();
     ServerEngine(...) generates by an inference server. quiet: no progress, warnings only (as
     SELF_REWARDING_LM_QUIET=1).
@@ -96,6 +98,7 @@ class SelfRewardingTrainer:
         seed: int = 0,
         checkpoints_folder: str | Path = "./checkpoints",
         accelerate_kwargs: Mapping[str, Any] = {},
+        keep_stages: int | None = None,
         engine: Engine | None = None,
         callbacks: Sequence[Callback] = (),
         quiet: bool = False,
@@ -111,10 +114,13 @@ class SelfRewardingTrainer:
                 )
         if not self.stages:
             raise ConfigError("finetune_configs is empty; give at least one stage.")
+        if keep_stages is not None and keep_stages < 1:
+            raise ConfigError(f"keep_stages must be at least 1, or None for all; got {keep_stages}.")
         self.names = stage_names(self.stages)
         self.folder = Path(checkpoints_folder)
         self.runtime = Runtime(accelerate_kwargs, quiet=quiet)
         self.seed = seed
+        self.keep_stages = keep_stages
         self.engine = engine or LocalEngine()
         self.callbacks = tuple(callbacks)
         self.rewards = _rewards(self_reward_prompt_config)
@@ -170,7 +176,7 @@ class SelfRewardingTrainer:
             seed=self.seed,
             overwrite=overwrite_checkpoints,
         )
-        if any(stage.uses_initial() for stage in self.stages):
+        if any(INITIAL in stage.weights_used() for stage in self.stages):
             save_initial(run, self.token_model, self.model, self.runtime)
         self._run = run
         done = [run.is_done(i) for i in range(len(self.stages))]
@@ -205,9 +211,16 @@ class SelfRewardingTrainer:
         stage.run(ctx, out)
         out.save_weights(self.token_model)
         out.finish()
+        self._drop_old_weights(run, place)
         for callback in self.callbacks if self.runtime.is_main else ():
             callback.on_stage_end(run, name, self.model)
         self.runtime.barrier()
+
+    def _drop_old_weights(self, run: Run, place: int) -> None:
+        needed: set[str] = set().union(*(s.weights_used() for s in self.stages[place + 1 :]))
+        for old in range(place + 1 - (self.keep_stages or len(self.stages))):
+            if self.names[old] not in needed:
+                StageDir(run.stage(old).path, self.runtime).drop_weights("model")
 
     def _context(self, place: int) -> Context:
         earlier = self.names[:place]

@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "self_rewarding_lm"
 LAYERS = [
     "errors",
-    "records rubrics",
+    "records rubrics closed",
     "config",
     "statements",
     "score_trie",
     "logprobs losses sampling judging pairing batching agreement instruct",
     "chat weights",
+    "sharding",
     "runtime tokens files forms",
     "rows ranked",
     "adapters datasets oasst store run optimizers",
@@ -28,7 +29,7 @@ LAYERS = [
     "server_judge",
     "evaluate",
     "prompts",
-    "objectives",
+    "objectives watching",
     "fit",
     "stages",
     "recipes settings recipe_yaml show export",
@@ -50,6 +51,7 @@ HOMES = {
     "safetensors": {"weights"},
     "pyarrow": {"files"},
     "openai": {"server"},
+    "bitsandbytes": {"optimizers"},
 }
 WITHIN_LAYER = {
     ("losses", "logprobs"),  # log-probs are the losses' own words

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from self_rewarding_lm.logprobs import masked_sum, token_logprobs
+from self_rewarding_lm.logprobs import Head, label_logprobs, masked_sum, token_logprobs
 
 RAGGED = [[3, 0, 6, 2, 1, 5], [4, 4, 0], [2]]  # vocabulary of 7
 LONGEST = max(map(len, RAGGED))
@@ -135,3 +135,119 @@ def test_masked_sum_ignores_even_infinities_and_nan_behind_the_mask():
     values = tensor([[1.0, -math.inf, 2.0], [math.nan, 4.0, math.inf]])
     mask = tensor([[True, False, True], [False, True, False]])
     assert masked_sum(values, mask).tolist() == [3.0, 4.0]
+
+
+def head_of(weight, bias=None, *, scale=1.0, softcap=None, linear=True) -> Head:
+    """linear: the fast path of a plain layer; else any function, whose pieces are checkpointed."""
+
+    def project(hidden):
+        return torch.nn.functional.linear(hidden, weight, bias)
+
+    given = (weight, bias) if linear else (None, None)
+    return Head(project, *given, scale=scale, softcap=softcap)
+
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scaled": {"scale": 0.25},
+    "capped": {"softcap": 3.0},
+    "all": {"bias": True, "scale": -1.7, "softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 7 * 3, 10_000], ids=["a row", "three rows", "all"])
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "any"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_log_probs_in_pieces_equal_those_of_whole_logits_in_value_and_gradient(
+    kind, linear, at_once
+):
+    """float64; the truth is log_softmax of all logits, differentiated by autograd."""
+    options = dict(HEADS[kind])
+    hidden, weight = random_logits(8, 5, seed=1), random_logits(7, 5, seed=2)
+    bias = random_logits(7, seed=3) if options.pop("bias", False) else None
+    labels = tensor([3, 0, 6, 2, 1, 5, 4, 4])
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    slopes = random_logits(8, seed=4)
+
+    head = head_of(weight, bias, linear=linear, **options)
+    found = label_logprobs(hidden, labels, head, vocab=7, logits_at_once=at_once)
+    got = torch.autograd.grad(found @ slopes, leaves)
+
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    logits = logits * options.get("scale", 1.0)
+    if cap := options.get("softcap"):
+        logits = cap * torch.tanh(logits / cap)
+    truth = logits.log_softmax(-1)[torch.arange(8), labels]
+    assert torch.allclose(found, truth, atol=1e-12, rtol=0)
+    for one, other in zip(got, torch.autograd.grad(truth @ slopes, leaves), strict=True):
+        assert torch.allclose(one, other, atol=1e-11, rtol=0)
+
+
+def test_a_frozen_weight_costs_no_gradient_and_hidden_states_have_theirs():
+    hidden, weight = random_logits(4, 5).requires_grad_(), random_logits(7, 5)
+    found = label_logprobs(hidden, tensor([1, 2, 3, 4]), head_of(weight), vocab=7)
+    found.sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "any"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_heads_log_probs_and_weight_gradients_lose_only_its_own_rounding(dtype, linear):
+    """512 pieces of one row each: summed in the narrow type, half of the weight's gradient is lost."""
+    hidden = torch.ones(512, 1, dtype=dtype)
+    weight = torch.zeros(2, 1, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(512, dtype=torch.long)
+    found = label_logprobs(
+        hidden, labels, head_of(weight, linear=linear), vocab=2, logits_at_once=2
+    )
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([-math.log(2)] * 512, abs=1e-6)
+    found.sum().backward()
+    if linear:
+        assert weight.grad.flatten().tolist() == [256.0, -256.0]
+
+
+def test_the_logits_of_a_piece_are_all_that_lives_at_once():
+    """The largest tensor of the way there and back has the numbers asked for, and no more."""
+    sizes: list[int] = []
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(
+                t.numel() for t in torch.utils._pytree.tree_leaves(out) if hasattr(t, "numel")
+            )
+            return out
+
+    hidden, weight = random_logits(200, 4).requires_grad_(), random_logits(50, 4).requires_grad_()
+    labels = torch.arange(200) % 50
+    with Noting():
+        found = label_logprobs(hidden, labels, head_of(weight), vocab=50, logits_at_once=1000)
+        found.sum().backward()
+    assert max(sizes) == 1000 < 200 * 50
+
+
+def test_no_rows_give_no_log_probs_and_a_gradient_of_zeros():
+    weight = random_logits(7, 5).requires_grad_()
+    found = label_logprobs(
+        torch.zeros(0, 5, dtype=torch.float64),
+        tensor([], dtype=torch.long),
+        head_of(weight),
+        vocab=7,
+    )
+    assert found.shape == (0,)
+    found.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_under_autocast_products_are_narrow_and_log_probs_are_not():
+    hidden, weight = random_logits(6, 5).float(), random_logits(7, 5).float().requires_grad_()
+    labels = tensor([0, 1, 2, 3, 4, 5])
+    exact = label_logprobs(hidden, labels, head_of(weight), vocab=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = label_logprobs(hidden, labels, head_of(weight), vocab=7)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 64 * 2**-8  # logits of about 50, a product of 5 terms
+    found.sum().backward()
+    assert weight.grad.dtype == torch.float32

@@ -189,7 +189,7 @@ def test_positive_only_rounds_train_m0_anew_on_seed_data_and_top_responses():
         assert stage.train_dataset == [IFT, FromStage("eft")]
         assert (stage.init_from, stage.fit_from) == ("previous", "initial")
         assert (stage.optim.learning_rate, stage.optim.final_learning_rate) == (5.5e-6, 1.1e-6)
-        assert stage.uses_initial()
+        assert "initial" in stage.weights_used()
 
 
 def test_positive_only_without_eft_mixes_the_instruction_rows_alone():

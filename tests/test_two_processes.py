@@ -1,9 +1,11 @@
 """Two processes on one machine (gloo) give what one gives."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from self_rewarding_lm import Run
@@ -11,13 +13,24 @@ from self_rewarding_lm import Run
 HERE = Path(__file__).parent
 
 
-def test_two_processes_give_the_records_and_weights_of_one(tmp_path):
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
     script = ["-m", "tests.two_process_run"]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
     one = [sys.executable, *script, str(tmp_path / "one")]
     two = [sys.executable, *launch, *script, str(tmp_path / "two")]
-    for command in (one, two):
-        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    for command, added in ((one, {}), (two, settings)):
+        done = subprocess.run(
+            command,
+            cwd=HERE.parent,
+            env={**os.environ, **added},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     for stage in alone.stages:

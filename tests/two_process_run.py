@@ -1,8 +1,10 @@
 """What each of two processes runs, and one alone: SFT, SPIN, external reward, self-reward."""
 
+import os
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from self_rewarding_lm import OptimConfig, SelfPlayConfig
 from tests.test_trainer import (
@@ -18,9 +20,18 @@ from tests.test_trainer import (
 )
 
 
+def sharded_or_not(parameters):
+    """AdamW, and a check that parameters are spread over the processes if that was asked for."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    assert all(isinstance(p, DTensor) == asked for p in parameters)
+    assert not asked or any(p.to_local().shape != p.shape for p in parameters)
+    return torch.optim.AdamW(parameters, weight_decay=0.0)
+
+
 def main(folder: str) -> None:
     model = model64()
-    spin = SelfPlayConfig(train_dataset=ROWS[:5], generation=SHORT, dropout=0.0, optim=QUICK)
+    watched = QUICK.model_copy(update={"optimizer": sharded_or_not})
+    spin = SelfPlayConfig(train_dataset=ROWS[:5], generation=SHORT, dropout=0.0, optim=watched)
     asked = []
 
     def evaluate(module):

@@ -6,15 +6,12 @@ from typing import Any
 from torch import nn
 
 from self_rewarding_lm.adapters.base import TokenModel
-from self_rewarding_lm.adapters.hugging_face import (
-    HuggingFaceModel,
-    is_hugging_face,
-    load_pretrained,
-)
+from self_rewarding_lm.adapters.hugging_face import HuggingFaceModel, is_hugging_face
 from self_rewarding_lm.adapters.key_values import KeyValues
 from self_rewarding_lm.adapters.loading import load_causal_lm
 from self_rewarding_lm.adapters.plain import PlainModel
 from self_rewarding_lm.adapters.policy import Policy
+from self_rewarding_lm.adapters.pretrained import load_pretrained
 from self_rewarding_lm.adapters.sessions import Cache, Plan, Session
 from self_rewarding_lm.adapters.x_transformers import XTransformersModel, unwrapped
 from self_rewarding_lm.errors import AdapterError

@@ -1,9 +1,10 @@
 """What the engine and the training loop ask of a model, and the trial of a new one."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from self_rewarding_lm.adapters.inference import inferring
 from self_rewarding_lm.adapters.sessions import Plan, Session
 from self_rewarding_lm.errors import AdapterError
+
+if TYPE_CHECKING:
+    from self_rewarding_lm.adapters.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -24,19 +28,26 @@ class TokenModel(Protocol):
     """A causal token-level transformer. The pad side is the adapter's own business.
 
     bytes_per_token: what a session's memory takes for one token of one row; 0 where it keeps none.
+    training: its hidden states and head apart; None where it gives logits alone.
     """
 
     module: nn.Module
     max_len: int | None
     vocab: int
     bytes_per_token: int
+    training: "Training | None"
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Logits of right-padded rows, with gradients."""
         ...
 
+    def checkpointing(self) -> AbstractContextManager[None]:
+        """Layers are computed again in the backward pass instead of being kept (gradient
+        checkpointing); AdapterError where the model cannot do that."""
+        ...
+
     def refresh(self) -> None:
-        """Called before a generation: the weights may have changed since the last one."""
+        """Called before generating and training: weights may have changed since the last one."""
         ...
 
     def session(self, plan: Plan) -> Session:
@@ -67,6 +78,15 @@ def logits_of(output: Any, batch: int, length: int) -> Tensor:
             "the model in a module whose forward returns them."
         )
     return logits
+
+
+def not_checkpointed(module: nn.Module) -> AdapterError:
+    """The error of a model that cannot compute its layers again."""
+    return AdapterError(
+        "optim.gradient_checkpointing=True needs a model of transformers, which can compute its "
+        f"layers again; got {type(module).__name__}. Leave it out, or use a smaller "
+        "optim.micro_batch_tokens."
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -128,7 +148,12 @@ def check_causal(model: TokenModel) -> None:
 
 
 def cache_agrees(model: TokenModel) -> bool:
-    """Whether a session of ragged rows gives the logits of the whole rows.
+    """Whether a session of ragged rows gives the logits of the whole rows."""
+    return agrees_on_probes(model, _session_equals_whole)
+
+
+def agrees_on_probes(model: TokenModel, trial: Callable[[TokenModel, list[int]], bool]) -> bool:
+    """Whether a trial of a model and a row of tokens finds that logits are as they should be.
 
     A trained model in a narrow type may turn the rounding of tokens that never stand together into
     quite other logits, so there it is enough that one of several rows agrees.
@@ -136,16 +161,13 @@ def cache_agrees(model: TokenModel) -> bool:
     length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
     if length < 3:
         return False
-    strides = range(PROBES) if _is_narrow(model.module) else range(1)
-    rows = [
-        [i * (1 + n * model.vocab // 8) % model.vocab for i in range(1, length + 1)]
-        for n in strides
-    ]
+    strides = [1 + n * model.vocab // 8 for n in range(PROBES if is_narrow(model.module) else 1)]
+    rows = [[i * stride % model.vocab for i in range(1, length + 1)] for stride in strides]
     try:
         with inferring(model.module):
-            return any(_session_equals_whole(model, row) for row in rows)
-    except Exception as error:  # whatever it is: decoding goes on without a cache
-        logger.debug("cached decoding failed in its trial: %r", error)
+            return any(trial(model, row) for row in rows)
+    except Exception as error:  # whatever it is: the model is then used as it is
+        logger.debug("a trial failed: %r", error)
         return False
 
 
@@ -157,7 +179,7 @@ def _session_equals_whole(model: TokenModel, tokens: list[int]) -> bool:
     session = model.session(Plan((tokens[0],), len(long), max_new=2, max_rows=2))
 
     def agrees(rows: list[list[int]], logits: Tensor) -> bool:
-        return all(_close(model, row, got) for row, got in zip(rows, logits, strict=True))
+        return all(close(model, row, got) for row, got in zip(rows, logits, strict=True))
 
     def extend(rows: list[list[int]]) -> bool:
         for row in rows:
@@ -179,7 +201,7 @@ def _session_equals_whole(model: TokenModel, tokens: list[int]) -> bool:
     return extend(rows)
 
 
-def _close(model: TokenModel, row: list[int], got: Tensor) -> bool:
+def close(model: TokenModel, row: list[int], got: Tensor) -> bool:
     """Whether logits are those of what follows a row, computed alone and whole."""
     whole = torch.tensor([row], device=got.device)
     truth, got = model.logits(whole)[0, -1].double(), got.double()
@@ -195,13 +217,13 @@ def _tolerance(module: nn.Module, logits: Tensor, *, exact: float, rounded: floa
     """
     if logits.numel() == 0:
         return 0.0
-    is_narrow = _is_narrow(module)
-    epsilon = torch.finfo(torch.bfloat16 if is_narrow else torch.float32).eps
+    narrow = is_narrow(module)
+    epsilon = torch.finfo(torch.bfloat16 if narrow else torch.float32).eps
     spread = (logits - logits.mean(dim=-1, keepdim=True)).abs().amax()
-    return float((rounded if is_narrow else exact) * spread + 8 * epsilon * logits.abs().amax())
+    return float((rounded if narrow else exact) * spread + 8 * epsilon * logits.abs().amax())
 
 
-def _is_narrow(module: nn.Module) -> bool:
+def is_narrow(module: nn.Module) -> bool:
     """Whether a module has weights of fewer than four bytes."""
     dtypes = {p.dtype for p in module.parameters()} or {b.dtype for b in module.buffers()}
     return any(d.itemsize < 4 and d != torch.bool for d in dtypes)

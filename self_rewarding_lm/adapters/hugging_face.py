@@ -7,8 +7,7 @@ imports transformers before such a model is there.
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,21 @@ from self_rewarding_lm.adapters.base import (
     device_of,
     limit_of,
     logits_of,
+    not_checkpointed,
     probe_vocab,
 )
 from self_rewarding_lm.adapters.key_values import KeyValues
+from self_rewarding_lm.adapters.packing import Packing
 from self_rewarding_lm.adapters.padded import PaddedRows
 from self_rewarding_lm.adapters.plain import recomputing
+from self_rewarding_lm.adapters.pretrained import has_adapter, load_pretrained, save_pretrained
 from self_rewarding_lm.adapters.sessions import BatchSession, Cache, Plan, Session
-from self_rewarding_lm.errors import AdapterError, StoreError
-from self_rewarding_lm.weights import ADAPTER_FILE, MODEL_FILE, read_weights, write_weights
+from self_rewarding_lm.adapters.training import Training, head_agrees, tried
+from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.logprobs import Head
 
 logger = logging.getLogger(__name__)
 
-ONE_FILE = "1000GB"
 ATTENTION = "self_rewarding_lm"
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 WITHOUT_EFFECT = {"position_ids", "cache_position"}
@@ -47,11 +49,6 @@ COPIES = 3
 def is_hugging_face(module: nn.Module) -> bool:
     """Whether a module is a model of transformers, or one with an adapter of peft."""
     return all(hasattr(module, name) for name in ("config", "generate", "save_pretrained"))
-
-
-def has_adapter(module: nn.Module) -> bool:
-    """Whether a module is a model with an adapter of peft."""
-    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
 
 
 class HuggingFaceModel:
@@ -66,6 +63,7 @@ class HuggingFaceModel:
         self.takes = set(signature(self.base.forward).parameters)
         self.vocab = probe_vocab(module)
         self.bytes_per_token = 0
+        self.training: Training | None = None
         check_causal(self)
         recurs = _recurs(self.base, self.config)
         self.attends = not recurs and self._may_attend()  # `session` shall attend while it is tried
@@ -84,6 +82,7 @@ class HuggingFaceModel:
                 "prompts share nothing, and a batch ends before the next one begins.",
                 type(self.base).__name__,
             )
+        self.training = self._training()
 
     def _may_attend(self) -> bool:
         """Whether positions of other rows are without effect, and the model takes what is passed.
@@ -115,12 +114,7 @@ class HuggingFaceModel:
         return cache.logits, cache
 
     def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(ATTENTION, attend)
-        before = self.config._attn_implementation
-        self.config._attn_implementation = ATTENTION
-        try:
+        with self._turned():
             output = self.module(
                 input_ids=ids,
                 position_ids=positions,
@@ -128,12 +122,78 @@ class HuggingFaceModel:
                 logits_to_keep=0 if cache.wanted is None else cache.wanted,
                 key_values=cache,
             )
-        finally:
-            self.config._attn_implementation = before
-        if len(cache.layers) != self.config.num_hidden_layers:
-            raise AdapterError("not every layer's attention is ours to compute")
+        self._check_all(len(cache.layers))
         self.bytes_per_token = cache.bytes_per_token
         return output.logits
+
+    def _hidden(self, ids: Tensor, packing: Packing | None) -> Tensor:
+        backbone = self.base.base_model
+        if packing is None:
+            return backbone(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+        with self._turned():
+            output = backbone(  # type: ignore[operator]
+                input_ids=ids, position_ids=packing.positions, use_cache=False, key_values=packing
+            )
+        self._check_all(len(packing.layers))
+        return output.last_hidden_state
+
+    def _head(self) -> Head:
+        project: Any = self.base.get_output_embeddings()  # type: ignore[operator]
+        is_linear = type(project) is nn.Linear
+        return Head(
+            project,
+            project.weight if is_linear else None,
+            project.bias if is_linear else None,
+            scale=getattr(self.config, "logit_scale", None)
+            or 1 / (getattr(self.config, "logits_scaling", None) or 1),
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+
+    def _training(self) -> Training | None:
+        """Hidden states and head apart, where the model's class has them and nothing between."""
+        project = getattr(self.base, "get_output_embeddings", lambda: None)()
+        if project is None or getattr(self.base, "base_model", self.base) is self.base:
+            return None
+        if not head_agrees(self, project, self._head()):
+            return None
+        return tried(self, Training(self._hidden, self._head, packs=self.attends))
+
+    @contextmanager
+    def _turned(self) -> Iterator[None]:
+        """The model's attention layers turn to our `attend`."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(ATTENTION, attend)
+        before = self.config._attn_implementation
+        self.config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def _check_all(self, layers: int) -> None:
+        if layers != self.config.num_hidden_layers:
+            raise AdapterError("not every layer's attention is ours to compute")
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        module: Any = self.module
+        if not getattr(self.base, "supports_gradient_checkpointing", False):
+            raise not_checkpointed(self.base)
+        packs = self.training is not None and self.training.packs
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            """Of the first and of the second computation, which comes after the forward's end."""
+            return nullcontext(), self._turned() if packs else nullcontext()
+
+        new = hasattr(module, "activation_checkpointing_enable")  # its old name is deprecated
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
+        settings = {"use_reentrant": False, "context_fn": contexts}
+        getattr(module, f"{name}_enable")(settings)
+        try:
+            yield
+        finally:
+            getattr(module, f"{name}_disable")()
 
     def state(self) -> dict[str, Tensor]:
         if not has_adapter(self.module):
@@ -164,14 +224,14 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    key_values: KeyValues,
+    key_values: KeyValues | Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that a model of transformers calls in our sessions.
+    """The attention function that a model of transformers calls in our sessions and trainings.
 
     (1, h, n, d) and (1, g, n, d) to (1, n, h, d). Raises AdapterError for kinds of attention that
     are more than scaled, causal and sliding; what else `others` say is found out by the trial.
@@ -182,104 +242,7 @@ def attend(
     unknown = {k for k, v in others.items() if isinstance(v, Tensor)} - WITHOUT_EFFECT
     if softcap is not None or (slides and sliding_window is None) or unknown:
         raise AdapterError("this kind of attention is not known here")
-    out = key_values.attend(layer, query, key, value, scale=scaling, window=sliding_window)
+    out = key_values.attend(
+        layer, query, key, value, scale=scaling, window=sliding_window, dropout=dropout
+    )
     return out.transpose(1, 2), None
-
-
-def save_pretrained(module: nn.Module, folder: Path) -> None:
-    """Write a folder that `from_pretrained` of transformers, or of peft, reads."""
-    if has_adapter(module):
-        module.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
-        (folder / "README.md").unlink(missing_ok=True)  # a card without content
-        return
-    with _generation_config_valid(module), _without_progress_bars():
-        module.save_pretrained(str(folder), max_shard_size=ONE_FILE)  # type: ignore[operator]
-    if not (folder / MODEL_FILE).exists():  # a model class with a form of files of its own
-        write_weights(module, folder / MODEL_FILE)
-
-
-def load_pretrained(module: nn.Module, file: Path) -> None:
-    """Load weights, or an adapter's, that `save_pretrained` wrote, in place.
-
-    Raises StoreError where they do not fit.
-    """
-    if (file.name == ADAPTER_FILE) != has_adapter(module):
-        raise StoreError(
-            f"{file} holds {'an adapter' if file.name == ADAPTER_FILE else 'a whole model'}, and "
-            f"the model is {'one with' if has_adapter(module) else 'one without'} an adapter. "
-            "Load what belongs to it."
-        )
-    if not has_adapter(module):
-        _load_whole(module, file)
-        return
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    try:
-        state = load_peft_weights(str(file.parent), device="cpu")
-        result = set_peft_model_state_dict(module, state)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"the adapter in {file} cannot be loaded: {error}") from error
-    if result.unexpected_keys:
-        raise StoreError(
-            f"the adapter in {file} belongs to another model or another peft_config; not known "
-            f"here: {', '.join(result.unexpected_keys[:3])}."
-        )
-
-
-def _load_whole(module: nn.Module, file: Path) -> None:
-    """Some kinds have other names on disk than in memory; transformers translates those."""
-    try:
-        read_weights(module, file)
-    except StoreError as refusal:
-        config = file.parent / "config.json"
-        translated = _translated(module, file.parent) if config.exists() else None
-        if translated is None:
-            raise
-        try:
-            module.load_state_dict(translated)
-        except RuntimeError:
-            raise refusal from None
-
-
-def _translated(module: nn.Module, folder: Path) -> dict[str, Tensor] | None:
-    """A folder's weights by their names in memory; None where some are missing or left over."""
-    dtype = next(module.parameters()).dtype
-    with _without_progress_bars():
-        read, report = type(module).from_pretrained(  # type: ignore[attr-defined]
-            str(folder), dtype=dtype, output_loading_info=True
-        )
-    wrong = any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return None if wrong else read.state_dict()
-
-
-@contextmanager
-def _generation_config_valid(module: nn.Module) -> Iterator[None]:
-    """transformers refuses to save a model whose generation config contradicts itself.
-
-    Several published ones do (a temperature, and do_sample=False). What is saved then samples.
-    """
-    given: Any = getattr(module, "generation_config", None)
-    try:
-        if given is not None:
-            given.validate(strict=True)
-    except ValueError:
-        module.generation_config = copy(given)  # type: ignore[assignment]
-        module.generation_config.do_sample = True  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if given is not None:
-            module.generation_config = given
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging as their_logging
-
-    shown = their_logging.is_progress_bar_enabled()
-    their_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            their_logging.enable_progress_bar()

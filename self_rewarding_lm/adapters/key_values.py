@@ -101,13 +101,16 @@ class KeyValues:
         *,
         scale: float | None = None,
         window: int | None = None,
+        dropout: float = 0.0,
     ) -> Float[Tensor, "1 h n e"]:
         """Causal attention of the present tokens to their rows' whole past, themselves included.
 
         Keys and values are kept. Heads of queries are a multiple of those of keys (grouped-query
         attention), nothing is repeated for it. scale: default 1 / sqrt(d). window: how many of the
-        last tokens are seen, the present one included (sliding attention).
+        last tokens are seen, the present one included (sliding attention). dropout: 0, nothing is
+        trained in a session.
         """
+        assert dropout == 0.0, "a session's forward is without dropout"
         assert self._now is not None, "attend is called inside a session's forward alone"
         dtype = product_dtype(query)
         kept = self._layer(layer, key, value, dtype)
@@ -169,8 +172,8 @@ class _Root:
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         for tensor, new in zip(kept.root, (k, v), strict=True):
             tensor.copy_(new)
-        mask = None if window is None else _seen(q.shape[1], q.shape[1], window, q.device)
-        return _whole(q, k, v, mask)
+        mask = None if window is None else seen(q.shape[1], q.shape[1], window, q.device)
+        return whole_attention(q, k, v, mask)
 
 
 class _Prompts:
@@ -194,14 +197,14 @@ class _Prompts:
                 keys = torch.cat([kept.root[0], keys], dim=1)
                 values = torch.cat([kept.root[1], values], dim=1)
             mask = self._mask(i, keys.shape[1], window, q.device)
-            out.append(_whole(q[:, s.start : s.start + s.count], keys, values, mask))
+            out.append(whole_attention(q[:, s.start : s.start + s.count], keys, values, mask))
         return torch.cat(out, dim=1)
 
     def _mask(self, i: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
         if (i, window) not in self.masks:
             count = self.spans[i].count
             plain = length == count and window is None
-            self.masks[i, window] = None if plain else _seen(count, length, window, device)
+            self.masks[i, window] = None if plain else seen(count, length, window, device)
         return self.masks[i, window]
 
 
@@ -303,10 +306,19 @@ def _of_rows(left: Tensor, right: Tensor) -> Tensor:
     return found.view(*left.shape[:3], -1)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention (h, n, e) of scaled queries (h, n, d) to (g, t, d) and (g, t, e).
+def whole_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention (h, n, e) of queries (h, n, d) to (g, t, d) and (g, t, e).
 
-    mask: which of them each sees; None: those up to itself, where n is t.
+    mask: which of them each sees, or what is added to the scores; None: those up to itself, where n
+    is t. scale: of the scores; None: 1 / sqrt(d).
     """
     return F.scaled_dot_product_attention(
         q[None],
@@ -314,12 +326,13 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         v[None],
         attn_mask=mask,
         is_causal=mask is None,
-        scale=1.0,
+        dropout_p=dropout,
+        scale=scale,
         enable_gqa=q.shape[0] != k.shape[0],
     )[0]
 
 
-def _seen(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+def seen(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
     """Which of `length` tokens each of the last `count` sees (n, t)."""
     at = torch.arange(length - count, length, device=device)[:, None]
     columns = torch.arange(length, device=device)[None]

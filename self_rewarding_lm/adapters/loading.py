@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from self_rewarding_lm.adapters.hugging_face import has_adapter, is_hugging_face
+from self_rewarding_lm.adapters.hugging_face import is_hugging_face
+from self_rewarding_lm.adapters.pretrained import has_adapter
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.runtime import random_numbers_kept
 

@@ -6,6 +6,7 @@ forward(ids, positions=None, cache=None), see docs/adapters.md.
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from inspect import signature
 from pathlib import Path
@@ -23,6 +24,7 @@ from self_rewarding_lm.adapters.base import (
     device_of,
     limit_of,
     logits_of,
+    not_checkpointed,
     probe_vocab,
 )
 from self_rewarding_lm.adapters.key_values import KeyValues
@@ -41,12 +43,16 @@ class PlainModel:
         self.max_len = limit_of(module)
         self.vocab = probe_vocab(module)
         self.bytes_per_token = 0
+        self.training = None
         check_causal(self)
         self.caches = {"positions", "cache"} <= set(signature(module.forward).parameters)
         self.refresh()
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.module(ids), *ids.shape)
+
+    def checkpointing(self) -> AbstractContextManager[None]:
+        raise not_checkpointed(self.module)
 
     def refresh(self) -> None:
         """Try whether a cache of the module's own is right with the present weights.

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from self_rewarding_lm.adapters.base import TokenModel
-from self_rewarding_lm.logprobs import token_logprobs
+from self_rewarding_lm.adapters.base import TokenModel, device_of
+from self_rewarding_lm.adapters.packing import Packing
+from self_rewarding_lm.logprobs import label_logprobs, token_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +25,46 @@ class Policy(nn.Module):
     def __init__(self, model: TokenModel) -> None:
         super().__init__()
         self.model = model.module
-        self._logits = model.logits
+        self.token_model = model
 
-    def forward(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-        return token_logprobs(self._logits(ids), ids)
+    def forward(
+        self,
+        ids: Int[Tensor, "b t"],
+        lengths: Int[Tensor, " b"] | None = None,
+        targets: Bool[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t"]:
+        """log p(ids[:, i] | ids[:, :i]) at column i, 0.0 at column 0.
+
+        lengths: of right-padded rows; None: all of them are full. targets: where log-probs are
+        wanted, the rest is 0.0 (or whatever cost nothing); None: everywhere. ids may be on the CPU.
+        """
+        model = self.token_model
+        device = device_of(self.model)
+        training = model.training
+        if training is None:
+            return token_logprobs(model.logits(ids.to(device)), ids.to(device))
+        if lengths is None:
+            lengths = torch.full((len(ids),), ids.shape[1])
+        if training.packs:
+            packing = Packing(ids.cpu(), lengths.cpu(), device, width=training.width)
+            hidden = training.hidden(packing.ids, packing).flatten(0, 1)
+            where = packing.where
+        else:
+            hidden = training.hidden(ids.to(device), None).flatten(0, 1)
+            where = torch.arange(ids.numel(), device=device).view_as(ids)
+        wanted = torch.ones_like(ids, dtype=torch.bool) if targets is None else targets
+        wanted = wanted.cpu() & (torch.arange(ids.shape[1]) < lengths.cpu()[:, None])
+        wanted[:, 0] = False
+        rows, columns = wanted.nonzero(as_tuple=True)
+        counts = 1.0
+        if not len(rows):  # a gradient of zeros all the same: siblings wait for it
+            rows = columns = torch.zeros(1, dtype=torch.long)
+            counts = 0.0
+        labels = ids[rows.to(ids.device), columns.to(ids.device)].to(device)
+        rows, columns = rows.to(device), columns.to(device)
+        source = where[rows, (columns - 1).clamp(min=0)]
+        found = label_logprobs(hidden[source], labels, training.head(), vocab=model.vocab)
+        return found.new_zeros(ids.shape).index_put((rows, columns), found * counts)
 
 
 @contextmanager

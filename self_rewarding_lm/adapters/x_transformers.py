@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,16 @@ from self_rewarding_lm.adapters.base import (
     device_of,
     limit_of,
     logits_of,
+    not_checkpointed,
     probe_vocab,
 )
 from self_rewarding_lm.adapters.key_values import KeyValues
+from self_rewarding_lm.adapters.packing import Packing
 from self_rewarding_lm.adapters.plain import recomputing
 from self_rewarding_lm.adapters.sessions import BatchSession, Cache, Plan, Session
+from self_rewarding_lm.adapters.training import Training, tried
 from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.logprobs import Head
 from self_rewarding_lm.weights import MODEL_FILE, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,7 @@ class XTransformersModel:
         self.max_len = limit_of(transformer)
         self.vocab = probe_vocab(transformer)
         self.bytes_per_token = 0
+        self.training: Training | None = None
         if not transformer.attn_layers.causal:
             raise AdapterError("the model is not causal: build it with Decoder, not Encoder.")
         check_causal(self)
@@ -60,6 +65,9 @@ class XTransformersModel:
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.transformer(ids), *ids.shape)
+
+    def checkpointing(self) -> AbstractContextManager[None]:
+        raise not_checkpointed(self.module)
 
     def state(self) -> dict[str, Tensor]:
         return copied(self.module.state_dict())
@@ -85,13 +93,28 @@ class XTransformersModel:
         self.bytes_per_token = cache.bytes_per_token
         return logits if cache.wanted is None else logits[:, cache.wanted]
 
+    def _hidden(self, ids: Tensor, packing: Packing | None) -> Tensor:
+        if packing is None:
+            return self.transformer(ids, return_embeddings=True)
+        with attending(self.transformer, packing):
+            return self.transformer(ids, pos=packing.positions, return_embeddings=True)
+
+    def _head(self) -> Head:
+        project = self.transformer.to_logits
+        if type(project) is nn.Linear:
+            return Head(project, project.weight, project.bias)
+        scale = getattr(self.transformer, "tie_embedding_scale", None)
+        if scale is None:
+            return Head(project)
+        return Head(project, self.transformer.token_emb.emb.weight, scale=float(scale))
+
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = KeyValueRows(self.transformer, rows)
         self.bytes_per_token = COPIES * cache.bytes_per_token
         return cache.logits, cache
 
     def refresh(self) -> None:
-        """Try whether cached decoding is right with the present weights.
+        """Try whether cached decoding and packed rows are right with the present weights.
 
         A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
@@ -99,6 +122,8 @@ class XTransformersModel:
         self.attends = cache_agrees(self)
         self.caches = self.attends or bool(self.transformer.can_cache_kv)
         self.caches = self.attends or (self.caches and cache_agrees(self))
+        width = self.transformer.max_seq_len
+        self.training = tried(self, Training(self._hidden, self._head, self.attends, width))
         if self.attends or self._warned:
             return
         self._warned = True
@@ -116,7 +141,7 @@ class XTransformersModel:
 
 
 @contextmanager
-def attending(transformer: TransformerWrapper, cache: KeyValues) -> Iterator[None]:
+def attending(transformer: TransformerWrapper, cache: KeyValues | Packing) -> Iterator[None]:
     """Attention of x-transformers' layers over our keys and values, by hooks on its own.
 
     The hook before hides all but one token from it, so that it costs nothing; the hook after gives
@@ -131,7 +156,8 @@ def attending(transformer: TransformerWrapper, cache: KeyValues) -> Iterator[Non
         others = {name for name, value in kwargs.items() if isinstance(value, Tensor)}
         if others or not part.causal or kwargs.get("causal") is False or q.shape[2] != k.shape[2]:
             raise AdapterError("this kind of attention is not known here")
-        ours[part] = cache.attend(parts.index(part), q, k, v, scale=part.scale)
+        dropout = part.dropout if part.training else 0.0
+        ours[part] = cache.attend(parts.index(part), q, k, v, scale=part.scale, dropout=dropout)
         return tuple(t[:, :, :1] for t in args), kwargs
 
     def after(part: nn.Module, args: tuple, output: tuple) -> tuple:

@@ -64,6 +64,9 @@ class TrainingConfig(FinetuneConfig):
                 f"{ctx.stage}: early_stopper_eval_module must be a module or function of the "
                 f"model; got {type(module).__name__}."
             )
+        if self.optim.gradient_checkpointing:
+            with ctx.model.checkpointing():  # raises where the model cannot
+                pass
         for rows in ctx.rows.values():
             bad = BadRows(self.on_bad_row)
             for place in rows.preview():

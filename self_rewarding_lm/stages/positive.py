@@ -61,8 +61,8 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             raise ValueError(f"{', '.join(given)}: a setting of pairs, and this stage makes none")
         return self
 
-    def uses_initial(self) -> bool:
-        return super().uses_initial() or self.fit_from == INITIAL
+    def weights_used(self) -> set[str]:
+        return (super().weights_used() | {self.fit_from}) - {CURRENT}
 
     def check(self, ctx: Context) -> None:
         rows = dict(ctx.rows)

@@ -78,9 +78,10 @@ class SampledPreferenceConfig(PreferenceConfig):
             found["seed_dataset"] = self.prompt_dataset.seed_dataset
         return found
 
-    def uses_initial(self) -> bool:
-        writer = self.prompt_dataset.model if isinstance(self.prompt_dataset, SelfInstruct) else ""
-        return super().uses_initial() or writer == INITIAL
+    def weights_used(self) -> set[str]:
+        writer = self.prompt_dataset.model if isinstance(self.prompt_dataset, SelfInstruct) else None
+        named = {writer} if isinstance(writer, str) and writer != "current" else set()
+        return super().weights_used() | named
 
     def check(self, ctx: Context) -> None:
         if isinstance(self.prompt_dataset, SelfInstruct):
