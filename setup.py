@@ -8,7 +8,16 @@ HERE = Path(__file__).parent
 HF = ["transformers>=5.8", "tokenizers", "peft>=0.18", "gguf>=0.17"]
 DATA = ["datasets>=4.0", "pyarrow>=18"]
 SERVER = ["openai>=2.0"]
-TEST = ["pytest>=8", "scipy", *HF, *DATA, *SERVER, "fastapi", "uvicorn"]  # of transformers serve
+TEST = [
+    "pytest>=8",
+    "scipy",
+    "tensorboard",
+    *HF,
+    *DATA,
+    *SERVER,
+    "fastapi",
+    "uvicorn",
+]  # of transformers serve
 
 setup(
     name="self-rewarding-lm",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from self_rewarding_lm.adapters.inference import evaluating, modes_kept
 from self_rewarding_lm.adapters.policy import dropout_set
-from self_rewarding_lm.adapters.training import grouped
+from self_rewarding_lm.adapters.training import grouped, packs
 from self_rewarding_lm.batching import pad_masks, pad_rows
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
@@ -48,10 +48,11 @@ class EarlyStopping:
 
 @dataclass
 class _Sums:
-    """Sums over the rows of a step, on this process."""
+    """Sums over the rows of a step, on this process. places: tokens and padding together."""
 
     loss: float = 0.0
     tokens: int = 0
+    places: int = 0
     rows: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -193,21 +194,25 @@ class Fit:
 
     def _forward(
         self, module: nn.Module, objective: Objective, rows: list[int]
-    ) -> tuple[Tensor, int, dict[str, Tensor]]:
+    ) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
+        """The rows' losses, their tokens and these with their padding, and their metrics."""
         sequences = [pair for row in rows for pair in objective.sequences(row)]
         ids, lengths = pad_rows([ids for ids, _ in sequences])
         targets = pad_masks([targets for _, targets in sequences])
         logprobs = module(ids, lengths, targets)
         result = objective.loss(rows, logprobs, targets.to(logprobs.device))
-        return result.losses, int(lengths.sum()), dict(result.metrics)
+        tokens = int(lengths.sum())
+        places = tokens if packs(self.ctx.model) else ids.numel()
+        return result.losses, (tokens, places), dict(result.metrics)
 
     def _reduced(self, sums: _Sums, divisor: float) -> dict[str, float]:
         names = sorted(set(self.ctx.runtime.gather(list(sums.metrics))))
-        values = [sums.loss, float(sums.tokens), float(sums.rows)]
+        values = [sums.loss, float(sums.tokens), float(sums.places), float(sums.rows)]
         values += [sums.metrics.get(name, 0.0) for name in names]
-        loss, tokens, rows, *rest = self.ctx.runtime.sum(values)
+        loss, tokens, places, rows, *rest = self.ctx.runtime.sum(values)
         means = {name: value / rows for name, value in zip(names, rest, strict=True)}
-        return {"loss": loss / divisor, "num_tokens": tokens, **means}
+        padding = 1 - tokens / places if places else 0.0
+        return {"loss": loss / divisor, "num_tokens": tokens, "padding_share": padding, **means}
 
     @torch.no_grad()
     def _evaluate(self, module: nn.Module, step: int) -> None:
@@ -222,7 +227,7 @@ class Fit:
                 if counts:
                     _add(sums, *found)
         found = self._reduced(sums, sum(map(self.valid.count, rows)))
-        del found["num_tokens"]
+        del found["num_tokens"], found["padding_share"]
         self._log({f"eval/{name}": value for name, value in found.items()}, step)
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
@@ -240,9 +245,12 @@ class Fit:
         )
 
 
-def _add(sums: _Sums, losses: Tensor, tokens: int, metrics: dict[str, Tensor]) -> None:
+def _add(
+    sums: _Sums, losses: Tensor, tokens: tuple[int, int], metrics: dict[str, Tensor]
+) -> None:
     sums.loss += float(losses.detach().double().sum())
-    sums.tokens += tokens
+    sums.tokens += tokens[0]
+    sums.places += tokens[1]
     sums.rows += len(losses)
     for name, values in metrics.items():
         total = float(values.detach().double().sum())

@@ -5,6 +5,7 @@ on.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from self_rewarding_lm.chat import (
 )
 from self_rewarding_lm.chat import transcript as transcript_of
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
+from self_rewarding_lm.weights import template_beside
+
+logger = logging.getLogger(__name__)
 
 Ids = tuple[int, ...]
 
@@ -212,6 +216,19 @@ class Tokens:
         if self.template is not None:
             kept.chat_template = self.template
         kept.save_pretrained(str(folder))
+
+    def compare_template(self, stage: str, weights: Path) -> None:
+        """Warn where a folder of weights was saved with another chat template than this one."""
+        own = self.template or getattr(self.source, "chat_template", None)
+        theirs = template_beside(weights) if self.renders and isinstance(own, str) else None
+        if theirs is not None and theirs.strip() != own.strip():
+            logger.warning(
+                "%s: the weights in %s were saved with another chat template than the one in use: "
+                "reference and policy will read prompts in a form that these weights were not "
+                "trained on.",
+                stage,
+                weights,
+            )
 
     def checked(self, ids: Any, whose: str) -> Ids:
         """Ids of any number type as a tuple of ints within the vocabulary."""

@@ -231,6 +231,7 @@ class SelfRewardingTrainer:
                 f"{name}: init_from must be 'previous', 'initial', the name of an earlier stage "
                 f"({', '.join(earlier) or 'there is none'}) or a path; got {str(init)!r}."
             )
+        self.tokens.compare_template(name, Path(init))
 
         def resolve(source: FromStage) -> Sequence[Any]:
             assert self._run is not None

@@ -331,6 +331,25 @@ def test_a_run_that_is_started_anew_leaves_no_files_of_the_earlier_one(tmp_path)
     assert {f for f in left if not f.startswith("01-other/")} == kept
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_weights_of_another_chat_template_are_warned_of(changed, tmp_path, caplog):
+    first = trainer_of(tmp_path / "one", [sft()], tokenizer=word_tokenizer(DEFAULT_SYSTEM))
+    folder = first().weights("sft").parent
+    other = word_tokenizer(DEFAULT_SYSTEM + "{# more #}" * changed)
+    caplog.clear()
+    trainer_of(tmp_path / "two", [sft(init_from=str(folder))], tokenizer=other)
+    assert ("another chat template" in caplog.text) == changed
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
+    plain = trainer_of(tmp_path / "one", [sft()])
+    plain()
+    optim = sft().optim.model_copy(update={"gradient_checkpointing": True})
+    again = trainer_of(tmp_path / "two", [sft(optim=optim)])
+    again()
+    assert same(weights_of(again.unwrapped_model), weights_of(plain.unwrapped_model))
+
+
 def two_runs(folder: Path) -> None:
     """Full weights and an adapter; in float64, so that the order of sums changes nothing."""
     from peft import LoraConfig

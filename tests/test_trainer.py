@@ -408,6 +408,51 @@ def test_init_from_starts_at_the_initial_or_an_earlier_stages_weights(tmp_path):
     assert not same(load_file(run.weights("sft-2")), load_file(run.weights("sft")))
 
 
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (None, ["sft", "sft-2", "sft-3", "sft-4"]),
+        (1, ["sft-4"]),
+        (2, ["sft-3", "sft-4"]),
+        (9, ["sft", "sft-2", "sft-3", "sft-4"]),
+    ],
+)
+def test_keep_stages_leaves_the_last_ones_weights_and_all_records(keep, left, tmp_path):
+    run = trainer_of(tmp_path, [sft()] * 4, keep_stages=keep)()
+    names = [f"sft{end}" for end in ("", "-2", "-3", "-4")]
+    assert [name for name in names if (run.stage(name).path / "model").exists()] == left
+    assert all(len(run.rows(name)) == 6 and run.is_done(name) for name in names)
+    if keep == 1:
+        with pytest.raises(StoreError, match="keep_stages had them deleted"):
+            run.weights("sft")
+
+
+def test_weights_that_a_later_stage_asks_for_are_kept_until_it_is_done(tmp_path):
+    kept = []
+
+    class Look(FinetuneConfig):
+        folder_name = "look"
+
+        def run(self, ctx, out):
+            kept.append([name for name in ("sft", "sft-2", "sft-3") if weighs(name)])
+
+    def weighs(name):
+        return any(tmp_path.glob(f"0?-{name}/model/*"))
+
+    stages = [sft(), sft(), sft(), Look(init_from="sft"), Look()]
+    trainer_of(tmp_path, stages, keep_stages=1)()
+    assert kept == [["sft", "sft-3"], []]
+
+
+def test_a_run_with_deleted_weights_goes_on_from_the_last(tmp_path):
+    straight = trainer_of(tmp_path / "one", [sft()] * 3)
+    straight()
+    trainer_of(tmp_path / "two", [sft()] * 2, keep_stages=1)()
+    again = trainer_of(tmp_path / "two", [sft()] * 3, keep_stages=1)
+    again()
+    assert same(weights_of(again.unwrapped_model), weights_of(straight.unwrapped_model))
+
+
 def test_an_old_checkpoint_converted_as_the_migration_page_says_is_started_from(
     tmp_path, monkeypatch
 ):
@@ -808,6 +853,12 @@ BAD = {
         lambda p: trainer_of(p, [DPOConfig(train_dataset=from_stage("sft"))]),
         "earlier stage",
     ),
+    "keep_stages 0": (ConfigError, lambda p: trainer_of(p, [sft()], keep_stages=0), "at least 1"),
+    "gradient_checkpointing": (
+        AdapterError,
+        lambda p: trainer_of(p, [sft(optim=OptimConfig(gradient_checkpointing=True))]),
+        "gradient_checkpointing=True needs",
+    ),
     "init_from of nothing": (ConfigError, lambda p: trainer_of(p, [sft(init_from="m7")]), "m7"),
     "two stages of one name": (
         ConfigError,
@@ -896,6 +947,34 @@ def test_a_second_trainer_of_a_process_may_have_other_accelerate_kwargs(tmp_path
     )()
     assert run.is_done(0)
     trainer_of(tmp_path / "c", [sft()], accelerate_kwargs=dict(cpu=True))()
+
+
+def test_metrics_reach_an_accelerate_tracker_under_their_names(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trainer_of(
+        tmp_path / "run",
+        [sft()],
+        accelerate_kwargs=dict(cpu=True, log_with="tensorboard", project_dir=str(tmp_path)),
+    )()
+    [folder] = {file.parent for file in tmp_path.rglob("events.out.tfevents*")}
+    found = EventAccumulator(str(folder)).Reload()
+    steps = [line for line in run.metrics(0) if "loss" in line]
+    for name in ("loss", "grad_norm", "learning_rate", "num_tokens", "padding_share"):
+        events = found.Scalars(f"sft/{name}")
+        assert [event.step for event in events] == [line["step"] for line in steps]
+        assert [event.value for event in events] == pytest.approx([line[name] for line in steps])
+
+
+def test_the_share_of_padding_is_that_of_the_rows_that_went_through_together(tmp_path):
+    """Five rows of 11 characters and one of 12; a plain module's rows are padded."""
+    rows = [{"prompt": "say", "completion": text} for text in ["12345678"] * 5 + ["123456789"]]
+    run = trainer_of(tmp_path, [sft(train_dataset=rows, optim=OptimConfig(batch_size=6))])()
+    found = [line["padding_share"] for line in run.metrics(0) if "loss" in line]
+    lengths = [len(row.ids) for row in run.rows(0)]
+    assert found == pytest.approx([1 - sum(lengths) / (6 * max(lengths))] * 3)
+    assert 0 < found[0] < 0.1
 
 
 def test_long_rows_are_cut_counted_and_warned_of_once(tmp_path, caplog):

@@ -1,14 +1,17 @@
 """Two processes on one machine (gloo) give what one gives."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from self_rewarding_lm import Run
+from tests.test_trainer import model64
 
 HERE = Path(__file__).parent
 
@@ -54,3 +57,71 @@ def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
     for name, value in weights[0].items():
         assert torch.equal(weights[1][name], weights[2][name])
         torch.testing.assert_close(weights[1][name], value, rtol=1e-7, atol=1e-9)
+
+
+def launched(*script: str, port: int, **settings: str) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    return subprocess.Popen(
+        [sys.executable, *launch, "-m", *script],
+        cwd=HERE.parent,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_an_error_on_one_process_ends_the_other_with_its_words(tmp_path):
+    process = launched("tests.two_process_ends", "fails", str(tmp_path), port=29512)
+    output, _ = process.communicate(timeout=120)  # the other waits for it for half an hour
+    assert process.returncode != 0
+    assert "this judge fails here" in output
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_and_the_run_goes_on_where_it_was(tmp_path):
+    script = ("tests.two_process_ends", "waits", str(tmp_path))
+    process = launched(*script, port=29513, JUDGE_SECONDS="600")
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("judging.*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert Run.open(tmp_path / "run").is_done("sft")
+    before = (tmp_path / "run/01-sft/done.json").stat().st_mtime_ns
+    again = launched(*script, port=29514)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output[-3000:]
+    run = Run.open(tmp_path / "run")
+    assert run.is_done("external_reward")
+    assert (tmp_path / "run/01-sft/done.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("sharded_first", [True, False])
+def test_a_run_goes_on_from_shares_to_one_process_and_the_other_way_round(sharded_first, tmp_path):
+    """SFT by one kind of run and a stage of pairs by the other: as by one process all the way."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = [sys.executable, "-m", "tests.two_process_ends", "counts"]
+    assert subprocess.run([*alone, str(one)], cwd=HERE.parent, timeout=120).returncode == 0
+
+    def sharded(*stages: str) -> None:
+        script = ("tests.two_process_ends", "counts", str(two), *stages)
+        process = launched(*script, port=29515, **FSDP)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output[-3000:]
+
+    if sharded_first:
+        sharded("sft")
+        assert subprocess.run([*alone, str(two)], cwd=HERE.parent, timeout=120).returncode == 0
+    else:
+        done = subprocess.run([*alone, str(two), "sft"], cwd=HERE.parent, timeout=120)
+        assert done.returncode == 0
+        sharded()
+    runs = [Run.open(folder / "run") for folder in (one, two)]
+    assert runs[0].pairs("external_reward") == runs[1].pairs("external_reward")
+    models = [model64() for _ in runs]
+    for run, model in zip(runs, models, strict=True):
+        run.load_weights(model, "external_reward")
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)

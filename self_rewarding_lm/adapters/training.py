@@ -42,6 +42,11 @@ def tried(model: TokenModel, training: Training) -> Training | None:
     return next((way for way in ways if _agrees(model, way)), None)
 
 
+def packs(model: TokenModel) -> bool:
+    """Whether rows go through a model without padding."""
+    return model.training is not None and model.training.packs
+
+
 def grouped(
     model: TokenModel,
     rows: Sequence[Sequence[Sequence[int]]],
@@ -53,13 +58,13 @@ def grouped(
 
     token_budget: tokens of a group, with its padding where the model does not pack.
     """
-    packs = model.training is not None and model.training.packs
-    if packs:
+    packed = packs(model)
+    if packed:
         lengths = [packed_length(sequences) for sequences in rows]
     else:
         lengths = [max(map(len, sequences)) for sequences in rows]
         token_budget //= max(map(len, rows), default=1)
-    return micro_batches(lengths, token_budget=token_budget, max_rows=max_rows, padded=not packs)
+    return micro_batches(lengths, token_budget=token_budget, max_rows=max_rows, padded=not packed)
 
 
 def head_agrees(model: TokenModel, project: nn.Module, head: Head) -> bool:
