@@ -20,9 +20,8 @@ LEAST_SHARED = 8
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A row's own tokens, and before them `shared` tokens of the row that begins at `leader`."""
+    """A row's own tokens, and before them the first `shared` tokens of the part `leader`."""
 
-    start: int
     count: int
     leader: int
     shared: int
@@ -48,20 +47,21 @@ class Packing:
         self.parts: list[_Part] = []
         where = torch.zeros_like(ids)
         tokens, positions = [], []
-        count = 0
+        count = part = 0
         shares = shared_beginnings(ids, lengths, least_shared)
         for row, ((leader, shared), length) in enumerate(
             zip(shares, lengths.tolist(), strict=True)
         ):
-            first = int(where[leader, 0])
-            part = _Part(count, length - shared, first, shared)
-            where[row, :shared] = torch.arange(first, first + shared)
-            where[row, shared:length] = torch.arange(count, count + part.count)
+            if leader == row:
+                part = len(self.parts)  # of the rows that follow and begin like this one
+            own = length - shared
+            where[row, :shared] = where[leader, :shared]
+            where[row, shared:length] = torch.arange(count, count + own)
             tokens.append(ids[row, shared:length])
             positions.append(torch.arange(shared, length))
-            count += part.count
-            if part.count:
-                self.parts.append(part)
+            count += own
+            if own:
+                self.parts.append(_Part(own, part, shared))
         lines = 1 if width is None else -(-count // width)
         self.count, self.filled = count, -(-count // lines) * lines - count
         filling = [torch.zeros(self.filled, dtype=torch.long)]
@@ -84,19 +84,21 @@ class Packing:
     ) -> Float[Tensor, "b h n e"]:
         """Causal attention of each token to its row, as `KeyValues.attend`; nothing is kept."""
         self.layers.add(layer)
-        q, k, v = (t.transpose(0, 1).flatten(1, 2) for t in (query, key, value))
+        counts = [part.count for part in self.parts] + [self.filled] * bool(self.filled)
+        q, k, v = (
+            t.transpose(0, 1).flatten(1, 2).split(counts, dim=1) for t in (query, key, value)
+        )
         out = []
-        for part in self.parts:
-            own = slice(part.start, part.start + part.count)
-            keys, values = k[:, own], v[:, own]
+        for part, own, keys, values in zip(
+            self.parts, q, k, v, strict=False
+        ):  # the filling is last
             if part.shared:
-                beginning = slice(part.leader, part.leader + part.shared)
-                keys = torch.cat([k[:, beginning], keys], dim=1)
-                values = torch.cat([v[:, beginning], values], dim=1)
-            mask = self._mask(part, window, q)
-            out.append(whole_attention(q[:, own], keys, values, mask, scale=scale, dropout=dropout))
+                keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)
+                values = torch.cat([v[part.leader][:, : part.shared], values], dim=1)
+            mask = self._mask(part, window, own)
+            out.append(whole_attention(own, keys, values, mask, scale=scale, dropout=dropout))
         if self.filled:
-            out.append(q.new_zeros(len(q), self.filled, value.shape[-1]))
+            out.append(query.new_zeros(query.shape[1], self.filled, value.shape[-1]))
         return torch.cat(out, dim=1).unflatten(1, (query.shape[0], query.shape[2])).transpose(0, 1)
 
     def _mask(self, part: _Part, window: int | None, like: Tensor) -> Tensor | None:
