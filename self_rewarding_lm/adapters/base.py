@@ -155,13 +155,13 @@ def cache_agrees(model: TokenModel) -> bool:
 def agrees_on_probes(model: TokenModel, trial: Callable[[TokenModel, list[int]], bool]) -> bool:
     """Whether a trial of a model and a row of tokens finds that logits are as they should be.
 
-    A trained model in a narrow type may turn the rounding of tokens that never stand together into
-    quite other logits, so there it is enough that one of several rows agrees.
+    A trained model may turn the rounding of tokens that never stand together into quite other
+    logits, above all in a narrow type, so it is enough that one of several rows agrees.
     """
     length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
     if length < 3:
         return False
-    strides = [1 + n * model.vocab // 8 for n in range(PROBES if is_narrow(model.module) else 1)]
+    strides = [1 + n * model.vocab // 8 for n in range(PROBES)]
     rows = [[i * stride % model.vocab for i in range(1, length + 1)] for stride in strides]
     try:
         with inferring(model.module):
@@ -205,7 +205,7 @@ def close(model: TokenModel, row: list[int], got: Tensor) -> bool:
     """Whether logits are those of what follows a row, computed alone and whole."""
     whole = torch.tensor([row], device=got.device)
     truth, got = model.logits(whole)[0, -1].double(), got.double()
-    tolerance = _tolerance(model.module, truth, exact=1e-3, rounded=1e-1)
+    tolerance = _tolerance(model.module, truth, exact=1e-4, rounded=1e-1)
     return bool(((truth - got).abs() <= tolerance).all())
 
 
@@ -217,13 +217,13 @@ def _tolerance(module: nn.Module, logits: Tensor, *, exact: float, rounded: floa
     """
     if logits.numel() == 0:
         return 0.0
-    narrow = is_narrow(module)
+    narrow = _is_narrow(module)
     epsilon = torch.finfo(torch.bfloat16 if narrow else torch.float32).eps
     spread = (logits - logits.mean(dim=-1, keepdim=True)).abs().amax()
     return float((rounded if narrow else exact) * spread + 8 * epsilon * logits.abs().amax())
 
 
-def is_narrow(module: nn.Module) -> bool:
+def _is_narrow(module: nn.Module) -> bool:
     """Whether a module has weights of fewer than four bytes."""
     dtypes = {p.dtype for p in module.parameters()} or {b.dtype for b in module.buffers()}
     return any(d.itemsize < 4 and d != torch.bool for d in dtypes)
