@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 HF = ["transformers>=5.8", "tokenizers", "peft>=0.18", "gguf>=0.17"]
 DATA = ["datasets>=4.0", "pyarrow>=18"]
 SERVER = ["openai>=2.0"]
+BITSANDBYTES = ["bitsandbytes>=0.46"]  # optimisers in 8 bit, models in 4 bit
 TEST = [
     "pytest>=8",
     "scipy",
@@ -50,6 +51,7 @@ setup(
         "hf": HF,
         "data": DATA,
         "server": SERVER,
+        "bitsandbytes": BITSANDBYTES,
         "test": TEST,
         "bench": [
             *HF,

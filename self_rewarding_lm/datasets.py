@@ -2,10 +2,10 @@
 
 A dataset is a torch Dataset or `datasets.Dataset` (or anything with `len` and `[i]`), a list, an
 iterable, a .jsonl, .json (both also .gz) or .parquet file, `from_stage(...)`, or a list of those,
-which stands for them one after the other. Iterables are read once, into memory, and the rows that
-a stage used are stored by it; an endless one is not supported. Rows are checked as they are read;
-a DataError names the dataset or file, the row or line, and what is wrong. What a row may look like
-is in `rows`.
+which stands for them one after the other. Rows of a .jsonl file and of an earlier stage are read
+when they are needed. Iterables are read once, into memory, and the rows that a stage used are
+stored by it; an endless one is not supported. Rows are checked as they are read; a DataError names
+the dataset or file, the row or line, and what is wrong. What a row may look like is in `rows`.
 """
 
 import logging
@@ -21,6 +21,7 @@ from self_rewarding_lm.errors import DataError, TokenizerError
 from self_rewarding_lm.files import (
     SUFFIXES,
     SUFFIXES_IN_WORDS,
+    FileRows,
     UnreadableLine,
     check_file,
     place_in,
@@ -125,7 +126,7 @@ class Rows:
         yield from range(min(len(self), PREVIEWED_ROWS))
         start = 0
         for part in self._opened():
-            for place, row in enumerate(part if isinstance(part, list) else (), start):
+            for place, row in enumerate(part if isinstance(part, FileRows) else (), start):
                 if place >= PREVIEWED_ROWS and isinstance(row, UnreadableLine):
                     yield place
             start += len(part)
@@ -165,7 +166,7 @@ class Rows:
 
     def _is_repeatable(self) -> bool:
         """Whether every row is known to be the same each time it is read."""
-        return all(isinstance(part, list) or _is_fixed(part) for part in self._opened())
+        return all(isinstance(part, list | FileRows) or _is_fixed(part) for part in self._opened())
 
     def _opened(self) -> list[Indexed]:
         if self._parts is None:

@@ -27,7 +27,7 @@ from self_rewarding_lm.ranked import ranked_row
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, RankedReplies
 from self_rewarding_lm.rows import prompt_of
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import id_order
+from self_rewarding_lm.stored import id_order
 from self_rewarding_lm.tokens import Tokenizer, Tokens
 
 Asked = tuple[Prompt, list[Candidate]]

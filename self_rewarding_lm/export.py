@@ -6,12 +6,14 @@ token ids as they were trained, in the columns of a dataset that is tokenised al
 and `completion_mask`, 1 where a token is learnt.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.files import write_rows
-from self_rewarding_lm.records import Demonstration, TrainingRow
+from self_rewarding_lm.lines import Picked
+from self_rewarding_lm.records import Demonstration, TrainingRow, is_trained
 from self_rewarding_lm.run import Run
 
 
@@ -28,11 +30,13 @@ def export_stage(run: Run, stage: str | int, path: Path, *, force: bool = False)
     return len(rows)
 
 
-def trained_rows(run: Run, stage: str | int) -> list[dict[str, Any]]:
+def trained_rows(run: Run, stage: str | int) -> Sequence[dict[str, Any]]:
     """The rows that a stage trained on, or made for another one. Raises StoreError without any."""
     rows = run.preference_rows(stage)
-    rows = rows or [_demonstration(made) for made in run.demonstrations(stage)]
-    rows = rows or [_supervised(row) for row in run.rows(stage) if not _is_held_out(row)]
+    rows = rows or Picked(run.demonstrations(stage), change=_demonstration)
+    if not rows:
+        trained = run.stage(stage).stored(TrainingRow, is_trained)
+        rows = Picked(trained, change=_supervised)
     if not rows:
         state = "done" if run.is_done(stage) else "not done"
         raise StoreError(
@@ -59,7 +63,3 @@ def _demonstration(made: Demonstration) -> dict[str, Any]:
 
 def _supervised(row: TrainingRow) -> dict[str, Any]:
     return {"input_ids": list(row.ids), "completion_mask": [int(flag) for flag in row.targets]}
-
-
-def _is_held_out(row: TrainingRow) -> bool:
-    return row.id.split("/")[1] == "valid"

@@ -1,18 +1,31 @@
-"""Files of rows: JSON lines, JSON and parquet. Knows nothing of what a row may look like."""
+"""Files of rows: JSON lines, JSON and parquet. Knows nothing of what a row may look like.
+
+Rows of a .jsonl file are read from disk when they are asked for; of a .jsonl.gz file the unpacked
+bytes are in memory, of a .parquet file its columns as Arrow holds them, of a .json file its rows.
+"""
 
 import gzip
 import json
+import os
 import zlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.lines import Lazy, LineFile
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 WRITTEN = (".jsonl", ".parquet")
 SUFFIXES_IN_WORDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+ROWS_AT_ONCE = 1024  # of a parquet file that are Python objects
+ROWS_WRITTEN = 16_384  # of a parquet file in one piece
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,67 @@ class UnreadableLine:
     """Stands in the place of a line that holds no JSON. reason: what is wrong with it."""
 
     reason: str
+
+
+class FileRows(Lazy[Any]):
+    """Rows of a file, the same ones each time they are asked for."""
+
+
+class JsonLines(FileRows):
+    """The rows of a .jsonl file, each read from its line; an UnreadableLine where that is no JSON.
+
+    Raises DataError where the file was changed since it was opened.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        file = BytesIO(_unpacked(path, name)) if path.suffix == ".gz" else path.open("rb")
+        self._lines = LineFile(file, path)
+        self._starts, rows = array("q"), 0
+        for start, line in self._lines:
+            self._starts.append(start)
+            if not line.isspace():
+                rows = len(self._starts)
+        del self._starts[rows:]
+        self._stamp = self._stamped()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _at(self, place: int) -> Any:
+        if self._stamped() != self._stamp:
+            raise DataError(
+                f"{self.name}: {self._lines.path} was changed while it was in use. Its rows are "
+                "read when they are needed; begin again with the file as it is now."
+            )
+        line = self._lines.at(self._starts[place]).rstrip()
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            return UnreadableLine(str(error))
+
+    def _stamped(self) -> tuple[int, int] | None:
+        if isinstance(self._lines.file, BytesIO):
+            return None
+        found = os.fstat(self._lines.file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+class ParquetRows(FileRows):
+    """The rows of a table of pyarrow, a few at a time as Python objects."""
+
+    def __init__(self, table: "pyarrow.Table") -> None:
+        self._table = table
+        self._first, self._some = 0, []
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def _at(self, place: int) -> Any:
+        if not 0 <= place - self._first < len(self._some):
+            self._first = place - place % ROWS_AT_ONCE
+            self._some = self._table.slice(self._first, ROWS_AT_ONCE).to_pylist()
+        return self._some[place - self._first]
 
 
 def suffix_of(path: str | Path) -> str | None:
@@ -41,7 +115,7 @@ def check_file(path: str | Path, name: str) -> None:
         raise DataError(f"{name}: there is no file {str(path)!r}.")
 
 
-def read_rows(path: str | Path, name: str) -> list[Any]:
+def read_rows(path: str | Path, name: str) -> Sequence[Any]:
     """All rows of a file, in their order; an UnreadableLine for each line that is no JSON.
 
     A line of a .jsonl file is a row, so no line in the middle may be empty. A .json file holds one
@@ -52,12 +126,10 @@ def read_rows(path: str | Path, name: str) -> list[Any]:
     path, suffix = Path(path), suffix_of(path) or ""
     if suffix == ".parquet":
         return _parquet_rows(path, name)
-    data = _content(path, name)
     if suffix.startswith(".jsonl"):
-        text = data.rstrip()
-        return [_line(line) for line in text.split(b"\n")] if text else []
+        return JsonLines(path, name)
     try:
-        rows = json.loads(data)
+        rows = json.loads(_unpacked(path, name) if path.suffix == ".gz" else path.read_bytes())
     except ValueError as error:
         raise DataError(
             f"{name}: {path} is no JSON: {error}. (A file of one row a line is named .jsonl.)"
@@ -70,9 +142,7 @@ def read_rows(path: str | Path, name: str) -> list[Any]:
     return rows
 
 
-def _content(path: Path, name: str) -> bytes:
-    if path.suffix != ".gz":
-        return path.read_bytes()
+def _unpacked(path: Path, name: str) -> bytes:
     try:
         with gzip.open(path) as file:
             return file.read()
@@ -80,14 +150,7 @@ def _content(path: Path, name: str) -> bytes:
         raise DataError(f"{name}: {path} cannot be unpacked by gzip: {error}") from error
 
 
-def _line(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        return UnreadableLine(str(error))
-
-
-def _parquet_rows(path: Path, name: str) -> list[Any]:
+def _parquet_rows(path: Path, name: str) -> ParquetRows:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -96,7 +159,7 @@ def _parquet_rows(path: Path, name: str) -> list[Any]:
             'pip install "self-rewarding-lm[data]", or give the rows as .jsonl.'
         ) from error
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
+        return ParquetRows(parquet.ParquetFile(path).read())
     except (OSError, ValueError) as error:  # pyarrow's errors are children of these
         raise DataError(f"{name}: {path} is no parquet file: {error}") from error
 
@@ -111,15 +174,29 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.tmp")
     if path.suffix == ".parquet":
-        try:
-            from pyarrow import Table, parquet
-        except ImportError as error:
-            raise ConfigError(
-                f"{path} needs the package pyarrow: "
-                'pip install "self-rewarding-lm[data]", or write .jsonl.'
-            ) from error
-        parquet.write_table(Table.from_pylist(list(rows)), draft)
+        _write_parquet(draft, rows)
     else:
         with draft.open("w", encoding="utf-8", errors="replace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     draft.replace(path)
+
+
+def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """In pieces, of one schema that all of them fit."""
+    try:
+        from pyarrow import Table, parquet, unify_schemas
+    except ImportError as error:
+        raise ConfigError(
+            f"{path} needs the package pyarrow: "
+            'pip install "self-rewarding-lm[data]", or write .jsonl.'
+        ) from error
+
+    def pieces() -> Iterator[list[Mapping[str, Any]]]:
+        for start in range(0, max(1, len(rows)), ROWS_WRITTEN):
+            yield list(rows[start : start + ROWS_WRITTEN])
+
+    schemas = [Table.from_pylist(piece).schema for piece in pieces()]
+    schema = unify_schemas(schemas, promote_options="permissive")
+    with parquet.ParquetWriter(path, schema) as writer:
+        for piece in pieces():
+            writer.write_table(Table.from_pylist(piece, schema=schema))

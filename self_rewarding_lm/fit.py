@@ -22,7 +22,7 @@ from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError, TrainingError
 from self_rewarding_lm.objectives import Objective
-from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers
+from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers, warn_of_lost_updates
 from self_rewarding_lm.runtime import random_numbers_kept
 from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.store import StageDir
@@ -31,6 +31,7 @@ from self_rewarding_lm.watching import Watcher
 logger = logging.getLogger(__name__)
 
 BEST = "best"
+ROWS_AT_ONCE = 4096  # of an evaluation, whose tokens are in memory together
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Fit:
                 changed.enter_context(model.checkpointing())
             made = make_optimizers(module, self.optim, self.ctx.model.vocab)
             optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
+            if self.ctx.runtime.is_main:
+                warn_of_lost_updates(module, self.optim, self.ctx.stage)
             try:
                 return self._steps(module, optimizers)
             finally:
@@ -174,12 +177,13 @@ class Fit:
         if not math.isfinite(found["loss"]):
             self._not_finite("loss", found["loss"], batch, step)
         norm = runtime.clip_gradients(module.parameters(), self.optim.max_grad_norm)
-        if not math.isfinite(norm) and runtime.accelerator.scaler is None:
+        if not math.isfinite(norm) and runtime.loss_scale <= 1:
             self._not_finite("gradient norm", norm, batch, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
+        runtime.step(optimizers, norm)
+        for optimizer in optimizers:
             optimizer.zero_grad()
         return {"loss": found.pop("loss"), "grad_norm": norm, "learning_rate": rate, **found}
 
@@ -221,11 +225,13 @@ class Fit:
         sums = _Sums()
         rows = list(range(len(self.valid)))
         with evaluating(module):
-            groups = self._micro_batches(self.valid, self.ctx.runtime.share(rows))
-            for group, counts in self.ctx.runtime.in_step(groups, rows[:1]):
-                found = self._forward(module, self.valid, group)
-                if counts:
-                    _add(sums, *found)
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                mine = self.ctx.runtime.share(rows[start : start + ROWS_AT_ONCE])
+                groups = self._micro_batches(self.valid, mine)
+                for group, counts in self.ctx.runtime.in_step(groups, rows[:1]):
+                    found = self._forward(module, self.valid, group)
+                    if counts:
+                        _add(sums, *found)
         found = self._reduced(sums, sum(map(self.valid.count, rows)))
         del found["num_tokens"], found["padding_share"]
         self._log({f"eval/{name}": value for name, value in found.items()}, step)
@@ -245,9 +251,7 @@ class Fit:
         )
 
 
-def _add(
-    sums: _Sums, losses: Tensor, tokens: tuple[int, int], metrics: dict[str, Tensor]
-) -> None:
+def _add(sums: _Sums, losses: Tensor, tokens: tuple[int, int], metrics: dict[str, Tensor]) -> None:
     sums.loss += float(losses.detach().double().sum())
     sums.tokens += tokens[0]
     sums.places += tokens[1]

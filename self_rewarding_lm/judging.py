@@ -7,10 +7,8 @@ Knows nothing of models and tokens.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from textwrap import dedent
 
 from jinja2 import TemplateError, meta
@@ -233,7 +231,7 @@ def _compared(judgements: Sequence[Judgement]) -> dict[str, float | None]:
     outcomes: dict[str, list[float | None]] = {
         candidate_id: [] for j in judgements for candidate_id in j.candidate_ids
     }
-    for (one, other), (there, back) in _both_orders(judgements).items():
+    for (one, other), (there, back) in both_orders(judgements).items():
         if there is not None and back is not None:
             won = there if there == back else 0.5
             outcomes[one].append(won)
@@ -241,7 +239,7 @@ def _compared(judgements: Sequence[Judgement]) -> dict[str, float | None]:
     return {candidate_id: mean_score(scores) for candidate_id, scores in outcomes.items()}
 
 
-def _both_orders(
+def both_orders(
     judgements: Iterable[Judgement],
 ) -> dict[tuple[str, str], tuple[float | None, float | None]]:
     """For each two candidates how the first of them did in each order: 1, 0.5, 0 or None."""
@@ -258,51 +256,6 @@ def _both_orders(
 
 def _outcome(score: float | None) -> float | None:
     return None if score is None else 0.5 + 0.5 * (score > 0.5) - 0.5 * (score < 0.5)
-
-
-def judge_metrics(
-    candidates: Sequence[Candidate], judgements: Sequence[Judgement]
-) -> dict[str, float]:
-    """How a judge did on a stage's candidates.
-
-    judge/parse_rate: judgements with a score. Of judgements of one candidate, scores rounded to
-    one decimal: judge/score_mean; judge/modal_share, the commonest score's share (1.0 for a judge
-    that always says the same); judge/self_agreement, of pairs of judgements of a candidate by one
-    judge those with the same score. Of judgements of two: judge/position_agreement, of comparisons
-    known in both orders those with the same verdict. judge/tie_rate: of prompts with two scored
-    candidates, those where the best and the worst have the same score. judge/score_mass: its mean
-    where it was looked at. judge/forced_share: judgements whose ending was forced, where any was.
-    A measure that nothing is known of is left out.
-    """
-    singles: dict[tuple[str, str], list[float]] = {}
-    for j in judgements:
-        if j.score is not None and len(j.candidate_ids) == 1:
-            singles.setdefault((j.candidate_ids[0], j.judge), []).append(j.score)
-    scores = [score for own in singles.values() for score in own]
-    rounded = [[round(score, 1) for score in own] for own in singles.values()]
-    modal = Counter(score for own in rounded for score in own)
-    twos = [pair for own in rounded for pair in combinations(own, 2)]
-    known = candidate_scores(candidates, judgements)
-    by_prompt: dict[str, list[float]] = {}
-    for candidate in candidates:
-        if (score := known[candidate.id]) is not None:
-            by_prompt.setdefault(candidate.prompt_id, []).append(score)
-    ranked = [own for own in by_prompt.values() if len(own) >= 2]
-    compared = _both_orders(j for j in judgements if len(j.candidate_ids) == 2).values()
-    orders = [(there, back) for there, back in compared if None not in (there, back)]
-    masses = [j.score_mass for j in judgements if j.score_mass is not None]
-    forced = sum(j.source == "forced" for j in judgements)
-    shares = {
-        "judge/parse_rate": (sum(j.score is not None for j in judgements), len(judgements)),
-        "judge/score_mean": (sum(scores), len(scores)),
-        "judge/modal_share": (max(modal.values(), default=0), len(scores)),
-        "judge/self_agreement": (sum(a == b for a, b in twos), len(twos)),
-        "judge/position_agreement": (sum(a == b for a, b in orders), len(orders)),
-        "judge/tie_rate": (sum(max(m) == min(m) for m in ranked), len(ranked)),
-        "judge/score_mass": (math.fsum(masses), len(masses)),
-        "judge/forced_share": (forced, len(judgements) if forced else 0),
-    }
-    return {name: part / whole for name, (part, whole) in shares.items() if whole}
 
 
 def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Callable[..., str]:

@@ -57,7 +57,8 @@ class SupervisedObjective:
         return sum(self.rows[row].targets)
 
     def sequences(self, row: int) -> Sequences:
-        return [(self.rows[row].ids, self.rows[row].targets)]
+        found = self.rows[row]
+        return [(found.ids, found.targets)]
 
     def name(self, row: int) -> str:
         return self.rows[row].id

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 65_536
 """Numbers of a parameter that `updates_vanish` looks at, at most, evenly spread over it."""
 _EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
+_WHOLE_ALONE = ("adafactor", *_EIGHT_BIT)  # know no DTensor
 _ADAMW_STEPS = ("adamw", "muon", *_EIGHT_BIT)  # an update of theirs is about the learning rate
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
@@ -57,12 +58,17 @@ def make_optimizers(
     return made
 
 
-def check_optimizer(module: nn.Module, optim: OptimConfig, *, scaled: bool = False) -> None:
+def check_optimizer(
+    module: nn.Module, optim: OptimConfig, *, scaled: bool = False, sharded: bool = False
+) -> None:
     """Raise ConfigError where an optimiser cannot train a model; to be asked before any work.
 
-    scaled: whether the loss is scaled, as in mixed precision with float16. A function is trusted.
+    scaled: whether the loss is scaled, as in mixed precision with float16. sharded: whether weights
+    will be spread over processes by FSDP2. A function is trusted.
     """
-    half = any(p.requires_grad and p.dtype == torch.float16 for p in module.parameters())
+    trained = [p for p in module.parameters() if p.requires_grad]
+    half = any(p.dtype == torch.float16 for p in trained)
+    sharded = sharded or any(hasattr(p, "to_local") for p in trained)
     advice = (
         "Load the model in float32 (and set accelerate_kwargs=dict(mixed_precision='fp16') for "
         "speed), or train an adapter with peft_config, whose weights are float32."
@@ -77,6 +83,12 @@ def check_optimizer(module: nn.Module, optim: OptimConfig, *, scaled: bool = Fal
             "AdamW keeps its mean of squared gradients in the type of the weights, and some of "
             "these are float16, where the share that a gradient below 5e-3 has in that mean is 0: "
             f"steps become many times too long. {advice}"
+        )
+    if sharded and optim.optimizer in _WHOLE_ALONE:
+        raise ConfigError(
+            f"optimizer={optim.optimizer!r} cannot step weights that FSDP2 spreads over processes: "
+            "torch's Adafactor and bitsandbytes compute on whole tensors. Take 'adamw', 'muon' or "
+            "'sgd', or train without FSDP."
         )
     if optim.optimizer in _EIGHT_BIT and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -122,7 +134,7 @@ def updates_vanish(params: Iterable[nn.Parameter], rate: float) -> float:
         local: Tensor = getattr(parameter, "to_local", lambda p=parameter: p)()
         if not parameter.requires_grad or local.numel() == 0:
             continue
-        some = local.reshape(-1)[:: max(1, local.numel() // LOOKED_AT)]
+        some = local.reshape(-1)[:: -(-local.numel() // LOOKED_AT)]
         wide = some if some.dtype == torch.float64 else some.float()
         same = (wide - rate).to(some.dtype) == some
         lost += same.float().mean().item() * local.numel()
@@ -228,7 +240,7 @@ def _adafactor(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _sgd(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=optim.learning_rate or 0.0, fused=_can_fuse(groups))
+    return torch.optim.SGD(groups, lr=optim.learning_rate or 0.0)  # its fused step knows no DTensor
 
 
 def _adamw_8bit(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:

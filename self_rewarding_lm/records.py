@@ -10,7 +10,8 @@ Knows nothing of models, tensors or files.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 
@@ -179,7 +180,12 @@ Record = TypeVar("Record")
 
 def to_json(record: Any) -> dict[str, Any]:
     """A record as plain JSON values."""
-    return asdict(record)
+    return {name: getattr(record, name) for name in _names(type(record))}
+
+
+def is_trained(record_id: str) -> bool:
+    """Whether a pair or row of that id is none of a valid_dataset."""
+    return record_id.split("/")[1] != "valid"
 
 
 def columns_of(pair: PreferencePair) -> dict[str, Any]:
@@ -196,8 +202,13 @@ def columns_of(pair: PreferencePair) -> dict[str, Any]:
 
 def from_json(record_type: type[Record], values: Mapping[str, Any]) -> Record:
     """The record that `to_json` was given; lists become tuples again."""
-    names = {field.name for field in fields(record_type)}  # type: ignore[arg-type]
-    unknown = set(values) - names
+    unknown = values.keys() - _names(record_type).keys()
     if unknown:
         raise ValueError(f"{record_type.__name__} has no field {', '.join(sorted(unknown))}")
     return record_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+@cache
+def _names(record_type: type) -> dict[str, None]:
+    """The names of a record's fields, in their order."""
+    return dict.fromkeys(field.name for field in fields(record_type))

@@ -4,7 +4,8 @@ The reference of a stage are the weights it starts from. They are asked once, be
 dropout off, and their answers are kept beside the pairs: no second copy of the weights, no drift.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,12 @@ from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.adapters.training import grouped
 from self_rewarding_lm.batching import pad_rows
 from self_rewarding_lm.context import Context
+from self_rewarding_lm.lines import Picked
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.stored import Groups
+
+PAIRS_AT_ONCE = 4096  # that are in memory together, and put into forwards by length
 
 
 @dataclass(frozen=True)
@@ -37,28 +42,35 @@ class StoredReference:
         self.token_budget = token_budget
         self.round = round
 
-    def sums(self, pairs: Sequence[PreferencePair]) -> list[PairSums]:
+    def sums(self, pairs: Sequence[PreferencePair]) -> Sequence[PairSums]:
         """The summed log-probs of each pair, in the order of `pairs`."""
-        wanted = {f"{pair.id}/r{self.round}": pair for pair in pairs}
-        stored = {record.id for record in self.out.known(ReferenceLogprobs)}
-        missing = [(i, pair) for i, pair in wanted.items() if i not in stored]
-        self._store(self.ctx.runtime.share(missing))
+        known = Groups(self.out.known(ReferenceLogprobs))
+        names = [f"{pair.id}/r{self.round}" for pair in pairs]
+        missing = [place for place, name in enumerate(names) if name not in known]
+        mine = self.ctx.runtime.share(missing)
+        with self.ctx.runtime.progress(len(mine), "reference log-probs", "pair") as bar:
+            for start in range(0, len(mine), PAIRS_AT_ONCE):
+                some = mine[start : start + PAIRS_AT_ONCE]
+                for count in self._stored([(names[i], pairs[i]) for i in some]):
+                    bar.update(count)
         self.out.merge(ReferenceLogprobs)
-        found = {record.id: record for record in self.out.read(ReferenceLogprobs)}
-        return [PairSums(sum(found[i].chosen), sum(found[i].rejected)) for i in wanted]
+        chosen, rejected = array("d"), array("d")
+        for found in Groups(self.out.known(ReferenceLogprobs)).in_order(names):
+            chosen.append(sum(found.chosen))
+            rejected.append(sum(found.rejected))
+        return Picked(range(len(names)), change=lambda i: PairSums(chosen[i], rejected[i]))
 
-    def _store(self, missing: list[tuple[str, PreferencePair]]) -> None:
+    def _stored(self, missing: list[tuple[str, PreferencePair]]) -> Iterator[int]:
+        """Compute and store; how many pairs came with each forward."""
         sequences = [_sequences(pair) for _, pair in missing]
         rows = [[(*prompt, *response) for prompt, response in pair] for pair in sequences]
-        groups = grouped(self.ctx.model, rows, token_budget=self.token_budget)
-        with self.ctx.runtime.progress(len(missing), "reference log-probs", "pair") as bar:
-            for group in groups:
-                together = [sequence for i in group for sequence in sequences[i]]
-                found = iter(response_logprobs(self.ctx.policy, together))
-                self.out.append(
-                    [ReferenceLogprobs(missing[i][0], next(found), next(found)) for i in group]
-                )
-                bar.update(len(group))
+        for group in grouped(self.ctx.model, rows, token_budget=self.token_budget):
+            together = [sequence for i in group for sequence in sequences[i]]
+            found = iter(response_logprobs(self.ctx.policy, together))
+            self.out.append(
+                ReferenceLogprobs(missing[i][0], next(found), next(found)) for i in group
+            )
+            yield len(group)
 
 
 def _sequences(pair: PreferencePair) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

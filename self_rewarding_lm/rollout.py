@@ -20,6 +20,7 @@ from self_rewarding_lm.serving import served
 from self_rewarding_lm.tokens import Tokenizer, Tokens
 from self_rewarding_lm.weights import save_folder
 
+PROMPTS_AT_ONCE = 4096  # whose requests are in memory together
 BYTES_PER_CHARACTER = 4  # at most: how many tokens one character of a stop text may take
 
 
@@ -61,7 +62,28 @@ def sample_candidates(
     seed: int,
     limit: int | None,
 ) -> Iterator[Candidate]:
-    """The same of any model; `limit`: tokens of prompt and response together."""
+    """The same of any model; `limit`: tokens of prompt and response together.
+
+    Of prompts beyond PROMPTS_AT_ONCE the engine is asked when it is through with those before.
+    """
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        some = prompts[start : start + PROMPTS_AT_ONCE]
+        yield from _sampled(
+            model, some, sampling, num_samples, engine=engine, tokens=tokens, seed=seed, limit=limit
+        )
+
+
+def _sampled(
+    model: TokenModel,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    num_samples: int,
+    *,
+    engine: Engine,
+    tokens: Tokens,
+    seed: int,
+    limit: int | None,
+) -> Iterator[Candidate]:
     requests, owners = [], []
     for prompt in prompts:
         room = sampling.max_new_tokens if limit is None else limit - len(prompt.ids)
@@ -70,8 +92,6 @@ def sample_candidates(
             owners.append((prompt, f"{prompt.id}/{sample}"))
             key = stable_hash(seed, owners[-1][1])
             requests.append(Request(prompt.ids, key, new))
-    if not requests:
-        return
     for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
         prompt, candidate_id = owners[index]
         yield Candidate(

@@ -17,16 +17,17 @@ from self_rewarding_lm.adapters import load_into
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.datasets import FromStage
 from self_rewarding_lm.errors import RunMismatchError, StoreError
+from self_rewarding_lm.lines import Picked
 from self_rewarding_lm.records import (
     Candidate,
     Demonstration,
     Judgement,
     PreferencePair,
     Prompt,
-    Record,
     ReferenceLogprobs,
     TrainingRow,
     columns_of,
+    is_trained,
     to_json,
 )
 from self_rewarding_lm.runtime import Runtime
@@ -56,6 +57,8 @@ FREE_SETTINGS = ("micro_batch_tokens", "micro_batch_size", "checkpoint_every")
 class Run:
     """Reads a run directory. A stage is named by its name, its folder or its place (0, 1, ...).
 
+    Records come as sequences that read a record when it is asked for; `list(...)` takes them all
+    into memory. They are those that were on disk when the sequence was made.
     `Run.open(folder)` raises StoreError where the folder holds no run.
     """
 
@@ -82,40 +85,39 @@ class Run:
     def is_done(self, stage: str | int) -> bool:
         return self.stage(stage).is_done
 
-    def prompts(self, stage: str | int) -> list[Prompt]:
-        return self._read(stage, Prompt)
+    def prompts(self, stage: str | int) -> Sequence[Prompt]:
+        return self.stage(stage).stored(Prompt)
 
-    def candidates(self, stage: str | int) -> list[Candidate]:
-        return self._read(stage, Candidate)
+    def candidates(self, stage: str | int) -> Sequence[Candidate]:
+        return self.stage(stage).stored(Candidate)
 
-    def judgements(self, stage: str | int) -> list[Judgement]:
-        return self._read(stage, Judgement)
+    def judgements(self, stage: str | int) -> Sequence[Judgement]:
+        return self.stage(stage).stored(Judgement)
 
-    def pairs(self, stage: str | int) -> list[PreferencePair]:
+    def pairs(self, stage: str | int) -> Sequence[PreferencePair]:
         """The pairs that the stage trained on; those of its valid_dataset are left out."""
-        found = self._read(stage, PreferencePair)
-        return [pair for pair in found if pair.id.split("/")[1] != "valid"]
+        return self.stage(stage).stored(PreferencePair, is_trained)
 
-    def demonstrations(self, stage: str | int) -> list[Demonstration]:
-        return self._read(stage, Demonstration)
+    def demonstrations(self, stage: str | int) -> Sequence[Demonstration]:
+        return self.stage(stage).stored(Demonstration)
 
-    def training_data(self, stage: str | int) -> list[Demonstration] | list[PreferencePair]:
+    def training_data(self, stage: str | int) -> Sequence[Demonstration | PreferencePair]:
         """What `from_stage` stands for: the stage's demonstrations, of others their pairs."""
         return self.demonstrations(stage) or self.pairs(stage)
 
-    def reference(self, stage: str | int) -> list[ReferenceLogprobs]:
-        return self._read(stage, ReferenceLogprobs)
+    def reference(self, stage: str | int) -> Sequence[ReferenceLogprobs]:
+        return self.stage(stage).stored(ReferenceLogprobs)
 
-    def rows(self, stage: str | int) -> list[TrainingRow]:
-        return self._read(stage, TrainingRow)
+    def rows(self, stage: str | int) -> Sequence[TrainingRow]:
+        return self.stage(stage).stored(TrainingRow)
 
-    def preference_rows(self, stage: str | int) -> list[dict[str, Any]]:
+    def preference_rows(self, stage: str | int) -> Sequence[dict[str, Any]]:
         """The stage's pairs in the columns that TRL trains on: prompt, chosen, rejected.
 
         Message lists where a chat template rendered the prompts, else texts where the pairs have
         them, else token ids.
         """
-        return [columns_of(pair) for pair in self.pairs(stage)]
+        return Picked(self.pairs(stage), change=columns_of)
 
     def metrics(self, stage: str | int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
@@ -154,9 +156,6 @@ class Run:
         if found is None:
             raise StoreError(f"the run has no stage {stage!r}; it has: {', '.join(self.stages)}.")
         return StageFiles(self.folder / found)
-
-    def _read(self, stage: str | int, record_type: type[Record]) -> list[Record]:
-        return self.stage(stage).read(record_type)
 
 
 def begin_run(

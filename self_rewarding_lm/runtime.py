@@ -4,9 +4,10 @@ Also the one place that sets up logging and progress bars, because only one proc
 """
 
 import logging
+import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ class Runtime:
 
     def __init__(self, accelerate_kwargs: Mapping[str, Any], *, quiet: bool = False) -> None:
         self.accelerator = _accelerator(dict(accelerate_kwargs))
+        _scale_on_cpu(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
@@ -94,6 +96,30 @@ class Runtime:
         """The norm of all gradients, which are scaled down to `limit`; None clips nothing."""
         norm = self.accelerator.clip_grad_norm_(parameters, limit or float("inf"))
         return float(whole(norm)) if norm is not None else float("nan")
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by, so that float16 has its gradients; 0.0: by nothing."""
+        scaler = self.accelerator.scaler
+        return 0.0 if scaler is None else scaler.get_scale()
+
+    def step(self, optimizers: Sequence[Any], norm: float) -> None:
+        """A step of all optimisers; none where the loss is scaled and the gradient's norm is not
+        finite: then the scale is too large, and is halved.
+
+        Accelerate's own step brings the scale up to date behind each optimiser, and the gradients
+        of the next one would be divided by it once more.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            for optimizer in optimizers:
+                optimizer.step()
+        elif math.isfinite(norm):
+            for optimizer in optimizers:
+                scaler.step(optimizer.optimizer)
+            scaler.update()
+        else:  # the norm is that of all processes, so they agree; an overflow may be in one alone
+            scaler.update(self.loss_scale * scaler.get_backoff_factor())
 
     def autocasted(self, results: Iterable[T]) -> Iterator[T]:
         """The results of forwards outside the prepared module, each made in mixed precision.
@@ -199,6 +225,15 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
             f"accelerate.Accelerator refused accelerate_kwargs={kwargs}: {error} They are its "
             "arguments; with several processes all trainers of a process share them."
         ) from error
+
+
+def _scale_on_cpu(accelerator: Accelerator) -> None:
+    """float16 on a CPU; accelerate alone would compute in float32 and say nothing."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        handler = accelerator.scaler_handler
+        settings = {} if handler is None else handler.to_kwargs()
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", **settings)
 
 
 def _asks_for_fsdp(kwargs: Mapping[str, Any], world: int) -> bool:

@@ -10,12 +10,15 @@
 
 While an arrow runs each process appends to its own <records>.<rank>.jsonl; at its end they become
 one file, ordered by id. A torn last line (of a process that was killed) is cut off; any other line
-that cannot be read is an error.
+that cannot be read is an error. Records are read one by one when they are asked for, see stored.py.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from io import BufferedIOBase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,10 @@ from self_rewarding_lm.records import (
     Record,
     ReferenceLogprobs,
     TrainingRow,
-    from_json,
     to_json,
 )
 from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.stored import Stored, merge_files, merged_file
 from self_rewarding_lm.weights import Savable, remove_weights, save_folder, weights_file
 
 RECORD_TYPES = (
@@ -50,6 +53,8 @@ RECORD_TYPES = (
 )
 WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
 STAGE_FILES = ("config.json", "done.json", "metrics.jsonl")
+BLOCK = 1 << 16  # bytes that are looked through at once for the end of the last whole line
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class StageFiles:
@@ -62,22 +67,22 @@ class StageFiles:
     def is_done(self) -> bool:
         return (self.path / "done.json").exists()
 
+    def stored(
+        self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
+    ) -> Stored[Record]:
+        """The records of a type that are on disk, each id once, read when they are asked for.
+
+        wanted: whether an id belongs to them, default all.
+        """
+        return Stored(record_type, self.path, wanted)
+
     def read(self, record_type: type[Record]) -> list[Record]:
-        """All records of a type that are on disk, each id once."""
-        found: dict[str, Record] = {}
-        kind = record_type.kind  # type: ignore[attr-defined]
-        for path in (self.path / f"{kind}.jsonl", *self._rank_files(kind)):
-            for values in read_lines(path):
-                record = _record(record_type, values, path)
-                found.setdefault(record.id, record)  # type: ignore[attr-defined]
-        return list(found.values())
+        """All of them, in memory."""
+        return list(self.stored(record_type))
 
     def weights(self, name: str = "model") -> Path | None:
         """The weights of that name, if they were written."""
         return weights_file(self.path / name)
-
-    def _rank_files(self, kind: str) -> list[Path]:
-        return sorted(self.path.glob(f"{kind}.[0-9]*.jsonl"))
 
 
 class StageDir(StageFiles):
@@ -95,6 +100,7 @@ class StageDir(StageFiles):
         self.beside = beside
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
+        self._given: list[weakref.ref[Stored[Any]]] = []
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Make the folder and write config.json, unless it began before."""
@@ -108,33 +114,48 @@ class StageDir(StageFiles):
                 metrics.replace(self.path / f"metrics.attempt-{earlier + 1}.jsonl")
         self.runtime.barrier()
 
-    def append(self, records: Sequence[Any]) -> None:
-        """Append records of one type to this process's file."""
-        if records:
-            _append_lines(self._rank_file(type(records[0]).kind), map(to_json, records))
+    def append(self, records: Iterable[Any]) -> None:
+        """Append records of one type to this process's file as they come.
+
+        Where making one of them raises, none of them stays there.
+        """
+        coming = iter(records)
+        first = next(coming, None)
+        if first is not None:
+            lines = map(to_json, chain([first], coming))
+            _append_lines(self.path / f"{first.kind}.{self.runtime.rank}.jsonl", lines)
+
+    def stored(
+        self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
+    ) -> Stored[Record]:
+        """As of any folder; once records of the type were merged it holds the merged ones."""
+        found = super().stored(record_type, wanted)
+        self._given = [ref for ref in self._given if ref() is not None]
+        self._given.append(weakref.ref(found))
+        return found
 
     def merge(self, record_type: type[Any]) -> None:
         """Make one file, ordered by id, of what all processes appended."""
+        for ref in self._given:
+            given = ref()
+            if given is not None and given.record_type is record_type:
+                given.close()
         self.runtime.barrier()
         if self.runtime.is_main:
-            records = self.read(record_type)
-            target = self.path / f"{record_type.kind}.jsonl"
-            draft = target.with_suffix(".jsonl.tmp")
-            with draft.open("w", encoding="utf-8", errors="replace") as file:
-                for record in sorted(records, key=lambda r: id_order(r.id)):
-                    file.write(_line(to_json(record)))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-            for part in self._rank_files(record_type.kind):
-                part.unlink()
+            merge_files(self.path, record_type.kind)
         self.runtime.barrier()
 
-    def known(self, record_type: type[Record]) -> list[Record]:
-        """As `read`, before an arrow begins: no process appends until all have read."""
-        records = self.read(record_type)
+    def known(
+        self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
+    ) -> Stored[Record]:
+        """As `stored`, before an arrow begins: no process appends until all have looked."""
+        records = self.stored(record_type, wanted)
         self.runtime.barrier()
         return records
+
+    def merged_ids(self, record_type: type[Any]) -> Iterator[str]:
+        """Ids of a type that were merged; none of what processes appended since."""
+        return (values["id"] for values in read_lines(merged_file(self.path, record_type.kind)))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl (main process)."""
@@ -159,15 +180,6 @@ class StageDir(StageFiles):
         if self.runtime.is_main:
             write_json(self.path / "done.json", self.summary)
         self.runtime.barrier()
-
-    def _rank_file(self, kind: str) -> Path:
-        return self.path / f"{kind}.{self.runtime.rank}.jsonl"
-
-
-def id_order(record_id: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts ids part by part, numbers as numbers."""
-    parts = record_id.split("/")
-    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -228,26 +240,28 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
     with path.open("ab+") as file:
-        end = file.tell()
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":  # a torn line: the next one must not be glued onto it
-                file.truncate(_last_line_start(path))
-        file.write("".join(map(_line, values)).encode("utf-8", "replace"))
-        file.flush()
+        end, start = file.seek(0, os.SEEK_END), _end_of_last_line(file)
+        if start < end:  # a torn line: the next one must not be glued onto it
+            file.truncate(start)
+        try:
+            file.writelines(_line(one).encode("utf-8", "replace") for one in values)
+        except BaseException:
+            file.truncate(start)
+            raise
 
 
-def _last_line_start(path: Path) -> int:
-    data = path.read_bytes()
-    return data.rfind(b"\n") + 1
+def _end_of_last_line(file: BufferedIOBase) -> int:
+    """Where the last line that is there in full ends."""
+    end, size = file.seek(0, os.SEEK_END), 1
+    while end > 0:
+        start = max(0, end - size)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end, size = start, BLOCK
+    return 0
 
 
 def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-def _record(record_type: type[Record], values: Any, path: Path) -> Record:
-    try:
-        return from_json(record_type, values)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise StoreError(f"{path} holds no {record_type.__name__} record: {error}") from error
+    return _ENCODER.encode(values) + "\n"

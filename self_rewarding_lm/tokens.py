@@ -26,7 +26,6 @@ from self_rewarding_lm.chat import (
 )
 from self_rewarding_lm.chat import transcript as transcript_of
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
-from self_rewarding_lm.weights import template_beside
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +219,11 @@ class Tokens:
     def compare_template(self, stage: str, weights: Path) -> None:
         """Warn where a folder of weights was saved with another chat template than this one."""
         own = self.template or getattr(self.source, "chat_template", None)
-        theirs = template_beside(weights) if self.renders and isinstance(own, str) else None
-        if theirs is not None and theirs.strip() != own.strip():
+        loader = getattr(type(self.source), "from_pretrained", None)
+        if loader is None or not self.renders or not (weights / "tokenizer_config.json").exists():
+            return
+        theirs = loader(str(weights)).chat_template
+        if None not in (own, theirs) and theirs != own:
             logger.warning(
                 "%s: the weights in %s were saved with another chat template than the one in use: "
                 "reference and policy will read prompts in a form that these weights were not "

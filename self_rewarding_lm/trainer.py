@@ -115,7 +115,7 @@ class SelfRewardingTrainer:
         if not self.stages:
             raise ConfigError("finetune_configs is empty; give at least one stage.")
         if keep_stages is not None and keep_stages < 1:
-            raise ConfigError(f"keep_stages must be at least 1, or None for all; got {keep_stages}.")
+            raise ConfigError(f"keep_stages must be at least 1, or None (all); got {keep_stages}.")
         self.names = stage_names(self.stages)
         self.folder = Path(checkpoints_folder)
         self.runtime = Runtime(accelerate_kwargs, quiet=quiet)

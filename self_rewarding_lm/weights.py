@@ -59,12 +59,6 @@ def weights_file(folder: Path) -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def template_beside(folder: Path) -> str | None:
-    """The chat template that was saved with a folder of weights, if any was."""
-    file = folder / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if file.exists() else None
-
-
 def write_weights(module: nn.Module, path: Path) -> None:
     """A module's weights as safetensors, by rename; tied and non-contiguous tensors included."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import ConfigError, TrainingError
 from self_rewarding_lm.fit import EarlyStopping, Fit
 from self_rewarding_lm.objectives import PreferenceObjective, SupervisedObjective
-from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, TrainingRow
 from self_rewarding_lm.reference import PairSums, StoredReference, response_logprobs
 from self_rewarding_lm.runtime import Runtime, random_numbers_kept
@@ -590,64 +589,6 @@ def test_checkpoints_are_kept_every_so_many_steps(tmp_path):
         assert same(weights_of(whole), weights_of(module_then))
 
 
-def test_the_learning_rate_warms_up_and_falls_to_its_last_value():
-    def rates(total, **changes):
-        return [learning_rate_at(i, total, optim(**changes)) for i in range(total)]
-
-    cosine = {"schedule": "cosine", "learning_rate": 3.0, "final_learning_rate": 1.0}
-    assert rates(5, **cosine) == pytest.approx([3, 2 + math.sqrt(0.5), 2, 2 - math.sqrt(0.5), 1])
-    linear = {**cosine, "schedule": "linear"}
-    assert rates(5, **linear) == pytest.approx([3, 2.5, 2, 1.5, 1])
-    assert rates(5, **linear, warmup_steps=2) == pytest.approx([1.5, 3, 3, 2, 1])
-    assert rates(3, **{**cosine, "schedule": "constant"}) == [3, 3, 3]
-    assert rates(1, **cosine) == [3]
-
-
-def test_the_optimiser_is_given_the_steps_learning_rate(tmp_path):
-    settings = optim(schedule="linear", learning_rate=0.3, final_learning_rate=0.1)
-    fit(Recurrent(), tmp_path, supervised(), settings, num_train_steps=3)
-    assert logged(tmp_path, "learning_rate") == pytest.approx([0.3, 0.2, 0.1])
-
-
-def names_in(module: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name for name, p in module.named_parameters() if id(p) in held}
-
-
-def test_adamw_holds_every_trainable_weight_and_decays_no_vector():
-    module = transformer()
-    module.to_logits.weight.requires_grad_(False)
-    (adamw,) = make_optimizers(module, optim(optimizer="adamw", weight_decay=0.1), VOCAB)
-    assert isinstance(adamw, torch.optim.AdamW)
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    assert names_in(module, adamw) == trained and "to_logits.weight" not in trained
-    for group in adamw.param_groups:
-        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] == 0.1}
-
-
-def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
-    module = transformer()
-    muon, adamw = make_optimizers(module, optim(optimizer="muon"), VOCAB)
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
-    hidden = {
-        name
-        for name, p in module.named_parameters()
-        if name.startswith("attn_layers") and p.ndim == 2
-    }
-    assert hidden and names_in(module, muon) == hidden
-    rest = {name for name, _ in module.named_parameters()} - hidden
-    assert names_in(module, adamw) == rest
-    assert {"token_emb.emb.weight", "pos_emb.emb.weight", "to_logits.weight"} <= rest
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_both_named_optimisers_lower_the_loss(name, tmp_path):
-    settings = optim(optimizer=name, learning_rate=1e-2, epochs=10)
-    fit(transformer(), tmp_path, supervised(), settings)
-    losses = logged(tmp_path, "loss")
-    assert losses[-1] < losses[0]
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_cache_that_seemed_right_before_training_is_right_after_it(name, tmp_path):
     module = untrained(shift_tokens=1, zero_init_branch_output=True)
@@ -661,42 +602,6 @@ def test_a_cache_that_seemed_right_before_training_is_right_after_it(name, tmp_p
         logits = cache.extend(torch.tensor([2, 2]))
     whole = torch.stack([last_logits(module, [*row, 2]) for row in rows])
     assert torch.allclose(logits, whole, atol=1e-4)
-
-
-def test_muon_trains_a_model_that_is_as_wide_as_its_vocabulary(tmp_path):
-    module = Recurrent(vocab=16, dim=16)
-    assert fit(module, tmp_path, supervised(), optim(optimizer="muon", learning_rate=1e-3)) == 1
-
-
-def test_a_function_is_given_the_trainable_weights(tmp_path):
-    module, given = Recurrent(), []
-    module.embed.weight.requires_grad_(False)
-    before = module.embed.weight.clone()
-
-    def make(parameters):
-        given.extend(parameters)
-        return sgd(parameters)
-
-    fit(module, tmp_path, supervised(), optim(optimizer=make))
-    assert {id(p) for p in given} == {id(p) for p in module.parameters()} - {
-        id(module.embed.weight)
-    }
-    assert torch.equal(module.embed.weight, before)
-
-
-def test_an_unknown_optimiser_is_refused():
-    with pytest.raises(ConfigError, match=r"'adamw', 'muon' or a function.*'sgd'"):
-        OptimConfig(optimizer="sgd")
-
-
-def test_a_function_that_returns_no_optimiser_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="must return a torch optimiser; got list"):
-        fit(Recurrent(), tmp_path, supervised(), optim(optimizer=lambda parameters: parameters))
-
-
-def test_a_model_without_trainable_weights_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="nothing to train"):
-        fit(Recurrent().requires_grad_(False), tmp_path, supervised())
 
 
 def test_each_stage_has_a_fresh_optimiser_and_none_is_kept(tmp_path):

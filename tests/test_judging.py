@@ -25,7 +25,6 @@ from self_rewarding_lm.judging import (
     compile_comparison_template,
     compile_prompt_template,
     compile_score_pattern,
-    judge_metrics,
     mean_score,
     parse_score,
     score_form,
@@ -33,6 +32,7 @@ from self_rewarding_lm.judging import (
 )
 from self_rewarding_lm.records import Candidate, Judgement
 from self_rewarding_lm.statements import PARSED_CHARACTERS, find_score
+from self_rewarding_lm.tally import judge_metrics
 
 # Texts of a judge who was asked to end with "Score: <points>", from 0 to 5, and the score that a
 # person would read in each; None where a person would say that none is stated.

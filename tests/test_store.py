@@ -31,11 +31,11 @@ from self_rewarding_lm.run import (
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import (
     StageDir,
-    id_order,
     read_json,
     remove_stage,
     write_json,
 )
+from self_rewarding_lm.stored import id_order
 from self_rewarding_lm.weights import read_weights, weights_hash, write_weights
 
 

@@ -2,8 +2,9 @@
 
 import logging
 import math
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +15,14 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, OnBadRow, Rows
 from self_rewarding_lm.errors import ConfigError, DataError, PairingError, TokenizerError
 from self_rewarding_lm.fit import EarlyStopping, Fit
+from self_rewarding_lm.lines import Picked
 from self_rewarding_lm.objectives import Objective, PreferenceObjective
+from self_rewarding_lm.optimizers import check_optimizer
 from self_rewarding_lm.records import Candidate, PreferencePair, Record
 from self_rewarding_lm.reference import StoredReference
 from self_rewarding_lm.rows import truncated
-from self_rewarding_lm.store import StageDir, read_lines
+from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.stored import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,8 @@ class TrainingConfig(FinetuneConfig):
                 f"{ctx.stage}: early_stopper_eval_module must be a module or function of the "
                 f"model; got {type(module).__name__}."
             )
+        scaled = ctx.runtime.loss_scale > 0
+        check_optimizer(ctx.model.module, self.optim, scaled=scaled, sharded=ctx.runtime.shards)
         if self.optim.gradient_checkpointing:
             with ctx.model.checkpointing():  # raises where the model cannot
                 pass
@@ -150,7 +156,7 @@ def read_once(
     make: Callable[[int, str], Record],
     *,
     on_bad_row: OnBadRow = "raise",
-) -> list[Record]:
+) -> Stored[Record]:
     """A dataset's rows as records `<name>/<row>`: from disk, or read, stored and used.
 
     make: (row, record id) -> record. With on_bad_row="skip" the rows are on disk in full once the
@@ -161,15 +167,11 @@ def read_once(
     def is_ours(record_id: str) -> bool:
         return record_id.startswith(f"{name}/") and record_id.count("/") == name.count("/") + 1
 
-    def stored() -> list[Record]:
-        return [r for r in out.known(record_type) if is_ours(r.id)]  # type: ignore[attr-defined]
-
     if len(rows) == 0:
         raise DataError(f"{rows.name} is empty; it needs at least one row.")
     skips = on_bad_row == "skip"
-    merged = read_lines(out.path / f"{record_type.kind}.jsonl") if skips else ()  # type: ignore[attr-defined]
-    is_merged = any(is_ours(values["id"]) for values in merged)
-    found = stored()
+    is_merged = skips and any(map(is_ours, out.merged_ids(record_type)))
+    found = out.known(record_type, is_ours)
     if len(found) < len(rows) and not is_merged:
         failure = None
         if ctx.runtime.is_main:
@@ -181,7 +183,6 @@ def read_once(
         if failure is not None:
             raise failure
         out.merge(record_type)
-        found = stored()
     if skips:
         out.log({"step": 0, "rows/skipped": len(rows) - len(found)})
     return found
@@ -189,35 +190,35 @@ def read_once(
 
 def _made(
     rows: Rows, name: str, make: Callable[[int, str], Record], on_bad_row: OnBadRow
-) -> list[Record]:
+) -> Iterator[Record]:
     """Records of all rows that can be used."""
-    bad, records = BadRows(on_bad_row), []
+    bad = BadRows(on_bad_row)
     for row in range(len(rows)):
+        made = None
         with bad.tolerated(rows.where(row)):
-            records.append(make(row, f"{name}/{row}"))
+            made = make(row, f"{name}/{row}")
+        if made is not None:
+            yield made
     bad.report(rows.name, len(rows))
-    return records
 
 
 def cut_pairs(
     ctx: Context, out: StageDir, pairs: Sequence[PreferencePair], max_seq_len: int | None
-) -> list[PreferencePair]:
-    """Pairs with both responses cut alike to the length limit.
+) -> Sequence[PreferencePair]:
+    """Pairs with both responses cut alike to the length limit, each cut when it is asked for.
 
     Those that become equal are left out. Raises PairingError where none is left.
     """
-    limit, cut, kept = ctx.limit(max_seq_len), 0, []
-    for pair in pairs:
-        sides: dict[str, Any] = {}
-        for side in ("chosen_ids", "rejected_ids"):
-            prompt = pair.prompt_ids
-            ids, was_cut = truncated(
-                (*prompt, *getattr(pair, side)), len(prompt), limit, f"pair {pair.id}"
-            )
-            sides[side] = ids[len(prompt) :]
-            cut += was_cut
-        if sides["chosen_ids"] != sides["rejected_ids"]:
-            kept.append(replace(pair, **sides))
+    limit, cut, kept = ctx.limit(max_seq_len), 0, array("q")
+
+    def cut_pair(pair: PreferencePair) -> PreferencePair:
+        return _cut(pair, limit)[0]
+
+    for place, pair in enumerate(pairs):
+        short, lost = _cut(pair, limit)
+        cut += lost
+        if short.chosen_ids != short.rejected_ids:
+            kept.append(place)
     report_cut(ctx, out, cut, limit)
     if len(kept) < len(pairs):
         logger.warning(
@@ -231,10 +232,21 @@ def cut_pairs(
             f"{ctx.stage}: no pair is left to train on ({len(pairs)} before cutting to "
             f"max_seq_len {limit})."
         )
-    return kept
+    return pairs if len(kept) == len(pairs) and not cut else Picked(pairs, kept, cut_pair)
 
 
-def report_unanswered(ctx: Context, out: StageDir, candidates: Sequence[Candidate]) -> None:
+def _cut(pair: PreferencePair, limit: int | None) -> tuple[PreferencePair, int]:
+    """A pair cut to the limit, and how many of its two responses lost their end."""
+    prompt, sides, cut = pair.prompt_ids, {}, 0
+    for side in ("chosen_ids", "rejected_ids"):
+        whole = (*prompt, *getattr(pair, side))
+        ids, was_cut = truncated(whole, len(prompt), limit, f"pair {pair.id}")
+        sides[side] = ids[len(prompt) :]
+        cut += was_cut
+    return (replace(pair, **sides) if cut else pair), cut
+
+
+def report_unanswered(ctx: Context, out: StageDir, candidates: Iterable[Candidate]) -> None:
     """Log how many candidates no server answered, by reason, and warn of them."""
     missing = Counter(c.reason for c in candidates if c.reason is not None)
     if missing:

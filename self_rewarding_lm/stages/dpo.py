@@ -1,5 +1,6 @@
 """DPO on pairs that are there already (arXiv:2305.18290)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -38,7 +39,9 @@ class DPOConfig(PreferenceConfig):
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs), valid=valid)
 
-    def _pairs(self, ctx: Context, rows: Rows, name: str, out: StageDir) -> list[PreferencePair]:
+    def _pairs(
+        self, ctx: Context, rows: Rows, name: str, out: StageDir
+    ) -> Sequence[PreferencePair]:
         def make(row: int, record_id: str) -> PreferencePair:
             return replace(self._pair(rows.read(row), rows.where(row), ctx), id=record_id)
 

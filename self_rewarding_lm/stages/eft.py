@@ -18,7 +18,6 @@ from self_rewarding_lm.datasets import BadRows, OnBadRow
 from self_rewarding_lm.errors import DataError, JudgeError
 from self_rewarding_lm.evaluate import Asked, as_candidates
 from self_rewarding_lm.judges import FIRST_LOOK, SelfJudge, check_judge_prompt
-from self_rewarding_lm.judging import judge_metrics
 from self_rewarding_lm.ranked import ranked_row
 from self_rewarding_lm.records import Candidate, Demonstration, Judgement, Prompt, RankedReplies
 from self_rewarding_lm.stages.base import read_once
@@ -31,6 +30,7 @@ from self_rewarding_lm.stages.targets import (
 )
 from self_rewarding_lm.statements import number_text
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.tally import judge_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ Knows nothing of training; what the settings mean is in `sampled`.
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,20 +15,27 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, PairingError
 from self_rewarding_lm.judges import FIRST_LOOK
-from self_rewarding_lm.judging import candidate_scores, judge_metrics
+from self_rewarding_lm.judging import candidate_scores
 from self_rewarding_lm.pairing import DropCounts, make_pair
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.stored import Groups
+from self_rewarding_lm.tally import StageTally, together
 
 if TYPE_CHECKING:
     from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 3  # texts of a judge that cannot be read, in the error
+
 
 class PairMaker:
-    """Works a stage's prompts block by block; what is on disk already is used again."""
+    """Works a stage's prompts block by block; what is on disk already is used again.
+
+    Of a block that is done nothing but counts and ids is kept in memory.
+    """
 
     record_type: ClassVar[type[Any]] = PreferencePair
     noun: ClassVar[str] = "pair"
@@ -37,17 +44,24 @@ class PairMaker:
     def __init__(self, config: "SampledPreferenceConfig", ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
         self.judge = config.build_judge(ctx)
-        self.prompts = {p.id: p for p in out.known(Prompt)}
-        self.candidates = _grouped(out.known(Candidate), lambda c: c.prompt_id)
-        self.judgements = _grouped(out.known(Judgement), _prompt_id_of)
+        self.known_prompts = Groups(out.known(Prompt))
+        self.known_candidates = Groups(out.known(Candidate), lambda c: c.prompt_id)
+        self.known_judgements = Groups(out.known(Judgement), _prompt_id_of)
+        self.known_made = Groups(out.known(self.record_type))
+        self.candidates: dict[str, list[Candidate]] = {}
+        """Of the prompts of the block, as are the judgements."""
+        self.judgements: dict[str, list[Judgement]] = {}
         self.scored = self.judged = 0
+        self.unread: list[Judgement] = []
+        """The first without a score, to show."""
         self.bad = BadRows(config.on_bad_row)
+        self.tally = StageTally()
 
-    def make(self) -> list[Any]:
+    def make(self) -> Sequence[Any]:
         """The stage's pairs, all records of their making on disk."""
         config, ctx, out = self.config, self.ctx, self.out
         wanted = config.num_generated_preference_pairs
-        drops, kept, position = DropCounts(), [], ctx.first_prompt
+        drops, kept, position = DropCounts(), list[str](), ctx.first_prompt
         total = len(ctx.rows["prompt_dataset"])
         passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
         end = position + passes * total
@@ -56,32 +70,36 @@ class PairMaker:
             while position < end and (wanted is None or len(kept) < wanted):
                 block = range(position, min(position + config.prompts_per_block, end))
                 found, dropped = self._block(block)
-                kept += found
                 drops.add(dropped)
+                found = found if wanted is None else found[: wanted - len(kept)]
+                if ctx.runtime.is_main:
+                    out.append([r for r in found if r.id not in self.known_made])
+                kept += [record.id for record in found]
                 position = block.stop
                 bar.update(len(found) if wanted else len(block))
         bad = self.bad.together(ctx.runtime.gather([self.bad]))
         bad.report(f"{ctx.stage}: prompts", position - ctx.first_prompt, warn=ctx.runtime.is_main)
-        drops.prompts["surplus"] = drops.kept - len(kept[:wanted])
-        kept = kept[:wanted]
+        drops.prompts["surplus"] = drops.kept - len(kept)
         drops.kept = len(kept)
-        if ctx.runtime.is_main:
-            out.append(kept)
         for record_type in (Prompt, Candidate, Judgement, self.record_type):
             out.merge(record_type)
         out.summary["next_prompt"] = position
         self._report(drops, wanted)
-        return kept
+        return Groups(out.known(self.record_type)).in_order(kept)
 
     def _block(self, block: range) -> tuple[list[Any], DropCounts]:
         """What a block's prompts give, in their order, the same list on every process."""
         asked = self.ctx.runtime.share(list(block))
-        mine = [prompt for prompt in map(self._prompt, asked) if prompt is not None]
+        mine = self._prompts(asked)
+        self.candidates = {p.id: sorted(self.known_candidates[p.id], key=_sample_of) for p in mine}
+        self.judgements = {p.id: self.known_judgements[p.id] for p in mine}
         self._sample(mine)
         unreadable = self._judge(mine)
         drops = DropCounts()
         drops.prompts["bad_row"] += len(asked) - len(mine)
         made = [(prompt.id, self._made(prompt, drops)) for prompt in mine]
+        for prompt in mine:
+            self.tally.add(self.candidates[prompt.id], self.judgements[prompt.id])
         failures = [text for text in self.ctx.runtime.gather([unreadable]) if text]
         if failures:
             raise JudgeError(failures[0])
@@ -97,20 +115,24 @@ class PairMaker:
         passed, row = divmod(place, len(self.ctx.rows["prompt_dataset"]))
         return f"{self.ctx.stage}/{row}/{passed}"
 
-    def _prompt(self, place: int) -> Prompt | None:
-        """The prompt at a place; None where its row is bad and bad rows are skipped."""
-        prompt_id = self._prompt_id(place)
-        if prompt_id not in self.prompts:
-            rows, row = self.ctx.rows["prompt_dataset"], int(prompt_id.split("/")[-2])
-            limit = self.ctx.limit(self.config.max_seq_len)
-            with self.bad.tolerated(rows.where(row)):
-                self.prompts[prompt_id] = read_prompt(rows, row, prompt_id, self.ctx.tokens, limit)
-                self.out.append([self.prompts[prompt_id]])
-        return self.prompts.get(prompt_id)
+    def _prompts(self, places: Sequence[int]) -> list[Prompt]:
+        """The prompts at some places, without those of bad rows where these are skipped."""
+        rows, limit = self.ctx.rows["prompt_dataset"], self.ctx.limit(self.config.max_seq_len)
+        found, new = [], []
+        for place in places:
+            prompt_id = self._prompt_id(place)
+            known, row = self.known_prompts[prompt_id], place % len(rows)
+            if not known:
+                with self.bad.tolerated(rows.where(row)):
+                    known = [read_prompt(rows, row, prompt_id, self.ctx.tokens, limit)]
+                    new += known
+            found += known
+        self.out.append(new)
+        return found
 
     def _sample(self, prompts: Sequence[Prompt]) -> None:
         count = self.config.num_candidate_responses
-        missing = [p for p in prompts if len(self.candidates.get(p.id, ())) < count]
+        missing = [p for p in prompts if len(self.candidates[p.id]) < count]
         for prompt in missing:
             self.candidates[prompt.id] = []
         limit = self.config.max_seq_len
@@ -120,18 +142,18 @@ class PairMaker:
             for candidate in batch:
                 self.candidates[candidate.prompt_id].append(candidate)
         for prompt in missing:
-            self.candidates[prompt.id].sort(key=lambda c: int(c.id.rsplit("/", 1)[1]))
+            self.candidates[prompt.id].sort(key=_sample_of)
 
     def _judge(self, prompts: Sequence[Prompt]) -> str | None:
         """Judge what is not judged; words about an unreadable judge, else None."""
         for prompt in prompts:
-            self._count(self.judgements.get(prompt.id, ()))
+            self._count(self.judgements[prompt.id])
         missing = [p for p in prompts if not self._is_judged(p)]
         groups = [[self._shown(c) for c in self._given(p)] for p in missing]
         unreadable = self._unreadable()
         if unreadable is not None or not missing:
             return unreadable
-        known = {j.id for p in missing for j in self.judgements.get(p.id, ())}
+        known = {j.id for p in missing for j in self.judgements[p.id]}
         for batch in _batched(self.judge.judge(self.ctx, missing, groups)):
             new = [j for j in batch if j.id not in known]
             self.out.append(new)
@@ -146,7 +168,7 @@ class PairMaker:
     def _is_judged(self, prompt: Prompt) -> bool:
         """Whether a prompt's candidates have all the judgements that the judge makes of them."""
         candidates = self._given(prompt)
-        found = self.judgements.get(prompt.id, ())
+        found = self.judgements[prompt.id]
         ids_of = getattr(self.judge, "judgement_ids", None)
         if ids_of is not None:
             return {j.id for j in found}.issuperset(ids_of(candidates))
@@ -189,14 +211,15 @@ class PairMaker:
 
     def _count(self, judgements: Sequence[Judgement]) -> None:
         self.judged += len(judgements)
-        self.scored += sum(j.score is not None for j in judgements)
+        without = [j for j in judgements if j.score is None]
+        self.scored += len(judgements) - len(without)
+        self.unread += without[: SHOWN - len(self.unread)]
 
     def _unreadable(self) -> str | None:
         look = math.ceil(FIRST_LOOK / self.ctx.runtime.world)
         if self.judged < look or self.scored >= self.config.min_parse_rate * self.judged:
             return None
-        latest = [j for group in self.judgements.values() for j in group if j.score is None]
-        texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in latest[:3])
+        texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in self.unread)
         return (
             f"{self.ctx.stage}: only {self.scored} of {self.judged} judgements "
             f"({self.scored / self.judged:.0%}) gave a score; at least "
@@ -211,7 +234,7 @@ class PairMaker:
 
     def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
         """The score of each of one prompt's candidates by its id."""
-        return candidate_scores(candidates, self.judgements.get(candidates[0].prompt_id, ()))
+        return candidate_scores(candidates, self.judgements[candidates[0].prompt_id])
 
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
         """What a prompt gives: its pair, or nothing."""
@@ -241,34 +264,23 @@ class PairMaker:
 
     def _report(self, drops: DropCounts, wanted: int | None) -> None:
         """Metrics of the arrows, and a word where there are too few pairs."""
-        kept = drops.kept
-        prompts, candidates = self.out.read(Prompt), self.out.read(Candidate)
-        judgements = self.out.read(Judgement)
-        lengths = [len(c.ids) for c in candidates if c.reason is None]
-        encoded = sum(c.tokens is not None for c in candidates)
-        metrics: dict[str, Any] = {
-            "completions/mean_length": sum(lengths) / max(1, len(lengths)),
-            "completions/clipped_ratio": sum(c.finished is False for c in candidates)
-            / max(1, len(lengths)),
-            **({"completions/re_encoded": encoded} if encoded else {}),
-            **judge_metrics(candidates, judgements),
-            **drops.metrics(),
-        }
+        kept, tally = drops.kept, together(self.ctx.runtime.gather([self.tally]))
+        metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
         self.out.log({"step": 0, **metrics})
         self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, 0)
         self.out.summary["metrics"] = metrics
         logger.info(
             "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",
             self.ctx.stage,
-            len(prompts),
-            len(candidates),
-            len(judgements),
+            tally.prompts,
+            tally.candidates,
+            tally.judgements,
             kept,
             self.noun,
             drops.in_words(),
         )
         if kept == 0:
-            raise self._nothing_made(len(prompts), drops)
+            raise self._nothing_made(tally.prompts, drops)
         if wanted is not None and kept < wanted:
             logger.warning(
                 "%s: %d %ss instead of %d after max_prompt_passes over the prompts; training "
@@ -284,11 +296,8 @@ def _prompt_id_of(judgement: Judgement) -> str:
     return judgement.candidate_ids[0].rsplit("/", 1)[0]
 
 
-def _grouped(records: Sequence[Any], key: Callable[[Any], str]) -> dict[str, list[Any]]:
-    groups: dict[str, list[Any]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return groups
+def _sample_of(candidate: Candidate) -> int:
+    return int(candidate.id.rsplit("/", 1)[1])
 
 
 def _batched(records: Any, size: int = FIRST_LOOK) -> Iterator[list[Any]]:

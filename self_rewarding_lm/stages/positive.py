@@ -13,10 +13,10 @@ from self_rewarding_lm.config import Object, RewardConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.errors import ConfigError, PairingError
+from self_rewarding_lm.lines import Joined
 from self_rewarding_lm.objectives import SupervisedObjective
 from self_rewarding_lm.pairing import DropCounts
 from self_rewarding_lm.records import Candidate, Demonstration, Prompt
-from self_rewarding_lm.run import INITIAL
 from self_rewarding_lm.server_judge import ServerJudge
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.sampled import no_stage
@@ -78,7 +78,8 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         supervised = self._supervised()
         rows = supervised.training_rows(ctx, top, f"{ctx.stage}/top", out)
         if "train_dataset" in ctx.rows:
-            rows += supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+            mixed = supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+            rows = Joined(rows, mixed)
         if self.fit_from != CURRENT:
             ctx.load(self.fit_from)
         out.summary |= {"demonstrations": len(found), "rows": len(rows)}

@@ -18,7 +18,6 @@ from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_t
 from self_rewarding_lm.records import Instruction
 from self_rewarding_lm.rollout import decoding_of
 from self_rewarding_lm.rows import check_prompt, prompt_of
-from self_rewarding_lm.run import INITIAL
 from self_rewarding_lm.serving import Need, check_before, local_engine, served
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
@@ -79,7 +78,9 @@ class SampledPreferenceConfig(PreferenceConfig):
         return found
 
     def weights_used(self) -> set[str]:
-        writer = self.prompt_dataset.model if isinstance(self.prompt_dataset, SelfInstruct) else None
+        writer = (
+            self.prompt_dataset.model if isinstance(self.prompt_dataset, SelfInstruct) else None
+        )
         named = {writer} if isinstance(writer, str) and writer != "current" else set()
         return super().weights_used() | named
 
@@ -116,7 +117,7 @@ class SampledPreferenceConfig(PreferenceConfig):
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs))
 
-    def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> list[Any]:
+    def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> Sequence[Any]:
         """What a maker makes; a server that the engine starts for it is gone afterwards."""
         with served(ctx, self.needs(ctx)):
             return maker(self, self.with_prompts(ctx, out), out).make()

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: M0 -> M1 of arXiv:2401.10020, section 2.1."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from self_rewarding_lm.config import Object
@@ -45,17 +46,18 @@ class SFTConfig(TrainingConfig):
 
     def training_rows(
         self, ctx: Context, rows: Rows, name: str, out: StageDir
-    ) -> list[TrainingRow]:
+    ) -> Sequence[TrainingRow]:
         """A dataset's rows as they are trained, each on disk under the id `<name>/<row>`."""
-        limit, cuts = ctx.limit(self.max_seq_len), []
+        limit, cuts = ctx.limit(self.max_seq_len), 0
 
         def make(row: int, record_id: str) -> TrainingRow:
+            nonlocal cuts
             where = rows.where(row)
             ids, targets = training_row(rows.read(row), where, ctx.tokens)
             ids, was_cut = truncated(ids, targets.index(True), limit, where)
-            cuts.append(was_cut)
+            cuts += was_cut
             return TrainingRow(record_id, ids, targets[: len(ids)])
 
         found = read_once(ctx, out, rows, TrainingRow, name, make, on_bad_row=self.on_bad_row)
-        report_cut(ctx, out, sum(cuts), limit)
+        report_cut(ctx, out, cuts, limit)
         return found

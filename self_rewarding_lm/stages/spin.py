@@ -1,6 +1,6 @@
 """SPIN: self-play against one's own last iterate (arXiv:2401.01335, Algorithm 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -9,11 +9,13 @@ from pydantic import AliasChoices, Field
 from self_rewarding_lm.config import Object, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import Rows
+from self_rewarding_lm.lines import Joined, Picked
 from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.rows import PromptRow, prompt_and_completion, truncated
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once, report_unanswered
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.stored import Groups, Stored
 
 
 class SelfPlayConfig(PreferenceConfig):
@@ -52,18 +54,17 @@ class SelfPlayConfig(PreferenceConfig):
 
     def run(self, ctx: Context, out: StageDir) -> None:
         humans = self._humans(ctx, out, ctx.rows["train_dataset"], ctx.stage)
-        held_out = []
+        held_out, held_out_name = None, f"{ctx.stage}/valid"
         if "valid_dataset" in ctx.rows:
-            name = f"{ctx.stage}/valid"
-            held_out = self._humans(ctx, out, ctx.rows["valid_dataset"], name)
-        steps, kept, earlier = 0, 0, []
+            held_out = self._humans(ctx, out, ctx.rows["valid_dataset"], held_out_name)
+        steps, kept, earlier = 0, 0, Joined()
         for iteration in range(self.iterations):
-            own = self._pairs(ctx, out, humans, iteration)
+            own = self._pairs(ctx, out, humans, ctx.stage, iteration)
             valid = None
-            if held_out:
-                pairs = self._pairs(ctx, out, held_out, iteration)
+            if held_out is not None:
+                pairs = self._pairs(ctx, out, held_out, held_out_name, iteration)
                 valid = self.objective(ctx, out, pairs, beta=self.spin_lambda, round=iteration)
-            mixed = [*earlier, *own] if self.mix_previous else own
+            mixed = Joined(earlier, own) if self.mix_previous else own
             objective = self.objective(ctx, out, mixed, beta=self.spin_lambda, round=iteration)
             earlier = own
             name = f"iteration-{iteration}"
@@ -79,7 +80,7 @@ class SelfPlayConfig(PreferenceConfig):
             out.drop_weights(f"iteration-{iteration}")
         out.summary |= {"pairs": kept, "iterations": self.iterations, "steps": steps}
 
-    def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> list[Prompt]:
+    def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> Stored[Prompt]:
         """The rows as prompts that hold their human completion."""
 
         def make(row: int, record_id: str) -> Prompt:
@@ -103,32 +104,52 @@ class SelfPlayConfig(PreferenceConfig):
         return prompt, completion
 
     def _pairs(
-        self, ctx: Context, out: StageDir, humans: Sequence[Prompt], iteration: int
-    ) -> list[PreferencePair]:
-        """Each row's human answer against the present weights' own; equal ones are dropped."""
-        prompts = [replace(human, id=f"{human.id}/{iteration}") for human in humans]
-        known = {candidate.prompt_id for candidate in out.known(Candidate)}
-        missing = ctx.runtime.share([p for p in prompts if p.id not in known])
-        out.append(missing)
-        with ctx.runtime.progress(len(missing), f"{ctx.stage}: own answers", "row") as bar:
+        self, ctx: Context, out: StageDir, humans: Stored[Prompt], name: str, iteration: int
+    ) -> Sequence[PreferencePair]:
+        """Each row's human answer against the present weights' own; equal ones are dropped.
+
+        name: of the rows, with which their ids begin.
+        """
+
+        def asked(human: Prompt) -> Prompt:
+            return replace(human, id=f"{human.id}/{iteration}")
+
+        known = Groups(out.known(Candidate))
+        missing = [i for i, n in enumerate(humans.ids()) if _own_id(n, iteration) not in known]
+        mine = Picked(humans, ctx.runtime.share(missing), asked)
+        out.append(mine)
+        with ctx.runtime.progress(len(mine), f"{ctx.stage}: own answers", "row") as bar:
             limit = self.max_seq_len
-            for candidate in rollout(ctx, missing, self.generation, 1, max_seq_len=limit):
+            for candidate in rollout(ctx, mine, self.generation, 1, max_seq_len=limit):
                 out.append([candidate])
                 bar.update()
         out.merge(Prompt)
         out.merge(Candidate)
-        own = {candidate.prompt_id: candidate for candidate in out.read(Candidate)}
-        report_unanswered(ctx, out, [own[prompt.id] for prompt in prompts])
-        pairs = []
-        for prompt, human in zip(prompts, humans, strict=True):
-            candidate = own[prompt.id]
-            assert human.completion is not None
-            if candidate.reason is None and candidate.ids != human.completion:
-                pairs.append(_pair(prompt, human.completion, candidate, ctx))
+        own = Groups(out.known(Candidate)).in_order(_own_id(n, iteration) for n in humans.ids())
+        report_unanswered(ctx, out, own)
         if ctx.runtime.is_main:
-            out.append(pairs)
+            out.append(_made(Picked(humans, change=asked), own, ctx))
         out.merge(PreferencePair)
-        return pairs
+
+        def is_ours(record_id: str) -> bool:
+            row, _, last = record_id.rpartition("/")
+            return last == str(iteration) and row.rpartition("/")[0] == name
+
+        return out.known(PreferencePair, is_ours)
+
+
+def _own_id(human_id: str, iteration: int) -> str:
+    """The id of the model's own answer to a row."""
+    return f"{human_id}/{iteration}/0"
+
+
+def _made(
+    prompts: Sequence[Prompt], own: Sequence[Candidate], ctx: Context
+) -> Iterator[PreferencePair]:
+    for prompt, candidate in zip(prompts, own, strict=True):
+        assert prompt.completion is not None
+        if candidate.reason is None and candidate.ids != prompt.completion:
+            yield _pair(prompt, prompt.completion, candidate, ctx)
 
 
 def _pair(

@@ -1,0 +1,152 @@
+"""What a stage's candidates and judgements come to, counted prompt by prompt.
+
+Pure: nothing of a prompt is kept but numbers, and sums are exact, so that neither the order of the
+prompts nor the processes that worked them change a measure.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from itertools import combinations
+from typing import Any
+
+from self_rewarding_lm.judging import both_orders, candidate_scores
+from self_rewarding_lm.records import Candidate, Judgement
+
+
+@dataclass
+class Share:
+    """A part of a whole."""
+
+    part: Any = 0
+    whole: int = 0
+
+    def add(self, part: float, whole: int) -> None:
+        exact = isinstance(part, float) and math.isfinite(part)
+        self.part += Fraction(part) if exact else part
+        self.whole += whole
+
+
+@dataclass
+class JudgeTally:
+    """How a judge did; all judgements of a prompt's candidates are added at once."""
+
+    parsed: Share = field(default_factory=Share)
+    score: Share = field(default_factory=Share)
+    self_agreement: Share = field(default_factory=Share)
+    position_agreement: Share = field(default_factory=Share)
+    tie: Share = field(default_factory=Share)
+    mass: Share = field(default_factory=Share)
+    forced: Share = field(default_factory=Share)
+    rounded: Counter[float] = field(default_factory=Counter)
+
+    def add(self, candidates: Sequence[Candidate], judgements: Sequence[Judgement]) -> None:
+        """Count one or more prompts."""
+        self._add_singles(judgements)
+        known = candidate_scores(candidates, judgements)
+        by_prompt: dict[str, list[float]] = {}
+        for candidate in candidates:
+            if (score := known[candidate.id]) is not None:
+                by_prompt.setdefault(candidate.prompt_id, []).append(score)
+        ranked = [own for own in by_prompt.values() if len(own) >= 2]
+        self.tie.add(sum(max(own) == min(own) for own in ranked), len(ranked))
+        compared = both_orders(j for j in judgements if len(j.candidate_ids) == 2).values()
+        orders = [(there, back) for there, back in compared if None not in (there, back)]
+        self.position_agreement.add(sum(a == b for a, b in orders), len(orders))
+        self.parsed.add(sum(j.score is not None for j in judgements), len(judgements))
+        masses = [j.score_mass for j in judgements if j.score_mass is not None]
+        self.mass.add(math.fsum(masses), len(masses))
+        self.forced.add(sum(j.source == "forced" for j in judgements), len(judgements))
+
+    def _add_singles(self, judgements: Sequence[Judgement]) -> None:
+        """Judgements of one candidate by one judge, and how far they agree."""
+        singles: dict[tuple[str, str], list[float]] = {}
+        for j in judgements:
+            if j.score is not None and len(j.candidate_ids) == 1:
+                singles.setdefault((j.candidate_ids[0], j.judge), []).append(j.score)
+        for own in singles.values():
+            self.score.add(math.fsum(own), len(own))
+            rounded = [round(score, 1) for score in own]
+            self.rounded.update(rounded)
+            twos = list(combinations(rounded, 2))
+            self.self_agreement.add(sum(a == b for a, b in twos), len(twos))
+
+    def metrics(self) -> dict[str, float]:
+        """The measures of `judge_metrics`."""
+        modal = Share(max(self.rounded.values(), default=0), self.score.whole)
+        shares = {
+            "judge/parse_rate": self.parsed,
+            "judge/score_mean": self.score,
+            "judge/modal_share": modal,
+            "judge/self_agreement": self.self_agreement,
+            "judge/position_agreement": self.position_agreement,
+            "judge/tie_rate": self.tie,
+            "judge/score_mass": self.mass,
+            "judge/forced_share": self.forced if self.forced.part else Share(),
+        }
+        return {name: float(s.part / s.whole) for name, s in shares.items() if s.whole}
+
+
+@dataclass
+class StageTally:
+    """A stage's prompts, candidates and judgements. Tallies of processes can be added."""
+
+    prompts: int = 0
+    candidates: int = 0
+    judgements: int = 0
+    answered: int = 0
+    tokens: int = 0
+    clipped: int = 0
+    encoded: int = 0
+    judge: JudgeTally = field(default_factory=JudgeTally)
+
+    def add(self, candidates: Sequence[Candidate], judgements: Sequence[Judgement]) -> None:
+        """Count one prompt."""
+        self.prompts += 1
+        self.candidates += len(candidates)
+        self.judgements += len(judgements)
+        lengths = [len(c.ids) for c in candidates if c.reason is None]
+        self.answered += len(lengths)
+        self.tokens += sum(lengths)
+        self.clipped += sum(c.finished is False for c in candidates)
+        self.encoded += sum(c.tokens is not None for c in candidates)
+        self.judge.add(candidates, judgements)
+
+    def metrics(self) -> dict[str, float]:
+        """`completions/...` and `judge/...`; completions/re_encoded only where there are any."""
+        return {
+            "completions/mean_length": self.tokens / max(1, self.answered),
+            "completions/clipped_ratio": self.clipped / max(1, self.answered),
+            **({"completions/re_encoded": self.encoded} if self.encoded else {}),
+            **self.judge.metrics(),
+        }
+
+
+def together(tallies: Sequence[Any]) -> Any:
+    """One tally of several of a kind."""
+    first = tallies[0]
+    if not isinstance(first, JudgeTally | StageTally | Share):
+        return sum(tallies[1:], first)
+    names = [f.name for f in fields(first)]
+    return type(first)(**{n: together([getattr(t, n) for t in tallies]) for n in names})
+
+
+def judge_metrics(
+    candidates: Sequence[Candidate], judgements: Sequence[Judgement]
+) -> dict[str, float]:
+    """How a judge did on a stage's candidates.
+
+    judge/parse_rate: judgements with a score. Of judgements of one candidate, scores rounded to
+    one decimal: judge/score_mean; judge/modal_share, the commonest score's share (1.0 for a judge
+    that always says the same); judge/self_agreement, of pairs of judgements of a candidate by one
+    judge those with the same score. Of judgements of two: judge/position_agreement, of comparisons
+    known in both orders those with the same verdict. judge/tie_rate: of prompts with two scored
+    candidates, those where the best and the worst have the same score. judge/score_mass: its mean
+    where it was looked at. judge/forced_share: judgements whose ending was forced, where any was.
+    A measure that nothing is known of is left out.
+    """
+    tally = JudgeTally()
+    tally.add(candidates, judgements)
+    return tally.metrics()
