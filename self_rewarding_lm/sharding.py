@@ -52,18 +52,19 @@ class Sharded:
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, DTensor]]:
         for own, share in zip(self.module.parameters(), self.twin.parameters(), strict=True):
-            assert isinstance(share, DTensor)
-            yield own, share
+            detached = share.detach()
+            assert isinstance(detached, DTensor)
+            yield own, detached
 
     def _gather(self) -> None:
         for own, share in self._pairs():
-            own.data = share.detach().full_tensor().clone()  # of its own storage, not padded
+            own.data = share.full_tensor().clone()  # of its own storage, not padded
 
     def _scatter(self) -> None:
         for own, share in self._pairs():
             mesh, places = share.device_mesh, share.placements
             part = distribute_tensor(own.data, mesh, places, src_data_rank=None)
-            share.detach().to_local().copy_(part.to_local())
+            share.to_local().copy_(part.to_local())
 
     def _free(self) -> None:
         for own, _ in self._pairs():

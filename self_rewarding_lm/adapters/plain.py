@@ -29,6 +29,7 @@ from self_rewarding_lm.adapters.base import (
 )
 from self_rewarding_lm.adapters.key_values import KeyValues
 from self_rewarding_lm.adapters.sessions import BatchSession, Cache, Plan, Session
+from self_rewarding_lm.adapters.training import Training
 from self_rewarding_lm.batching import pad_rows
 from self_rewarding_lm.weights import MODEL_FILE, read_weights, write_weights
 
@@ -43,7 +44,7 @@ class PlainModel:
         self.max_len = limit_of(module)
         self.vocab = probe_vocab(module)
         self.bytes_per_token = 0
-        self.training = None
+        self.training: Training | None = None
         check_causal(self)
         self.caches = {"positions", "cache"} <= set(signature(module.forward).parameters)
         self.refresh()

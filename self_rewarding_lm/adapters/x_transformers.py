@@ -100,13 +100,14 @@ class XTransformersModel:
             return self.transformer(ids, pos=packing.positions, return_embeddings=True)
 
     def _head(self) -> Head:
-        project = self.transformer.to_logits
+        project: Any = self.transformer.to_logits
         if type(project) is nn.Linear:
             return Head(project, project.weight, project.bias)
         scale = getattr(self.transformer, "tie_embedding_scale", None)
         if scale is None:
             return Head(project)
-        return Head(project, self.transformer.token_emb.emb.weight, scale=float(scale))
+        embedding: Any = self.transformer.token_emb
+        return Head(project, embedding.emb.weight, scale=float(scale))
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = KeyValueRows(self.transformer, rows)
