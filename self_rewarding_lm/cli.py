@@ -1,4 +1,4 @@
-"""The command `self-rewarding-lm`: run a recipe, show a run, export what a stage trained on.
+"""The command `self-rewarding-lm`: run or plan a recipe, show a run, export its training data.
 
 Reads flags, calls the library and prints; what it does is done elsewhere. The library is imported
 when a command needs it, so that `--help` is there at once.
@@ -62,6 +62,16 @@ DATA is a .jsonl, .json or .parquet file, module:attribute, or what a recipe may
 as '{open_assistant: trees.jsonl.gz, part: ift}'. A run that was stopped goes on with the same
 command. All settings with their defaults: self-rewarding-lm run --settings
 """
+PLAN_DESCRIPTION = """\
+What a recipe takes before it is run, for each process:
+
+  self-rewarding-lm plan recipe.yaml
+
+Of each stage: memory by phase (1 GB is 10^9 bytes; a line in brackets is the other way to train),
+candidates, judgements and tokens, time at this machine's measured rate, disk. Weights are not
+loaded: a folder with the model's config.json is enough. Numbers that only the run will show are
+ranges; what cannot be known is "unknown".
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     recipe = read_recipe(_root(options))
     if options.check:
-        print(_plan(recipe))
+        print(_in_order(recipe))
         return 0
     trainer = recipe.trainer(quiet=options.quiet)
     run = trainer(overwrite_checkpoints=options.overwrite or None)
@@ -105,6 +115,19 @@ def _run(options: argparse.Namespace) -> int:
         from self_rewarding_lm.show import show_run
 
         print(show_run(run, prompts=0 if options.quiet else 1))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    from self_rewarding_lm.planning import bytes_of, plan_json, plan_recipe, plan_text
+    from self_rewarding_lm.recipe_file import read_recipe
+
+    memory = None if options.device_memory is None else bytes_of(options.device_memory)
+    recipe = read_recipe(_root(options))
+    plan = plan_recipe(recipe, device_memory=memory, timed=not options.no_times)
+    print(json.dumps(plan_json(plan), indent=2) if options.json else plan_text(plan))
     return 0
 
 
@@ -128,7 +151,7 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(recipe: "Recipe") -> str:
+def _in_order(recipe: "Recipe") -> str:
     from self_rewarding_lm.recipe_file import stage_names
 
     names = stage_names(recipe.stages)
@@ -167,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="self-rewarding-lm", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_plan(commands)
     show = _added(commands, "show", _show, "print a run's stages, numbers and a few prompts")
     show.add_argument("folder", metavar="RUN", help="the run's folder; it may still be going")
     show.add_argument("--stage", metavar="S", help="one stage, by name or number (from 1)")
@@ -187,22 +211,40 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     run = _added(commands, "run", _run, "run the whole loop", RUN_DESCRIPTION)
-    run.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file")
-    for flag, _, value, _, words in FLAGS:
-        run.add_argument(flag, metavar=value, help=words)
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any other setting of a recipe, such as paper.batch_size=8; may come several times",
-    )
+    _add_recipe(run)
     run.add_argument("--settings", action="store_true", help="print all settings as a recipe")
     run.add_argument("--check", action="store_true", help="check the recipe and stop")
     run.add_argument(
         "--overwrite", action="store_true", help="start anew: delete the earlier run's files first"
     )
     run.add_argument("--quiet", action="store_true", help="no progress, warnings only")
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    words = "what a recipe takes: memory, tokens, time, disk"
+    plan = _added(commands, "plan", _plan, words, PLAN_DESCRIPTION)
+    _add_recipe(plan)
+    plan.add_argument("--json", action="store_true", help="exact numbers as JSON")
+    plan.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="of each process's GPU, such as 24GB or 80GiB: say whether each stage fits",
+    )
+    plan.add_argument("--no-times", action="store_true", help="do not measure this machine")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What names a recipe."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file")
+    for flag, _, value, _, words in FLAGS:
+        parser.add_argument(flag, metavar=value, help=words)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting of a recipe, such as paper.batch_size=8; may come several times",
+    )
 
 
 def _added(

@@ -214,6 +214,8 @@ def test_an_error_is_one_message_without_a_traceback(folder, capsys):
         (["run", "--set", "seed=[1"], "--set seed: this is no YAML"),
         (["show", "nothing"], "nothing holds no run"),
         (["export", "nothing", "--stage", "m2", "--to", "x.jsonl"], "nothing holds no run"),
+        (["plan", "nothing.yaml"], "nothing.yaml cannot be read"),
+        (["plan", "nothing.yaml", "--device-memory", "much"], "such as 24GB; got 'much'"),
     ],
 )
 def test_wrong_values_end_with_status_1(command, words, capsys):
@@ -223,7 +225,7 @@ def test_wrong_values_end_with_status_1(command, words, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["runs"], ["run", "--iteratons", "2"], ["export", "run"], ["show"]],
+    [[], ["run"], ["runs"], ["run", "--iteratons", "2"], ["export", "run"], ["show"], ["plan"]],
 )
 def test_wrong_usage_ends_with_status_2(command, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -306,6 +308,129 @@ def test_show_steers_no_terminal(done, tmp_path, capsys):
     assert main(["show", str(copy)]) == 0
     text = capsys.readouterr().out
     assert "\x1b" not in text and "a�[31mb c" in text
+
+
+# -- plan ------------------------------------------------------------------------------------------
+
+
+def planned(folder, capsys, *more):
+    """A plan of the recipe as JSON, its stages by name."""
+    recipe = str(folder / "recipe.yaml")
+    assert main(["plan", recipe, "--json", "--no-times", *more]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    return plan, {stage["name"]: stage for stage in plan["stages"]}
+
+
+def within(number, bounds):
+    most = bounds["most"]
+    return bounds["least"] <= number and (most is None or number <= most)
+
+
+def test_plan_prints_a_table_a_stage_and_the_totals_last(folder, capsys):
+    assert main(["plan", str(folder / "recipe.yaml")]) == 0
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    model = tiny("llama", vocab=len(word_tokenizer()), max_position_embeddings=256)
+    assert (
+        f"LlamaForCausalLM: {sum(p.numel() for p in model.parameters()):,} parameters" in told.out
+    )
+    assert [line for line in lines if line.startswith("stage ")] == [
+        "stage 1 of 4: sft_baseline (SFTConfig)",
+        "stage 2 of 4: eft (BuildEFTConfig)",
+        "stage 3 of 4: m1 (SFTConfig)",
+        "stage 4 of 4: m2 (SelfRewardDPOConfig)",
+    ]
+    assert "GFLOP/s" in told.out and "not counted: its judge is an object" in told.out
+    assert lines[-2].startswith("Peak memory: ") and lines[-1].startswith("Disk: ")
+    assert "stage m" in lines[-2]
+    assert not (folder / "run").exists()
+
+
+def test_a_plan_holds_what_the_run_then_does(folder, done, capsys):
+    plan, stages = planned(folder, capsys)
+    run = Run.open(done)
+    for name, stage in stages.items():
+        work = stage["work"]
+        if name != "eft":  # its candidates are people's replies
+            assert within(len(run.candidates(name)), work["candidates"]["count"])
+        if work["training"] is not None:
+            rows = len(run.rows(name)) or len(run.pairs(name))
+            assert within(rows, work["training"]["rows"])
+            assert within(run.summary(name)["steps"], work["training"]["steps"])
+        assert stage["disk"]["weights"] == pytest.approx(run.weights(name).stat().st_size, rel=0.1)
+        files = run.stage(name).path.glob("*.jsonl")
+        written = sum(file.stat().st_size for file in files)
+        bounds = stage["disk"]["records"]
+        assert bounds["least"] / 2 <= written
+        assert bounds["most"] is None or written <= 2 * bounds["most"]
+        assert (bounds["most"] is None) == (name == "m2")  # what its judge writes is not known
+    drawn = run.candidates("m2")
+    asked = stages["m2"]["work"]["candidates"]
+    assert within(sum(len(c.ids) for c in drawn), asked["written"])
+    assert all(within(len(c.ids), asked["new"]) for c in drawn)
+    assert all(len(p.ids) <= asked["longest"] for p in run.prompts("m2"))
+    assert plan["peak"]["bytes"] == max(
+        stage["peak"] for stage in stages.values() if stage["phases"]
+    )
+
+
+def test_a_plan_needs_no_weights(folder, capsys):
+    whole = planned(folder, capsys)[0]
+    config = (folder / "m0" / "config.json").read_text()
+    (folder / "shape").mkdir()
+    (folder / "shape" / "config.json").write_text(config)
+    bare, stages = planned(folder, capsys, "--model", str(folder / "shape"))
+    assert bare["model"] == whole["model"]
+    assert bare["texts"] is not None  # no tokenizer: rows are counted, their tokens bounded
+    training = stages["sft_baseline"]["work"]["training"]
+    assert training["rows"] == {"least": 6, "most": 6}
+    assert training["row"]["tokens"] == {"least": 0, "most": 256}
+    assert stages["m2"]["phases"][0]["cache"] is None and bare["peak"] is None
+
+
+def test_a_plan_says_whether_a_device_has_room(folder, capsys):
+    recipe = str(folder / "recipe.yaml")
+    command = ["plan", recipe, "--no-times", "--set", "paper.ranked=null", "--device-memory"]
+    assert main([*command, "24GB"]) == 0
+    told = capsys.readouterr().out
+    assert "planned for a GPU" in told and "fits into 24.0 GB; largest optim.micro_batch" in told
+    peak = planned(folder, capsys, *command[3:-1], "--device-memory", "24GB")[1]["m1"]["peak"]
+    assert main([*command, f"{peak - 1}"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "training does not fit into" in told and "; largest optim.micro_batch_tokens" in told
+    assert main([*command, "300kB"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no micro_batch_tokens would: fewer trained weights (peft)" in told
+
+
+def test_a_plan_of_an_adapter(folder, capsys):
+    pytest.importorskip("peft")
+    plan, stages = planned(folder, capsys, "--lora-rank", "2", "--set", "keep_stages=1")
+    assert plan["model"]["trainable"] < plan["model"]["parameters"] / 5
+    training = next(p for p in stages["m1"]["phases"] if p["is_used"])
+    assert (
+        training["gradients"] == 4 * plan["model"]["trainable"] == stages["m1"]["disk"]["weights"]
+    )
+    assert plan["disk"]["weights"]["most"] == 2 * stages["m1"]["disk"]["weights"]
+
+
+def test_flags_alone_are_planned(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    flags = ["--model", "m0", "--ift", "ift.jsonl", "--prompts", "prompts.jsonl"]
+    assert main(["plan", *flags, "--iterations", "1", "--no-times"]) == 0
+    assert "stage 2 of 2: m2" in capsys.readouterr().out
+
+
+def test_a_recipe_that_cannot_be_run_cannot_be_planned(folder, capsys):
+    recipe = str(folder / "recipe.yaml")
+    assert main(["plan", recipe, "--set", "paper.batch_size=0"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and "Traceback" not in told.err
+    assert told.err.startswith("self-rewarding-lm: error: the recipe cannot be run;")
+    (folder / "empty").mkdir()
+    assert main(["plan", recipe, "--model", str(folder / "empty"), "--no-times"]) == 1
+    assert "no configuration of a causal LM could be read" in capsys.readouterr().err
 
 
 # -- export ----------------------------------------------------------------------------------------

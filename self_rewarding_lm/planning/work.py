@@ -1,0 +1,313 @@
+"""What a stage has to do, counted from its settings: candidates, judgements, rows, tokens.
+
+Numbers that only the run will show, such as the lengths of answers or how many prompts give a pair,
+are ranges between what the settings ask for at least and allow at most. Knows the kinds of stages;
+nothing of bytes or seconds.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from self_rewarding_lm.config import FinetuneConfig, RewardConfig, SamplingConfig, SelfInstruct
+from self_rewarding_lm.planning import lengths as measures
+from self_rewarding_lm.planning.lengths import Counted, Lengths, Measure, counted
+from self_rewarding_lm.planning.ranges import NOTHING, UNKNOWN, Range, total
+from self_rewarding_lm.planning.trained import (
+    RowShape,
+    Training,
+    given_row,
+    played_row,
+    sampled_row,
+    training_on,
+)
+from self_rewarding_lm.stages import (
+    BuildEFTConfig,
+    DPOConfig,
+    ExternalRewardDPOConfig,
+    SelfPlayConfig,
+    SelfRewardDPOConfig,
+    SelfRewardSFTConfig,
+    SFTConfig,
+)
+from self_rewarding_lm.stages.base import TrainingConfig
+from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+from self_rewarding_lm.tokens import Tokens
+
+OBJECT = "its judge is an object, of which nothing is known here"
+OTHER = "another model judges: its memory and time are not in this plan"
+WRITING = "writing the new prompts is not counted, as it is not known how many lists that takes"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Texts of one kind that are sampled: answers, or judgements in words.
+
+    count: texts; new: tokens of one. read: prompt tokens that are computed for all of them.
+    longest: tokens of the longest prompt, None where that is not known; shared: with which all of
+    them begin. at_once: texts that one call of the engine is asked for, None for all. here: whether
+    the policy writes them.
+    """
+
+    count: Range = NOTHING
+    new: Range = NOTHING
+    read: Range = NOTHING
+    longest: int | None = None
+    at_once: int | None = None
+    shared: int = 0
+    here: bool = True
+
+    @property
+    def written(self) -> Range:
+        """Tokens of all texts."""
+        return self.count.times(self.new)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage's arrows. prompt: tokens of a prompt. made: pairs or demonstrations, on which later
+    stages may train; example: tokens of a demonstration. notes: what is not counted, and why."""
+
+    prompts: Range = NOTHING
+    prompt: Range = UNKNOWN
+    candidates: Asking = Asking()
+    judgements: Asking = Asking()
+    training: Training | None = None
+    made: Range = NOTHING
+    example: Range = NOTHING
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Counting:
+    """Counts stages one after the other.
+
+    rewards: reward prompts by name. tokens: None where there is no tokenizer; max_len: of the
+    model. made: what the stages so far make, by their names.
+    """
+
+    rewards: Mapping[str, RewardConfig]
+    tokens: Tokens | None
+    max_len: int | None
+    made: dict[str, Range] = field(default_factory=dict)
+
+    def work(self, stage: FinetuneConfig, name: str) -> Work:
+        """The work of the next stage."""
+        if isinstance(stage, BuildEFTConfig):
+            found = self._eft(stage)
+        elif isinstance(stage, SampledPreferenceConfig):
+            found = self._sampled(stage)
+        elif isinstance(stage, SelfPlayConfig):
+            found = self._self_play(stage)
+        elif isinstance(stage, SFTConfig | DPOConfig):
+            found = self._given(stage)
+        else:
+            found = Work(notes=(f"what a {type(stage).__name__} does is not known here",))
+            if isinstance(stage, TrainingConfig):
+                row = RowShape().capped(self._limit(stage))
+                found = replace(found, training=training_on(stage, UNKNOWN, row))
+        self.made[name] = found.made
+        return found
+
+    def _given(self, stage: SFTConfig | DPOConfig) -> Work:
+        """Training on a dataset."""
+        pairs = isinstance(stage, DPOConfig)
+        data = self._data(stage.train_dataset, measures.pair if pairs else measures.supervised)
+        row = given_row(data.lengths, 2 if pairs else 1).capped(self._limit(stage))
+        return Work(training=training_on(stage, data.rows, row), made=data.rows)
+
+    def _self_play(self, stage: SelfPlayConfig) -> Work:
+        data, limit = self._data(stage.train_dataset, measures.supervised), self._limit(stage)
+        new, prompt = _new(stage.generation), _prompt(data.lengths, limit)
+        prompts = data.rows.times(stage.iterations)
+        longest = _longest(stage, data.lengths, new)
+        own = Range(0, data.rows.most)
+        row = played_row(data.lengths, new).capped(limit)
+        training = training_on(stage, own, row).repeated(stage.iterations)
+        if stage.mix_previous:  # all but the first iteration have twice the pairs
+            mixed = training_on(stage, own.times(2), row).repeated(stage.iterations - 1)
+            first = training_on(stage, own, row)
+            steps, tokens = first.steps + mixed.steps, first.tokens + mixed.tokens
+            training = replace(training, steps=steps, tokens=tokens)
+        return Work(
+            prompts,
+            prompt,
+            Asking(prompts, new, prompts.times(prompt), longest),
+            training=training,
+            made=own.times(stage.iterations),
+        )
+
+    def _sampled(self, stage: SampledPreferenceConfig) -> Work:
+        data, limit = self._prompts(stage), self._limit(stage)
+        prompts, prompt = _prompts_used(stage, data.rows), _prompt(data.lengths, limit)
+        each, new = stage.num_candidate_responses, _new(stage.generation)
+        longest = _longest(stage, data.lengths, new)
+        block = stage.prompts_per_block * each
+        candidates = Asking(prompts.times(each), new, prompts.times(prompt), longest, block)
+        judgements, notes = self._judgements(stage, candidates, prompt)
+        if isinstance(stage.prompt_dataset, SelfInstruct):
+            notes = (*notes, WRITING)
+        positive = isinstance(stage, SelfRewardSFTConfig)
+        wanted = stage.num_generated_preference_pairs
+        most = prompts.times(each if positive else 1).most
+        made = Range.of(wanted) if wanted else Range(0, most)
+        row = sampled_row(data.lengths, new, 1 if positive else 2).capped(limit)
+        training = training_on(stage, made, row)
+        if isinstance(stage, SelfRewardSFTConfig) and stage.train_dataset is not None:
+            training = self._beside(stage, made, row)
+        return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
+
+    def _beside(self, stage: SelfRewardSFTConfig, made: Range, row: RowShape) -> Training:
+        """Training on top-scored responses and on a dataset's rows."""
+        data = self._data(stage.train_dataset, measures.supervised)
+        other = given_row(data.lengths, 1).capped(self._limit(stage))
+        whole = training_on(stage, made + data.rows, row.beside(other))
+        if stage.num_train_steps is not None:
+            return whole
+        parts = training_on(stage, made, row), training_on(stage, data.rows, other)
+        return replace(whole, tokens=total(part.tokens for part in parts))
+
+    def _eft(self, stage: BuildEFTConfig) -> Work:
+        data = self._data(stage.ranked_dataset, measures.ranked)
+        own, replies = data.lengths, Range(2 * data.rows.least)  # two at least
+        shown, longest = UNKNOWN, None
+        if own is not None:  # of all rows as of those that were looked at
+            replies = data.rows.times(own.answers)
+            shown = Range.of(round(own.prompt + own.answer))
+            longest = own.longest_prompt + own.longest_answer
+        reward, judgements = self.rewards.get(stage.self_reward_config_keyname), Asking()
+        if stage.method == "judgements":
+            reward = None if reward is None else reward.as_written()
+            answers, times = Asking(replies), stage.num_judgements
+            judgements = self._asked(reward, stage.judging, answers, times, (shown, longest))
+        rubric, _ = self._rubric(reward)
+        return Work(
+            data.rows,
+            _prompt(own, self.max_len),
+            judgements=judgements,
+            made=Range(0, replies.most),
+            example=UNKNOWN if rubric is None else shown + Range.of(rubric),
+        )
+
+    def _judgements(
+        self, stage: SampledPreferenceConfig, answers: Asking, prompt: Range
+    ) -> tuple[Asking, tuple[str, ...]]:
+        """The judgements of a stage, and words on what is not known of them."""
+        if stage.judge is not None:
+            return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
+        if isinstance(stage, ExternalRewardDPOConfig):
+            return Asking(answers.count, NOTHING, NOTHING, here=False), ()
+        assert isinstance(stage, SelfRewardDPOConfig)
+        each, most = stage.num_candidate_responses, answers.new.most or 0
+        comparison, longest = stage.comparison, answers.longest
+        sides = 1 if comparison is None else 2
+        shown = prompt + answers.new.times(sides)
+        size = shown, None if longest is None else longest + sides * most
+        if comparison is None:
+            asks = [self.rewards.get(name) for name in stage.reward_names()]
+            times = stage.num_sampled_reward_responses
+        else:  # each candidate before all others
+            asks, times = [comparison], each - 1
+        found = _together([self._asked(a, stage.judging, answers, times, size) for a in asks])
+        here = stage.rewarding_model is None
+        return replace(found, here=here), () if here else (OTHER,)
+
+    def _asked(
+        self,
+        ask: Any,
+        judging: SamplingConfig,
+        answers: Asking,
+        times: int,
+        shown: tuple[Range, int | None],
+    ) -> Asking:
+        """Judgements by one judge prompt. shown: tokens of what it shows, and of the longest."""
+        length, longest = shown
+        compares = hasattr(ask, "labels")
+        at_once = getattr(ask, "forced_ending", False) == "at_once"
+        times = 1 if at_once and not compares else times
+        count = answers.count.times(times)
+        asked = count if compares else answers.count  # one prompt of several judgements, once
+        rubric, shared = self._rubric(ask)
+        end = None if longest is None or rubric is None else longest + rubric
+        if end is not None and self.max_len is not None:
+            end = min(end, self.max_len)
+        own = UNKNOWN if rubric is None else Range.of(rubric - shared)
+        return Asking(
+            count,
+            NOTHING if at_once else _new(judging),
+            asked.times(length + own) + Range.of(shared),
+            end,
+            None if answers.at_once is None else answers.at_once * times,
+            shared,
+        )
+
+    def _rubric(self, ask: Any) -> tuple[int | None, int]:
+        """Tokens of a judge prompt without what it shows; and those before the first thing shown,
+        which are computed once for all."""
+        if self.tokens is None or ask is None:
+            return None, 0
+        text = ask.prompt_template
+        before = text.partition("{{")[0].strip()
+        shared = len(self.tokens.encode_part(before)) if before else 0
+        return len(self.tokens.prompt(text).ids), shared
+
+    def _limit(self, stage: TrainingConfig) -> int | None:
+        known = [n for n in (stage.max_seq_len, self.max_len) if n is not None]
+        return min(known) if known else None
+
+    def _data(self, dataset: Any, measure: Measure) -> Counted:
+        return counted(dataset, "rows", self.made, measure=measure, tokens=self.tokens)
+
+    def _prompts(self, stage: SampledPreferenceConfig) -> Counted:
+        if isinstance(stage.prompt_dataset, SelfInstruct):
+            return Counted(Range.of(stage.prompt_dataset.num_prompts))
+        return self._data(stage.prompt_dataset, measures.prompt)
+
+
+def _prompts_used(stage: SampledPreferenceConfig, rows: Range) -> Range:
+    """Prompts that are worked until there are as many pairs as are wanted."""
+    wanted, block = stage.num_generated_preference_pairs, stage.prompts_per_block
+    if wanted is None:
+        return rows.times(stage.max_prompt_passes or 1)
+    each = stage.num_candidate_responses if isinstance(stage, SelfRewardSFTConfig) else 1
+    least = block * math.ceil(wanted / each / block)
+    if not rows.most:
+        return Range(least)
+    passes = stage.max_prompt_passes or 4 * math.ceil(wanted / rows.most)
+    return Range(least, passes * rows.most).capped(passes * rows.most)
+
+
+def _together(parts: list[Asking]) -> Asking:
+    """Judgements by several judge prompts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = [part.longest for part in parts]
+    return Asking(
+        total(part.count for part in parts),
+        Range(min(part.new.least for part in parts), max(part.new.most or 0 for part in parts)),
+        total(part.read for part in parts),
+        None if None in longest else max(n for n in longest if n is not None),
+        max(part.at_once or 0 for part in parts) or None,
+        min(part.shared for part in parts),
+    )
+
+
+def _new(sampling: SamplingConfig) -> Range:
+    """Tokens of a sampled text."""
+    least = max(1, sampling.min_new_tokens)
+    return Range(least, max(least, sampling.max_new_tokens))
+
+
+def _longest(stage: TrainingConfig, own: Lengths | None, new: Range) -> int | None:
+    """Tokens of the longest prompt: of those that were looked at, else what max_seq_len leaves."""
+    if own is not None:
+        return own.longest_prompt
+    if stage.max_seq_len is None:
+        return None
+    return max(1, stage.max_seq_len - (new.most or 0))
+
+
+def _prompt(own: Lengths | None, limit: int | None) -> Range:
+    """Tokens of a prompt."""
+    return Range(0, limit) if own is None else Range.of(round(own.prompt))
