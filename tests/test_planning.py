@@ -269,7 +269,9 @@ def test_logits_are_those_of_two_pieces_at_most():
     # few tokens: all of them in one piece, the head's gradient and the hidden states' one
     assert logits_bytes(10, 100, 8, FP32) == 4 * (10 * 100 + 100 * 8 + 10 * 8)
     assert logits_bytes(10, 100, 8, FP32, head_trained=False) == 4 * (10 * 100 + 10 * 8)
-    # 2^24 numbers a piece: 128 of 2^17; two pieces live together
+    # 2^24 numbers a piece, 128 rows of 2^17: one and a half, then two pieces live together
+    some = logits_bytes(192, 2**17, 8, FP32, head_trained=False)
+    assert some == 4 * (192 * 2**17 + 192 * 8)
     many = logits_bytes(1000, 2**17, 8, FP32, head_trained=False)
     assert many == 4 * (2 * 2**24 + 1000 * 8)
 
@@ -394,22 +396,23 @@ def test_a_forward_with_an_adapter_keeps_as_many_bytes_as_estimated(dtype, narro
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    "module",
+    ("module", "rows", "length"),
     [
-        lambda: llama(hidden_size=64, intermediate_size=160),
-        lambda: llama(hidden_size=32, intermediate_size=64, vocab_size=20_000),
-        lambda: gpt2(n_embd=32),
+        (lambda: llama(hidden_size=64, intermediate_size=160), 4, 400),
+        (lambda: llama(hidden_size=16, intermediate_size=32, vocab_size=50_000), 1, 500),
+        (lambda: gpt2(n_embd=32), 4, 400),
     ],
     ids=["llama", "vocabulary", "gpt2"],
 )
-def test_a_training_step_has_the_estimated_peak(module, checkpointing):
+def test_a_training_step_has_the_estimated_peak(module, rows, length, checkpointing):
     """Two micro-batches and a step of the optimiser; all tensors that live, weights aside."""
     module = module()
     model, shape = adapt(module), read_shape(module)
     policy = Policy(model)
     policy.train()
-    ids = torch.randint(0, 40, (4, 400))
-    optim = OptimConfig(batch_size=8, micro_batch_tokens=1600, gradient_checkpointing=checkpointing)
+    ids = torch.randint(0, 40, (rows, length))
+    tokens = rows * length
+    optim = OptimConfig(micro_batch_tokens=tokens, gradient_checkpointing=checkpointing)
     stage = SFTConfig(train_dataset=[], dropout=0.0, optim=optim)
     (optimizer,) = make_optimizers(module, optim.completed(1e-4, 0.0, 1), shape.vocab)
 
@@ -434,7 +437,7 @@ def test_a_training_step_has_the_estimated_peak(module, checkpointing):
         for phase in training_phases(stage, training, shape, Device("cpu", FP32, 4), states)
         if phase.is_used
     ]
-    assert phase.tokens == 1600 and phase.optimizer == states
+    assert phase.tokens == tokens and phase.optimizer == states
     assert phase.peak is not None
     estimate = phase.peak - shape.weight_bytes - states
     assert estimate == pytest.approx(live.peak, rel=0.2)

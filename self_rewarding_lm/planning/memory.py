@@ -183,7 +183,7 @@ def logits_bytes(
     rows = max(1, max(LEAST_LOGITS, vocab * hidden) // max(vocab, 1))
     narrow = types.product < EXACT
     number = EXACT + 2 * types.product if narrow else types.exact
-    pieces = min(tokens, rows) * vocab * number * (PIECES_AT_ONCE if tokens > rows else 1)
+    pieces = min(tokens, PIECES_AT_ONCE * rows) * vocab * number
     gradient = vocab * hidden * (types.exact + (2 * types.product if narrow else 0))
     return pieces + gradient * head_trained + tokens * hidden * types.product
 
