@@ -67,43 +67,26 @@ def sample_candidates(
     Of prompts beyond PROMPTS_AT_ONCE the engine is asked when it is through with those before.
     """
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        some = prompts[start : start + PROMPTS_AT_ONCE]
-        yield from _sampled(
-            model, some, sampling, num_samples, engine=engine, tokens=tokens, seed=seed, limit=limit
-        )
-
-
-def _sampled(
-    model: TokenModel,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    num_samples: int,
-    *,
-    engine: Engine,
-    tokens: Tokens,
-    seed: int,
-    limit: int | None,
-) -> Iterator[Candidate]:
-    requests, owners = [], []
-    for prompt in prompts:
-        room = sampling.max_new_tokens if limit is None else limit - len(prompt.ids)
-        new = min(sampling.max_new_tokens, room)
-        for sample in range(num_samples):
-            owners.append((prompt, f"{prompt.id}/{sample}"))
-            key = stable_hash(seed, owners[-1][1])
-            requests.append(Request(prompt.ids, key, new))
-    for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
-        prompt, candidate_id = owners[index]
-        yield Candidate(
-            id=candidate_id,
-            prompt_id=prompt.id,
-            ids=done.ids,
-            text=tokens.decode(done.ids) if done.reason is None else None,
-            finished=done.finished,
-            max_new_tokens=requests[index].max_new_tokens,
-            tokens=done.tokens,
-            reason=done.reason,
-        )
+        requests, owners = [], []
+        for prompt in prompts[start : start + PROMPTS_AT_ONCE]:
+            room = sampling.max_new_tokens if limit is None else limit - len(prompt.ids)
+            new = min(sampling.max_new_tokens, room)
+            for sample in range(num_samples):
+                owners.append((prompt, f"{prompt.id}/{sample}"))
+                key = stable_hash(seed, owners[-1][1])
+                requests.append(Request(prompt.ids, key, new))
+        for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
+            prompt, candidate_id = owners[index]
+            yield Candidate(
+                id=candidate_id,
+                prompt_id=prompt.id,
+                ids=done.ids,
+                text=tokens.decode(done.ids) if done.reason is None else None,
+                finished=done.finished,
+                max_new_tokens=requests[index].max_new_tokens,
+                tokens=done.tokens,
+                reason=done.reason,
+            )
 
 
 def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
