@@ -109,6 +109,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 total = scores.sub_(most[:, None]).exp_().sum(dim=-1).log_().add_(most)
                 found.append(chosen - total)
                 totals.append(total)
+                del raw, scores  # before the next piece is made
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(totals))
         ctx.settings = settings
         return torch.cat(found)
@@ -143,6 +144,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     of_weight.addmm_(narrow.t(), hidden[part])
                 elif of_weight is not None:  # pieces of a narrow type are summed in float32
                     of_weight += narrow.t() @ hidden[part]
+                del raw, scores, slope, moved, narrow  # before the next piece is made
         return (
             of_hidden,
             None if of_weight is None else of_weight.to(weight.dtype),

@@ -26,8 +26,6 @@ from self_rewarding_lm.logprobs import LEAST_LOGITS
 
 EXACT = 4
 """Bytes of float32, in which norms, log-sums and log-probs are computed at least."""
-PIECES_AT_ONCE = 2
-"""Pieces of logits that live together: a new one is made before the last one is given up."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +181,9 @@ def logits_bytes(
     rows = max(1, max(LEAST_LOGITS, vocab * hidden) // max(vocab, 1))
     narrow = types.product < EXACT
     number = EXACT + 2 * types.product if narrow else types.exact
-    pieces = min(tokens, PIECES_AT_ONCE * rows) * vocab * number
+    piece = min(tokens, rows) * vocab * number
     gradient = vocab * hidden * (types.exact + (2 * types.product if narrow else 0))
-    return pieces + gradient * head_trained + tokens * hidden * types.product
+    return piece + gradient * head_trained + tokens * hidden * types.product
 
 
 def prefill_bytes(block: Block, types: Types, tokens: int) -> int:
