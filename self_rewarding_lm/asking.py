@@ -90,12 +90,13 @@ class Asker:
         """A judgement for each question, in any order; those without room come first."""
         model = self.model or ctx.model
         reader = self.reader(ctx.tokens)
-        rendered: dict[str, Rendered] = {}
+        rendered: dict[tuple[str, object], Rendered] = {}
         asked: list[_Asked] = []
         for question in questions:
-            if question.text not in rendered:
-                rendered[question.text] = ctx.tokens.prompt(question.text)
-            prompt = rendered[question.text]
+            key = question.text, getattr(question.text, "spans", ())
+            if key not in rendered:
+                rendered[key] = ctx.tokens.prompt(question.text)
+            prompt = rendered[key]
             if self.has_room(len(prompt.ids), model.max_len, reader):
                 asked.append(_Asked(question, prompt))
             else:
@@ -150,7 +151,7 @@ class Asker:
             new = self.sampling.max_new_tokens
             new = new if limit is None else min(new, limit - length - ending)
             key = stable_hash(ctx.seed, one.question.id)
-            requests.append(Request(one.prompt.ids, key, new))
+            requests.append(Request(one.prompt.ids, key, new, one.question.id))
         decoding = decoding_of(self.sampling, ctx.tokens)
         engine = engine_of(ctx, model)
         answers = ctx.runtime.autocasted(engine.generate(model, requests, decoding))

@@ -70,7 +70,7 @@ def messages_of(value: Any, where: str) -> Messages:
     Raises DataError where a message has no role or no text.
     """
     if isinstance(value, str):
-        return ({"role": "user", "content": value},)
+        return ({"role": "user", "content": str(value)},)
     if not isinstance(value, Sequence) or not value:
         raise DataError(f"{where}: messages are a list of at least one; got {str(value)[:80]}.")
     return tuple(_message(item, where) for item in value)
@@ -148,10 +148,11 @@ def _explained(render: Render) -> Render:
     def explained(messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return render(messages, add_generation_prompt)
-        except TemplateError as error:
+        except Exception as error:  # by its own words, or because it adds a text to a number
             roles = ", ".join(str(m["role"]) for m in messages)
+            said = str(error) if isinstance(error, TemplateError) else repr(error)
             raise DataError(
-                f"the chat template refuses messages with the roles {roles}: {error}"
+                f"the chat template refuses messages with the roles {roles}: {said}"
             ) from error
 
     return explained
@@ -197,4 +198,4 @@ def _message(item: Any, where: str) -> Message:
         raise DataError(
             f'{where}: a message is {{"role": "user", "content": "..."}}; got {str(item)[:120]}.'
         )
-    return {"role": role, "content": content}
+    return {"role": str(role), "content": str(content)}

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import dedent
 
-from jinja2 import TemplateError, meta
+from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from self_rewarding_lm.controls import Filled, fill
 from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.records import Candidate, Judgement
 from self_rewarding_lm.statements import (
@@ -26,7 +27,13 @@ from self_rewarding_lm.statements import (
     verdict_pattern,
 )
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(autoescape=False, keep_trailing_newline=True)
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # around what is put into a template; no text has them
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    autoescape=False,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,  # what the sandbox refuses would be rendered as nothing
+    finalize=lambda put: f"{_OPEN}{put}{_CLOSE}",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +97,18 @@ def comparison_form(prefix: str, labels: tuple[str, str], tie_label: str | None)
     return VerdictForm(prefix, values, numeric=False, find=find, read=read)
 
 
-def compile_prompt_template(template: str, *, auto_dedent: bool) -> Callable[[str, str], str]:
+def compile_prompt_template(template: str, *, auto_dedent: bool) -> Callable[[str, str], Filled]:
     """The function (prompt, response) -> judge prompt of a jinja2 template.
 
-    Raises ConfigError where `prompt` or `response` is missing or another variable is asked for.
+    The judge prompt knows which of its characters the template put in. Raises ConfigError where
+    `prompt` or `response` is missing or another variable is asked for.
     """
     return _compiled(template, ("prompt", "response"), auto_dedent)
 
 
 def compile_comparison_template(
     template: str, *, auto_dedent: bool
-) -> Callable[[str, str, str], str]:
+) -> Callable[[str, str, str], Filled]:
     """The function (prompt, response_a, response_b) -> judge prompt; errors as above."""
     return _compiled(template, ("prompt", "response_a", "response_b"), auto_dedent)
 
@@ -124,7 +132,7 @@ def template_parts(template: str) -> tuple[str, str]:
             f"'Score: {{{{ reward }}}}'; it has {_braced(names)}."
         )
     parts = re.split(r"\{\{\s*reward\s*\}\}", template.strip())
-    if len(parts) != 2 or "{#" in template or "{%" in template:
+    if len(parts) != 2 or any(mark in "".join(parts) for mark in ("{{", "{#", "{%")):
         raise ConfigError(
             "a reward_regex_template is plain text with {{ reward }} in it once; "
             f"got {template.strip()!r}."
@@ -258,7 +266,7 @@ def _outcome(score: float | None) -> float | None:
     return None if score is None else 0.5 + 0.5 * (score > 0.5) - 0.5 * (score < 0.5)
 
 
-def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Callable[..., str]:
+def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Callable[..., Filled]:
     names = _variables(template, "prompt_template")
     if names != set(wanted):
         braced = [f"{{{{ {name} }}}}" for name in wanted]
@@ -266,16 +274,38 @@ def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Call
             f"a judge's prompt_template needs exactly the variables {', '.join(braced[:-1])} and "
             f"{braced[-1]}; it has {_braced(names)}."
         )
-    compiled = _ENVIRONMENT.from_string(dedent(template).strip("\n") if auto_dedent else template)
+    text = dedent(template).strip("\n") if auto_dedent else template
 
-    def render(*texts: str) -> str:
-        return compiled.render(**dict(zip(wanted, texts, strict=True)))
+    def render(*texts: str) -> Filled:
+        data = (re.sub(f"[{_OPEN}{_CLOSE}]", "\ufffd", str(text)) for text in texts)
+        try:  # a template may divide by zero, or by the length of a text
+            return _filled(compiled.render(**dict(zip(wanted, data, strict=True))))
+        except Exception as error:
+            raise _unrenderable(error) from error
 
     try:
-        render(*wanted)
+        compiled = _ENVIRONMENT.from_string(text)  # here filters are looked up
     except TemplateError as error:
-        raise ConfigError(f"prompt_template cannot be rendered with texts: {error}") from error
+        raise _unrenderable(error) from error
+    render(*wanted)
     return render
+
+
+def _filled(marked: str) -> Filled:
+    """A rendering without the marks around what was put in; they may stand within each other."""
+    parts, depth = [], 0
+    for part in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+        if part in (_OPEN, _CLOSE):
+            depth += 1 if part == _OPEN else -1
+        else:
+            parts.append((part, depth > 0))
+    return fill(parts)
+
+
+def _unrenderable(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"prompt_template cannot be rendered with texts: {type(error).__name__}: {error}"
+    )
 
 
 def _variables(template: str, name: str) -> set[str]:

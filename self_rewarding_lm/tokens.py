@@ -1,18 +1,18 @@
 """Text to token ids and back, whatever tokenizer the user has.
 
 The one place that turns prompts and responses into ids: what is generated from is what is trained
-on.
+on. A control token of the tokenizer (`<|im_end|>`) counts where the chat template wrote it; in a
+message it is encoded as plain text.
 """
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from self_rewarding_lm.chat import (
@@ -25,75 +25,18 @@ from self_rewarding_lm.chat import (
     template_text,
 )
 from self_rewarding_lm.chat import transcript as transcript_of
+from self_rewarding_lm.controls import Controls, Filled, Mask
+from self_rewarding_lm.encoding import CallableTokenizer, HuggingFaceTokenizer, Ids, Tokenizer
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
 
-logger = logging.getLogger(__name__)
+__all__ = ["CallableTokenizer", "Ids", "Rendered", "Tokenizer", "Tokens"]
 
-Ids = tuple[int, ...]
+logger = logging.getLogger(__name__)
 
 ANSWER = "An answer."
 QUESTION: Message = {"role": "user", "content": "A question."}
 SAMPLES: tuple[Messages, ...] = ((QUESTION,), ({"role": "system", "content": "Be."}, QUESTION))
 """Conversations that a template is tried on; some refuse those without a system message."""
-
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
-"""Special tokens that end a text in the vocabularies that have them."""
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the library asks of a tokenizer."""
-
-    def encode(self, text: str) -> Any:
-        """Token ids: a list, or a 1-D tensor or array of any number dtype."""
-        ...
-
-    def decode(self, ids: Any) -> str:
-        """The text of ids."""
-        ...
-
-
-@dataclass(frozen=True)
-class CallableTokenizer:
-    """Two functions as a tokenizer: str -> 1-D tensor, and 1-D long tensor -> str."""
-
-    encode_fn: Callable[[str], Any]
-    decode_fn: Callable[[Tensor], str]
-
-    def encode(self, text: str) -> Any:
-        return self.encode_fn(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.decode_fn(torch.tensor(list(ids), dtype=torch.long))
-
-
-class HuggingFaceTokenizer:
-    """A tokenizer of transformers; special tokens are put around whole texts only."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.eos_token_id: int | None = tokenizer.eos_token_id
-        self.special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
-        whole, part = tokenizer.encode("a"), self.encode_part("a")
-        places = range(len(whole) - len(part) + 1)
-        start = next((i for i in places if whole[i : i + len(part)] == part), 0)
-        self.lead: Ids = tuple(whole[:start])
-        """What it puts before every text: its begin token, or nothing."""
-        names = ((i, str(tokenizer.convert_ids_to_tokens(i))) for i in sorted(self.special))
-        self.text_ends: Ids = tuple(i for i, name in names if name in END_OF_TEXT)
-
-    def encode(self, text: str) -> list[int]:
-        """With the begin token where the tokenizer adds one, never with an end token."""
-        ids = self.encode_part(text)
-        return ids if tuple(ids[: len(self.lead)]) == self.lead else [*self.lead, *ids]
-
-    def encode_part(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
 
 @dataclass(frozen=True)
@@ -128,10 +71,14 @@ class Tokens:
         self.tokenizer: Any = HuggingFaceTokenizer(tokenizer) if hugging_face else tokenizer
         self.renders = chat_template != RAW and (hugging_face or chat_template is not None)
         """Whether a text is a user's message and goes through the template."""
+        self._controls: Controls = getattr(self.tokenizer, "controls", Controls())
         self._render, text = self._renderer(None if chat_template == RAW else chat_template)
         self.template: str | None = None if chat_template == RAW else text
         """The template where it is not the tokenizer's own."""
         self._tail = self._behind_answer()
+        if hugging_face:
+            self.tokenizer.add_controls(_sample(self._render, (ANSWER, "A question.")))
+            self._controls = self.tokenizer.controls
         found = getattr(self.tokenizer, "eos_token_id", None) if eos_id is None else eos_id
         turn = self._turn_end() if hugging_face and self.renders else None
         self.eos_id: int | None = found if turn is None else turn
@@ -148,12 +95,16 @@ class Tokens:
                 )
 
     def prompt(self, value: str | Sequence[Message], where: str = "the prompt") -> Rendered:
-        """A prompt's ids, those of the generation prompt where a template is used."""
+        """A prompt's ids, those of the generation prompt where a template is used.
+
+        Of a text as it is, control tokens count; of a Filled one, only where they are not data.
+        """
         if isinstance(value, str) and not self.renders:
-            return Rendered(self.encode(value), value)
+            return Rendered(self._filled(value), str(value))
         messages = messages_of(value, where)
-        text = self._text(messages, True, where)
-        return Rendered(self.encode_part(text), transcript_of(messages), messages)
+        mask, (masked,) = self._masked(messages)
+        text = self._text(masked, True, where)
+        return Rendered(self._ids(text, mask), transcript_of(messages), messages)
 
     def response(
         self, prompt: str | Sequence[Message], completion: str, where: str = "the completion"
@@ -166,8 +117,11 @@ class Tokens:
         if isinstance(prompt, str) and not self.renders:
             return self.ended(self.encode_part(completion))
         messages = messages_of(prompt, where)
-        before = self._text(messages, True, where)
-        full = self._text([*messages, {"role": "assistant", "content": completion}], False, where)
+        mask, (asked, answer) = self._masked(
+            messages, ({"role": "assistant", "content": completion},)
+        )
+        before = self._text(asked, True, where)
+        full = self._text([*asked, *answer], False, where)
         if not full.startswith(before):
             raise DataError(
                 f"{where}: the chat template does not render the prompt as the beginning of prompt "
@@ -176,13 +130,13 @@ class Tokens:
             )
         tail = self._tail
         if not tail or not full.endswith(tail):
-            tail = _behind(completion.strip(), full[len(before) :])
-        rest = self._ids_behind(before, full)
-        first = len(rest) - (len(self.encode_part(tail)) if tail else 0)
+            tail = _behind(answer[0]["content"].strip(), full[len(before) :])
+        rest = self._ids_behind(before, full, mask)
+        first = len(rest) - (len(self._ids(tail, mask)) if tail else 0)
         end = next((i for i in range(max(0, first), len(rest)) if rest[i] in self.end_ids), None)
         if end is not None:
             return rest[: end + 1]
-        return self.ended(self._ids_behind(before, full.removesuffix(tail)))
+        return self.ended(self._ids_behind(before, full.removesuffix(tail), mask))
 
     def encode(self, text: str) -> Ids:
         """Ids of a text as it is; TokenizerError where they are no ids of the model."""
@@ -192,6 +146,11 @@ class Tokens:
         """Ids of a piece of a text: no begin token."""
         part = "encode_part" if hasattr(self.tokenizer, "encode_part") else "encode"
         return self._checked_text(text, part)
+
+    def encode_data(self, text: str) -> Ids:
+        """Ids of a piece of a text that comes from data: no control token counts in it."""
+        mask = self._controls.masks([text])
+        return self.encode_part(text) if mask is None else self._ids(mask.hide(text), mask)
 
     def decode(self, ids: Sequence[int]) -> str | None:
         """The text of ids, without end tokens; None without a tokenizer."""
@@ -227,7 +186,7 @@ class Tokens:
             logger.warning(
                 "%s: the weights in %s were saved with another chat template than the one in use: "
                 "reference and policy will read prompts in a form that these weights were not "
-                "trained on.",
+                "trained on. (check template_differs, told in docs/troubleshooting.md.)",
                 stage,
                 weights,
             )
@@ -263,7 +222,7 @@ class Tokens:
         text = template_text(chat_template or "plain")
         assert text is not None
         lead = getattr(self.tokenizer, "lead", ())
-        if lead and self.encode_part(_sample(self._make(text), False))[: len(lead)] != lead:
+        if lead and self.encode_part(_sample(self._make(text)))[: len(lead)] != lead:
             written = "".join(map(str, self.source.convert_ids_to_tokens(list(lead))))
             text = "{{ " + json.dumps(written, ensure_ascii=False) + " }}" + text
         return self._make(text), text
@@ -276,16 +235,37 @@ class Tokens:
             eos_token=getattr(self.source, "eos_token", None),
         )
 
-    def _ids_behind(self, before: str, full: str) -> Ids:
+    def _masked(self, *parts: Sequence[Message]) -> tuple[Mask | None, list[list[Message]]]:
+        """Parts of a conversation with the control tokens in their messages hidden."""
+        mask = self._controls.masks(text for part in parts for m in part for text in m.values())
+        hide = str if mask is None else mask.hide
+        return mask, [[{key: hide(text) for key, text in m.items()} for m in p] for p in parts]
+
+    def _ids(self, text: str, mask: Mask | None) -> Ids:
+        """The ids of a piece of a rendering."""
+        if mask is None:
+            return self.encode_part(text)
+        ids = self.tokenizer.encode_pieces(mask.pieces(text))
+        return self.checked(ids, f"of the text {text[:60]!r}")
+
+    def _filled(self, text: str) -> Ids:
+        """The ids of a text as it is."""
+        mask = self._controls.masks([text])
+        if mask is None or not isinstance(text, Filled):
+            return self.encode(text)
+        ids = self.tokenizer.encode_pieces(mask.pieces(mask.hide_data(text)))
+        return self.checked(self.tokenizer.led(ids), f"of the text {text[:60]!r}")
+
+    def _ids_behind(self, before: str, full: str, mask: Mask | None) -> Ids:
         """The ids of a text from where the ids of its beginning end."""
-        ids, head = self.encode_part(full), self.encode_part(before)
+        ids, head = self._ids(full, mask), self._ids(before, mask)
         if ids[: len(head)] == head:
             return ids[len(head) :]
-        return self.encode_part(full[len(before) :])
+        return self._ids(full[len(before) :], mask)
 
     def _behind_answer(self) -> str:
         """What the template writes behind an answer; nothing where it refuses the trial."""
-        return _behind(ANSWER, _sample(self._render, True))
+        return _behind(ANSWER, _sample(self._render, (ANSWER,)))
 
     def _turn_end(self) -> int | None:
         """The first special token behind an answer: what ends a turn in this template."""
@@ -315,12 +295,13 @@ class Tokens:
         return number
 
 
-def _sample(render: Render, answered: bool) -> str:
-    """A rendering of a question, or of it and an answer; empty where the template refuses it."""
-    answer = ({"role": "assistant", "content": ANSWER},) if answered else ()
+def _sample(render: Render, more: Sequence[str] = ()) -> str:
+    """A rendering of a question, with turns behind it or open; empty where it is refused."""
+    roles = ("assistant", "user")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(more)]
     for messages in SAMPLES:
         try:
-            return render((*messages, *answer), not answered)
+            return render((*messages, *turns), not turns)
         except DataError:
             continue
     return ""

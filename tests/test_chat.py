@@ -160,3 +160,11 @@ def test_messages_are_told_from_ids_and_texts():
 def test_a_transcript_names_the_roles_unless_there_is_one_question():
     assert transcript([said("user", "Who?")]) == "Who?"
     assert transcript(TALK[:2]) == "System: Be kind.\n\nUser:  Hi? "
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{{ range(10 ** 9) }}"]
+)
+def test_a_template_that_breaks_is_refused_in_words(template):
+    with pytest.raises(DataError, match="the chat template refuses messages with the roles user"):
+        renderer(template)([said("user", "a")], True)

@@ -762,3 +762,22 @@ def test_a_reward_prompt_as_it_is_written():
 def test_a_comparison_whose_verdicts_cannot_be_told_is_a_config_error(fields, words):
     with pytest.raises(ConfigError, match=words):
         ComparisonConfig(**fields)
+
+
+@pytest.mark.parametrize("broken", ["{{ 1 / 0 }}", "{{ prompt + 1 }}", "{{ range(10 ** 9) }}"])
+def test_a_judge_template_that_breaks_is_refused_at_once(broken):
+    with pytest.raises(ConfigError, match="prompt_template cannot be rendered with texts"):
+        compile_prompt_template("{{ prompt }}{{ response }}" + broken, auto_dedent=True)
+
+
+def test_a_judge_template_that_breaks_at_one_text_says_so():
+    template = "{{ prompt }}{{ response }}{{ 1 / (response | length - 3) }}"
+    render = compile_prompt_template(template, auto_dedent=True)
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        render("a", "abc")
+
+
+@pytest.mark.parametrize("template", ["{{ reward }}{{ 1 / 0 }}", "{{ 'Score:' }} {{ reward }}"])
+def test_a_reward_template_has_one_field_and_nothing_else_of_jinja(template):
+    with pytest.raises(ConfigError, match=r"plain text with \{\{ reward \}\} in it once"):
+        compile_score_pattern(template)

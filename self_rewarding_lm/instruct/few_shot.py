@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from self_rewarding_lm.controls import Filled, fill
 from self_rewarding_lm.errors import ConfigError, DataError
 
 _HEADER = (
@@ -24,9 +25,12 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class FewShot:
-    """A prompt that asks for new instructions; parents: ids of the examples, as they are shown."""
+    """A prompt that asks for new instructions; parents: ids of the examples, as they are shown.
 
-    text: str
+    text: knows which of its characters are the examples'.
+    """
+
+    text: Filled
     parents: tuple[str, ...]
 
     @property
@@ -70,8 +74,10 @@ def few_shot_prompt(
     if empty := [example.id for example in shown if not example.text.strip()]:
         raise DataError(f"an example needs a text; that of {empty[0]!r} is empty. Leave it out.")
     shown = _sample(shown, len(shown), draw)
-    lines = [f"{i}. {' '.join(e.text.split())}" for i, e in enumerate(shown, start=1)]
-    text = "\n".join([_HEADER, "", *lines, f"{len(shown) + 1}."])
+    parts = [(f"{_HEADER}\n\n", False)]
+    for number, example in enumerate(shown, start=1):
+        parts += [(f"{number}. ", False), (" ".join(example.text.split()), True), ("\n", False)]
+    text = fill([*parts, (f"{len(shown) + 1}.", False)])
     return FewShot(text, tuple(example.id for example in shown))
 
 

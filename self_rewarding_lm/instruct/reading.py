@@ -31,14 +31,14 @@ _ANSWER = re.compile(  # "Answer:", "**Expected output:**", "### Response"
 _ANSWER_INLINE = re.compile(  # "Add 2 and 3. Answer: 5": behind a sentence, with a capital
     r"(?<=[.?!:;…\"'”’)\]])[\s*_]{1,8}(?:Answer|Response|Output|Input|Solution)s?[*_]{0,3}[:：]"
 )
-_BREAK = re.compile(r"\s*(?:(?:[-*_=#~—]\s{0,2}){3,}$|#{1,6}\s+\S)")  # a separator or a heading
+_BREAK = re.compile(r"\s*(?:(?:[-*_=#~—]\s{0,2}+){3,}+$|#{1,6}\s+\S)")  # a separator or a heading
 _FENCE = re.compile(r"\s*(?:```|~~~)")
 _SENTENCE_END = re.compile(r"[.?!…。？！][\"'”’)*_\]]{0,3}$")
 _PREAMBLE = re.compile(
     r"(?i)\s*(?:(?:sure|certainly|of course|absolutely|okay|ok|great|understood)\s{0,2}[,.!:]"
     r"|i(?:['’]m|\sam)\ssorry,?\sbut\b|as\san\sai\b"
     r"|(?:here|below|these|the following|following|further|more|additional|new)\b[^\n]{0,200}"
-    r"\b(?:task|instruction|question|prompt|item|example|list|continu)[^\n]{0,200}:\s*$)"
+    r"\b(?:task|instruction|question|prompt|item|example|list|continu)[^\n]{0,200}:$)"
 )
 _QUOTES = {'"': '"', "“": "”", "'": "'", "‘": "’", "«": "»"}
 
@@ -203,7 +203,7 @@ class _Reader:
         return bool(self.item) and self.item[-1].rstrip(" *_").endswith((":", "："))
 
     def _is_preamble(self) -> bool:
-        text = "\n".join(self.item or [])
+        text = "\n".join(self.item or []).rstrip()
         return self.lead and not self.lead_is_item and _PREAMBLE.match(text) is not None
 
 
