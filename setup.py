@@ -17,8 +17,9 @@ TEST = [
     *DATA,
     *SERVER,
     "fastapi",
-    "uvicorn",
-]  # of transformers serve
+    "uvicorn",  # of transformers serve
+    "hypothesis>=6.100",
+]
 
 setup(
     name="self-rewarding-lm",

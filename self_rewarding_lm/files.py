@@ -69,7 +69,7 @@ class JsonLines(FileRows):
         line = self._lines.at(self._starts[place]).rstrip()
         try:
             return json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets within brackets without end
             return UnreadableLine(str(error))
 
     def _stamped(self) -> tuple[int, int] | None:
@@ -130,7 +130,7 @@ def read_rows(path: str | Path, name: str) -> Sequence[Any]:
         return JsonLines(path, name)
     try:
         rows = json.loads(_unpacked(path, name) if path.suffix == ".gz" else path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{name}: {path} is no JSON: {error}. (A file of one row a line is named .jsonl.)"
         ) from error

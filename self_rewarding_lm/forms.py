@@ -170,12 +170,13 @@ def _conversation(row: Row, where: str) -> Messages:
 def _turn(turn: Any, where: str) -> Row:
     speaker = turn.get("from") if isinstance(turn, Mapping) else None
     text = turn.get("value") if isinstance(turn, Mapping) else None
-    if speaker not in SPEAKERS or not isinstance(text, str):
+    role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None or not isinstance(text, str):
         raise DataError(
             f'{where}: a turn is {{"from": {" or ".join(SPEAKERS)}, "value": a text}}; got '
             f"{str(turn)[:120]}."
         )
-    return {"role": SPEAKERS[speaker], "content": text}
+    return {"role": role, "content": text}
 
 
 def _last_answer(row: Row, where: str) -> Exchange:

@@ -6,6 +6,7 @@ ranked the replies of a message, 0 best. The files `*.trees.jsonl(.gz)` of the p
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,8 +89,10 @@ class _Filter:
     def _is_poor(self, message: Message) -> bool:
         if self.min_quality is None:
             return False
-        quality = ((message.get("labels") or {}).get("quality") or {}).get("value")
-        return quality is None or quality < self.min_quality
+        found: Any = message
+        for name in ("labels", "quality", "value"):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return not _is_number(found) or found < self.min_quality
 
     def _is_kept(self, reason: str | None) -> bool:
         if reason is not None:
@@ -204,7 +207,8 @@ def _check_message(message: Any, role: str, where: str) -> None:
             f"{where}: a message has message_id, text and role; got {str(message)[:120]}."
         )
     rank, replies = message.get("rank"), message.get("replies") or []
-    if not isinstance(rank, int | float | None) or not isinstance(replies, list):
+    ranked = rank is None or _is_number(rank)
+    if not ranked or not isinstance(replies, list):
         raise DataError(
             f"{where}: message {message['message_id']} must have a number as rank, if any, and a "
             f"list of replies; got {rank!r} and {str(replies)[:80]}."
@@ -216,6 +220,12 @@ def _check_message(message: Any, role: str, where: str) -> None:
         )
     for reply in replies:
         _check_message(reply, "assistant" if role == "prompter" else "prompter", where)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _turns(path: tuple[Message, ...], depth: str, keep: _Filter) -> Iterator[_Turn]:
@@ -247,4 +257,4 @@ def _ranked(tree: Tree, depth: str, keep: _Filter) -> Iterator[RankedReplies]:
 
 def _order(seed: int, tree_id: str) -> bytes:
     """A place that depends on nothing but the seed and the tree."""
-    return hashlib.sha256(f"{seed}/{tree_id}".encode()).digest()
+    return hashlib.sha256(f"{seed}/{tree_id}".encode("utf-8", "surrogatepass")).digest()

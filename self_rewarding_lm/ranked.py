@@ -4,7 +4,7 @@ Knows nothing of ids: judges read texts.
 """
 
 import hashlib
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +98,9 @@ def _check(replies: Any, ranks: Any, where: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold: JSON has larger ones, and NaN."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _replies(row: Row, where: str) -> _Ranking:

@@ -82,9 +82,18 @@ def parse_yaml(text: str, source: str, folder: Path, *, lines: bool = True) -> N
         mark = getattr(error, "problem_mark", None)
         words = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise ConfigError(f"{place(mark)}: this is no YAML: {words}.") from error
+    except RecursionError as error:
+        raise _too_deep(source) from error
     if found is None:
         raise ConfigError(f"{source} is empty.")
-    return _node(found, place, folder, frozenset())
+    try:
+        return _node(found, place, folder, frozenset())
+    except RecursionError as error:
+        raise _too_deep(source) from error
+
+
+def _too_deep(source: str) -> ConfigError:
+    return ConfigError(f"{source}: there are too many lists or mappings within each other.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -119,7 +128,7 @@ def _node(found: yaml.Node, place: Any, folder: Path, above: frozenset[int]) -> 
         return Node([_node(item, place, folder, above) for item in found.value], where, folder)
     try:
         value = _Loader("").construct_object(found)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # "!!bool maybe"
         words = getattr(error, "problem", None) or error
         raise ConfigError(f"{where}: {found.value!r} cannot be read: {words}.") from error
     return Node(value, where, folder)
