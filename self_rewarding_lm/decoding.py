@@ -27,11 +27,12 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """ids to go on from; key: of the noise, see sampling.uniforms."""
+    """ids to go on from; key: of the noise, see sampling.uniforms; name: for messages."""
 
     ids: tuple[int, ...]
     key: int
     max_new_tokens: int
+    name: str = "?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from self_rewarding_lm.adapters import Plan, Session, TokenModel
 from self_rewarding_lm.adapters.base import device_of
+from self_rewarding_lm.checks import not_finite
 from self_rewarding_lm.decoding import Completion, Decoding, Request
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.sampling import penalise_repetition, sample_next, uniforms
@@ -166,25 +167,45 @@ class Flight:
             min_p=d.min_p,
         )
         if self.seen is not None:
-            self.seen[torch.arange(len(tokens), device=self.device), tokens] = True
+            there = tokens.clamp(max=self.model.vocab - 1)  # a row may have no token, see _take
+            self.seen[torch.arange(len(tokens), device=self.device), there] = True
         return tokens
 
     def _take(self, tokens: list[int]) -> dict[int, Completion]:
         """Append a token to each row; the places of those that end by it."""
         d, ended = self.decoding, {}
         can_end = bool(d.end_ids) or d.is_stop is not None
+        if max(tokens) >= self.model.vocab:
+            self._nothing_to_sample(tokens)
         for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if token >= self.model.vocab:
-                raise AdapterError(
-                    "the model's logits are not finite, or filter_fn left no token: nothing can be "
-                    "sampled. Has training diverged?"
-                )
             row.new.append(token)
             if token in d.end_ids or (d.is_stop is not None and d.is_stop(row.new)):
                 ended[place] = Completion(tuple(row.new), True)
             elif len(row.new) >= row.limit:
                 ended[place] = Completion(tuple(row.new), False if can_end else None)
         return ended
+
+    def _nothing_to_sample(self, tokens: list[int]) -> None:
+        """Raise where rows have no token: the model's logits are not finite, or a filter's are."""
+        assert self.logits is not None
+        places = [place for place, token in enumerate(tokens) if token >= self.model.vocab]
+        names = [self.requests[self.rows[place].index].name for place in places]
+        own = self.logits[places]
+        if self.decoding.filter_fn is not None and own.amax(dim=-1).isfinite().all():
+            raise AdapterError(
+                f"filter_fn left no token to sample for {names[0]}: its logits have no finite "
+                "maximum. It must leave one token at least, and no NaN."
+            )
+        seen = "NaN" if own.isnan().any() else "no finite maximum"
+        raise not_finite(
+            f"generating, {len(self.rows[places[0]].new)} tokens behind the prompt",
+            f"the model's logits have {seen}, so nothing can be sampled",
+            names,
+            "Records of a stage begin with its name; those that were finished are on disk. The "
+            "weights have diverged or are damaged, or their type is too narrow: go back to "
+            "earlier weights (init_from, or the stage before with a lower optim.learning_rate), "
+            "or load the model in float32 or bfloat16.",
+        )
 
 
 def _closed_up(count: int, ended: Collection[int]) -> list[int]:

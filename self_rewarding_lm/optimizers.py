@@ -5,7 +5,6 @@ Knows no model by name, and nothing of losses, of processes or of how a forward 
 """
 
 import importlib.util
-import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 LOOKED_AT = 65_536
 """Numbers of a parameter that `updates_vanish` looks at, at most, evenly spread over it."""
@@ -142,28 +140,28 @@ def updates_vanish(params: Iterable[nn.Parameter], rate: float) -> float:
     return lost / total if total else 0.0
 
 
-def warn_of_lost_updates(module: nn.Module, optim: OptimConfig, stage: str) -> None:
-    """A warning where most updates of a stage would be rounded away.
+def warn_of_lost_updates(
+    module: nn.Module, optim: OptimConfig, stage: str, *, checker: Checker | None = None
+) -> None:
+    """Check `lost_updates`: whether most updates of a stage would be rounded away.
 
     Not for optimisers whose step is not about the learning rate: SGD, Adafactor, a function.
+    Raises TrainingError where the check is set to "error".
     """
     if optim.optimizer not in _ADAMW_STEPS or optim.learning_rate is None:
         return
     share = updates_vanish(module.parameters(), optim.learning_rate)
-    if share > 0.5:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in trained}
-        logger.warning(
-            "%s: a step of learning rate %.3g leaves %.0f %% of the weights as they are: it is "
-            "less than half of the distance to the next number of their type (%s), so they learn "
-            "nothing. Load the model in float32 (and set accelerate_kwargs=dict(mixed_precision="
-            "'bf16') for speed), train an adapter with peft_config, or take a higher learning "
-            "rate.",
-            stage,
-            optim.learning_rate,
-            100 * share,
-            ", ".join(sorted(dtypes)),
-        )
+    trained = [p for p in module.parameters() if p.requires_grad]
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in trained}
+    (checker or Checker(None, stage)).see(
+        "lost_updates",
+        share,
+        f"a step of learning rate {optim.learning_rate:.3g} leaves {share:.0%} of the weights as "
+        "they are: it is less than half of the distance to the next number of their type "
+        f"({', '.join(sorted(dtypes))}), so they learn nothing. Load the model in float32 (and set "
+        "accelerate_kwargs=dict(mixed_precision='bf16') for speed), train an adapter with "
+        "peft_config, or take a higher learning rate.",
+    )
 
 
 class _Parts:

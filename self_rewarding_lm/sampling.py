@@ -101,7 +101,7 @@ def sample_next(
     """One token a row; temperature 0 is the argmax. A row that is not finite gives v, no token."""
     if temperature == 0:
         best = logits.max(dim=-1)
-        return best.indices.masked_fill(best.values.isnan(), logits.shape[-1])
+        return best.indices.masked_fill(~best.values.isfinite(), logits.shape[-1])
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     tokens = torch.full(uniform.shape, logits.shape[-1], device=logits.device)
     left = torch.arange(len(logits), device=logits.device)  # rows without a token

@@ -1,14 +1,17 @@
 """Warnings of known troubles: when they are said, and when not."""
 
 import logging
+import math
 
 import pytest
 
+from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.watching import LEAST_PAIRS, WINDOW, Watcher
 
 
 def metrics(chosen: float, rejected: float, accuracy: float = 0.5) -> dict[str, float]:
     return {
+        "loss": math.log(1 + math.exp(rejected - chosen)),
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
@@ -32,7 +35,7 @@ def said(caplog):
     ],
 )
 def test_all_pairs_right_before_anything_was_learnt(step, rows, accuracy, warns, said):
-    Watcher("dpo").see(metrics(0.0, 0.0, accuracy), step=step, rows=rows)
+    Watcher(Checker(None, "dpo")).see(metrics(0.0, 0.0, accuracy), step=step, rows=rows)
     assert [message.startswith("dpo: rewards/accuracies is 1.0") for message in said()] == (
         [True] if warns else []
     )
@@ -50,7 +53,7 @@ def test_all_pairs_right_before_anything_was_learnt(step, rows, accuracy, warns,
     ],
 )
 def test_chosen_that_fall_with_rejected_over_a_window_of_steps(chosen, rejected, warns, said):
-    watcher = Watcher("spin")
+    watcher = Watcher(Checker(None, "spin"))
     for step in range(1, WINDOW):
         watcher.see(metrics(chosen, rejected), step=step, rows=16)
     assert not said()
@@ -60,7 +63,7 @@ def test_chosen_that_fall_with_rejected_over_a_window_of_steps(chosen, rejected,
 
 
 def test_the_window_forgets_what_lies_behind_it(said):
-    watcher = Watcher("dpo")
+    watcher = Watcher(Checker(None, "dpo"))
     for step in range(1, WINDOW):
         watcher.see(metrics(-9.0, -10.0), step=step, rows=16)
     for step in range(WINDOW, 3 * WINDOW):
@@ -69,5 +72,5 @@ def test_the_window_forgets_what_lies_behind_it(said):
 
 
 def test_supervised_training_has_no_pairs_to_watch(said):
-    Watcher("sft").see({"loss": 1.0}, step=1, rows=16)
+    Watcher(Checker(None, "sft")).see({"loss": 1.0}, step=1, rows=16)
     assert not said()

@@ -1,0 +1,147 @@
+"""Named checks of numbers that go wrong: their limits, their words, and what happens then.
+
+Knows numbers and names, not where a number comes from. docs/troubleshooting.md has a line for each.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from self_rewarding_lm.closed import Config
+from self_rewarding_lm.errors import (
+    DataError,
+    JudgeError,
+    PairingError,
+    SelfRewardingError,
+    TrainingError,
+)
+
+logger = logging.getLogger(__name__)
+
+PAGE = "docs/troubleshooting.md"
+NAMED = 16  # records that an error names
+ALWAYS = {
+    "not_finite": "logits, a loss, a gradient or a reference log-prob that is no finite number",
+    "min_parse_rate": "the share of judgements with a score; a setting of its own",
+    "template_differs": "weights that were saved with another chat template; a warning",
+}
+"""Checks that have no entry in ChecksConfig, and what they look at."""
+
+
+class Check(Config):
+    """A limit and what happens beyond it. None takes the check's own default."""
+
+    limit: float | None = Field(default=None, ge=0)
+    action: Literal["warn", "error", "off"] | None = None
+
+
+class ChecksConfig(Config):
+    """Checks of numbers that go wrong. They change no result: a run may go on with others.
+
+    Each has a limit and an action: "warn" says it once, "error" stops the stage, "off". What they
+    mean and what to do is in docs/troubleshooting.md. Defaults are ours.
+    """
+
+    scores_not_finite: Check = Check(limit=0.0, action="error")
+    """Share of judgements whose score is NaN or infinite, over the limit; they are stored as None
+    with "warn" and "off"."""
+    one_score: Check = Check(limit=0.95, action="warn")
+    """Share of the commonest score (judge/modal_share) over the limit, from 64 judgements on."""
+    ties: Check = Check(limit=0.9, action="warn")
+    """Share of prompts whose best and worst candidate have the same score (judge/tie_rate) over the
+    limit, from 64 prompts on."""
+    few_pairs: Check = Check(limit=1.0, action="warn")
+    """Pairs per pair that was asked for (num_generated_preference_pairs), under the limit."""
+    pairs_per_prompt: Check = Check(limit=0.1, action="warn")
+    """Pairs per prompt that was worked, under the limit."""
+    equal_after_cut: Check = Check(limit=0.0, action="warn")
+    """Share of pairs whose two responses are equal once cut to max_seq_len, over the limit."""
+    rows_truncated: Check = Check(limit=0.0, action="warn")
+    """Share of sequences that max_seq_len cut, over the limit."""
+    lost_updates: Check = Check(limit=0.5, action="warn")
+    """Share of weights that a step of the learning rate leaves as they are, over the limit."""
+    accuracy_at_start: Check = Check(limit=0.99, action="warn")
+    """rewards/accuracies at step 1, of 8 pairs or more, over the limit."""
+    loss_stuck: Check = Check(limit=20, action="warn")
+    """Steps one after the other whose DPO loss reads 0.693, over the limit."""
+    both_fall: Check = Check(limit=0.5, action="warn")
+    """What the chosen responses lost, as a share of rewards/margins, over ten steps."""
+
+    @model_validator(mode="after")
+    def _are_shares(self) -> "ChecksConfig":
+        for name in type(self).model_fields:
+            limit = self.of(name)[0]
+            if limit > 1 and name not in _MAY_EXCEED_ONE:
+                raise ValueError(f"{name}: its limit is a share, 0 to 1; got {limit:g}")
+        return self
+
+    def of(self, name: str) -> tuple[float, str]:
+        """A check's limit and action, its own defaults where nothing is said."""
+        given, own = getattr(self, name), type(self).model_fields[name].default
+        limit = own.limit if given.limit is None else given.limit
+        return limit, given.action or own.action
+
+
+_MAY_EXCEED_ONE = ("pairs_per_prompt", "loss_stuck", "both_fall")
+_UNDER = ("few_pairs", "pairs_per_prompt")
+"""Those whose limit is a least value."""
+_ERRORS: dict[str, type[SelfRewardingError]] = {
+    **dict.fromkeys(("scores_not_finite", "one_score", "ties"), JudgeError),
+    **dict.fromkeys(("few_pairs", "pairs_per_prompt", "equal_after_cut"), PairingError),
+    "rows_truncated": DataError,
+}
+"""What is raised; TrainingError where nothing is said."""
+
+
+OFF = ChecksConfig(**{name: Check(action="off") for name in ChecksConfig.model_fields})
+"""No check: for a few rows that say nothing of all."""
+
+
+def not_finite(where: str, seen: str, records: Sequence[str], advice: str) -> TrainingError:
+    """The error of numbers that are NaN or infinite: where, what was seen, in which records."""
+    names = ", ".join(records[:NAMED]) or "unknown"
+    more = f" and {len(records) - NAMED} more" if len(records) > NAMED else ""
+    return TrainingError(
+        f"{where}: {seen}. In: {names}{more}. {advice} (check not_finite, told in {PAGE}.)"
+    )
+
+
+class Checker:
+    """Holds the numbers of one stage against the limits; each check speaks once.
+
+    warns: whether warnings are logged here (on one of several processes).
+    """
+
+    def __init__(self, checks: ChecksConfig | None, stage: str, *, warns: bool = True) -> None:
+        self.checks, self.stage, self.warns = checks or ChecksConfig(), stage, warns
+        self._said: set[str] = set()
+
+    def see(self, name: str, seen: float, words: str) -> None:
+        """Warn or raise where a number is beyond its limit.
+
+        words: what was seen and what to do, as sentences. Raises the error of the check's kind:
+        JudgeError, PairingError, DataError or TrainingError.
+        """
+        message = self.failing(name, seen, words)
+        if message is not None:
+            raise _ERRORS.get(name, TrainingError)(message)
+
+    def failing(self, name: str, seen: float, words: str) -> str | None:
+        """The same, with the error's words in place of the error."""
+        limit, action = self.checks.of(name)
+        beyond = seen < limit if name in _UNDER else seen > limit
+        if not beyond or action == "off" or name in self._said:
+            return None
+        self._said.add(name)
+        side = "at least" if name in _UNDER else "at most"
+        message = (
+            f"{self.stage}: {words} (check {name}: {seen:.4g}, and {side} {limit:.4g} is expected; "
+            f"set by checks.{name}, told in {PAGE}.)"
+        )
+        if action == "error":
+            return message
+        if self.warns:
+            logger.warning("%s", message)
+        return None
