@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test slow check install diagram benchmark clean
+.PHONY: quickstart test slow check install diagram benchmark errors clean
 
 quickstart: $(VENV)/installed
 	$(RUN) examples/quickstart.py
@@ -20,6 +20,9 @@ slow: $(VENV)/installed-bench
 
 benchmark: $(VENV)/installed-bench
 	$(RUN) benchmarks/generation.py
+
+errors: $(VENV)/installed-dev
+	$(RUN) -m tests.test_errors
 
 diagram: $(VENV)/installed
 	$(RUN) -m pip install -q -c constraints.txt -e ".[docs]"

@@ -1,4 +1,4 @@
-"""The command `self-rewarding-lm`: run or plan a recipe, show a run, export its training data.
+"""The command `self-rewarding-lm`: run, check or plan a recipe, show a run, export its data.
 
 Reads flags, calls the library and prints; what it does is done elsewhere. The library is imported
 when a command needs it, so that `--help` is there at once.
@@ -62,6 +62,14 @@ DATA is a .jsonl, .json or .parquet file, module:attribute, or what a recipe may
 as '{open_assistant: trees.jsonl.gz, part: ift}'. A run that was stopped goes on with the same
 command. All settings with their defaults: self-rewarding-lm run --settings
 """
+CHECK_DESCRIPTION = """\
+Try every stage of a recipe in short, and begin nothing:
+
+  self-rewarding-lm check recipe.yaml
+
+The model is loaded. Each stage reads a few rows, samples two tokens, has them judged and computes
+one loss with its gradient, in a temporary folder. `run` does the same before its first stage.
+"""
 PLAN_DESCRIPTION = """\
 What a recipe takes before it is run, for each process:
 
@@ -110,11 +118,26 @@ def _run(options: argparse.Namespace) -> int:
         print(_in_order(recipe))
         return 0
     trainer = recipe.trainer(quiet=options.quiet)
-    run = trainer(overwrite_checkpoints=options.overwrite or None)
+    run = trainer(
+        overwrite_checkpoints=options.overwrite or None, rehearse=not options.no_rehearsal
+    )
     if trainer.runtime.is_main:
         from self_rewarding_lm.show import show_run
 
         print(show_run(run, prompts=0 if options.quiet else 1))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from self_rewarding_lm.recipe_file import read_recipe
+    from self_rewarding_lm.rehearsal import rehearse_stages
+
+    recipe = read_recipe(_root(options))
+    trainer = recipe.trainer(quiet=True)
+    told = rehearse_stages(trainer)
+    if trainer.runtime.is_main:
+        print("\n".join(f"  {line}" for line in told))
+        print(_in_order(recipe))
     return 0
 
 
@@ -190,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="self-rewarding-lm", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    words = "try every stage of a recipe in short; begin nothing"
+    _add_recipe(_added(commands, "check", _check, words, CHECK_DESCRIPTION))
     _add_plan(commands)
     show = _added(commands, "show", _show, "print a run's stages, numbers and a few prompts")
     show.add_argument("folder", metavar="RUN", help="the run's folder; it may still be going")
@@ -213,9 +238,12 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     run = _added(commands, "run", _run, "run the whole loop", RUN_DESCRIPTION)
     _add_recipe(run)
     run.add_argument("--settings", action="store_true", help="print all settings as a recipe")
-    run.add_argument("--check", action="store_true", help="check the recipe and stop")
+    run.add_argument("--check", action="store_true", help="check the recipe alone and stop")
     run.add_argument(
         "--overwrite", action="store_true", help="start anew: delete the earlier run's files first"
+    )
+    run.add_argument(
+        "--no-rehearsal", action="store_true", help="begin without trying all stages in short"
     )
     run.add_argument("--quiet", action="store_true", help="no progress, warnings only")
 

@@ -4,6 +4,7 @@ Knows the stages and the paper's numbers; nothing of models, tokenizers or files
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from self_rewarding_lm.config import Config, FinetuneConfig, OptimConfig, SamplingConfig
@@ -173,6 +174,20 @@ def _seed_data(ift: Any, ranked: Any) -> Any:
     if ranked is None:
         return ift
     return [*(ift if is_concatenation(ift) else [ift]), from_stage("eft")]
+
+
+def paper_config_of(settings: Mapping[str, Any]) -> list[FinetuneConfig]:
+    """`create_default_paper_config(**settings)`; ConfigError for names that it does not take."""
+    known = signature(create_default_paper_config).parameters
+    unknown = [name for name in settings if name not in known]
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in settings]
+    if unknown or missing:
+        words = f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
+        raise ConfigError(
+            f"finetune_configs=dict(...) takes what create_default_paper_config takes: "
+            f"{', '.join(known)}. Of what came, {words}."
+        )
+    return create_default_paper_config(**settings)
 
 
 def _rounds(
