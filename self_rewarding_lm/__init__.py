@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from self_rewarding_lm.adapters import load_causal_lm
+    from self_rewarding_lm.checks import Check, ChecksConfig
     from self_rewarding_lm.comparing import PairwiseJudge
     from self_rewarding_lm.config import (
         PAPER_REWARD_CONFIG,
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     )
     from self_rewarding_lm.datasets import create_mock_dataset, from_stage
     from self_rewarding_lm.engine import LocalEngine
-    from self_rewarding_lm.errors import SelfRewardingError
+    from self_rewarding_lm.errors import Interrupted, SelfRewardingError
     from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
     from self_rewarding_lm.judges import SelfJudge
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         SFTConfig,
     )
     from self_rewarding_lm.trainer import SelfRewardingTrainer
+    from self_rewarding_lm.weights import import_checkpoint
 
 __version__ = "0.1.0"
 
@@ -52,11 +54,14 @@ __all__ = [
     "PAPER_REWARD_CONFIG",
     "BuildEFTConfig",
     "Candidate",
+    "Check",
+    "ChecksConfig",
     "ComparisonConfig",
     "DPOConfig",
     "Demonstration",
     "ExternalRewardDPOConfig",
     "FinetuneConfig",
+    "Interrupted",
     "JudgeEvaluation",
     "Judgement",
     "LocalEngine",
@@ -85,6 +90,7 @@ __all__ = [
     "evaluate_judge",
     "from_stage",
     "generate",
+    "import_checkpoint",
     "load_causal_lm",
     "open_assistant",
     "paper_recipe",
@@ -92,6 +98,7 @@ __all__ = [
 
 _HOMES = {
     "adapters": ("load_causal_lm",),
+    "checks": ("Check", "ChecksConfig"),
     "comparing": ("PairwiseJudge",),
     "config": (
         "ComparisonConfig",
@@ -104,7 +111,7 @@ _HOMES = {
     ),
     "datasets": ("create_mock_dataset", "from_stage"),
     "engine": ("LocalEngine",),
-    "errors": ("SelfRewardingError",),
+    "errors": ("Interrupted", "SelfRewardingError"),
     "evaluate": ("JudgeEvaluation", "evaluate_judge"),
     "judges": ("SelfJudge",),
     "oasst": ("OpenAssistant", "open_assistant"),
@@ -132,6 +139,7 @@ _HOMES = {
         "SelfRewardSFTConfig",
     ),
     "trainer": ("SelfRewardingTrainer",),
+    "weights": ("import_checkpoint",),
 }
 
 

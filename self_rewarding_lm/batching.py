@@ -3,11 +3,14 @@
 Masks come from lengths; padding is never recognised by its value, so any valid id may pad.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def pad_rows(
@@ -51,3 +54,20 @@ def micro_batches(
             groups.append([i])
             tokens = lengths[i]
     return groups
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Items in lists of `size` as they come; before an error those that came until then."""
+    batch: list[T] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except GeneratorExit:
+        raise
+    except BaseException:
+        yield batch
+        raise
+    yield batch

@@ -151,6 +151,11 @@ class OptimConfig(Config):
     """Steps between evaluations and early-stopping checks (the paper's 200)."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between copies of the weights, kept as checkpoint-<step>/ in the stage's folder."""
+    save_state_every: int | None = Field(default=None, ge=1)
+    """Steps after which the state of training (weights, optimiser, step) is saved, so that a run
+    that is killed goes on from there."""
+    save_state_minutes: float | None = Field(default=15.0, gt=0)
+    """The same by time. None: only by steps, and where a signal stops the run."""
 
     @model_validator(mode="after")
     def _optimizer_known(self) -> "OptimConfig":
@@ -322,6 +327,13 @@ class FinetuneConfig(Config):
 
     def check(self, ctx: Any) -> None:
         """Raise where something is wrong that can be known before stage 1 begins."""
+
+    def rehearse(self, ctx: Any, out: Any) -> None:
+        """Try the stage's parts once before stage 1 begins, so that what cannot work fails then.
+
+        ctx, out: as of `run`, with a few rows of each dataset, stand-ins for those of earlier
+        stages, no `ctx.run`, and a temporary folder. No weights may be changed. Default: nothing.
+        """
 
     def reward_names(self) -> tuple[str, ...]:
         """Which of the trainer's reward prompts the stage judges by."""

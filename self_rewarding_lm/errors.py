@@ -51,8 +51,16 @@ class TrainingError(SelfRewardingError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
 
 
+class RehearsalError(SelfRewardingError, RuntimeError):
+    """A stage failed before the run began, by an error of something that it was given."""
+
+
 class ServerError(SelfRewardingError, RuntimeError):
     """An inference server does not start, refuses all requests or answers none."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run; all that was done is on disk, and the run can go on."""
 
 
 typed = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))

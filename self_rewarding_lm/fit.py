@@ -6,10 +6,11 @@ processes, so that the gradient does not depend on micro-batches or on the numbe
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,33 +19,29 @@ from self_rewarding_lm.adapters.inference import evaluating, modes_kept
 from self_rewarding_lm.adapters.policy import dropout_set
 from self_rewarding_lm.adapters.training import grouped, packs
 from self_rewarding_lm.batching import pad_masks, pad_rows
+from self_rewarding_lm.checks import Checker, ChecksConfig, not_finite
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.errors import ConfigError, TrainingError
+from self_rewarding_lm.early_stopping import EarlyStopping, Stopper
+from self_rewarding_lm.errors import Interrupted
 from self_rewarding_lm.objectives import Objective
 from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers, warn_of_lost_updates
 from self_rewarding_lm.runtime import random_numbers_kept
 from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.training_state import (
+    WEIGHTS,
+    optimizer_state,
+    prefixed,
+    restore_optimizers,
+    unprefixed,
+)
 from self_rewarding_lm.watching import Watcher
+from self_rewarding_lm.weights import Tensors
 
 logger = logging.getLogger(__name__)
 
-BEST = "best"
 ROWS_AT_ONCE = 4096  # of an evaluation, whose tokens are in memory together
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """evaluate: a module or function of the model that gives one number.
-
-    Checked before the first step, every `eval_every` steps and after the last one; after `patience`
-    checks without a better score training stops. The best weights are restored.
-    """
-
-    evaluate: Callable[[nn.Module], Any]
-    mode: Literal["max", "min"] = "max"
-    patience: int = 1
 
 
 @dataclass
@@ -62,8 +59,9 @@ class Fit:
     """Trains the policy on an objective. `optim` is complete: no field is None.
 
     round: stages that train several times have other row orders and dropout each time, and their
-    steps are counted on. Raises TrainingError where the loss or a gradient is not finite; the
-    weights are then those before that step.
+    steps are counted on. A training that was stopped goes on from the state in its stage's folder,
+    where that is of this round. Raises TrainingError where the loss or a gradient is not finite;
+    the weights are then those before that step.
     """
 
     def __init__(
@@ -79,16 +77,22 @@ class Fit:
         early_stopping: EarlyStopping | None = None,
         round: int = 0,
         first_step: int = 0,
+        checks: ChecksConfig | None = None,
     ) -> None:
         self.ctx, self.out, self.objective, self.optim = ctx, out, objective, optim
+        self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main)
         self.dropout, self.valid, self.round = dropout, valid, round
         self.first_step = first_step
         self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
         self.total = num_train_steps or (optim.epochs or 1) * self.steps_per_epoch
-        self.stopper = _Stopper(ctx, out, early_stopping, first_step) if early_stopping else None
+        self.saved_at, self.nth = time.monotonic(), 0
+        self.stopper = Stopper(ctx, out, early_stopping, first_step) if early_stopping else None
 
     def run(self) -> int:
         """Train; the number of steps that were done."""
+        self.nth = self.out.count_training(self.round)
+        standing = self._standing()
+        self.out.cut_metrics(self.first_step + (standing[1]["step"] if standing else 0))
         self.ctx.model.refresh()
         with ExitStack() as changed:
             changed.enter_context(random_numbers_kept())
@@ -100,23 +104,79 @@ class Fit:
                 changed.enter_context(model.checkpointing())
             made = make_optimizers(module, self.optim, self.ctx.model.vocab)
             optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
-            if self.ctx.runtime.is_main:
-                warn_of_lost_updates(module, self.optim, self.ctx.stage)
+            warn_of_lost_updates(module, self.optim, self.ctx.stage, checker=self.checker)
+            done = 0 if standing is None else self._go_on(module, optimizers, standing)
             try:
-                return self._steps(module, optimizers)
+                return self._steps(module, optimizers, done)
             finally:
                 self.ctx.runtime.release(optimizers)
                 for parameter in module.parameters():
                     parameter.grad = None
 
-    def _steps(self, module: nn.Module, optimizers: Sequence[Any]) -> int:
-        label, watcher = f"{self.ctx.stage}: training", Watcher(self.ctx.stage)
+    def _standing(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """The state in which this training was stopped, its weights in the model; None: none."""
+        found = self.out.state()
+        if found is None or any(found[1].get(k) != v for k, v in self._place().items()):
+            return None
+        self.ctx.model.module.load_state_dict(unprefixed(WEIGHTS, found[0]), strict=False)
+        return found
+
+    def _place(self) -> dict[str, int]:
+        """Which training of its stage this is."""
+        place = {"round": self.round, "first_step": self.first_step, "total": self.total}
+        return {**place, "nth": self.nth}
+
+    def _go_on(
+        self, module: nn.Module, optimizers: Sequence[Any], standing: tuple[Tensors, dict[str, Any]]
+    ) -> int:
+        """Bring optimisers and early stopping to where training stood; its steps so far."""
+        tensors, words = standing
+        own = self.ctx.runtime.unwrapped(module)
+        restore_optimizers(own, optimizers, tensors, words["optimizers"])
+        self.ctx.runtime.scale_as(words["scaling"])
         if self.stopper:
+            self.stopper.resume(words["early_stopping"])
+        logger.info("%s: goes on behind step %d of %d", self.ctx.stage, words["step"], self.total)
+        return words["step"]
+
+    def _save(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
+        """Save the state of training behind a step."""
+        runtime, self.saved_at = self.ctx.runtime, time.monotonic()
+        found = optimizer_state(runtime.unwrapped(module), optimizers, keep=runtime.is_main)
+        if found is None:
+            logger.warning(
+                "%s: the optimiser keeps things that are neither tensors nor numbers; the state of "
+                "training is not saved, and a stopped stage is trained again from its start.",
+                self.ctx.stage,
+            )
+            return
+        tensors, words = found
+        words = {**self._place(), "step": step, "optimizers": words}
+        words["scaling"] = runtime.scaling()
+        words["early_stopping"] = self.stopper.standing() if self.stopper else None
+        with runtime.whole():
+            weights = self.ctx.model.state() if runtime.is_main else {}
+            self.out.save_state({**prefixed(WEIGHTS, weights), **tensors}, words)
+
+    def _look_up(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
+        """Between two steps: save where it is time, and stop where a signal asks for it."""
+        runtime, optim = self.ctx.runtime, self.optim
+        late = time.monotonic() - self.saved_at > 60 * (optim.save_state_minutes or math.inf)
+        asked, late = runtime.any(bool(runtime.stopping.asked), runtime.is_main and late)
+        if asked or late or step % (optim.save_state_every or self.total + 1) == 0:
+            self._save(module, optimizers, step)
+        if asked:
+            raise Interrupted(f"{self.ctx.stage}: stopped behind step {step} of {self.total}")
+
+    def _steps(self, module: nn.Module, optimizers: Sequence[Any], done: int) -> int:
+        label, watcher = f"{self.ctx.stage}: training", Watcher(self.checker)
+        if self.stopper and not done:
             with self.ctx.runtime.whole():
                 self.stopper.check(0)
-        step = 0
+        step = done
         with self.ctx.runtime.progress(self.total, label, "step") as bar:
-            for step, batch in enumerate(self._batches(), 1):
+            bar.update(done)
+            for step, batch in enumerate(self._batches(done), done + 1):
                 metrics = self._step(module, optimizers, batch, step - 1)
                 self._log(metrics, step)
                 watcher.see(metrics, step=step, rows=len(batch))
@@ -131,6 +191,7 @@ class Fit:
                     if self._stops(step):
                         logger.info("%s: stopped early after %d steps", self.ctx.stage, step)
                         break
+                self._look_up(module, optimizers, step)
         if self.stopper:
             with self.ctx.runtime.whole():
                 self.stopper.restore_best()
@@ -142,11 +203,13 @@ class Fit:
         with self.ctx.runtime.whole():
             return self.stopper.check(step)
 
-    def _batches(self) -> Iterator[list[int]]:
-        size = self.optim.batch_size
-        for step in range(self.total):
+    def _batches(self, done: int) -> Iterator[list[int]]:
+        """The rows of each step behind those that are done."""
+        size, order = self.optim.batch_size, list[int]()
+        for step in range(done, self.total):
             epoch, place = divmod(step, self.steps_per_epoch)
-            order = self._order(epoch) if place == 0 else order  # noqa: F821 - bound at place 0
+            if place == 0 or not order:
+                order = self._order(epoch)
             yield order[place * size : (place + 1) * size]
 
     def _order(self, epoch: int) -> list[int]:
@@ -163,7 +226,7 @@ class Fit:
         )
         module.train()
         divisor = sum(map(self.objective.count, batch))
-        sums = _Sums()
+        sums, bad = _Sums(), list[int]()
         groups = self._micro_batches(self.objective, runtime.share(batch))
         groups = runtime.in_step(groups, batch[:1])  # fewer rows than processes: some count nothing
         for i, (rows, counts) in enumerate(groups):
@@ -172,10 +235,13 @@ class Fit:
             runtime.backward(module, losses.sum() * scale, sync=i == len(groups) - 1)
             if counts:
                 _add(sums, losses, tokens, metrics)
+                finite = losses.isfinite().tolist() if not math.isfinite(sums.loss) else ()
+                bad += [row for row, is_finite in zip(rows, finite, strict=False) if not is_finite]
         rate = learning_rate_at(step, self.total, self.optim)
         found = self._reduced(sums, divisor)
-        if not math.isfinite(found["loss"]):
-            self._not_finite("loss", found["loss"], batch, step)
+        for name, value in found.items():
+            if not math.isfinite(value):
+                self._not_finite(name, value, runtime.gather(bad) or batch, step)
         norm = runtime.clip_gradients(module.parameters(), self.optim.max_grad_norm)
         if not math.isfinite(norm) and runtime.loss_scale <= 1:
             self._not_finite("gradient norm", norm, batch, step)
@@ -241,13 +307,14 @@ class Fit:
         self.out.log({"step": step, **metrics})
         self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, step)
 
-    def _not_finite(self, what: str, value: float, batch: list[int], step: int) -> None:
-        names = ", ".join(self.objective.name(row) for row in batch[:8])
-        raise TrainingError(
-            f"stage {self.ctx.stage!r}, step {step + 1} of {self.total}: the {what} is {value}. "
-            f"The weights are those before this step. Its rows: {names}. Try a lower "
-            "optim.learning_rate, optim.warmup_steps, or a higher precision; if it happens at "
-            "step 1, the model's own weights or logits are not finite."
+    def _not_finite(self, what: str, value: float, rows: list[int], step: int) -> None:
+        raise not_finite(
+            f"stage {self.ctx.stage!r}, step {step + 1} of {self.total}",
+            f"the {what} is {value}",
+            [self.objective.name(row) for row in rows],
+            "The weights are those before this step; what was saved before is in "
+            f"{self.out.path}. Try a lower optim.learning_rate, optim.warmup_steps, or a higher "
+            "precision; if it happens at step 1, the model's own weights or logits are not finite.",
         )
 
 
@@ -259,65 +326,3 @@ def _add(sums: _Sums, losses: Tensor, tokens: tuple[int, int], metrics: dict[str
     for name, values in metrics.items():
         total = float(values.detach().double().sum())
         sums.metrics[name] = sums.metrics.get(name, 0.0) + total
-
-
-class _Stopper:
-    """Early stopping, decided on the main process and told to all."""
-
-    def __init__(
-        self, ctx: Context, out: StageDir, settings: EarlyStopping, first_step: int
-    ) -> None:
-        self.ctx, self.out, self.settings = ctx, out, settings
-        self.first_step = first_step
-        self.best: float | None = None
-        self.best_step = 0
-        self.worse = 0
-
-    def check(self, step: int) -> bool:
-        """Evaluate, keep the weights if they are the best so far; whether to stop."""
-        step += self.first_step
-        score = self.ctx.runtime.from_main(self._score() if self.ctx.runtime.is_main else None)
-        assert score is not None
-        better = self.best is None or (
-            score > self.best if self.settings.mode == "max" else score < self.best
-        )
-        self.out.log({"step": step, "early_stopping/score": score})
-        logger.info(
-            "%s: early stopping at step %d: %.6g (best so far: %s, mode %r)",
-            self.ctx.stage,
-            step,
-            score,
-            "none" if self.best is None else f"{self.best:.6g}",
-            self.settings.mode,
-        )
-        if better:
-            self.best, self.best_step, self.worse = score, step, 0
-            self.out.save_weights(self.ctx.model, BEST)
-            return False
-        self.worse += 1
-        return self.worse >= self.settings.patience
-
-    def restore_best(self) -> None:
-        """Load the best weights and delete their file."""
-        path = self.out.weights(BEST)
-        assert path is not None
-        self.ctx.model.load(path)
-        self.out.drop_weights(BEST)
-        self.out.summary["early_stopping"] = {"best_step": self.best_step, "score": self.best}
-
-    @torch.no_grad()
-    def _score(self) -> float:
-        module = self.ctx.model.module
-        with evaluating(module):
-            score = self.settings.evaluate(module)
-        try:
-            number = float(score)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"early_stopper_eval_module(model) must give one number; got {score!r:.200}."
-            ) from error
-        if not math.isfinite(number):
-            raise TrainingError(
-                f"early_stopper_eval_module(model) gave {number}; nothing to compare."
-            )
-        return number

@@ -1,17 +1,24 @@
-"""Sequences whose items are made when they are asked for, and files of lines that are read so.
+"""Sequences whose items are made when they are asked for, and files of lines.
 
 Knows nothing of what a line holds, nor of records.
 """
 
+import json
+import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BufferedIOBase
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from self_rewarding_lm.durable import system_errors
+
 T = TypeVar("T")
+
+BLOCK = 1 << 16  # bytes that are looked through at once for the end of the last whole line
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class Lazy(Sequence[T]):
@@ -121,3 +128,34 @@ class LineFile:
     def number(self, place: int) -> int:
         """The number, from 1 on, of the line that begins at a byte."""
         return 1 + sum(start < place for start, _ in self)
+
+
+def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Append JSON lines as they come; where making one raises, none of them stays there."""
+    with system_errors(path), path.open("ab+") as file:
+        end, start = file.seek(0, os.SEEK_END), _end_of_last_line(file)
+        if start < end:  # a torn line: the next one must not be glued onto it
+            file.truncate(start)
+        try:
+            file.writelines(_line(one).encode("utf-8", "replace") for one in values)
+            file.flush()
+        except BaseException:
+            file.truncate(start)
+            raise
+
+
+def _end_of_last_line(file: BufferedIOBase) -> int:
+    """Where the last line that is there in full ends."""
+    end, size = file.seek(0, os.SEEK_END), 1
+    while end > 0:
+        start = max(0, end - size)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end, size = start, BLOCK
+    return 0
+
+
+def _line(values: dict[str, Any]) -> str:
+    return _ENCODER.encode(values) + "\n"

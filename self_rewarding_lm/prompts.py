@@ -17,6 +17,7 @@ from self_rewarding_lm.adapters import TokenModel
 from self_rewarding_lm.adapters.loading import end_ids_of
 from self_rewarding_lm.config import SelfInstruct
 from self_rewarding_lm.context import Context
+from self_rewarding_lm.controls import from_data
 from self_rewarding_lm.datasets import BadRows, OnBadRow
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.instruct import (
@@ -170,6 +171,7 @@ class _Writing:
                 self.samples += size
                 number += 1
                 bar.update(len(self.kept) - before)
+                self.ctx.runtime.stopping.heed()
         self.out.merge(Instruction)
         return self.kept
 
@@ -249,7 +251,7 @@ class _Writing:
 
     def _token_problem(self, text: str) -> str | None:
         try:
-            ids = self.ctx.tokens.prompt(text).ids
+            ids = self.ctx.tokens.prompt(from_data(text)).ids
         except (ValueError, LookupError):  # whatever a tokenizer raises for unknown characters
             return "no_tokens"
         if self.limit is not None and len(ids) >= self.limit:

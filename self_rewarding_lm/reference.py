@@ -5,7 +5,7 @@ dropout off, and their answers are kept beside the pairs: no second copy of the 
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +46,13 @@ class StoredReference:
         """The summed log-probs of each pair, in the order of `pairs`."""
         known = Groups(self.out.known(ReferenceLogprobs))
         names = [f"{pair.id}/r{self.round}" for pair in pairs]
-        missing = [place for place, name in enumerate(names) if name not in known]
-        mine = self.ctx.runtime.share(missing)
+        mine = self.ctx.runtime.share([*range(len(names))])
+        if all(name in known for name in names):
+            mine = []
         with self.ctx.runtime.progress(len(mine), "reference log-probs", "pair") as bar:
             for start in range(0, len(mine), PAIRS_AT_ONCE):
                 some = mine[start : start + PAIRS_AT_ONCE]
-                for count in self._stored([(names[i], pairs[i]) for i in some]):
+                for count in self._stored([(names[i], pairs[i]) for i in some], known):
                     bar.update(count)
         self.out.merge(ReferenceLogprobs)
         chosen, rejected = array("d"), array("d")
@@ -60,16 +61,23 @@ class StoredReference:
             rejected.append(sum(found.rejected))
         return Picked(range(len(names)), change=lambda i: PairSums(chosen[i], rejected[i]))
 
-    def _stored(self, missing: list[tuple[str, PreferencePair]]) -> Iterator[int]:
-        """Compute and store; how many pairs came with each forward."""
-        sequences = [_sequences(pair) for _, pair in missing]
+    def _stored(
+        self, named: list[tuple[str, PreferencePair]], known: Container[str]
+    ) -> Iterator[int]:
+        """Compute and store what is not known; how many pairs came with each forward.
+
+        Pairs go through the model in the same groups whatever is known, so that the log-probs of a
+        reference that was stopped are bit for bit those of one that was not.
+        """
+        sequences = [_sequences(pair) for _, pair in named]
         rows = [[(*prompt, *response) for prompt, response in pair] for pair in sequences]
         for group in grouped(self.ctx.model, rows, token_budget=self.token_budget):
-            together = [sequence for i in group for sequence in sequences[i]]
-            found = iter(response_logprobs(self.ctx.policy, together))
-            self.out.append(
-                ReferenceLogprobs(missing[i][0], next(found), next(found)) for i in group
-            )
+            if any(named[i][0] not in known for i in group):
+                together = [sequence for i in group for sequence in sequences[i]]
+                found = iter(response_logprobs(self.ctx.policy, together))
+                made = [ReferenceLogprobs(named[i][0], next(found), next(found)) for i in group]
+                self.out.append(record for record in made if record.id not in known)
+                self.ctx.runtime.stopping.heed()
             yield len(group)
 
 

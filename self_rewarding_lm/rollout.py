@@ -1,6 +1,6 @@
 """Prompts to candidates, and the public `generate`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ def rollout(
     num_samples: int,
     *,
     max_seq_len: int | None = None,
+    known: Collection[str] = (),
 ) -> Iterator[Candidate]:
     """`num_samples` candidates of each prompt from the present weights, as they finish.
 
-    A candidate's noise is a function of (seed, its id, position) alone. Where a server refuses a
-    request the candidate has no ids and says the reason.
+    known: ids of candidates that are there already. A candidate's noise is a function of (seed, its
+    id, position) alone. Where a server refuses a request the candidate has no ids and says the
+    reason. Raises Interrupted behind a candidate where a signal asked for it.
     """
     with served(ctx):
         found = sample_candidates(
@@ -47,8 +49,9 @@ def rollout(
             tokens=ctx.tokens,
             seed=ctx.seed,
             limit=ctx.limit(max_seq_len),
+            known=known,
         )
-        yield from ctx.runtime.autocasted(found)
+        yield from ctx.runtime.stopping.between(ctx.runtime.autocasted(found))
 
 
 def sample_candidates(
@@ -61,6 +64,7 @@ def sample_candidates(
     tokens: Tokens,
     seed: int,
     limit: int | None,
+    known: Collection[str] = (),
 ) -> Iterator[Candidate]:
     """The same of any model; `limit`: tokens of prompt and response together.
 
@@ -71,10 +75,13 @@ def sample_candidates(
         for prompt in prompts[start : start + PROMPTS_AT_ONCE]:
             room = sampling.max_new_tokens if limit is None else limit - len(prompt.ids)
             new = min(sampling.max_new_tokens, room)
-            for sample in range(num_samples):
-                owners.append((prompt, f"{prompt.id}/{sample}"))
-                key = stable_hash(seed, owners[-1][1])
-                requests.append(Request(prompt.ids, key, new))
+            ids = (f"{prompt.id}/{sample}" for sample in range(num_samples))
+            for candidate_id in ids:
+                if candidate_id in known:
+                    continue
+                owners.append((prompt, candidate_id))
+                key = stable_hash(seed, candidate_id)
+                requests.append(Request(prompt.ids, key, new, candidate_id))
         for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
             prompt, candidate_id = owners[index]
             yield Candidate(

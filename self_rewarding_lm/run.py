@@ -1,7 +1,6 @@
 """A run directory as a whole: reading it back, and deciding whether a run may go on in it."""
 
 import difflib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -14,9 +13,8 @@ from typing import Any
 from torch import nn
 
 from self_rewarding_lm.adapters import load_into
-from self_rewarding_lm.config import Config
-from self_rewarding_lm.datasets import FromStage
 from self_rewarding_lm.errors import RunMismatchError, StoreError
+from self_rewarding_lm.fingerprints import FREE_SETTINGS
 from self_rewarding_lm.lines import Picked
 from self_rewarding_lm.records import (
     Candidate,
@@ -28,11 +26,14 @@ from self_rewarding_lm.records import (
     TrainingRow,
     columns_of,
     is_trained,
-    to_json,
 )
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import (
+    LIBRARY,
     StageFiles,
+    check_folders,
+    check_ours,
+    clear,
     read_json,
     read_lines,
     remove_stage,
@@ -48,10 +49,7 @@ from self_rewarding_lm.weights import (
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = "self_rewarding_lm"
 INITIAL = "initial"
-FREE_SETTINGS = ("micro_batch_tokens", "micro_batch_size", "checkpoint_every")
-"""Settings that may differ when a run goes on: results are the same up to rounding and dropout."""
 
 
 class Run:
@@ -65,7 +63,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info = read_json(folder / "run.json")
-        _check_ours(folder, self.info)
+        check_ours(folder, self.info)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -134,9 +132,13 @@ class Run:
         return read_json(stage_dir.path / "done.json") if stage_dir.is_done else {}
 
     def weights(self, stage: str | int) -> Path:
-        """The file of the stage's trained weights (`initial`: those before the first stage)."""
-        folder = self.folder / INITIAL if stage == INITIAL else self.stage(stage).path / "model"
-        path = weights_file(folder)
+        """The file of the stage's trained weights (`initial`: those before the first stage).
+
+        StoreError where it is not there, or was changed after it was written.
+        """
+        initial = stage == INITIAL
+        files = StageFiles(self.folder) if initial else self.stage(stage)
+        path = files.weights(INITIAL if initial else "model")
         if path is None:
             why = "it is not done, or keep_stages had them deleted"
             raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}: {why}.")
@@ -188,50 +190,8 @@ def save_initial(run: Run, model: Savable, module: nn.Module, runtime: Runtime) 
                 "kept and the model has others now. Begin in another checkpoints_folder, or start "
                 "anew with overwrite_checkpoints=True."
             )
-        save_folder(model, run.folder / INITIAL)
+        save_folder(model, run.folder / INITIAL, listed=True)
     runtime.barrier()
-
-
-def describe(value: Any) -> Any:
-    """A setting as a JSON value that is the same in the next process.
-
-    Files are named by their content's hash, datasets by type and length, functions and classes by
-    their qualified name, modules by their class.
-    """
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Config):
-        fields = [name for name in type(value).model_fields if name not in FREE_SETTINGS]
-        return {name: describe(getattr(value, name)) for name in fields}
-    if isinstance(value, str | Path):
-        return _describe_text(value)
-    if isinstance(value, list | tuple) and len(value) <= 64:
-        return [describe(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, FromStage):
-        return f"from_stage({value.stage})"
-    if hasattr(type(value), "kind"):  # a record
-        content = json.dumps(to_json(value), sort_keys=True).encode()
-        return f"{type(value).__name__} sha256:{hashlib.sha256(content).hexdigest()[:16]}"
-    name = getattr(value, "__qualname__", None)
-    if name is not None:
-        return f"{getattr(value, '__module__', '?')}.{name}"
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    try:
-        return f"{kind}[{len(value)}]"
-    except TypeError:  # no length
-        return kind
-
-
-def _describe_text(value: str | Path) -> str:
-    try:
-        if "\n" in str(value) or not Path(value).is_file():
-            return str(value)
-    except OSError:  # too long for a file's name
-        return str(value)
-    with Path(value).open("rb") as file:
-        return f"{Path(value).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def _check_and_write(
@@ -242,10 +202,11 @@ def _check_and_write(
     seed: int,
     overwrite: bool,
 ) -> None:
+    check_folders(list(stages), folder)
     path = folder / "run.json"
     old = read_json(path) if path.exists() else None
     if old is not None:
-        _check_ours(folder, old)
+        check_ours(folder, old)
     ours = old["stages"] if old is not None else []
     if old is not None and overwrite:
         for name in old["stages"]:
@@ -264,6 +225,8 @@ def _check_and_write(
         )
     if old is not None:
         _compare(folder, old, stages, settings)
+        for name in (name for name in old["stages"] if StageFiles(folder / name).is_done):
+            clear(folder / name)  # a run may have been killed before it did
     folder.mkdir(parents=True, exist_ok=True)
     info = _run_info(stages, model, seed)
     if old is not None:
@@ -293,15 +256,16 @@ def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any
     logger.warning("%s; it is trained again from those of now.", words)
 
 
-def _check_ours(folder: Path, info: Any) -> None:
-    if not isinstance(info, dict) or info.get("library") != LIBRARY:
-        raise StoreError(
-            f"{folder / 'run.json'} was not written by {LIBRARY}; choose another folder."
-        )
-
-
 def _run_info(stages: Sequence[str], model: nn.Module, seed: int) -> dict[str, Any]:
-    packages = ("torch", "accelerate", "x-transformers", "numpy", "pydantic", "safetensors")
+    packages = (
+        "self-rewarding-lm",
+        "torch",
+        "accelerate",
+        "x-transformers",
+        "numpy",
+        "pydantic",
+        "safetensors",
+    )
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "library": LIBRARY,
@@ -322,11 +286,8 @@ def _compare(
     folder: Path, old: dict[str, Any], stages: Sequence[str], settings: Sequence[dict[str, Any]]
 ) -> None:
     now = dict(zip(stages, settings, strict=True))
-    for name in old["stages"]:
-        config = folder / name / "config.json"
-        if not config.exists():
-            continue
-        before, after = read_json(config), now.get(name)
+    for name in (n for n in old["stages"] if (folder / n / "config.json").exists()):
+        before, after = _bound(read_json(folder / name / "config.json")), now.get(name)
         if before == json.loads(json.dumps(after)):
             continue
         difference = (
@@ -341,6 +302,12 @@ def _compare(
             f"folder {folder / name} (and those of later stages) to do it again from there; or "
             "call the trainer with overwrite_checkpoints=True to start anew."
         )
+
+
+def _bound(value: Any) -> Any:
+    """Settings without the free ones, which earlier versions wrote down too."""
+    free = FREE_SETTINGS if isinstance(value, dict) else ()
+    return {k: _bound(v) for k, v in value.items() if k not in free} if free else value
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:

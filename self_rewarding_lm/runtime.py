@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.sharding import Sharded, whole
+from self_rewarding_lm.stopping import Stopping
 
 QUIET_VARIABLE = "SELF_REWARDING_LM_QUIET"
 
@@ -39,6 +40,7 @@ class Runtime:
         self.is_main: bool = self.accelerator.is_main_process
         self.shards = _asks_for_fsdp(accelerate_kwargs, self.world)
         self._sharded: Sharded | None = None
+        self.stopping = Stopping()
         self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
         self._has_trackers = False
         _set_up_logging(self.shows)
@@ -102,6 +104,20 @@ class Runtime:
         """What the loss is multiplied by, so that float16 has its gradients; 0.0: by nothing."""
         scaler = self.accelerator.scaler
         return 0.0 if scaler is None else scaler.get_scale()
+
+    def scaling(self) -> dict[str, Any]:
+        """What the loss scale has come to; empty where nothing is scaled."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
+
+    def scale_as(self, scaling: dict[str, Any]) -> None:
+        """Go on from what `scaling` gave."""
+        if scaling and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaling)
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is True on any process."""
+        return tuple(count > 0 for count in self.sum([float(flag) for flag in flags]))
 
     def step(self, optimizers: Sequence[Any], norm: float) -> None:
         """A step of all optimisers; none where the loss is scaled and the gradient's norm is not

@@ -62,9 +62,7 @@ class Sharded:
 
     def _scatter(self) -> None:
         for own, share in self._pairs():
-            mesh, places = share.device_mesh, share.placements
-            part = distribute_tensor(own.data, mesh, places, src_data_rank=None)
-            share.to_local().copy_(part.to_local())
+            share.to_local().copy_(spread(own.data, share).to_local())
 
     def _free(self) -> None:
         for own, _ in self._pairs():
@@ -94,3 +92,9 @@ def units(module: nn.Module) -> list[nn.Module]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be spread over processes, as all of it; all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor: Tensor, like: DTensor) -> DTensor:
+    """A tensor that all processes hold in full, spread over them as another one is."""
+    on_device = tensor.to(like.device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)

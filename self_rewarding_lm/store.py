@@ -5,6 +5,8 @@
     <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
                                             ranked, demonstrations, instructions
     <nn>-<name>/metrics.jsonl
+    <nn>-<name>/files.json                  digests of what was finished, see durable.py
+    <nn>-<name>/state.safetensors           where training stands, until the stage is done
     <nn>-<name>/model/                      the weights, see weights.py
     <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
 
@@ -14,15 +16,18 @@ that cannot be read is an error. Records are read one by one when they are asked
 """
 
 import json
-import os
+import logging
+import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from self_rewarding_lm.durable import LEDGER, check_file, delist, ledger, system_errors, writing
 from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.lines import append_lines
 from self_rewarding_lm.records import (
     Candidate,
     Demonstration,
@@ -37,8 +42,18 @@ from self_rewarding_lm.records import (
     to_json,
 )
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.stored import Stored, merge_files, merged_file
-from self_rewarding_lm.weights import Savable, remove_weights, save_folder, weights_file
+from self_rewarding_lm.stored import Stored, merge_files, merged_file, record_files
+from self_rewarding_lm.weights import (
+    Savable,
+    Tensors,
+    read_tensors,
+    remove_weights,
+    save_folder,
+    weights_file,
+    write_tensors,
+)
+
+logger = logging.getLogger(__name__)
 
 RECORD_TYPES = (
     Prompt,
@@ -52,9 +67,10 @@ RECORD_TYPES = (
     Instruction,
 )
 WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
-STAGE_FILES = ("config.json", "done.json", "metrics.jsonl")
-BLOCK = 1 << 16  # bytes that are looked through at once for the end of the last whole line
-_ENCODER = json.JSONEncoder(ensure_ascii=False)
+LIBRARY = "self_rewarding_lm"
+STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
+STATE = "state.safetensors"
+STAGE_FILES = ("config.json", "done.json", "metrics.jsonl", LEDGER, STATE)
 
 
 class StageFiles:
@@ -72,8 +88,15 @@ class StageFiles:
     ) -> Stored[Record]:
         """The records of a type that are on disk, each id once, read when they are asked for.
 
-        wanted: whether an id belongs to them, default all.
+        wanted: whether an id belongs to them, default all. Raises StoreError where a file of them
+        was changed after it was written, or was deleted from a stage that is done.
         """
+        merged = merged_file(self.path, record_type.kind)  # type: ignore[attr-defined]
+        if self.is_done and not merged.exists() and merged.name in ledger(self.path):
+            raise StoreError(
+                f"{merged} was part of a stage that is done and is not there any more. Put it "
+                "back; or delete the stage's folder (and those of later stages) to do it again."
+            )
         return Stored(record_type, self.path, wanted)
 
     def read(self, record_type: type[Record]) -> list[Record]:
@@ -81,8 +104,11 @@ class StageFiles:
         return list(self.stored(record_type))
 
     def weights(self, name: str = "model") -> Path | None:
-        """The weights of that name, if they were written."""
-        return weights_file(self.path / name)
+        """The weights of that name, if they were written; StoreError where they were changed."""
+        found = weights_file(self.path / name)
+        if found is not None:
+            check_file(found, self.path)
+        return found
 
 
 class StageDir(StageFiles):
@@ -101,18 +127,37 @@ class StageDir(StageFiles):
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
         self._given: list[weakref.ref[Stored[Any]]] = []
+        self._replayed: Counter[str] = Counter()
+        self._trainings: Counter[int] = Counter()
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Make the folder and write config.json, unless it began before."""
         if self.runtime.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with system_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             if not (self.path / "config.json").exists():
+                self._check_new()
                 write_json(self.path / "config.json", settings)
-            metrics = self.path / "metrics.jsonl"
-            if metrics.exists():  # of an attempt that was stopped: its curve is kept apart
-                earlier = len(list(self.path.glob("metrics.attempt-*.jsonl")))
-                metrics.replace(self.path / f"metrics.attempt-{earlier + 1}.jsonl")
+            self._say_missing()
+            self._replayed = Counter(map(_line_name, read_lines(self.path / "metrics.jsonl")))
         self.runtime.barrier()
+
+    def _check_new(self) -> None:
+        """A stage without config.json has not begun, so that nothing may be there of it."""
+        if any(record_files(self.path, t.kind) for t in RECORD_TYPES):
+            raise StoreError(
+                f"{self.path} holds records and no config.json, so that nobody knows with which "
+                "settings they were made. Put config.json back, or delete the folder."
+            )
+
+    def _say_missing(self) -> None:
+        """Records that were finished and are gone are made again, which is said."""
+        gone = [name for name in ledger(self.path) if not (self.path / name).exists()]
+        delist(self.path, gone)
+        said = [name for name in gone if not (self.path / f"{name}.tmp").exists()]
+        if said:  # the others were being written when the run was stopped
+            words = "%s: %s is not there any more; it is made again."
+            logger.warning(words, self.path, ", ".join(said))
 
     def append(self, records: Iterable[Any]) -> None:
         """Append records of one type to this process's file as they come.
@@ -123,7 +168,7 @@ class StageDir(StageFiles):
         first = next(coming, None)
         if first is not None:
             lines = map(to_json, chain([first], coming))
-            _append_lines(self.path / f"{first.kind}.{self.runtime.rank}.jsonl", lines)
+            append_lines(self.path / f"{first.kind}.{self.runtime.rank}.jsonl", lines)
 
     def stored(
         self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
@@ -158,46 +203,88 @@ class StageDir(StageFiles):
         return (values["id"] for values in read_lines(merged_file(self.path, record_type.kind)))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl (main process)."""
+        """Append a line to metrics.jsonl (main process).
+
+        A stage that goes on says again what it said before training; such a line stays as it is.
+        """
+        if not self.runtime.is_main:
+            return
+        if self._replayed[_line_name(metrics)] > 0:
+            self._replayed[_line_name(metrics)] -= 1
+            return
+        append_lines(self.path / "metrics.jsonl", [metrics])
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget what was logged of later steps: training goes on behind this one."""
+        path = self.path / "metrics.jsonl"
+        if not self.runtime.is_main or not path.exists():
+            return
+        lines = list(read_lines(path))
+        left = [line for line in lines if line.get("step", 0) <= step]
+        if len(left) < len(lines):
+            with writing(path) as draft:
+                append_lines(draft, left)
+            self._replayed &= Counter(map(_line_name, left))
+
+    def count_training(self, round: int) -> int:
+        """How many trainings of a round began in this folder before this one, in this process."""
+        self._trainings[round] += 1
+        return self._trainings[round] - 1
+
+    def save_state(self, tensors: Tensors, words: dict[str, Any]) -> None:
+        """Where training stands (main process), in place of an earlier state."""
         if self.runtime.is_main:
-            _append_lines(self.path / "metrics.jsonl", [metrics])
+            write_tensors(tensors, json.dumps(words), self.path / STATE)
+        self.runtime.barrier()
+
+    def state(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """What `save_state` saved last; StoreError where the file was changed."""
+        if not (self.path / STATE).exists():
+            return None
+        tensors, words = read_tensors(self.path / STATE)
+        return tensors, json.loads(words)
 
     def save_weights(self, model: Savable, name: str = "model") -> None:
         """Write a model's weights (main process); all processes wait."""
         if self.runtime.is_main:
-            save_folder(model, self.path / name, self.beside)
+            save_folder(model, self.path / name, self.beside, listed=True)
         self.runtime.barrier()
 
     def drop_weights(self, name: str) -> None:
-        """Delete weights that were only needed within the stage."""
+        """Delete weights."""
         self.runtime.barrier()
         if self.runtime.is_main:
             remove_weights(self.path / name)
 
     def finish(self) -> None:
-        """Write done.json: the stage is complete."""
+        """Write done.json: the stage is complete; then delete what it needed until here."""
         self.runtime.barrier()
         if self.runtime.is_main:
             write_json(self.path / "done.json", self.summary)
+            clear(self.path)
         self.runtime.barrier()
+
+
+def clear(stage: Path) -> None:
+    """Delete what a stage needs only until it is done: the state of its training, best weights of
+    early stopping, those of iterations."""
+    (stage / STATE).unlink(missing_ok=True)
+    for folder in (f for pattern in ("best", "iteration-[0-9]*") for f in stage.glob(pattern)):
+        remove_weights(folder)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file by rename, so that it is there in full or not at all."""
-    draft = path.with_suffix(".json.tmp")
-    with draft.open("w", encoding="utf-8", errors="replace") as file:
-        json.dump(values, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    with writing(path) as draft:
+        draft.write_text(text, encoding="utf-8", errors="replace")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of the run."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
 
@@ -211,11 +298,30 @@ def read_lines(path: Path) -> Iterator[Any]:
                 return
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StoreError(
                     f"{path}, line {number}, is no JSON: {error}. The file was changed or damaged; "
                     "delete it to have its records made again."
                 ) from error
+
+
+def check_ours(folder: Path, info: Any) -> None:
+    """Raise StoreError where what run.json holds is no run's, or names folders elsewhere."""
+    if not isinstance(info, dict) or info.get("library") != LIBRARY:
+        raise StoreError(f"{folder}/run.json was not written by {LIBRARY}; choose another folder.")
+    check_folders(info.get("stages"), folder / "run.json")
+
+
+def check_folders(names: Any, where: Path) -> None:
+    """Raise StoreError where names are none of folders within a run's own, such as 01-sft."""
+    bad = [names]
+    if isinstance(names, list):
+        bad = [n for n in names if not isinstance(n, str) or STAGE_FOLDER.fullmatch(n) is None]
+    if bad:
+        raise StoreError(
+            f"{where}: the stages are a list of folders named <number>-<name>, such as 01-sft, "
+            f"without slashes; got {bad[0]!r}. Nothing outside the run's folder is read or written."
+        )
 
 
 def remove_stage(path: Path) -> None:
@@ -223,7 +329,6 @@ def remove_stage(path: Path) -> None:
     names = [*STAGE_FILES, *(f"{t.kind}.jsonl" for t in RECORD_TYPES)]
     names += [f"{name}.tmp" for name in names]
     files = [path / name for name in names]
-    files += path.glob("metrics.attempt-[0-9]*.jsonl")
     files += [f for t in RECORD_TYPES for f in path.glob(f"{t.kind}.[0-9]*.jsonl")]
     for file in files:
         file.unlink(missing_ok=True)
@@ -238,30 +343,6 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
-    with path.open("ab+") as file:
-        end, start = file.seek(0, os.SEEK_END), _end_of_last_line(file)
-        if start < end:  # a torn line: the next one must not be glued onto it
-            file.truncate(start)
-        try:
-            file.writelines(_line(one).encode("utf-8", "replace") for one in values)
-        except BaseException:
-            file.truncate(start)
-            raise
-
-
-def _end_of_last_line(file: BufferedIOBase) -> int:
-    """Where the last line that is there in full ends."""
-    end, size = file.seek(0, os.SEEK_END), 1
-    while end > 0:
-        start = max(0, end - size)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end, size = start, BLOCK
-    return 0
-
-
-def _line(values: dict[str, Any]) -> str:
-    return _ENCODER.encode(values) + "\n"
+def _line_name(metrics: dict[str, Any]) -> str:
+    """What a line of metrics is about: its step and its names."""
+    return json.dumps([metrics.get("step"), sorted(metrics)])

@@ -4,9 +4,9 @@ Of a record the place of its line is kept in memory, eight bytes, and where reco
 a key its hash and its rank, sixteen more; never the record. Knows nothing of stages.
 """
 
+import hashlib
 import heapq
 import json
-import os
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +18,7 @@ from typing import Any, Generic
 
 import numpy as np
 
+from self_rewarding_lm.durable import changed, ledger, writing
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.lines import Lazy, LineFile, Picked
 from self_rewarding_lm.records import Record, from_json
@@ -85,17 +86,18 @@ class Stored(Lazy[Record]):
     def _opened(self) -> Sequence[int]:
         if self._places is None:
             kind = self.record_type.kind  # type: ignore[attr-defined]
+            merged, vouched = merged_file(self.folder, kind), ledger(self.folder)
             self._files = _open_all(self.folder, kind)
             places, hashes = array("q"), array("q")
             for number, file in enumerate(self._files):
-                for start, line in _whole(file):
+                digests = vouched.get(file.path.name, [])
+                for start, line in _as_written(file, digests) if digests else _whole(file):
                     record_id = _id_of(line, file, start)
                     if self.wanted is None or self.wanted(record_id):
                         places.append(start << FILE_BITS | number)
                         hashes.append(hash(record_id))
             self._places = places
-            merged = merged_file(self.folder, kind)  # alone it holds each id once
-            if [file.path for file in self._files] != [merged]:
+            if [file.path for file in self._files] != [merged]:  # alone it holds each id once
                 self._places = self._each_once(places, np.frombuffer(hashes, np.int64))
         return self._places
 
@@ -211,14 +213,11 @@ def merge_files(folder: Path, kind: str) -> None:
         return
     files = [LineFile.open(path) for path in record_files(folder, kind)]
     runs = [_lines_of(run, file) for file in files for run in _sorted_runs(file)]
-    draft = target.with_suffix(".jsonl.tmp")
-    with draft.open("wb") as out:
-        out.writelines(_first_of_each(heapq.merge(*runs, key=itemgetter(0))))
-        out.flush()
-        os.fsync(out.fileno())
-    for file in files:
-        file.close()
-    draft.replace(target)
+    with writing(target, listed_in=folder) as draft:
+        with draft.open("wb") as out:
+            out.writelines(_first_of_each(heapq.merge(*runs, key=itemgetter(0))))
+        for file in files:
+            file.close()
     for part in parts:
         part.unlink()
 
@@ -260,6 +259,18 @@ def _whole(file: LineFile) -> Iterator[tuple[int, bytes]]:
     return ((start, line) for start, line in file if line.endswith(b"\n"))
 
 
+def _as_written(file: LineFile, digests: list[str]) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file; StoreError at its end where its digest is another one."""
+    found = hashlib.sha256()
+    for start, line in file:
+        found.update(line)
+        if line.endswith(b"\n"):
+            yield start, line
+    now = ledger(file.path.parent).get(file.path.name, [])  # it may have been replaced meanwhile
+    if found.hexdigest() not in [*digests, *now]:
+        raise changed(file.path)
+
+
 def _id_of(line: bytes, file: LineFile, start: int) -> str:
     end = line.find(b'"', len(ID_START))
     if line.startswith(ID_START) and end > 0 and b"\\" not in line[:end]:
@@ -274,7 +285,7 @@ def _id_of(line: bytes, file: LineFile, start: int) -> str:
 def _json_of(line: bytes, file: LineFile, start: int) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{file.path}, line {file.number(start)}, is no JSON: {error}. The file was changed or "
             "damaged; delete it to have its records made again."

@@ -29,8 +29,11 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.engine import Engine, LocalEngine
 from self_rewarding_lm.errors import ConfigError, StoreError, typed
-from self_rewarding_lm.recipes import create_default_paper_config
-from self_rewarding_lm.run import INITIAL, Run, begin_run, describe, save_initial
+from self_rewarding_lm.fingerprints import describe
+from self_rewarding_lm.lock import alone
+from self_rewarding_lm.recipes import paper_config_of
+from self_rewarding_lm.rehearsal import rehearse_stages
+from self_rewarding_lm.run import INITIAL, Run, begin_run, save_initial
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.tokens import CallableTokenizer, Tokenizer, Tokens
@@ -68,10 +71,9 @@ class SelfRewardingTrainer:
     eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted and not needed,
     masks come from lengths. checkpoints_folder: the run directory. keep_stages: how many of the
     stages that are done keep their weights on disk, the last ones, and those that a later stage
-    asks for; default all. accelerate_kwargs: for
-    accelerate.Accelerator. engine: default LocalEngine();
-    ServerEngine(...) generates by an inference server. quiet: no progress, warnings only (as
-    SELF_REWARDING_LM_QUIET=1).
+    asks for; default all. accelerate_kwargs: for accelerate.Accelerator. engine: default
+    LocalEngine(); ServerEngine(...) generates by an inference server. quiet: no progress, warnings
+    only (as SELF_REWARDING_LM_QUIET=1).
 
     Everything that can be known to be wrong before the first stage is raised here: ConfigError,
     DataError, TokenizerError, AdapterError, JudgeError, ArgumentTypeError.
@@ -104,7 +106,7 @@ class SelfRewardingTrainer:
         quiet: bool = False,
     ) -> None:
         if isinstance(finetune_configs, dict):
-            finetune_configs = create_default_paper_config(**finetune_configs)
+            finetune_configs = paper_config_of(finetune_configs)
         self.stages = list(finetune_configs)
         for stage in self.stages:
             if not isinstance(stage, FinetuneConfig):
@@ -119,12 +121,10 @@ class SelfRewardingTrainer:
         self.names = stage_names(self.stages)
         self.folder = Path(checkpoints_folder)
         self.runtime = Runtime(accelerate_kwargs, quiet=quiet)
-        self.seed = seed
-        self.keep_stages = keep_stages
+        self.seed, self.keep_stages = seed, keep_stages
         self.engine = engine or LocalEngine()
         self.callbacks = tuple(callbacks)
         self.rewards = _rewards(self_reward_prompt_config)
-
         found = _tokenizer(tokenizer, tokenizer_encode, tokenizer_decode)
         check_placement(model, device_map, self.runtime.world)
         options = Loading(torch_dtype, device_map, load_in_4bit, peft_config, merge_adapter, seed)
@@ -156,17 +156,25 @@ class SelfRewardingTrainer:
         return self.model
 
     @typed
-    def __call__(self, *, overwrite_checkpoints: bool | None = None) -> Run:
+    def __call__(self, *, overwrite_checkpoints: bool | None = None, rehearse: bool = True) -> Run:
         """Run the stages that are not done; the model is trained in place.
 
-        Goes on where an earlier call was stopped: at the first stage that is not done, with the
-        records that exist. overwrite_checkpoints: start anew, and delete the earlier run's files
+        Goes on where an earlier call was stopped, with the records and the training state that
+        exist. overwrite_checkpoints: start anew, and delete the earlier run's files
         first; None looks at the environment variable SELF_REWARDING_LM_OVERWRITE. Raises
-        RunMismatchError where a started stage has other settings now.
+        RunMismatchError where a started stage has other settings now, StoreError where another run
+        is in the folder, Interrupted (a KeyboardInterrupt) where a signal stopped it. rehearse:
+        try all stages in short before the first begins.
         """
         if overwrite_checkpoints is None:
             overwrite_checkpoints = os.environ.get(OVERWRITE_VARIABLE, "") not in ("", "0")
+        with alone(self.folder, self.runtime), self.runtime.stopping.listening():
+            return self._run_all(overwrite_checkpoints, rehearse)
+
+    def _run_all(self, overwrite_checkpoints: bool, rehearse: bool) -> Run:
         folders = [f"{i:02d}-{name}" for i, name in enumerate(self.names, 1)]
+        if rehearse:
+            rehearse_stages(self, [] if overwrite_checkpoints else folders)
         run = begin_run(
             self.folder,
             runtime=self.runtime,
@@ -179,13 +187,15 @@ class SelfRewardingTrainer:
         if any(INITIAL in stage.weights_used() for stage in self.stages):
             save_initial(run, self.token_model, self.model, self.runtime)
         self._run = run
-        done = [run.is_done(i) for i in range(len(self.stages))]
-        first = done.index(False) if False in done else len(done)
+        total = len(self.stages)
+        first = next((i for i in range(total) if not run.is_done(i)), total)
         if first > 0:
-            logger.info("%d of %d stages are done already in %s", first, len(done), self.folder)
+            logger.info("%d of %d stages are done already in %s", first, total, self.folder)
             self.token_model.load(run.weights(first - 1))
-        for place in range(first, len(self.stages)):
-            self._run_stage(run, place)
+        for place in range(max(first - 1, 0), total):
+            if place >= first:
+                self._run_stage(run, place)
+            self._drop_old_weights(run, place)
         if self.merge_adapter and self.runtime.is_main:
             save_folder(adapt(merged(self.model)), self.folder / MERGED, self.tokens.save)
         self.runtime.barrier()
@@ -211,7 +221,6 @@ class SelfRewardingTrainer:
         stage.run(ctx, out)
         out.save_weights(self.token_model)
         out.finish()
-        self._drop_old_weights(run, place)
         for callback in self.callbacks if self.runtime.is_main else ():
             callback.on_stage_end(run, name, self.model)
         self.runtime.barrier()

@@ -6,21 +6,26 @@ adapter's config) is the model's own business.
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from pickle import UnpicklingError
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_file, save_model
+from torch import Tensor, nn
 
+from self_rewarding_lm.durable import delist, flush, settle, system_errors, writing
 from self_rewarding_lm.errors import StoreError
+
+Tensors = Mapping[str, Tensor]
+"""By name."""
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 FOLDER_FILES = (
-    *(MODEL_FILE, "model.tmp", ADAPTER_FILE, "adapter_config.json"),
+    *(MODEL_FILE, ADAPTER_FILE, "adapter_config.json"),
     *("config.json", "generation_config.json", "chat_template.jinja", "tokenizer*.json"),
     *("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
@@ -36,21 +41,38 @@ class Savable(Protocol):
     def load(self, file: Path) -> None: ...
 
 
-def save_folder(model: Savable, folder: Path, beside: Callable[[Path], None] | None = None) -> None:
+def save_folder(
+    model: Savable,
+    folder: Path,
+    beside: Callable[[Path], None] | None = None,
+    *,
+    listed: bool = False,
+) -> None:
     """Write a model's folder; the weights file comes last, so its presence means all is there.
 
-    beside: writes what else belongs there, such as a tokenizer.
+    beside: writes what else belongs there, such as a tokenizer. listed: the digest of the weights
+    goes into the ledger of the folder around it. Raises StoreError where the system cannot write.
     """
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    model.save(draft)
-    if beside is not None:
-        beside(draft)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(draft.iterdir(), key=lambda f: f.name in (MODEL_FILE, ADAPTER_FILE)):
-        file.replace(folder / file.name)
-    draft.rmdir()
+    try:
+        with system_errors(folder):
+            draft.mkdir(parents=True)
+            _reporting(lambda: model.save(draft))
+            if beside is not None:
+                beside(draft)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(draft.iterdir(), key=_is_weights):
+                listed_in = folder.parent if listed and _is_weights(file) else None
+                settle(file, folder / file.name, listed_in=listed_in)
+            draft.rmdir()
+            flush(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_weights(file: Path) -> bool:
+    return file.name in (MODEL_FILE, ADAPTER_FILE)
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -62,9 +84,8 @@ def weights_file(folder: Path) -> Path | None:
 def write_weights(module: nn.Module, path: Path) -> None:
     """A module's weights as safetensors, by rename; tied and non-contiguous tensors included."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    save_model(module, str(draft), metadata={"format": "pt"})
-    draft.replace(path)
+    with writing(path) as draft:
+        _reporting(lambda: save_model(module, str(draft), metadata={"format": "pt"}))
 
 
 def read_weights(module: nn.Module, path: Path) -> None:
@@ -78,8 +99,47 @@ def read_weights(module: nn.Module, path: Path) -> None:
         ) from error
 
 
+def write_tensors(tensors: Tensors, words: str, path: Path) -> None:
+    """Tensors and a text that belongs to them, in one file, with a digest of all."""
+    found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    held = {"format": "pt", "words": words, "digest": _digest(found, words)}
+    with writing(path) as draft:
+        _reporting(lambda: save_file(found, str(draft), metadata=held))
+
+
+def read_tensors(path: Path) -> tuple[Tensors, str]:
+    """What `write_tensors` wrote; StoreError where the file is not that any more."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            held = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise StoreError(f"{path} cannot be read: {error}. {_ANEW}") from error
+    words = held.get("words", "")
+    if held.get("digest") != _digest(found, words):
+        raise StoreError(f"{path} was changed or damaged after it was written. {_ANEW}")
+    return found, words
+
+
+_ANEW = "Delete it to train its stage again from the stage's start."
+
+
+def _reporting(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except SafetensorError as error:  # of the system, in words of its own
+        raise OSError(str(error)) from error
+
+
+def _digest(tensors: Tensors, words: str) -> str:
+    digest = hashlib.sha256(words.encode())
+    _add_tensors(digest, tensors)
+    return digest.hexdigest()
+
+
 def remove_weights(folder: Path) -> None:
     """Delete a folder of weights, unless other files are in it."""
+    delist(folder.parent, [f"{folder.name}/{name}" for name in (MODEL_FILE, ADAPTER_FILE)])
     shutil.rmtree(folder.with_name(f"{folder.name}.tmp"), ignore_errors=True)
     for pattern in FOLDER_FILES:
         for file in folder.glob(pattern):
@@ -91,9 +151,48 @@ def remove_weights(folder: Path) -> None:
 def weights_hash(module: nn.Module) -> str:
     """A digest of all parameters and buffers."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, torch.Tensor):
+    _add_tensors(digest, module.state_dict())
+    return digest.hexdigest()[:16]
+
+
+def _add_tensors(digest: Any, tensors: Mapping[str, Any]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, Tensor):
             digest.update(name.encode())
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+
+
+def import_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a `.pt` checkpoint of self-rewarding-lm-pytorch into a model of its shape, in place.
+
+    It holds the state dict itself or, as that library's `save` writes it, a dict with it under
+    `model`. Only tensors are read (`weights_only=True`): no pickled object is ever made. Raises
+    StoreError where the file holds other objects, is damaged, or does not fit the model.
+    """
+    try:
+        held = torch.load(str(path), map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise StoreError(
+            f"{path} cannot be imported: it is no checkpoint, or holds other Python objects than "
+            "tensors, which could run code when they are loaded. Save the state dict alone where "
+            "you trust the file: torch.save(model.state_dict(), path)."
+        ) from error
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError) as error:
+        raise StoreError(f"{path} cannot be read as a checkpoint: {error}") from error
+    held = held.get("model", held) if isinstance(held, Mapping) else held
+    is_state = isinstance(held, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
+    )
+    if not is_state:
+        raise StoreError(
+            f"{path} holds no state dict, which names tensors, neither as it is nor under 'model'."
+        )
+    own, theirs = ({k: tuple(v.shape) for k, v in s.items()} for s in (model.state_dict(), held))
+    if wrong := sorted(dict(own.items() ^ theirs.items())):
+        name = wrong[0]
+        raise StoreError(
+            f"the weights in {path} do not fit this model; {len(wrong)} tensors differ, first "
+            f"{name}: {theirs.get(name, 'missing')} there, {own.get(name, 'missing')} in the model."
+        )
+    model.load_state_dict(held)

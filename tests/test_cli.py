@@ -167,6 +167,34 @@ def test_flags_stand_above_the_recipe(folder, capsys):
     assert "4 stages" in capsys.readouterr().out  # m1, m2, m3, m4: no ranked replies, no EFT
 
 
+def test_check_tries_every_stage_and_begins_nothing(folder, capsys):
+    recipe = str(folder / "recipe.yaml")
+    assert main(["check", recipe]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:4] == [
+        "  sft_baseline: well",
+        "  eft: well",
+        "  m1: well; train_dataset: a stand-in",
+        "  m2: well",
+    ]
+    assert told[4].startswith("The recipe is in order: 4 stages")
+    assert not (folder / "run").exists()
+
+
+def test_check_names_the_stage_whose_function_raises_and_run_does_not_begin(folder, capsys):
+    judge = folder / "my_judge.py"
+    judge.write_text(
+        judge.read_text().replace("return [float", "return [1 / 0 for _ in prompts] or [float")
+    )
+    for command in ("check", "run"):
+        assert main([command, str(folder / "recipe.yaml")]) == 1
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert "raised ZeroDivisionError: division by zero" in told.err
+        assert "(Rehearsal of stage 'm2': nothing was begun." in told.err
+    assert not list((folder / "run").glob("*/*"))
+
+
 def test_flags_train_an_adapter(folder):
     peft = pytest.importorskip("peft")
     recipe = str(folder / "recipe.yaml")
@@ -215,6 +243,7 @@ def test_an_error_is_one_message_without_a_traceback(folder, capsys):
         (["show", "nothing"], "nothing holds no run"),
         (["export", "nothing", "--stage", "m2", "--to", "x.jsonl"], "nothing holds no run"),
         (["plan", "nothing.yaml"], "nothing.yaml cannot be read"),
+        (["check", "nothing.yaml"], "nothing.yaml cannot be read"),
         (["plan", "nothing.yaml", "--device-memory", "much"], "such as 24GB; got 'much'"),
     ],
 )
@@ -225,7 +254,16 @@ def test_wrong_values_end_with_status_1(command, words, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["runs"], ["run", "--iteratons", "2"], ["export", "run"], ["show"], ["plan"]],
+    [
+        [],
+        ["run"],
+        ["check"],
+        ["runs"],
+        ["run", "--iteratons", "2"],
+        ["export", "run"],
+        ["show"],
+        ["plan"],
+    ],
 )
 def test_wrong_usage_ends_with_status_2(command, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -305,6 +343,7 @@ def test_show_steers_no_terminal(done, tmp_path, capsys):
     path = copy / "04-m2" / "candidates.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     write_lines(path, [{**row, "text": "a\x1b[31mb\nc"} for row in rows])
+    path.with_name("files.json").unlink()  # nobody vouches for the files
     assert main(["show", str(copy)]) == 0
     text = capsys.readouterr().out
     assert "\x1b" not in text and "a�[31mb c" in text
@@ -580,6 +619,7 @@ def test_show_gives_each_of_two_compared_candidates_its_own_share(done, tmp_path
     ]
     path = run.stage("m2").path / "judgements.jsonl"
     path.write_text("".join(json.dumps(to_json(line)) + "\n" for line in lines))
+    path.with_name("files.json").unlink()  # nobody vouches for the files
     assert main(["show", str(copy), "--stage", "m2", "--prompts", "99"]) == 0
     shown = capsys.readouterr().out
     assert "score 1 of 1, 1 (self, compared)" in shown

@@ -281,7 +281,7 @@ def test_a_reward_prompt_that_cannot_state_its_scores_is_refused(options, words)
 
 def test_judgements_in_the_human_order_become_demonstrations(tmp_path):
     engine = Told(SAID)
-    run = trainer_of(tmp_path, [eft()], engine=engine)()
+    run = trainer_of(tmp_path, [eft()], engine=engine)(rehearse=False)
     made = {d.id: d for d in run.demonstrations("eft")}
     assert {name: d.completion for name, d in made.items()} == {
         "eft/0/0": "fine. Score: 4",
@@ -299,7 +299,7 @@ def test_judgements_in_the_human_order_become_demonstrations(tmp_path):
 
 def test_what_is_learnt_is_what_the_judge_was_asked(tmp_path):
     engine = Told(SAID)
-    run = trainer_of(tmp_path, [eft()], engine=engine)()
+    run = trainer_of(tmp_path, [eft()], engine=engine)(rehearse=False)
     for made in run.demonstrations("eft"):
         assert made.prompt_ids == engine.asked[made.parents[-1]]
 
@@ -339,7 +339,7 @@ def test_under_a_chat_template_too_it_is_what_the_judge_was_asked(tmp_path):
         tokenizer_encode=to_ascii,
         tokenizer_decode=from_ascii,
         eos_id=128,
-    )()
+    )(rehearse=False)
     first, *_, last = made = run.demonstrations("eft")
     assert from_ascii(first.prompt_ids) == "<user: rate <one> and <a>:><assistant: "
     assert from_ascii(first.completion_ids).startswith("best. Score: 5")
@@ -352,7 +352,7 @@ def test_under_a_chat_template_too_it_is_what_the_judge_was_asked(tmp_path):
 
 
 def test_every_record_of_the_making_is_kept(tmp_path):
-    run = trainer_of(tmp_path, [eft()], engine=Told(SAID))()
+    run = trainer_of(tmp_path, [eft()], engine=Told(SAID))(rehearse=False)
     stage = run.stage("eft")
     ranked = stage.read(RankedReplies)
     assert [(r.id, r.prompt, r.replies, r.ranks) for r in ranked] == [
@@ -375,7 +375,9 @@ def test_every_record_of_the_making_is_kept(tmp_path):
 
 def test_the_counts_and_the_scores_before_and_after_are_reported(tmp_path, caplog):
     caplog.set_level("INFO", "self_rewarding_lm")
-    run = trainer_of(tmp_path, [eft(max_per_score=1)], engine=Told(SAID), quiet=False)()
+    run = trainer_of(tmp_path, [eft(max_per_score=1)], engine=Told(SAID), quiet=False)(
+        rehearse=False
+    )
     assert counted(run) == {
         "instructions": 3,
         "replies": 7,
@@ -408,10 +410,10 @@ def test_a_reply_can_be_accepted_by_itself(tmp_path):
         "eft/2/0/1": ["hm"],
     }
     lenient = eft(accept="reply", num_judgements=1)
-    run = trainer_of(tmp_path / "lenient", [lenient], engine=Told(said))()
+    run = trainer_of(tmp_path / "lenient", [lenient], engine=Told(said))(rehearse=False)
     assert [d.id for d in run.demonstrations("eft")] == ["eft/1/0"]
     with pytest.raises(JudgeError):
-        trainer_of(tmp_path / "strict", [eft(num_judgements=1)], engine=Told(said))()
+        trainer_of(tmp_path / "strict", [eft(num_judgements=1)], engine=Told(said))(rehearse=False)
 
 
 @pytest.mark.parametrize("forced_ending", [False, True, "at_once"])
@@ -420,8 +422,10 @@ def test_judgements_are_written_out_whatever_way_scores_come_in_other_stages(
 ):
     settings = dict(score_mode="expected", forced_ending=forced_ending)
     reward = RewardConfig(**{**dict(REWARD), **settings})
-    run = trainer_of(tmp_path, [eft()], engine=Told(SAID), self_reward_prompt_config=reward)()
-    written = trainer_of(tmp_path / "written", [eft()], engine=Told(SAID))()
+    run = trainer_of(tmp_path, [eft()], engine=Told(SAID), self_reward_prompt_config=reward)(
+        rehearse=False
+    )
+    written = trainer_of(tmp_path / "written", [eft()], engine=Told(SAID))(rehearse=False)
     assert run.demonstrations("eft") == written.demonstrations("eft")
     assert run.judgements("eft") == written.judgements("eft")
     assert {j.source for j in run.judgements("eft")} == {"sampled"}
@@ -434,11 +438,11 @@ def test_no_score_has_more_than_half_of_what_is_kept_unless_asked_otherwise(tmp_
     said = {f"eft/{i}/0/0": ["Score: 4"] for i in range(12)}
     said |= {f"eft/{i}/0/1": [f"Score: {bad[i]}"] for i in range(12)}
     stages = [BuildEFTConfig(ranked_dataset=rows, num_judgements=1)]
-    run = trainer_of(tmp_path, stages, engine=Told(said))()
+    run = trainer_of(tmp_path, stages, engine=Told(said))(rehearse=False)
     assert counted(run)["scores_before"] == {"1": 2, "2": 4, "3": 6, "4": 12}
     assert counted(run)["scores_after"] == {"1": 2, "2": 4, "3": 6, "4": 12}  # 12 of 24 is half
     third = eft(ranked_dataset=rows, num_judgements=1, max_score_share=0.4)
-    run = trainer_of(tmp_path / "third", [third], engine=Told(said))()
+    run = trainer_of(tmp_path / "third", [third], engine=Told(said))(rehearse=False)
     assert counted(run)["scores_after"] == {"1": 2, "2": 4, "3": 6, "4": 8}  # 8 of 20
     assert len(run.demonstrations("eft")) == counted(run)["kept"] == 20
 
@@ -449,7 +453,7 @@ def test_ranks_alone_ask_no_model(tmp_path):
             raise AssertionError("asked")
 
     rows = [*RANKED[:2], {"prompt": "mmm", "replies": ["a", "b", "c"], "ranks": [1, 0, 1]}]
-    run = trainer_of(tmp_path, [ranks(ranked_dataset=rows)], engine=NoEngine())()
+    run = trainer_of(tmp_path, [ranks(ranked_dataset=rows)], engine=NoEngine())(rehearse=False)
     made = run.demonstrations("eft")
     assert [(d.id, d.completion) for d in made] == [
         ("eft/0/0", "Score: 5"),
@@ -496,7 +500,7 @@ def test_a_later_stage_trains_m0_on_instructions_and_judgements(tmp_path):
         sft(name="M1", init_from="initial", train_dataset=[IFT, from_stage("eft")]),
     ]
     model = model64()
-    run = trainer_of(tmp_path, stages, model, engine=Told(SAID))()
+    run = trainer_of(tmp_path, stages, model, engine=Told(SAID))(rehearse=False)
     demonstrations = run.demonstrations("eft")
     rows = run.rows("M1")
     assert len(rows) == len(IFT) + len(demonstrations) == 8
@@ -539,18 +543,18 @@ def test_the_stage_trains_nothing(tmp_path):
 
 
 def test_a_stopped_stage_asks_only_for_what_is_missing(tmp_path):
-    straight = trainer_of(tmp_path / "straight", [eft()], engine=Told(SAID))()
+    straight = trainer_of(tmp_path / "straight", [eft()], engine=Told(SAID))(rehearse=False)
     rows = [*RANKED, *({"prompt": f"p{i}", "replies": ["h", "i"]} for i in range(30))]
     said = dict(SAID)
     for i in range(3, 33):
         said |= {f"eft/{i}/0/0": ["Score: 4"] * 3, f"eft/{i}/0/1": ["Score: 2"] * 3}
     stopped = Told(said, stop_after=150)
     with pytest.raises(KeyboardInterrupt):
-        trainer_of(tmp_path / "run", [eft(ranked_dataset=rows)], engine=stopped)()
+        trainer_of(tmp_path / "run", [eft(ranked_dataset=rows)], engine=stopped)(rehearse=False)
     kept = {j.id for j in Run.open(tmp_path / "run").judgements("eft")}
     assert 0 < len(kept) <= 150 and kept <= set(stopped.asked)
     later = Told(said)
-    run = trainer_of(tmp_path / "run", [eft(ranked_dataset=rows)], engine=later)()
+    run = trainer_of(tmp_path / "run", [eft(ranked_dataset=rows)], engine=later)(rehearse=False)
     judged = {name.rsplit("/", 1)[0] for name in later.asked}
     in_full = [c for c in said if all(f"{c}/j{k}" in kept for k in range(3))]
     assert judged == set(said) - set(in_full) and in_full
@@ -560,14 +564,14 @@ def test_a_stopped_stage_asks_only_for_what_is_missing(tmp_path):
 
 
 def test_a_stage_that_is_done_is_not_done_again(tmp_path):
-    trainer_of(tmp_path, [eft()], engine=Told(SAID))()
+    trainer_of(tmp_path, [eft()], engine=Told(SAID))(rehearse=False)
     silent = Told({})
-    run = trainer_of(tmp_path, [eft()], engine=silent)()
+    run = trainer_of(tmp_path, [eft()], engine=silent)(rehearse=False)
     assert len(run.demonstrations("eft")) == 5 and not silent.asked
 
 
 def test_starting_anew_removes_every_record_of_the_stage(tmp_path):
-    trainer_of(tmp_path, [eft()], engine=Told(SAID))()
+    trainer_of(tmp_path, [eft()], engine=Told(SAID))(rehearse=False)
     run = trainer_of(tmp_path, [ranks()])(overwrite_checkpoints=True)
     assert {d.completion for d in run.demonstrations("eft")} == {"Score: 5", "Score: 3", "Score: 0"}
     assert not run.judgements("eft")
@@ -576,7 +580,7 @@ def test_starting_anew_removes_every_record_of_the_stage(tmp_path):
 def test_nothing_kept_is_an_error_that_says_what_to_try_and_keeps_the_records(tmp_path):
     said = {name: ["as you like it"] * 3 for name in SAID} | {"eft/0/0/0": ["Score: 9"] * 3}
     with pytest.raises(JudgeError) as caught:
-        trainer_of(tmp_path, [eft()], engine=Told(said))()
+        trainer_of(tmp_path, [eft()], engine=Told(said))(rehearse=False)
     words = str(caught.value)
     for hint in ("method='ranks'", "num_judgements", "accept='reply'", "max_new_tokens"):
         assert hint in words
@@ -590,10 +594,10 @@ def test_nothing_kept_is_an_error_that_says_what_to_try_and_keeps_the_records(tm
 
 def test_fewer_than_asked_for_is_an_error_and_none_can_be_allowed(tmp_path, caplog):
     with pytest.raises(JudgeError, match=r"5 kept\. Scores before .*, and min_kept is 6"):
-        trainer_of(tmp_path / "few", [eft(min_kept=6)], engine=Told(SAID))()
+        trainer_of(tmp_path / "few", [eft(min_kept=6)], engine=Told(SAID))(rehearse=False)
     silent = Told({name: ["no idea"] * 3 for name in SAID})
     stages = [eft(min_kept=0), sft(train_dataset=[IFT, from_stage("eft")])]
-    run = trainer_of(tmp_path / "none", stages, engine=silent)()
+    run = trainer_of(tmp_path / "none", stages, engine=silent)(rehearse=False)
     assert run.demonstrations("eft") == [] and len(run.rows("sft")) == len(IFT)
     assert "eft: 7 replies to 3 instructions, 0 with a score" in caplog.text
 

@@ -131,3 +131,15 @@ def test_what_is_written_can_be_read(suffix, tmp_path):
     write_rows(path, ROWS)
     assert read_rows(path, "data") == ROWS
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_brackets_without_end_are_no_json(tmp_path):
+    """Python's reader says RecursionError of them."""
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + "[" * 200_000 + "\n")
+    assert [type(row) for row in read_rows(tmp_path / "rows.jsonl", "data")] == [
+        dict,
+        UnreadableLine,
+    ]
+    (tmp_path / "rows.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="is no JSON"):
+        read_rows(tmp_path / "rows.json", "data")

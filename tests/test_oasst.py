@@ -329,3 +329,24 @@ def test_real_trees_give_disjoint_parts(real):
         for r in (*found.eft_train, *found.eft_eval)
     }
     assert not ranked & set(prompts)
+
+
+@pytest.mark.parametrize(
+    "labels", [None, [], "good", {"quality": 3}, {"quality": {"value": "high"}}]
+)
+def test_a_label_of_another_form_is_no_quality(tmp_path, labels):
+    path = write(tmp_path / "t.jsonl", [tree("t", asked("q", said("a", 0), labels=labels))])
+    found = open_assistant(path, shares=ALL_IFT, min_quality=0.5)
+    assert found.ift == [] and found.left_out == {"low_quality": 1}
+
+
+@pytest.mark.parametrize("rank", [10**400, float("nan"), float("inf"), True])
+def test_a_rank_that_is_no_finite_number_is_refused(tmp_path, rank):
+    path = write(tmp_path / "t.jsonl", [tree("t", asked("q", said("a", rank), said("b", 0)))])
+    with pytest.raises(DataError, match="line 1: message id-a must have a number as rank"):
+        open_assistant(path, shares=ALL_EVAL)
+
+
+def test_an_id_with_half_a_character_is_an_id(tmp_path):
+    path = write(tmp_path / "t.jsonl", [tree("\ud800", asked("q", said("a", 0)))])
+    assert len(open_assistant(path, shares=ALL_IFT).ift) == 1

@@ -622,7 +622,7 @@ def test_each_stage_has_its_own_learning_rate_and_dropout(tmp_path):
         sft(name="two", dropout=0.5, optim=QUICK.model_copy(update={"learning_rate": 1e-3})),
         sft(name="own", dropout=0.2, optim=OptimConfig(batch_size=4, schedule="constant")),
     ]
-    run = trainer_of(tmp_path, stages, module)()
+    run = trainer_of(tmp_path, stages, module)(rehearse=False)
     first = [run.metrics(name)[-1]["learning_rate"] for name in ("one", "two", "own")]
     assert first == pytest.approx([1e-3, 1e-4, 5.5e-6])  # the last step's; the stage's own default
     assert [p for i, p in enumerate(seen) if i == 0 or seen[i - 1] != p] == [0.0, 0.5, 0.2]

@@ -99,7 +99,7 @@ def test_a_judge_that_was_stopped_goes_on_with_its_judgements(tmp_path, kind):
     assert len(kept) >= 64
     counts = Counter(j.candidate_ids[0].rsplit("/", 1)[0] for j in kept)
     trainer = trainer_of(tmp_path / "stopped", [stage(Stopping(JUDGES[kind](), -1))], numerate())
-    resumed = trainer()
+    resumed = trainer(rehearse=False)
     assert records(resumed) == records(straight)
     prompts = [prompt.id for prompt in straight.prompts(0)]
     missing = {prompt for prompt in prompts if counts[prompt] < PER_PROMPT[kind]}

@@ -825,10 +825,11 @@ def test_weights_that_are_there_while_a_stage_trains():
         early_stopper_eval_module=len,
         optim=OptimConfig(checkpoint_every=3),
     )
-    disk = stage_disk(stopping, Work(training=training), 1000, 40)
+    disk = stage_disk(stopping, Work(training=training), 1000, 40, states=500)
     assert disk.kept == Range.of(2000)  # of 7 steps the 3rd and the 6th
-    assert disk.meanwhile == Range.of(3000)  # and the best weights
-    play = SelfPlayConfig(train_dataset=[], iterations=4)
+    assert disk.meanwhile == Range(3000, 6000)  # and the best weights, and two states of training
+    never = OptimConfig(save_state_minutes=None)
+    play = SelfPlayConfig(train_dataset=[], iterations=4, optim=never)
     assert stage_disk(play, Work(training=training), 1000, 40).meanwhile == Range.of(3000)
     assert stage_disk(Custom(), Work(), 1000, 40).meanwhile == NOTHING
 

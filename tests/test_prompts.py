@@ -451,6 +451,7 @@ def test_stopped_anywhere_it_goes_on_from_what_is_on_disk_to_the_same_prompts(tm
     for cut in sorted({0, *ends, *(end - 7 for end in ends)}):
         path = tmp_path / f"cut{cut}"
         path.mkdir()
+        (path / "config.json").write_text("{}")
         (path / "instructions.0.jsonl").write_bytes(data[:cut])
         engine = Scripted(lists)
         again, _ = write(path, engine, **settings)
@@ -567,7 +568,7 @@ def test_where_seeds_are_known_later_it_is_an_error_before_anything_is_written(t
     engine = Scripted({})
     trainer = trainer_of(tmp_path, stages, engine, model=model)
     with pytest.raises(DataError, match="8 examples leave no room"):
-        trainer()
+        trainer(rehearse=False)
     assert not any(engine.weights.values())
 
 
@@ -676,7 +677,8 @@ def test_the_writer_has_the_weights_that_are_asked_for_and_the_policy_keeps_its_
     again = SFTConfig(
         train_dataset=[{"prompt": "a", "completion": "b"}], optim=QUICK, dropout=0.0, name="more"
     )
-    run = trainer_of(tmp_path, [sft(), again, stage(model=who)], engine, model=start)()
+    trainer = trainer_of(tmp_path, [sft(), again, stage(model=who)], engine, model=start)
+    run = trainer(rehearse=False)
     after = {}
     for name in ("sft", "more"):
         loaded = model64()
@@ -832,7 +834,7 @@ def test_with_all_prompts_on_disk_a_resumed_stage_asks_for_no_list(tmp_path):
 
     lists = two_a_list("external_reward")
     with pytest.raises(StopError):
-        trainer_of(tmp_path, [stage()], StopsLater(lists))()
+        trainer_of(tmp_path, [stage()], StopsLater(lists))(rehearse=False)
     assert (tmp_path / "01-external_reward/instructions.jsonl").exists()
     engine = Scripted(lists)
     run = trainer_of(tmp_path, [stage()], engine)()

@@ -109,7 +109,7 @@ def test_third_example_reads_a_reward_prompt_of_ones_own():
         trainer()
     assert "tie" in str(error.value)
     asked = [text for text in judge.prompts if "Pretty please" in text]
-    assert len(asked) == 4
+    assert len(asked) == 2 + 4  # the rehearsal's and the run's
     begin = "Pretty please rate the following user prompt and response User: mock prompt Response: "
     assert asked[0].startswith(begin)  # this decoder shows line breaks as spaces
     scores = [j.score for j in Run.open("./checkpoints").judgements("self_reward")]

@@ -600,3 +600,17 @@ def test_settings_of_pairs_are_not_told_of_a_stage_that_makes_none():
     assert {"dpo_beta", "min_margin"} & names == set()
     assert {"min_score", "fit_from"} <= names
     assert {"dpo_beta", "min_margin"} <= {s.name for s in settings_of(SelfRewardDPOConfig)}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    {
+        "a: !!bool maybe": "'maybe' cannot be read",
+        "a: !!int ''": "'' cannot be read",
+        "a: !!timestamp soon": "'soon' cannot be read",
+        "- " * 1500 + "a": "too many lists or mappings within each other",
+    }.items(),
+)
+def test_values_that_the_reader_of_yaml_breaks_at_are_errors_in_words(text, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_yaml(text, "x", Path())

@@ -679,3 +679,15 @@ def test_a_hugging_face_tokenizer_trains_on_what_is_generated_from():
     assert list(completion) == tokenizer.encode("c<|im_end|>", add_special_tokens=False)
     whole = training_row({"text": text + "c<|im_end|>\n"}, "row", tokens)[0]
     assert list(whole) == tokenizer.encode(text + "c<|im_end|>\n")  # begin token, no second end
+
+
+@pytest.mark.parametrize("speaker", [[], {}, ["human"], 3])
+def test_a_speaker_that_is_no_word_is_refused(speaker):
+    with pytest.raises(DataError, match=r"^row: a turn is"):
+        prompt_of({"conversations": [{"from": speaker, "value": "a"}]}, "row", TOKENS)
+
+
+def test_a_rank_too_large_for_a_float_is_refused():
+    row = {"prompt": "a", "replies": ["b", "c"], "ranks": [0, 10**400]}
+    with pytest.raises(DataError, match=r"^row: ranks must be numbers"):
+        ranked_row(row, "row")

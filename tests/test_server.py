@@ -834,7 +834,7 @@ def test_one_line_makes_another_model_the_annotator(tmp_path):
                 tmp_path,
                 engine=ServerEngine(url=policy.url),
                 self_reward_prompt_config=REWARD,
-            )()
+            )(rehearse=False)
         bodies = server.seen
     judged = run.judgements("self_reward")
     assert len(judged) == len(bodies) == 2 * 6 * 3  # the stage's three judgements each

@@ -11,6 +11,7 @@ from torch import nn
 
 from self_rewarding_lm.config import OptimConfig, RewardConfig, SamplingConfig
 from self_rewarding_lm.errors import RunMismatchError, StoreError
+from self_rewarding_lm.fingerprints import FREE_SETTINGS, describe
 from self_rewarding_lm.records import (
     Candidate,
     Judgement,
@@ -22,10 +23,8 @@ from self_rewarding_lm.records import (
     to_json,
 )
 from self_rewarding_lm.run import (
-    FREE_SETTINGS,
     Run,
     begin_run,
-    describe,
     save_initial,
 )
 from self_rewarding_lm.runtime import Runtime
@@ -120,7 +119,7 @@ def test_merging_makes_one_file_ordered_by_id_with_numbers_as_numbers(tmp_path):
         "sr/10/0/0",
         "sr-2/0/0/0",
     ]
-    assert files(stage.path) == ["candidates.jsonl", "config.json"]
+    assert files(stage.path) == ["candidates.jsonl", "config.json", "files.json"]
 
 
 def write_as_rank(stage, rank, records):
@@ -136,7 +135,7 @@ def test_merging_takes_in_what_the_other_processes_wrote(tmp_path):
     assert {c.id for c in stage.read(Candidate)} == {"a/0/0", "a/1/0", "a/2/0", "a/3/0"}
     stage.merge(Candidate)
     assert [c.id for c in stage.read(Candidate)] == ["a/0/0", "a/1/0", "a/2/0", "a/3/0"]
-    assert files(stage.path) == ["candidates.jsonl", "config.json"]
+    assert files(stage.path) == ["candidates.jsonl", "config.json", "files.json"]
 
 
 def test_merging_again_adds_to_what_was_merged_before(tmp_path):
@@ -164,7 +163,7 @@ def test_merging_leaves_the_files_of_other_kinds_alone(tmp_path):
     stage.append([Prompt("a/0", 0, (1,))])
     stage.append([candidate("a/0/0")])
     stage.merge(Candidate)
-    assert files(stage.path) == ["candidates.jsonl", "config.json", "prompts.0.jsonl"]
+    assert files(stage.path) == ["candidates.jsonl", "config.json", "files.json", "prompts.0.jsonl"]
 
 
 def test_trap_8_stages_have_files_of_their_own(tmp_path):
@@ -637,7 +636,8 @@ def test_other_objects_are_described_by_their_type_so_that_the_next_process_agre
 def test_changes_of_free_settings_do_not_show_and_others_do():
     plain = describe(OptimConfig())
     free = {"micro_batch_tokens": 7, "micro_batch_size": 2, "checkpoint_every": 9}
-    assert set(free) == set(FREE_SETTINGS)
+    free |= {"save_state_every": 3, "save_state_minutes": 1.5}
+    assert set(free) == set(FREE_SETTINGS) - {"checks", "min_parse_rate"}  # of stages
     assert describe(OptimConfig(**free)) == plain
     assert describe(OptimConfig(batch_size=7)) != plain
 

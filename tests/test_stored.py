@@ -82,7 +82,7 @@ def test_a_merge_is_what_sorting_all_lines_in_memory_gives(tmp_path, run, merged
         scattered(folder, seed, merged=merged)
         expected = naive_merge(folder)
         merge_files(folder, KIND)
-        assert [path.name for path in folder.iterdir()] == [f"{KIND}.jsonl"]
+        assert sorted(p.name for p in folder.iterdir()) == [f"{KIND}.jsonl", "files.json"]
         assert (folder / f"{KIND}.jsonl").read_text(encoding="utf-8") == expected
         merge_files(folder, KIND)
         assert (folder / f"{KIND}.jsonl").read_text(encoding="utf-8") == expected
@@ -278,10 +278,16 @@ def test_records_of_which_one_cannot_be_made_are_not_there(tmp_path):
 def test_a_torn_line_longer_than_what_is_looked_through_at_once_is_cut_off(
     tmp_path, length, monkeypatch
 ):
-    monkeypatch.setattr("self_rewarding_lm.store.BLOCK", 6)
+    monkeypatch.setattr("self_rewarding_lm.lines.BLOCK", 6)
     stage = stage_dir(tmp_path)
     path = tmp_path / f"{KIND}.0.jsonl"
     for held in ([], [candidate("a/0")]):
         write(path, held, torn="ü" * length)
         stage.append([candidate("a/1")])
         assert path.read_text() == "".join(map(line_of, [*held, candidate("a/1")]))
+
+
+def test_brackets_without_end_are_a_damaged_record(tmp_path):
+    (tmp_path / f"{KIND}.jsonl").write_text("[" * 200_000 + "\n")
+    with pytest.raises(StoreError, match="line 1, is no JSON"):
+        Stored(Candidate, tmp_path)

@@ -116,17 +116,15 @@ def same(one, other):
 def test_each_stage_has_its_own_files_and_done_comes_with_each(tmp_path):
     run = trainer_of(tmp_path, [sft(), self_reward()])()
     files = {name: set(os.listdir(tmp_path / name)) for name in ("01-sft", "02-self_reward")}
-    assert files["01-sft"] == {"config.json", "rows.jsonl", "metrics.jsonl", "model", "done.json"}
+    shared = {"config.json", "metrics.jsonl", "model", "done.json", "files.json"}
+    assert files["01-sft"] == {"rows.jsonl", *shared}
     assert files["02-self_reward"] == {
-        "config.json",
         "prompts.jsonl",
         "candidates.jsonl",
         "judgements.jsonl",
         "pairs.jsonl",
         "reference.jsonl",
-        "metrics.jsonl",
-        "model",
-        "done.json",
+        *shared,
     }
     assert run.info["seed"] == 0 and run.info["versions"]["torch"] == torch.__version__
 
@@ -290,12 +288,12 @@ def test_another_source_stage_is_another_setting(tmp_path):
         trainer_of(tmp_path, stages("b"))()
 
 
-def test_the_curve_of_an_attempt_that_was_stopped_is_kept_apart(tmp_path):
+def test_the_curve_of_a_stage_that_was_stopped_is_written_once(tmp_path):
     calls = []
 
     def evaluate(model):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise StopError
         return 0.0
 
@@ -306,19 +304,22 @@ def test_the_curve_of_an_attempt_that_was_stopped_is_kept_apart(tmp_path):
             run = trainer_of(tmp_path, [stage])()
         except StopError:
             continue
-    steps = [m["step"] for m in run.metrics(0) if "loss" in m]
-    assert steps == list(range(1, 7))
-    assert (tmp_path / "01-sft" / "metrics.attempt-1.jsonl").exists()
+    assert [m["step"] for m in run.metrics(0) if "loss" in m] == list(range(1, 7))
+    scores = [m["step"] for m in run.metrics(0) if "early_stopping/score" in m]
+    assert scores == list(range(7))
+    assert len([m for m in run.metrics(0) if "rows/truncated" in m]) == 1
 
 
 def test_responses_of_other_weights_are_not_taken_for_the_models_own(tmp_path):
     broken = RewardConfig(prompt_template=JUDGE.prompt_template, parse_reward=lambda text: 1 / 0)
     with pytest.raises(JudgeError, match="ZeroDivisionError"):
-        trainer_of(tmp_path, [self_reward()], self_reward_prompt_config=broken)()
+        trainer_of(tmp_path, [self_reward()], self_reward_prompt_config=broken)(rehearse=False)
     assert Run.open(tmp_path).candidates(0)
     other = model64(seed=1)
     with pytest.raises(RunMismatchError, match="other weights"):
-        trainer_of(tmp_path, [self_reward()], other, self_reward_prompt_config=broken)()
+        trainer_of(tmp_path, [self_reward()], other, self_reward_prompt_config=broken)(
+            rehearse=False
+        )
 
 
 def test_a_run_that_is_done_is_loaded_and_nothing_is_trained_again(tmp_path):
@@ -453,27 +454,15 @@ def test_a_run_with_deleted_weights_goes_on_from_the_last(tmp_path):
     assert same(weights_of(again.unwrapped_model), weights_of(straight.unwrapped_model))
 
 
-def test_an_old_checkpoint_converted_as_the_migration_page_says_is_started_from(
-    tmp_path, monkeypatch
-):
+def test_an_old_checkpoint_is_read_as_the_migration_page_says(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "migrating.md").read_text(encoding="utf-8")
-    [code] = [
-        text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "save_file" in text
-    ]
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [code] = [text for text in blocks if "import_checkpoint" in text]
     monkeypatch.chdir(tmp_path)
-    old = model64(seed=3)
+    old, model = model64(seed=3), model64()
     torch.save({"model": old.state_dict()}, "1.sft.ckpt.pt")
-    exec(code, {})
-    seen = {}
-
-    class Look(FinetuneConfig):
-        folder_name = "look"
-
-        def run(self, ctx, out):
-            seen.update(weights_of(ctx.model.module))
-
-    trainer_of(tmp_path / "run", [Look(init_from="m1.safetensors")])()
-    assert same(weights_of(old), seen)
+    exec(code, {"model": model})
+    assert same(weights_of(old), weights_of(model))
 
 
 def test_the_context_swaps_earlier_weights_in_and_back(tmp_path):
@@ -927,8 +916,8 @@ def test_a_mistake_is_a_clear_error_before_any_training(mistake, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_stage_by_name(tmp_path):
-    with pytest.raises(TrainingError, match=r"'sft', step 1 of .* rows: sft/"):
-        trainer_of(tmp_path, [sft()], Nan())()
+    with pytest.raises(TrainingError, match=r"'sft', step 1 of .* the loss is nan. In: sft/"):
+        trainer_of(tmp_path, [sft()], Nan())(rehearse=False)
     assert not Run.open(tmp_path).is_done("sft")
 
 

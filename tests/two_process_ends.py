@@ -29,7 +29,8 @@ def main(judge: str, folder: str, *only: str) -> None:
     function = {"fails": fails_on_one, "waits": takes_its_time, "counts": counts}[judge]
     stages = [sft(), external(reward_model=function)]
     stages = stages[: len(only)] or stages
-    trainer_of(Path(folder) / "run", stages, model64(), accelerate_kwargs=dict(cpu=True))()
+    options = dict(accelerate_kwargs=dict(cpu=True))
+    trainer_of(Path(folder) / "run", stages, model64(), **options)(rehearse=False)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,12 @@ class StageDisk:
     records: Range
 
 
-def stage_disk(stage: FinetuneConfig, work: Work, weights: int, vocab: int) -> StageDisk:
-    """What a stage writes. weights: bytes of a folder of weights; vocab: of the model."""
+def stage_disk(
+    stage: FinetuneConfig, work: Work, weights: int, vocab: int, *, states: int | None = 0
+) -> StageDisk:
+    """What a stage writes. weights: bytes of a folder of weights; vocab: of the model; states: of
+    what its optimiser keeps. A state of training is written beside the one before; a stage that is
+    through before one is due has none."""
     meanwhile = kept = NOTHING
     if isinstance(stage, TrainingConfig):
         steps = work.training.steps if work.training is not None else UNKNOWN
@@ -40,6 +44,10 @@ def stage_disk(stage: FinetuneConfig, work: Work, weights: int, vocab: int) -> S
         if every is not None:
             most = None if steps.most is None else steps.most // every
             kept = Range(steps.least // every, most).times(weights)
+        saves = (stage.optim.save_state_every, stage.optim.save_state_minutes) != (None, None)
+        if saves:
+            most = None if states is None else 2 * (weights + states)
+            meanwhile = meanwhile + Range(0, most)
         if stage.early_stopper_eval_module is not None:
             meanwhile = meanwhile + Range.of(weights)
         if isinstance(stage, SelfPlayConfig):

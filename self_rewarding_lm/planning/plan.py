@@ -133,7 +133,7 @@ def _stage_plan(
     device: Device,
     machine: Machine | None,
 ) -> StagePlan:
-    engine, phases, fitting = LocalEngine(), [], None
+    engine, phases, fitting, optimizer = LocalEngine(), [], None, 0
     for label, asking in ((GENERATING, work.candidates), (JUDGING, work.judgements)):
         if asking.here and asking.count != NOTHING:
             phases.append(sampling_phase(label, asking, shape, device, engine))
@@ -145,7 +145,7 @@ def _stage_plan(
             plain, again = (fitting_tokens(*settings, again=again) for again in (False, True))
             fitting = Fitting(plain, again)
     seconds = None if machine is None else _seconds(stage, work, shape, machine, engine)
-    disk = stage_disk(stage, work, shape.saved_bytes, shape.vocab)
+    disk = stage_disk(stage, work, shape.saved_bytes, shape.vocab, states=optimizer)
     return StagePlan(name, type(stage).__name__, work, tuple(phases), seconds, disk, fitting)
 
 

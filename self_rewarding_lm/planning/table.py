@@ -176,11 +176,10 @@ def _totals(plan: RunPlan) -> Iterator[str]:
     else:
         stage, phase = peak
         yield f"Peak memory: {_size(phase.peak or 0)}, stage {stage.name}, {phase.name}."
-    parts = [f"weights {_range(disk.weights, _size)}", f"records {_range(disk.records, _size)}"]
-    if disk.initial:
-        parts.insert(0, f"initial weights {_size(disk.initial)}")
+    weights = disk.weights + Range.of(disk.initial)
+    parts = [f"weights {_range(weights, _size)}", f"records {_range(disk.records, _size)}"]
     if disk.meanwhile != NOTHING:
-        parts.append(f"while a stage trains {_range(disk.meanwhile, _size)}")
+        parts.append(f"training {_range(disk.meanwhile, _size)}")
     yield f"Disk: {_range(disk.total, _size)} ({', '.join(parts)})."
 
 

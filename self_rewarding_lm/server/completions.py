@@ -132,7 +132,7 @@ class Speaker:
         text = str(choice.get("text") or "")
         given, how = given_ids(choice), None
         if given is None:
-            ids, how = self.tokens.encode_part(text) if text else (), RE_ENCODED
+            ids, how = self.tokens.encode_data(text) if text else (), RE_ENCODED
         else:
             ids = self.tokens.checked(given, "of the server's answer")
         if finish == "stop" and not _by_text(choice, text, ids, decoding):

@@ -24,7 +24,7 @@ from self_rewarding_lm.server.completions import (
     check_sampling,
     find_abilities,
 )
-from self_rewarding_lm.server.http_client import Body, HttpClient
+from self_rewarding_lm.server.http_client import Body, HttpClient, check_openai
 from self_rewarding_lm.server.process import LaunchedServer, check_command
 from self_rewarding_lm.tokens import Tokens
 
@@ -74,6 +74,7 @@ class ServerEngine:
             )
         if max_in_flight < 1 or max_retries < 0 or top_logprobs < 1:
             raise ConfigError("max_in_flight and top_logprobs must be >= 1, max_retries >= 0.")
+        check_openai()
         if launch is not None:
             check_command(launch)
         self.url, self.model, self.launch, self.folder = url, model, launch, folder

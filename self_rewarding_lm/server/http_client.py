@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
@@ -81,6 +82,7 @@ class HttpClient:
         first_wait: float = 0.5,
         longest_wait: float = 30.0,
     ) -> None:
+        check_openai()
         self.url = url.rstrip("/").removesuffix("/v1")
         if not re.match(r"https?://", self.url):
             raise ConfigError(f"url must begin with http:// or https://; got {url!r}.")
@@ -256,6 +258,12 @@ def _open(url: str, api_key: str | None, timeout: float) -> Any:
         timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
         max_retries=0,
     )
+
+
+def check_openai() -> None:
+    """Raise ConfigError where the openai package is not installed; imports nothing."""
+    if find_spec("openai") is None:
+        raise ConfigError(MISSING)
 
 
 def _openai() -> Any:

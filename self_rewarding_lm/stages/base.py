@@ -10,21 +10,32 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from self_rewarding_lm.checks import Checker, ChecksConfig, not_finite
 from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, OnBadRow, Rows
-from self_rewarding_lm.errors import ConfigError, DataError, PairingError, TokenizerError
-from self_rewarding_lm.fit import EarlyStopping, Fit
+from self_rewarding_lm.early_stopping import EarlyStopping
+from self_rewarding_lm.errors import (
+    ConfigError,
+    DataError,
+    PairingError,
+    SelfRewardingError,
+    TokenizerError,
+)
+from self_rewarding_lm.fit import Fit
 from self_rewarding_lm.lines import Picked
 from self_rewarding_lm.objectives import Objective, PreferenceObjective
 from self_rewarding_lm.optimizers import check_optimizer
 from self_rewarding_lm.records import Candidate, PreferencePair, Record
 from self_rewarding_lm.reference import StoredReference
+from self_rewarding_lm.rehearsal import Trial
 from self_rewarding_lm.rows import truncated
 from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.stored import Stored
 
 logger = logging.getLogger(__name__)
+
+Ids = tuple[int, ...]
 
 
 class TrainingConfig(FinetuneConfig):
@@ -52,6 +63,8 @@ class TrainingConfig(FinetuneConfig):
     """How weights are fitted."""
     on_bad_row: OnBadRow = "raise"
     """A row that cannot be used: an error that names it; or "skip", it is left out and counted."""
+    checks: ChecksConfig = ChecksConfig()
+    """Numbers that go wrong, and what happens then."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
@@ -73,14 +86,13 @@ class TrainingConfig(FinetuneConfig):
         if self.optim.gradient_checkpointing:
             with ctx.model.checkpointing():  # raises where the model cannot
                 pass
+        if not any(p.requires_grad for p in ctx.model.module.parameters()):
+            raise ConfigError(
+                f"{ctx.stage}: no weight of the model requires a gradient, so nothing can be "
+                "trained. Call requires_grad_(True) on what shall be."
+            )
         for rows in ctx.rows.values():
-            bad = BadRows(self.on_bad_row)
-            for place in rows.preview():
-                where = rows.where(place)
-                with bad.tolerated(where):
-                    self.check_row(rows.peek(place), where, ctx)
-            if bad.count:
-                bad.report(rows.name, len(rows), warn=False)
+            check_rows(rows, self.on_bad_row, lambda row, where: self.check_row(row, where, ctx))
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         """Raise DataError or TokenizerError where the stage could not use a row."""
@@ -117,9 +129,15 @@ class TrainingConfig(FinetuneConfig):
             early_stopping=stopping,
             round=round,
             first_step=first_step,
+            checks=self.checks,
         )
         logger.info("%s: %d rows, %d steps", ctx.stage, len(objective), training.total)
         return training.run()
+
+    def try_fit(self, ctx: Context, out: StageDir, objective: Objective) -> None:
+        """The loss of an objective's first row and its gradient, and no step; for `rehearse`."""
+        optim = self.optim.completed(*self.default_learning_rates, self.default_epochs)
+        Trial(ctx, out, objective, optim, num_train_steps=1, dropout=self.dropout).run()
 
 
 class PreferenceConfig(TrainingConfig):
@@ -143,8 +161,52 @@ class PreferenceConfig(TrainingConfig):
         reference = StoredReference(
             ctx, out, token_budget=self.optim.micro_batch_tokens, round=round
         )
-        cut = cut_pairs(ctx, out, pairs, self.max_seq_len)
-        return PreferenceObjective(cut, reference.sums(cut), beta or self.dpo_beta, self.nll_weight)
+        cut = cut_pairs(ctx, out, pairs, self.max_seq_len, checks=self.checks)
+        sums = reference.sums(cut)
+        bad = [i for i, s in enumerate(sums) if not math.isfinite(s.chosen + s.rejected)]
+        if bad:
+            raise not_finite(
+                f"stage {ctx.stage!r}, before step 1",
+                "reference log-probs are not finite",
+                [cut[i].id for i in bad],
+                "The weights that the stage begins with give them no finite probability: they are "
+                "damaged, too large for their type, or have logits of -inf. Begin with earlier "
+                f"weights (init_from), and delete reference.jsonl in {out.path} before.",
+            )
+        return PreferenceObjective(cut, sums, beta or self.dpo_beta, self.nll_weight)
+
+    def try_pair(
+        self, ctx: Context, out: StageDir, prompt_ids: Ids, chosen_ids: Ids, rejected_ids: Ids
+    ) -> None:
+        """`try_fit` on one pair; where both responses are the same, another token ends one."""
+        if chosen_ids == rejected_ids:
+            other = (chosen_ids[-1] + 1) % ctx.model.vocab
+            rejected_ids = (*chosen_ids[:-1], other)
+        pair = PreferencePair(f"{ctx.stage}/pair", prompt_ids, chosen_ids, rejected_ids)
+        self.try_fit(ctx, out, self.objective(ctx, out, [pair]))
+
+
+def check_rows(rows: Rows, on_bad_row: OnBadRow, check: Callable[[Any, str], Any]) -> None:
+    """Look at all rows that can be looked at before the run. check: of a row and its place.
+
+    Raises DataError or TokenizerError for a bad one (with "skip": where all are), and DataError
+    with its place where the dataset or the tokenizer itself raises something.
+    """
+    bad = BadRows(on_bad_row)
+    for place in rows.preview():
+        where = rows.where(place)
+        try:
+            with bad.tolerated(where):
+                check(rows.peek(place), where)
+        except SelfRewardingError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{where}: {type(error).__name__}: {error}. The dataset or the tokenizer raised "
+                "this for the row."
+            ) from error
+    if bad.count:
+        bad.report(rows.name, len(rows), warn=False)
 
 
 def read_once(
@@ -156,12 +218,14 @@ def read_once(
     make: Callable[[int, str], Record],
     *,
     on_bad_row: OnBadRow = "raise",
+    check: Callable[[], None] | None = None,
 ) -> Stored[Record]:
     """A dataset's rows as records `<name>/<row>`: from disk, or read, stored and used.
 
     make: (row, record id) -> record. With on_bad_row="skip" the rows are on disk in full once the
     records of all processes were merged, however many were left out; those are logged as
-    `rows/skipped`. Raises DataError where the dataset is empty, on every process.
+    `rows/skipped`. check: called on the main process when all rows were made; where it raises none
+    of them is stored. Raises DataError where the dataset is empty, on every process.
     """
 
     def is_ours(record_id: str) -> bool:
@@ -176,20 +240,24 @@ def read_once(
         failure = None
         if ctx.runtime.is_main:
             try:
-                out.append(_made(rows, name, make, on_bad_row))
+                out.append(_made(rows, name, make, on_bad_row, check))
             except (DataError, TokenizerError) as error:
                 failure = error
         failure = ctx.runtime.from_main(failure)
         if failure is not None:
             raise failure
-        out.merge(record_type)
+    out.merge(record_type)
     if skips:
         out.log({"step": 0, "rows/skipped": len(rows) - len(found)})
     return found
 
 
 def _made(
-    rows: Rows, name: str, make: Callable[[int, str], Record], on_bad_row: OnBadRow
+    rows: Rows,
+    name: str,
+    make: Callable[[int, str], Record],
+    on_bad_row: OnBadRow,
+    check: Callable[[], None] | None,
 ) -> Iterator[Record]:
     """Records of all rows that can be used."""
     bad = BadRows(on_bad_row)
@@ -200,14 +268,22 @@ def _made(
         if made is not None:
             yield made
     bad.report(rows.name, len(rows))
+    if check is not None:
+        check()
 
 
 def cut_pairs(
-    ctx: Context, out: StageDir, pairs: Sequence[PreferencePair], max_seq_len: int | None
+    ctx: Context,
+    out: StageDir,
+    pairs: Sequence[PreferencePair],
+    max_seq_len: int | None,
+    *,
+    checks: ChecksConfig | None = None,
 ) -> Sequence[PreferencePair]:
     """Pairs with both responses cut alike to the length limit, each cut when it is asked for.
 
-    Those that become equal are left out. Raises PairingError where none is left.
+    Those that become equal are left out. Raises PairingError where none is left, and where the
+    checks `rows_truncated` (a DataError) and `equal_after_cut` are set to "error".
     """
     limit, cut, kept = ctx.limit(max_seq_len), 0, array("q")
 
@@ -219,15 +295,17 @@ def cut_pairs(
         cut += lost
         if short.chosen_ids != short.rejected_ids:
             kept.append(place)
-    report_cut(ctx, out, cut, limit)
-    if len(kept) < len(pairs):
-        logger.warning(
-            "%s: %d pairs left out: chosen and rejected are equal once cut to max_seq_len %s.",
-            ctx.stage,
-            len(pairs) - len(kept),
-            limit,
+    out.log({"step": 0, "rows/truncated": cut})
+    checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main)
+    see_cut(checker, cut, 2 * len(pairs), limit)
+    if kept:
+        checker.see(
+            "equal_after_cut",
+            1 - len(kept) / len(pairs),
+            f"{len(pairs) - len(kept)} of {len(pairs)} pairs left out: chosen and rejected are "
+            f"equal once cut to max_seq_len {limit}. Raise it, or make responses differ sooner.",
         )
-    if not kept:
+    else:
         raise PairingError(
             f"{ctx.stage}: no pair is left to train on ({len(pairs)} before cutting to "
             f"max_seq_len {limit})."
@@ -255,14 +333,12 @@ def report_unanswered(ctx: Context, out: StageDir, candidates: Iterable[Candidat
         logger.warning("%s: rows without an answer of the server: %s", ctx.stage, found)
 
 
-def report_cut(ctx: Context, out: StageDir, cut: int, limit: int | None) -> None:
-    """Log `rows/truncated`, and warn of sequences that lost their end."""
-    out.log({"step": 0, "rows/truncated": cut})
-    if cut:
-        logger.warning(
-            "%s: %d sequences were longer than %s tokens (max_seq_len) and were cut at the end; "
-            "they lost their end token.",
-            ctx.stage,
-            cut,
-            limit,
-        )
+def see_cut(checker: Checker, cut: int, sequences: int, limit: int | None) -> None:
+    """Check `rows_truncated`: sequences that lost their end."""
+    checker.see(
+        "rows_truncated",
+        cut / max(1, sequences),
+        f"{cut} sequences of {sequences} were longer than {limit} tokens (max_seq_len) and were "
+        "cut at the end; they lost their end token, so an end is not learnt from them. Raise "
+        "max_seq_len, or leave long rows out.",
+    )

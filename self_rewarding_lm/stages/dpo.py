@@ -39,6 +39,10 @@ class DPOConfig(PreferenceConfig):
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs), valid=valid)
 
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        pairs = self._pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        self.try_fit(ctx, out, self.objective(ctx, out, pairs))
+
     def _pairs(
         self, ctx: Context, rows: Rows, name: str, out: StageDir
     ) -> Sequence[PreferencePair]:

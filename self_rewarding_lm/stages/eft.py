@@ -12,15 +12,17 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from self_rewarding_lm.batching import batched
 from self_rewarding_lm.config import FinetuneConfig, Object, RewardConfig, SamplingConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import BadRows, OnBadRow
+from self_rewarding_lm.datasets import OnBadRow
 from self_rewarding_lm.errors import DataError, JudgeError
 from self_rewarding_lm.evaluate import Asked, as_candidates
-from self_rewarding_lm.judges import FIRST_LOOK, SelfJudge, check_judge_prompt
+from self_rewarding_lm.judges import FIRST_LOOK, MIN_ANSWER_TOKENS, SelfJudge, check_judge_prompt
 from self_rewarding_lm.ranked import ranked_row
 from self_rewarding_lm.records import Candidate, Demonstration, Judgement, Prompt, RankedReplies
-from self_rewarding_lm.stages.base import read_once
+from self_rewarding_lm.rehearsal import short
+from self_rewarding_lm.stages.base import check_rows, read_once
 from self_rewarding_lm.stages.targets import (
     Accept,
     first_agreeing,
@@ -82,13 +84,11 @@ class BuildEFTConfig(FinetuneConfig):
         if self.method == "ranks":
             score_targets(reward, ctx.stage)
         rows = ctx.rows["ranked_dataset"]
-        bad = BadRows(self.on_bad_row)
-        for place in rows.preview():
-            where = rows.where(place)
-            with bad.tolerated(where):
-                ranked_replies(rows.peek(place), where, f"{ctx.stage}/{place}", ctx)
-        if bad.count:
-            bad.report(rows.name, len(rows), warn=False)
+        check_rows(rows, self.on_bad_row, lambda row, where: self.check_row(row, where, ctx))
+
+    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+        """Raise DataError or TokenizerError where a row is no ranking."""
+        ranked_replies(row, where, f"{ctx.stage}/0", ctx)
 
     def run(self, ctx: Context, out: StageDir) -> None:
         rows = ctx.rows["ranked_dataset"]
@@ -100,6 +100,14 @@ class BuildEFTConfig(FinetuneConfig):
             ctx, out, rows, RankedReplies, ctx.stage, make, on_bad_row=self.on_bad_row
         )
         Builder(self, ctx, out, self._reward(ctx), ranked).build()
+
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        fewer = {
+            "judging": short(self.judging, MIN_ANSWER_TOKENS),
+            "num_judgements": 1,
+            "min_kept": 0,
+        }
+        self.model_copy(update=fewer).run(ctx, out)
 
     def reward_names(self) -> tuple[str, ...]:
         return (self.self_reward_config_keyname,)
@@ -164,10 +172,11 @@ class Builder:
         known = {j.id for j in self.out.known(Judgement)}
         missing = [(p, [c for c in own if not _judged(c, count, known)]) for p, own in self.asked]
         mine = ctx.runtime.share([(p, own) for p, own in missing if own])
-        found = iter(self.judge.judge(ctx, [p for p, _ in mine], [own for _, own in mine]))
+        judged = self.judge.judge(ctx, [p for p, _ in mine], [own for _, own in mine])
+        found = batched(ctx.runtime.stopping.between(judged), FIRST_LOOK)
         total = count * sum(len(own) for _, own in mine)
         with ctx.runtime.progress(total, f"{ctx.stage}: judging", "judgement") as bar:
-            while batch := list(islice(found, FIRST_LOOK)):
+            for batch in found:
                 self.out.append([j for j in batch if j.id not in known])
                 bar.update(len(batch))
         self.out.merge(Judgement)

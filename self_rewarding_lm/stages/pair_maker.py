@@ -6,11 +6,12 @@ Knows nothing of training; what the settings mean is in `sampled`.
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from self_rewarding_lm.batching import batched
+from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, PairingError
@@ -22,13 +23,12 @@ from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.stored import Groups
 from self_rewarding_lm.tally import StageTally, together
+from self_rewarding_lm.watching import JudgeWatcher
 
 if TYPE_CHECKING:
     from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
 logger = logging.getLogger(__name__)
-
-SHOWN = 3  # texts of a judge that cannot be read, in the error
 
 
 class PairMaker:
@@ -51,9 +51,10 @@ class PairMaker:
         self.candidates: dict[str, list[Candidate]] = {}
         """Of the prompts of the block, as are the judgements."""
         self.judgements: dict[str, list[Judgement]] = {}
-        self.scored = self.judged = 0
-        self.unread: list[Judgement] = []
-        """The first without a score, to show."""
+        self.checker = Checker(config.checks, ctx.stage, warns=ctx.runtime.is_main)
+        self.watcher = JudgeWatcher(
+            self.checker, min_parse_rate=config.min_parse_rate, world=ctx.runtime.world
+        )
         self.bad = BadRows(config.on_bad_row)
         self.tally = StageTally()
 
@@ -100,7 +101,8 @@ class PairMaker:
         made = [(prompt.id, self._made(prompt, drops)) for prompt in mine]
         for prompt in mine:
             self.tally.add(self.candidates[prompt.id], self.judgements[prompt.id])
-        failures = [text for text in self.ctx.runtime.gather([unreadable]) if text]
+        failure = unreadable or self.watcher.see_scores(self.tally.judge)
+        failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
             raise JudgeError(failures[0])
         found = self.ctx.runtime.gather([(made, drops)])
@@ -110,6 +112,38 @@ class PairMaker:
         order = {self._prompt_id(place): place for place in block}
         in_order = sorted((item for part, _ in found for item in part), key=lambda i: order[i[0]])
         return [record for _, records in in_order for record in records], merged
+
+    def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
+        """The shortest prompt, its candidates, and what is made of them where it can be.
+
+        Judgements that cannot be read have scores of the judge's scale instead, if that is known.
+        """
+        prompts = self._prompts(range(len(self.ctx.rows["prompt_dataset"])))
+        if not prompts:  # seeds of new prompts may be longer than a prompt
+            prompts = [Prompt(self._prompt_id(0), 0, (0,), self.ctx.tokens.decode((0,)))]
+        prompt = min(prompts, key=lambda p: len(p.ids))
+        self.candidates, self.judgements = {prompt.id: []}, {prompt.id: []}
+        self._sample([prompt])
+        failure = self._judge([prompt])
+        if failure is not None:
+            raise JudgeError(failure)
+        told, scale = self.judgements[prompt.id], self.config.score_scale(self.ctx)
+        if told and all(j.reason == "too_long" for j in told):
+            raise JudgeError(
+                f"{self.ctx.stage}: the judge's prompt with the shortest of the first "
+                f"{len(prompts)} prompts ({len(prompt.ids)} tokens) and an answer of two tokens "
+                "leaves the judge no room to answer. Use a shorter reward prompt."
+            )
+        found = [replace(c, finished=None) for c in self.candidates[prompt.id]]
+        self.candidates[prompt.id] = found
+        if scale is not None:
+            self.judgements[prompt.id] = [
+                replace(j, score=scale[j.candidate_ids[0] == found[0].id], reason=None)
+                if j.score is None
+                else j
+                for j in told
+            ]
+        return prompt, found, self._made(prompt, DropCounts())
 
     def _prompt_id(self, place: int) -> str:
         passed, row = divmod(place, len(self.ctx.rows["prompt_dataset"]))
@@ -133,11 +167,10 @@ class PairMaker:
     def _sample(self, prompts: Sequence[Prompt]) -> None:
         count = self.config.num_candidate_responses
         missing = [p for p in prompts if len(self.candidates[p.id]) < count]
-        for prompt in missing:
-            self.candidates[prompt.id] = []
-        limit = self.config.max_seq_len
-        sampled = rollout(self.ctx, missing, self.config.generation, count, max_seq_len=limit)
-        for batch in _batched(sampled):
+        known = {c.id for prompt in missing for c in self.candidates[prompt.id]}
+        limit, how = self.config.max_seq_len, self.config.generation
+        sampled = rollout(self.ctx, missing, how, count, max_seq_len=limit, known=known)
+        for batch in batched(sampled, FIRST_LOOK):
             self.out.append(batch)
             for candidate in batch:
                 self.candidates[candidate.prompt_id].append(candidate)
@@ -145,24 +178,28 @@ class PairMaker:
             self.candidates[prompt.id].sort(key=_sample_of)
 
     def _judge(self, prompts: Sequence[Prompt]) -> str | None:
-        """Judge what is not judged; words about an unreadable judge, else None."""
+        """Judge what is not judged; words about a judge that cannot be used, else None."""
         for prompt in prompts:
-            self._count(self.judgements[prompt.id])
+            self.watcher.count(self.judgements[prompt.id])
         missing = [p for p in prompts if not self._is_judged(p)]
         groups = [[self._shown(c) for c in self._given(p)] for p in missing]
-        unreadable = self._unreadable()
-        if unreadable is not None or not missing:
-            return unreadable
+        failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
+        if failure is not None or not missing:
+            return failure
         known = {j.id for p in missing for j in self.judgements[p.id]}
-        for batch in _batched(self.judge.judge(self.ctx, missing, groups)):
-            new = [j for j in batch if j.id not in known]
+        judged = self.judge.judge(self.ctx, missing, groups)
+        for batch in batched(self.ctx.runtime.stopping.between(judged), FIRST_LOOK):
+            new = [_finite(j) for j in batch if j.id not in known]
+            self.watcher.count(new)
+            failure = self.watcher.see_new(new)
+            if failure is not None:
+                return failure
             self.out.append(new)
             for judgement in new:
                 self.judgements.setdefault(_prompt_id_of(judgement), []).append(judgement)
-            self._count(new)
-            unreadable = self._unreadable()
-            if unreadable is not None:
-                return unreadable
+            failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
+            if failure is not None:
+                return failure
         return None
 
     def _is_judged(self, prompt: Prompt) -> bool:
@@ -206,31 +243,8 @@ class PairMaker:
         body = list(candidate.ids)
         while body and body[-1] in self.ctx.tokens.end_ids:
             body.pop()
-        ids = (*self.ctx.tokens.encode_part(text), *candidate.ids[len(body) :])
+        ids = (*self.ctx.tokens.encode_data(text), *candidate.ids[len(body) :])
         return replace(candidate, text=text, ids=ids)
-
-    def _count(self, judgements: Sequence[Judgement]) -> None:
-        self.judged += len(judgements)
-        without = [j for j in judgements if j.score is None]
-        self.scored += len(judgements) - len(without)
-        self.unread += without[: SHOWN - len(self.unread)]
-
-    def _unreadable(self) -> str | None:
-        look = math.ceil(FIRST_LOOK / self.ctx.runtime.world)
-        if self.judged < look or self.scored >= self.config.min_parse_rate * self.judged:
-            return None
-        texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in self.unread)
-        return (
-            f"{self.ctx.stage}: only {self.scored} of {self.judged} judgements "
-            f"({self.scored / self.judged:.0%}) gave a score; at least "
-            f"{self.config.min_parse_rate:.0%} must. Three of the judge's texts:\n{texts}\n"
-            "Change one of these: train the model on judge examples first (an SFT stage); make the "
-            "reward prompt's reward_regex_template, score_range or parse_reward fit what the judge "
-            "writes; set its forced_ending, which takes a score where none is written; raise "
-            "judging.max_new_tokens if its texts are cut off; use another "
-            "rewarding_model; or lower min_parse_rate. All records made so far are kept in "
-            f"{self.out.path}."
-        )
 
     def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
         """The score of each of one prompt's candidates by its id."""
@@ -281,14 +295,23 @@ class PairMaker:
         )
         if kept == 0:
             raise self._nothing_made(tally.prompts, drops)
-        if wanted is not None and kept < wanted:
-            logger.warning(
-                "%s: %d %ss instead of %d after max_prompt_passes over the prompts; training "
-                "goes on with these.",
-                self.ctx.stage,
-                kept,
-                self.noun,
-                wanted,
+        self._see_pairs(tally.prompts, drops, wanted)
+
+    def _see_pairs(self, prompts: int, drops: DropCounts, wanted: int | None) -> None:
+        made = drops.kept + drops.prompts["surplus"]
+        self.checker.see(
+            "pairs_per_prompt",
+            made / max(1, prompts),
+            f"{prompts} prompts gave {made} {self.noun}s; dropped: {drops.in_words()}. The most "
+            "frequent reason says what to change.",
+        )
+        if wanted is not None:
+            self.checker.see(
+                "few_pairs",
+                drops.kept / wanted,
+                f"{drops.kept} {self.noun}s instead of {wanted} after max_prompt_passes over the "
+                f"prompts; dropped: {drops.in_words()}. Give more prompts or passes, or change "
+                "what the most frequent reason says; training goes on with these by default.",
             )
 
 
@@ -300,8 +323,8 @@ def _sample_of(candidate: Candidate) -> int:
     return int(candidate.id.rsplit("/", 1)[1])
 
 
-def _batched(records: Any, size: int = FIRST_LOOK) -> Iterator[list[Any]]:
-    """Records in lists of `size`, so that the disk is not opened for each."""
-    records = iter(records)
-    while batch := list(islice(records, size)):
-        yield batch
+def _finite(judgement: Judgement) -> Judgement:
+    """A judge of the user's own may give any number; NaN and infinity are no score."""
+    if judgement.score is None or math.isfinite(judgement.score):
+        return judgement
+    return replace(judgement, score=None, reason="not_finite")

@@ -85,6 +85,15 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         out.summary |= {"demonstrations": len(found), "rows": len(rows)}
         out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows))
 
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        prompt, answers, _ = self.answered(TopMaker, ctx, out)
+        found = Rows((_demonstration(prompt, answers[0]),), "the rehearsed response", no_stage)
+        supervised = self._supervised()
+        if "train_dataset" in ctx.rows:
+            supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        rows = supervised.training_rows(ctx, found, f"{ctx.stage}/top", out)
+        self.try_fit(ctx, out, SupervisedObjective(rows))
+
     def least_score(self, ctx: Context) -> float:
         """The least mean score that counts as the top."""
         if self.min_score is not None:
@@ -110,6 +119,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             train_dataset=self.train_dataset,
             max_seq_len=self.max_seq_len,
             on_bad_row=self.on_bad_row,
+            checks=self.checks,
         )
 
 

@@ -10,12 +10,14 @@ from pydantic import Field
 
 from self_rewarding_lm.config import Object, SamplingConfig, SelfInstruct
 from self_rewarding_lm.context import Context
+from self_rewarding_lm.controls import from_data
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges import Judge
 from self_rewarding_lm.pairing import PickPair, best_against_worst
 from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_text, write_prompts
-from self_rewarding_lm.records import Instruction
+from self_rewarding_lm.records import Candidate, Instruction, Prompt
+from self_rewarding_lm.rehearsal import short
 from self_rewarding_lm.rollout import decoding_of
 from self_rewarding_lm.rows import check_prompt, prompt_of
 from self_rewarding_lm.serving import Need, check_before, local_engine, served
@@ -117,6 +119,31 @@ class SampledPreferenceConfig(PreferenceConfig):
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs))
 
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        prompt, answers, _ = self.answered(PairMaker, ctx, out)
+        self.try_pair(ctx, out, prompt.ids, answers[0].ids, answers[1].ids)
+
+    def answered(
+        self, maker: type[PairMaker], ctx: Context, out: StageDir
+    ) -> tuple[Prompt, list[Candidate], list[Any]]:
+        """What a maker rehearses: a prompt, two short candidates, and what they give.
+
+        Seeds are answered in place of prompts that are still to be written.
+        """
+        fewer: dict[str, Any] = {"generation": short(self.generation), "num_candidate_responses": 2}
+        if "seed_dataset" in ctx.rows:
+            ctx = replace(ctx, rows={**ctx.rows, "prompt_dataset": ctx.rows["seed_dataset"]})
+            fewer["on_bad_row"] = "skip"
+        return maker(self.shortened(fewer), ctx, out).rehearse()
+
+    def shortened(self, changes: dict[str, Any]) -> "SampledPreferenceConfig":
+        """The stage with less to do."""
+        return self.model_copy(update={**changes, "min_parse_rate": 0.0})
+
+    def score_scale(self, ctx: Context) -> tuple[float, float] | None:
+        """The lowest and the highest score that the judge may give; None where not known."""
+        return None
+
     def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> Sequence[Any]:
         """What a maker makes; a server that the engine starts for it is gone afterwards."""
         with served(ctx, self.needs(ctx)):
@@ -145,7 +172,7 @@ class SampledPreferenceConfig(PreferenceConfig):
         seeds = read_once(ctx, out, dataset, Instruction, name, make, on_bad_row=self.on_bad_row)
         writer = ctx if settings.model == CURRENT else replace(ctx, engine=local_engine(ctx))
         written = write_prompts(writer, out, seeds, settings, limit=ctx.limit(self.max_seq_len))
-        rows = [{"prompt": record.text, "instruction_id": record.id} for record in written]
+        rows = [{"prompt": from_data(r.text), "instruction_id": r.id} for r in written]
         return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts", no_stage)})
 
     def picker(self) -> PickPair:

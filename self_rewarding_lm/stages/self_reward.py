@@ -1,6 +1,6 @@
 """Self-rewarding DPO: the model answers and judges itself (arXiv:2401.10020, sections 2.2, 2.3)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -10,7 +10,14 @@ from self_rewarding_lm.comparing import PairwiseJudge, check_comparison
 from self_rewarding_lm.config import ComparisonConfig, Object, RewardConfig, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import Judge, SelfJudge, SeveralJudges, check_judge_prompt
+from self_rewarding_lm.judges import (
+    MIN_ANSWER_TOKENS,
+    Judge,
+    SelfJudge,
+    SeveralJudges,
+    check_judge_prompt,
+)
+from self_rewarding_lm.rehearsal import short
 from self_rewarding_lm.rollout import decoding_of
 from self_rewarding_lm.server_judge import ServerJudge
 from self_rewarding_lm.serving import Need
@@ -96,6 +103,22 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
             counts = any(r.score_mode == "expected" or r.forced_ending for r in asked)
             found.append((decoding_of(self.judging, ctx.tokens), counts))
         return found
+
+    def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
+        fewer = {
+            "judging": short(self.judging, MIN_ANSWER_TOKENS),
+            "num_sampled_reward_responses": 1,
+        }
+        return super().shortened({**changes, **fewer})
+
+    def score_scale(self, ctx: Context) -> tuple[float, float] | None:
+        if self.judge is not None or hasattr(self.rewarding_model, "judge"):
+            return None
+        if self.comparison is not None:
+            return 0.0, 1.0
+        reward = next(iter(self._rewards(ctx).values()))
+        numbers = reward.allowed_scores or reward.score_range
+        return None if numbers is None else (float(min(numbers)), float(max(numbers)))
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)

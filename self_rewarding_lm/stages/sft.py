@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.objectives import SupervisedObjective
 from self_rewarding_lm.records import TrainingRow
 from self_rewarding_lm.rows import training_row, truncated
-from self_rewarding_lm.stages.base import TrainingConfig, read_once, report_cut
+from self_rewarding_lm.stages.base import TrainingConfig, read_once, see_cut
 from self_rewarding_lm.store import StageDir
 
 
@@ -44,6 +45,10 @@ class SFTConfig(TrainingConfig):
         out.summary["rows"] = len(rows)
         out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows), valid=valid)
 
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        rows = self.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        self.try_fit(ctx, out, SupervisedObjective(rows))
+
     def training_rows(
         self, ctx: Context, rows: Rows, name: str, out: StageDir
     ) -> Sequence[TrainingRow]:
@@ -58,6 +63,16 @@ class SFTConfig(TrainingConfig):
             cuts += was_cut
             return TrainingRow(record_id, ids, targets[: len(ids)])
 
-        found = read_once(ctx, out, rows, TrainingRow, name, make, on_bad_row=self.on_bad_row)
-        report_cut(ctx, out, cuts, limit)
+        checker = Checker(self.checks, ctx.stage)
+        found = read_once(
+            ctx,
+            out,
+            rows,
+            TrainingRow,
+            name,
+            make,
+            on_bad_row=self.on_bad_row,
+            check=lambda: see_cut(checker, cuts, len(rows), limit),
+        )
+        out.log({"step": 0, "rows/truncated": cuts})
         return found

@@ -6,11 +6,13 @@ from typing import Any, ClassVar
 
 from pydantic import AliasChoices, Field
 
+from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import Object, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.lines import Joined, Picked
 from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
+from self_rewarding_lm.rehearsal import short
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.rows import PromptRow, prompt_and_completion, truncated
 from self_rewarding_lm.stages.base import PreferenceConfig, read_once, report_unanswered
@@ -76,9 +78,13 @@ class SelfPlayConfig(PreferenceConfig):
             steps += self.fit(ctx, out, objective, valid=valid, round=iteration, first_step=steps)
             if iteration + 1 < self.iterations:
                 out.save_weights(ctx.model, name)
-        for iteration in range(self.iterations - 1):
-            out.drop_weights(f"iteration-{iteration}")
         out.summary |= {"pairs": kept, "iterations": self.iterations, "steps": steps}
+
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        human = self._humans(ctx, out, ctx.rows["train_dataset"], ctx.stage)[0]
+        assert human.completion is not None
+        answers = rollout(ctx, [human], short(self.generation), 1, max_seq_len=self.max_seq_len)
+        self.try_pair(ctx, out, human.ids, human.completion, next(answers).ids)
 
     def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> Stored[Prompt]:
         """The rows as prompts that hold their human completion."""
@@ -135,7 +141,14 @@ class SelfPlayConfig(PreferenceConfig):
             row, _, last = record_id.rpartition("/")
             return last == str(iteration) and row.rpartition("/")[0] == name
 
-        return out.known(PreferencePair, is_ours)
+        found = out.known(PreferencePair, is_ours)
+        Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main).see(
+            "pairs_per_prompt",
+            len(found) / max(1, len(humans)),
+            f"{len(found)} pairs of {len(humans)} rows: where the model's own answer is the human "
+            "one, token by token, there is nothing to learn. More iterations give nothing.",
+        )
+        return found
 
 
 def _own_id(human_id: str, iteration: int) -> str:
