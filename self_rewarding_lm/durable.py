@@ -125,6 +125,7 @@ def _rename(draft: Path, path: Path) -> None:
 
 def _write_ledger(folder: Path, digests: dict[str, list[str]]) -> None:
     path, draft = folder / LEDGER, folder / f"{LEDGER}.tmp"
-    draft.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    flush(draft)
-    _rename(draft, path)
+    with system_errors(path):
+        draft.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+        flush(draft)
+        _rename(draft, path)

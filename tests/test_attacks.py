@@ -159,6 +159,7 @@ def tokens_of(kind: str) -> Tokens:
 
 
 KINDS = ["chatml", "begin token", "leading space", "unigram", "undeclared", "zephyr", "raw"]
+FEW = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 ADDED_TEXT = {"\n\n"}
 
 
@@ -277,7 +278,7 @@ def test_an_attack_changes_neither_what_is_parsed_nor_the_structure_of_the_promp
             assert [structure(tokens, ids) for ids in prompts] == expected, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 def test_what_an_attack_says_is_in_the_judges_prompt_word_for_word(kind):
     tokens = tokens_of(kind)
     render = compile_prompt_template(TAGGED, auto_dedent=True)
@@ -292,7 +293,7 @@ def test_what_an_attack_says_is_in_the_judges_prompt_word_for_word(kind):
         ), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 def test_an_attack_in_any_message_leaves_the_structure_of_a_conversation(kind):
     tokens = tokens_of(kind)
 

@@ -142,7 +142,9 @@ class Faults:
 
         def wrapped(path, values):
             self.seen.append(kind_of("append", path))
-            if self.reached("before"):
+            if self.reached("before") and self.fault is full:
+                values = first_alone(values)
+            elif self.reached("before"):
                 self.fault("append")
             if self.reached("half"):
                 values = list(values)
@@ -185,6 +187,12 @@ def kill(op: str) -> None:
 
 def full(op: str) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def first_alone(values):
+    """Of some lines the first, and then a disk that is full."""
+    yield next(iter(values))
+    full("append")
 
 
 def events_of(folder: Path) -> list[Event]:
