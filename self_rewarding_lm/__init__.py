@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
     from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
     from self_rewarding_lm.judges import SelfJudge
+    from self_rewarding_lm.loss_settings import LossConfig
+    from self_rewarding_lm.losses import PairBatch, reads
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
     from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
     from self_rewarding_lm.records import (
@@ -65,8 +67,10 @@ __all__ = [
     "JudgeEvaluation",
     "Judgement",
     "LocalEngine",
+    "LossConfig",
     "OpenAssistant",
     "OptimConfig",
+    "PairBatch",
     "PairwiseJudge",
     "PreferencePair",
     "Prompt",
@@ -94,6 +98,7 @@ __all__ = [
     "load_causal_lm",
     "open_assistant",
     "paper_recipe",
+    "reads",
 ]
 
 _HOMES = {
@@ -114,6 +119,8 @@ _HOMES = {
     "errors": ("Interrupted", "SelfRewardingError"),
     "evaluate": ("JudgeEvaluation", "evaluate_judge"),
     "judges": ("SelfJudge",),
+    "loss_settings": ("LossConfig",),
+    "losses": ("PairBatch", "reads"),
     "oasst": ("OpenAssistant", "open_assistant"),
     "recipes": ("create_default_paper_config", "paper_recipe"),
     "records": (

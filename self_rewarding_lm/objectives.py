@@ -1,16 +1,18 @@
 """What is trained on: rows as padded tensors, and the loss of a few of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from self_rewarding_lm.logprobs import masked_sum
-from self_rewarding_lm.losses import LossResult, PairLogprobs, dpo_loss, nll_term, sft_loss
-from self_rewarding_lm.records import PreferencePair, TrainingRow
+from self_rewarding_lm.loss_settings import LossConfig, losses_in, read_by
+from self_rewarding_lm.losses import LossResult, PairBatch, Responses, sft_loss
+from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, TrainingRow
 from self_rewarding_lm.reference import PairSums
 
 Sequences = list[tuple[tuple[int, ...], tuple[bool, ...]]]
@@ -74,12 +76,20 @@ class SupervisedObjective:
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """DPO on pairs against stored reference log-probs, with `nll_weight` times the NLL term."""
+    """Losses of pairs, summed, against stored reference log-probs.
+
+    reference: None where no loss reads one. beta: of losses that say none of their own, and of the
+    rewards among the metrics. nll_weight: of the chosen response's NLL beside `losses`.
+    reference_tokens: needed where a loss reads tokens. A pair's own weight multiplies all of its
+    loss; the divisor counts it as one.
+    """
 
     pairs: Sequence[PreferencePair]
-    reference: Sequence[PairSums]
+    reference: Sequence[PairSums] | None
     beta: float
     nll_weight: float = 0.0
+    losses: Sequence[LossConfig] = (LossConfig("dpo"),)
+    reference_tokens: Sequence[ReferenceLogprobs] | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -104,16 +114,87 @@ class PreferenceObjective:
         logprobs: Float[Tensor, "s t"],
         targets: Bool[Tensor, "s t"],
     ) -> LossResult:
-        sums = masked_sum(logprobs, targets)
-        policy = PairLogprobs(sums[0::2], sums[1::2])
-        like = {"device": sums.device, "dtype": sums.dtype}
-        reference = PairLogprobs(
-            torch.tensor([self.reference[i].chosen for i in rows], **like),
-            torch.tensor([self.reference[i].rejected for i in rows], **like),
-        )
-        result = dpo_loss(policy, reference, beta=self.beta)
-        if self.nll_weight == 0.0:
-            return result
-        nll = nll_term(policy.chosen, targets[0::2].sum(dim=-1).to(sums.dtype))
-        metrics = {**result.metrics, "nll": nll}
-        return LossResult(result.losses + self.nll_weight * nll, result.counts, metrics)
+        pairs = [self.pairs[i] for i in rows]
+        batch = self._batch(rows, pairs, logprobs, targets)
+        losses = losses_in(list(self.losses), self.nll_weight)
+        several = sum(one.label != "nll" for one in losses) > 1
+        said = [pair.label_smoothing for pair in pairs]
+        smoothing = None if not any(said) else _like(logprobs, [s or 0.0 for s in said])
+        metrics, total = _metrics(batch, self.beta), torch.zeros_like(batch.chosen.logprobs)
+        for one in losses:
+            found = one.with_beta(self.beta).of(batch, label_smoothing=smoothing)
+            total = total + one.weight * found
+            if one.label == "nll" or several:
+                name = "nll" if one.label == "nll" else f"losses/{one.label}"
+                metrics[name] = metrics.get(name, 0.0) + found
+        weights = [1.0 if pair.weight is None else pair.weight for pair in pairs]
+        return LossResult(total * _like(logprobs, weights), torch.ones_like(total), metrics)
+
+    def _batch(
+        self,
+        rows: Sequence[int],
+        pairs: Sequence[PreferencePair],
+        logprobs: Float[Tensor, "s t"],
+        targets: Bool[Tensor, "s t"],
+    ) -> PairBatch:
+        """What losses read: rows of sequences, the chosen and the rejected in turn, as sides."""
+        reference, tokens = self.reference, self.reference_tokens
+        sums = None if reference is None else [reference[i] for i in rows]
+        stored = None if tokens is None else [tokens[i] for i in rows]
+        reads_tokens, sides = read_by(self.losses).tokens, list[Responses]()
+        for k, side in enumerate(("chosen", "rejected")):
+            mine, own = logprobs[k::2], targets[k::2]
+            found = Responses(
+                masked_sum(mine, own),
+                own.sum(dim=-1).to(mine.dtype),
+                _like(mine, [_wins(pair)[k] for pair in pairs]),
+                reference=None if sums is None else _like(mine, [getattr(s, side) for s in sums]),
+            )
+            if reads_tokens:
+                found = replace(found, tokens=_from_first(mine, own))
+            if stored is not None:
+                lines = [torch.tensor(getattr(s, side), dtype=mine.dtype) for s in stored]
+                padded = pad_sequence(lines, batch_first=True).to(mine.device)
+                found = replace(found, reference_tokens=padded)
+            sides.append(found)
+        return PairBatch(*sides)
+
+
+def _metrics(batch: PairBatch, beta: float) -> dict[str, Tensor]:
+    """Rewards are beta times what was gained on the reference; without one they are not known."""
+    chosen, rejected = batch.chosen, batch.rejected
+    found = {"logps/chosen": chosen.logprobs, "logps/rejected": rejected.logprobs}
+    if chosen.reference is None:
+        right = chosen.means(chosen.logprobs) > rejected.means(rejected.logprobs)
+        return {"rewards/accuracies": right.to(chosen.logprobs.dtype), **found}
+    rewards = beta * chosen.gains(), beta * rejected.gains()
+    margin = rewards[0] - rewards[1]
+    return {
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[1],
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0).to(margin.dtype),
+        **found,
+    }
+
+
+def _wins(pair: PreferencePair) -> tuple[float, float]:
+    """How likely the chosen and the rejected response win."""
+    chosen, rejected = pair.win_probability, pair.rejected_win_probability
+    chosen = 1.0 if chosen is None else chosen
+    return chosen, 1.0 - chosen if rejected is None else rejected
+
+
+def _from_first(
+    logprobs: Float[Tensor, "b t"], targets: Bool[Tensor, "b t"]
+) -> Float[Tensor, "b r"]:
+    """The targets' log-probs from column 0 on, 0 behind them. A row's targets stand together."""
+    lengths = targets.sum(dim=-1, keepdim=True)
+    columns = torch.arange(int(lengths.max()), device=logprobs.device)[None, :]
+    places = targets.int().argmax(dim=-1, keepdim=True) + columns
+    found = logprobs.gather(-1, places.clamp(max=logprobs.shape[1] - 1))
+    return found.masked_fill(columns >= lengths, 0.0)
+
+
+def _like(values: Tensor, numbers: Sequence[object]) -> Tensor:
+    return torch.tensor(numbers, device=values.device, dtype=values.dtype)

@@ -86,7 +86,10 @@ class PreferencePair:
 
     chosen_id and rejected_id name the candidates; None for a response that was not sampled here
     (a human answer). The scores are None where nobody scored. messages: those of the prompt, where
-    a chat template rendered it.
+    a chat template rendered it. For losses, where somebody said it: weight, by which the pair's
+    loss is multiplied (None: 1); win_probability and rejected_win_probability, how likely each
+    response wins (None: 1, and what is left of 1); label_smoothing, how likely the two are the
+    wrong way round (None: 0).
     """
 
     kind: ClassVar[str] = "pairs"
@@ -102,6 +105,10 @@ class PreferencePair:
     chosen_score: float | None = None
     rejected_score: float | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    weight: float | None = None
+    win_probability: float | None = None
+    rejected_win_probability: float | None = None
+    label_smoothing: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

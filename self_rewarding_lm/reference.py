@@ -4,6 +4,7 @@ The reference of a stage are the weights it starts from. They are asked once, be
 dropout off, and their answers are kept beside the pairs: no second copy of the weights, no drift.
 """
 
+import math
 from array import array
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import nn
 from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.adapters.training import grouped
 from self_rewarding_lm.batching import pad_rows
+from self_rewarding_lm.checks import not_finite
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.lines import Picked
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
@@ -43,7 +45,29 @@ class StoredReference:
         self.round = round
 
     def sums(self, pairs: Sequence[PreferencePair]) -> Sequence[PairSums]:
-        """The summed log-probs of each pair, in the order of `pairs`."""
+        """The summed log-probs of each pair, in the order of `pairs`.
+
+        Raises TrainingError where they are not finite.
+        """
+        chosen, rejected = array("d"), array("d")
+        for found in self.tokens(pairs):
+            chosen.append(sum(found.chosen))
+            rejected.append(sum(found.rejected))
+        found = zip(chosen, rejected, strict=True)
+        bad = [i for i, both in enumerate(found) if not math.isfinite(sum(both))]
+        if bad:
+            raise not_finite(
+                f"stage {self.ctx.stage!r}, before step 1",
+                "reference log-probs are not finite",
+                [pairs[i].id for i in bad],
+                "The weights that the stage begins with give them no finite probability: they are "
+                "damaged, too large for their type, or have logits of -inf. Begin with earlier "
+                f"weights (init_from), and delete reference.jsonl in {self.out.path} before.",
+            )
+        return Picked(range(len(chosen)), change=lambda i: PairSums(chosen[i], rejected[i]))
+
+    def tokens(self, pairs: Sequence[PreferencePair]) -> Sequence[ReferenceLogprobs]:
+        """The log-probs of each pair token by token, read from disk when they are asked for."""
         known = Groups(self.out.known(ReferenceLogprobs))
         names = [f"{pair.id}/r{self.round}" for pair in pairs]
         mine = self.ctx.runtime.share([*range(len(names))])
@@ -55,11 +79,7 @@ class StoredReference:
                 for count in self._stored([(names[i], pairs[i]) for i in some], known):
                     bar.update(count)
         self.out.merge(ReferenceLogprobs)
-        chosen, rejected = array("d"), array("d")
-        for found in Groups(self.out.known(ReferenceLogprobs)).in_order(names):
-            chosen.append(sum(found.chosen))
-            rejected.append(sum(found.rejected))
-        return Picked(range(len(names)), change=lambda i: PairSums(chosen[i], rejected[i]))
+        return Groups(self.out.known(ReferenceLogprobs)).in_order(names)
 
     def _stored(
         self, named: list[tuple[str, PreferencePair]], known: Container[str]

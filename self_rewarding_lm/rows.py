@@ -5,6 +5,7 @@ what is trained on. Which columns hold what is in `forms`, ranked replies are in
 rows come from is in `datasets`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,14 @@ from self_rewarding_lm.records import Demonstration, PreferencePair, RankedRepli
 from self_rewarding_lm.tokens import Tokens
 
 Ids = tuple[int, ...]
+
+PAIR_NUMBERS = {
+    "weight": math.inf,
+    "win_probability": 1.0,
+    "rejected_win_probability": 1.0,
+    "label_smoothing": 1.0,
+}
+"""Columns of a preference row that losses read, and the greatest number in each."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,10 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
 
     `{"prompt", "chosen", "rejected"}` with texts, ids, or messages (the responses: one of the
     assistant each); or `{"chosen", "rejected"}`, two lists of messages that share all but their
-    last. A pair of an earlier stage is taken as it is. Raises DataError for any other row, and
-    where both responses are the same.
+    last. Columns of numbers are taken with it where a row has them: weight (0 or more),
+    win_probability, rejected_win_probability, label_smoothing (0 to 1). A pair of an earlier stage
+    is taken as it is. Raises DataError for any other row, for such a column that is no such number,
+    and where both responses are the same.
     """
     if isinstance(row, PreferencePair):
         return row
@@ -152,6 +163,7 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
     if ids["chosen"] == ids["rejected"]:
         raise DataError(f"{where}: chosen and rejected are the same; nothing is preferred.")
     given_as_text = isinstance(form.prompt, str) or is_messages(form.prompt)
+    weight, wins, rejected_wins, smoothing = (_number(row, n, where) for n in PAIR_NUMBERS)
     return PreferencePair(
         id="",
         prompt_ids=prompt.ids,
@@ -161,6 +173,10 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
         chosen=form.chosen if isinstance(form.chosen, str) else None,
         rejected=form.rejected if isinstance(form.rejected, str) else None,
         messages=prompt.messages,
+        weight=weight,
+        win_probability=wins,
+        rejected_win_probability=rejected_wins,
+        label_smoothing=smoothing,
     )
 
 
@@ -264,6 +280,18 @@ def _prompt_part(value: Any, ids: Ids, where: str) -> tuple[bool, ...]:
         f"{where}: beside {len(ids)} ids there must be prompt_len, an int from 0 to {len(ids)}, "
         f"or prompt_mask, {len(ids)} booleans; got {str(value)[:80]}."
     )
+
+
+def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
+    """A number that losses of pairs read, None where the row does not say it."""
+    value, most = row.get(name), PAIR_NUMBERS[name]
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= most or value == math.inf:
+        bounds = "0 or more" if most == math.inf else f"from 0 to {most:g}"
+        raise DataError(f"{where}: {name} must be a number {bounds}; got {str(value)[:80]}.")
+    return float(value)
 
 
 def _is_plain(value: Any) -> bool:

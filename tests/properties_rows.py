@@ -256,7 +256,7 @@ def any_ranked_row_ranks_texts_or_is_refused(ranked, row):
         "ours[:-1] != theirs[:-1] or": "",
         "if columns >= set(needs):": "if columns & set(needs):",
         "if not is_messages(turns):": "if False:",
-        "isinstance(speaker, str) and speaker in SPEAKERS": "speaker in SPEAKERS",
+        "SPEAKERS.get(speaker) if isinstance(speaker, str) else None": "SPEAKERS.get(speaker)",
         'if messages[-1]["role"] == "assistant":\n        raise': "if False:\n        raise",
     },
     examples=750,

@@ -13,6 +13,7 @@ LAYERS = [
     "statements",
     "score_trie",
     "logprobs losses sampling judging pairing batching agreement instruct",
+    "loss_settings",
     "chat weights lines tally encoding",
     "sharding",
     "runtime tokens files forms stored",

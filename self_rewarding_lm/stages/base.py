@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from self_rewarding_lm.checks import Checker, ChecksConfig, not_finite
+from self_rewarding_lm.checks import Checker, ChecksConfig
 from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, OnBadRow, Rows
@@ -24,6 +24,7 @@ from self_rewarding_lm.errors import (
 )
 from self_rewarding_lm.fit import Fit
 from self_rewarding_lm.lines import Picked
+from self_rewarding_lm.loss_settings import losses_in, read_by
 from self_rewarding_lm.objectives import Objective, PreferenceObjective
 from self_rewarding_lm.optimizers import check_optimizer
 from self_rewarding_lm.records import Candidate, PreferencePair, Record
@@ -144,9 +145,19 @@ class PreferenceConfig(TrainingConfig):
     """A stage that trains on pairs by DPO, against the weights it started from."""
 
     dpo_beta: float = Field(default=0.1, gt=0)
-    """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020."""
+    """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020. Given, of every loss."""
     nll_weight: float = Field(default=0.0, ge=0)
     """Weight of the winner's length-normalised NLL (alpha of arXiv:2404.19733, there 1)."""
+    loss: Object = "dpo"
+    """What is minimised: a name of docs/losses.md, a function of a PairBatch,
+    LossConfig(name, weight=..., its parameters), in a recipe {name: ..., weight: ...}, or a list
+    of these, which are summed."""
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_known(cls, loss: Any, info: Any) -> Any:
+        losses_in(loss, info.data.get("nll_weight", 0.0))
+        return loss
 
     def objective(
         self,
@@ -157,23 +168,18 @@ class PreferenceConfig(TrainingConfig):
         beta: float | None = None,
         round: int = 0,
     ) -> PreferenceObjective:
-        """Pairs and their log-probs under the present weights, which become the reference."""
-        reference = StoredReference(
-            ctx, out, token_budget=self.optim.micro_batch_tokens, round=round
-        )
+        """Pairs and their log-probs under the present weights, where a loss reads a reference."""
+        given = beta or (self.dpo_beta if "dpo_beta" in self.model_fields_set else None)
+        losses = [one.with_beta(given) for one in losses_in(self.loss, self.nll_weight)]
+        shown, wanted = losses[0].parameters.get("beta", given or self.dpo_beta), read_by(losses)
         cut = cut_pairs(ctx, out, pairs, self.max_seq_len, checks=self.checks)
+        if not wanted.reference:
+            return PreferenceObjective(cut, None, shown, losses=losses)
+        budget = self.optim.micro_batch_tokens
+        reference = StoredReference(ctx, out, token_budget=budget, round=round)
         sums = reference.sums(cut)
-        bad = [i for i, s in enumerate(sums) if not math.isfinite(s.chosen + s.rejected)]
-        if bad:
-            raise not_finite(
-                f"stage {ctx.stage!r}, before step 1",
-                "reference log-probs are not finite",
-                [cut[i].id for i in bad],
-                "The weights that the stage begins with give them no finite probability: they are "
-                "damaged, too large for their type, or have logits of -inf. Begin with earlier "
-                f"weights (init_from), and delete reference.jsonl in {out.path} before.",
-            )
-        return PreferenceObjective(cut, sums, beta or self.dpo_beta, self.nll_weight)
+        tokens = reference.tokens(cut) if wanted.tokens else None
+        return PreferenceObjective(cut, sums, shown, losses=losses, reference_tokens=tokens)
 
     def try_pair(
         self, ctx: Context, out: StageDir, prompt_ids: Ids, chosen_ids: Ids, rejected_ids: Ids
