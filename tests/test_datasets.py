@@ -611,9 +611,11 @@ def test_two_processes_leave_out_the_rows_that_one_does(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
+        "import torch\n"
         "from tests.test_datasets import run_spoilt\n"
         "run_spoilt(sys.argv[1])\n"
-        "print('refused')\n"
+        "print('refused', flush=True)\n"
+        "torch.distributed.destroy_process_group()\n"  # or its threads may outlive the process
     )
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     home = Path(__file__).parent.parent
