@@ -436,6 +436,16 @@ def any_trees_are_read_or_refused(oasst, case):
     ready = [t for t in trees if (t.get("tree_state") or "ready_for_export") == "ready_for_export"]
     assert found.left_out.get("tree_not_ready", 0) == len(trees) - len(ready)
     names = {str(t.get("message_tree_id") or t["prompt"]["message_id"]) for t in ready}
+    firsts = {}
+    for tree in trees:
+        firsts.setdefault(str(tree.get("message_tree_id") or tree["prompt"]["message_id"]), tree)
+    used = [tree["prompt"] for tree in firsts.values() if any(tree is t for t in ready)]
+    deleted = sum(bool(m.get("deleted")) for root in used for m in _walk(root))
+    roots = sum(bool(root.get("deleted")) for root in used)
+    assert roots <= found.left_out.get("deleted", 0) <= deleted
+    seen = [r for r in used if not r.get("deleted") and r.get("review_result") is not False]
+    foreign = sum(root.get("lang") != "en" for root in seen)
+    assert foreign <= found.left_out.get("other_language", 0)
     groups = [{r.group for r in found.eft_train}, {r.group for r in found.eft_eval}]
     assert not groups[0] & groups[1] and groups[0] | groups[1] <= names
     assert len(found.prompts) <= round(0.2 * len(names) + 1)
