@@ -19,6 +19,7 @@ from x_transformers import Decoder, TransformerWrapper
 
 from self_rewarding_lm import (
     ExternalRewardDPOConfig,
+    FinetuneConfig,
     OptimConfig,
     Run,
     SamplingConfig,
@@ -66,18 +67,22 @@ def run_of(folder: Path, dtype: torch.dtype, stops: Stops) -> tuple[Run, torch.n
         optim=OptimConfig(batch_size=8, learning_rate=1e-4),
         dropout=0.0,
     )
-    trainer = SelfRewardingTrainer(
+    trainer = trainer_of(model, stage, folder)
+    while True:
+        try:
+            return trainer(rehearse=False), model
+        except Interrupted:
+            trainer.model.load_state_dict(model_of(dtype).state_dict())
+
+
+def trainer_of(model: torch.nn.Module, stage: FinetuneConfig, folder: Path) -> SelfRewardingTrainer:
+    return SelfRewardingTrainer(
         model,
         finetune_configs=[stage],
         checkpoints_folder=folder,
         accelerate_kwargs={"cpu": True},
         quiet=True,
     )
-    while True:
-        try:
-            return trainer(rehearse=False), model
-        except Interrupted:
-            trainer.model.load_state_dict(model_of(dtype).state_dict())
 
 
 def compare(dtype: torch.dtype, stops: int) -> None:
@@ -123,14 +128,7 @@ def creep(steps: int) -> None:
         optim=OptimConfig(batch_size=2, eval_every=max(1, steps // 10)),
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SelfRewardingTrainer(
-            model,
-            finetune_configs=[stage],
-            checkpoints_folder=folder,
-            accelerate_kwargs={"cpu": True},
-            quiet=True,
-        )
-        trainer()
+        trainer_of(model, stage, Path(folder))()
     print("MB after each tenth of the steps:", *(round(size / 1e6) for size in seen))
 
 

@@ -77,9 +77,11 @@ def ledger(folder: Path) -> dict[str, list[str]]:
     path = folder / LEDGER
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not all(isinstance(v, list) for v in found.values()):
+            raise ValueError("it must hold lists of digests by file name")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(
             f"{path} cannot be read: {error}. Without it nothing tells whether the files beside it "
             "are whole; delete it to go on without that check."

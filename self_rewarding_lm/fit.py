@@ -142,21 +142,26 @@ class Fit:
     def _save(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
         """Save the state of training behind a step."""
         runtime, self.saved_at = self.ctx.runtime, time.monotonic()
-        found = optimizer_state(runtime.unwrapped(module), optimizers, keep=runtime.is_main)
+        with runtime.whole():
+            found = optimizer_state(runtime.unwrapped(module), optimizers, keep=runtime.is_main)
+            weights = self.ctx.model.state() if runtime.is_main else {}
+            if found is not None:
+                self.out.save_state(
+                    {**prefixed(WEIGHTS, weights), **found[0]}, self._words(found[1], step)
+                )
         if found is None:
             logger.warning(
                 "%s: the optimiser keeps things that are neither tensors nor numbers; the state of "
                 "training is not saved, and a stopped stage is trained again from its start.",
                 self.ctx.stage,
             )
-            return
-        tensors, words = found
-        words = {**self._place(), "step": step, "optimizers": words}
-        words["scaling"] = runtime.scaling()
+
+    def _words(self, optimizers: dict[str, Any], step: int) -> dict[str, Any]:
+        """What is no tensor of the state behind a step."""
+        words = {**self._place(), "step": step, "optimizers": optimizers}
+        words["scaling"] = self.ctx.runtime.scaling()
         words["early_stopping"] = self.stopper.standing() if self.stopper else None
-        with runtime.whole():
-            weights = self.ctx.model.state() if runtime.is_main else {}
-            self.out.save_state({**prefixed(WEIGHTS, weights), **tensors}, words)
+        return words
 
     def _look_up(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
         """Between two steps: save where it is time, and stop where a signal asks for it."""

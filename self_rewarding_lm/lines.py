@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from self_rewarding_lm.durable import system_errors
+from self_rewarding_lm.errors import StoreError
 
 T = TypeVar("T")
 
@@ -128,6 +129,20 @@ class LineFile:
     def number(self, place: int) -> int:
         """The number, from 1 on, of the line that begins at a byte."""
         return 1 + sum(start < place for start, _ in self)
+
+
+def json_of(line: bytes, path: Path, number: Callable[[], int]) -> dict[str, Any]:
+    """A line as a JSON object; StoreError with its number, from 1 on, where it is none."""
+    try:
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{path}, line {number()}, is no JSON object: {error}. The file was changed or "
+            "damaged; delete it to have its records made again."
+        ) from error
 
 
 def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:

@@ -46,7 +46,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with system_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _lock(descriptor, folder)
         yield

@@ -3,6 +3,7 @@
 Also the one place that sets up logging and progress bars, because only one process shows them.
 """
 
+import atexit
 import logging
 import math
 import os
@@ -44,6 +45,9 @@ class Runtime:
         self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
         self._has_trackers = False
         _set_up_logging(self.shows)
+        if self.world > 1:
+            atexit.unregister(_leave_siblings)
+            atexit.register(_leave_siblings)
 
     def prepare(self, module: nn.Module, *, place: bool = True) -> nn.Module:
         """The module wrapped for training: distributed, mixed precision, as the launch asks.
@@ -241,6 +245,12 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
             f"accelerate.Accelerator refused accelerate_kwargs={kwargs}: {error} They are its "
             "arguments; with several processes all trainers of a process share them."
         ) from error
+
+
+def _leave_siblings() -> None:
+    """End the process group; threads of it that outlive the interpreter can abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _scale_on_cpu(accelerator: Accelerator) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -51,6 +51,8 @@ class Sharded:
         self._free()
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, DTensor]]:
+        assert isinstance(self.twin, FSDPModule)
+        self.twin.reshard()  # after a forward without a backward its own parameters are still whole
         for own, share in zip(self.module.parameters(), self.twin.parameters(), strict=True):
             detached = share.detach()
             assert isinstance(detached, DTensor)

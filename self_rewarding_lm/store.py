@@ -27,7 +27,7 @@ from typing import Any
 
 from self_rewarding_lm.durable import LEDGER, check_file, delist, ledger, system_errors, writing
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.lines import append_lines
+from self_rewarding_lm.lines import append_lines, json_of
 from self_rewarding_lm.records import (
     Candidate,
     Demonstration,
@@ -288,7 +288,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
 
-def read_lines(path: Path) -> Iterator[Any]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a JSONL file; a torn last line is left out."""
     if not path.exists():
         return
@@ -296,13 +296,7 @@ def read_lines(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise StoreError(
-                    f"{path}, line {number}, is no JSON: {error}. The file was changed or damaged; "
-                    "delete it to have its records made again."
-                ) from error
+            yield json_of(line, path, lambda n=number: n)
 
 
 def check_ours(folder: Path, info: Any) -> None:

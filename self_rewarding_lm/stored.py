@@ -6,7 +6,6 @@ a key its hash and its rank, sixteen more; never the record. Knows nothing of st
 
 import hashlib
 import heapq
-import json
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,13 +13,13 @@ from functools import lru_cache
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Generic
+from typing import Generic
 
 import numpy as np
 
 from self_rewarding_lm.durable import changed, ledger, writing
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.lines import Lazy, LineFile, Picked
+from self_rewarding_lm.lines import Lazy, LineFile, Picked, json_of
 from self_rewarding_lm.records import Record, from_json
 
 RUN = 1 << 16  # lines that are sorted at once
@@ -122,7 +121,7 @@ class Stored(Lazy[Record]):
 
     def _parsed(self, place: int) -> Record:
         file, start = self._line_of(place)
-        values = _json_of(file.at(start), file, start)
+        values = json_of(file.at(start), file.path, lambda: file.number(start))
         try:
             return from_json(self.record_type, values)
         except (AttributeError, TypeError, ValueError) as error:
@@ -275,18 +274,8 @@ def _id_of(line: bytes, file: LineFile, start: int) -> str:
     end = line.find(b'"', len(ID_START))
     if line.startswith(ID_START) and end > 0 and b"\\" not in line[:end]:
         return line[len(ID_START) : end].decode("utf-8", "replace")
-    values = _json_of(line, file, start)
-    found = values.get("id") if isinstance(values, dict) else None
+    values = json_of(line, file.path, lambda: file.number(start))
+    found = values.get("id")
     if not isinstance(found, str):
         raise StoreError(f"{file.path} holds no record with an id in line {file.number(start)}.")
     return found
-
-
-def _json_of(line: bytes, file: LineFile, start: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(
-            f"{file.path}, line {file.number(start)}, is no JSON: {error}. The file was changed or "
-            "damaged; delete it to have its records made again."
-        ) from error

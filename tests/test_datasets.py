@@ -5,11 +5,8 @@ The tokenizer of these tests: a is 1, b is 2, ... and the end token is 0. The vo
 
 import gzip
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +30,7 @@ from self_rewarding_lm.rows import prompt_of, training_row
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 from tests.models import Successor, context, stage_dir
+from tests.processes import two
 from tests.test_rows import CHAT, EOS, TOKENS, WITHOUT_TEXT, letters, text_of
 from tests.test_trainer import (
     QUICK,
@@ -611,24 +609,12 @@ def test_two_processes_leave_out_the_rows_that_one_does(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\n"
-        "import torch\n"
         "from tests.test_datasets import run_spoilt\n"
         "run_spoilt(sys.argv[1])\n"
         "print('refused', flush=True)\n"
-        "torch.distributed.destroy_process_group()\n"  # or its threads may outlive the process
     )
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    home = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, str(script), str(tmp_path / "two")],
-        cwd=home,
-        env={**os.environ, "PYTHONPATH": str(home)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("refused") == 2  # every process raises, none waits for the other
+    told = two(script, tmp_path / "two")
+    assert told.count("refused") == 2  # every process raises, none waits for the other
     run_spoilt(tmp_path / "one")
     alone, together = Run.open(tmp_path / "one/good"), Run.open(tmp_path / "two/good")
     assert [row.id for row in together.rows(0)] == [f"sft/{i}" for i in GOOD_PLACES]

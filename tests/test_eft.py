@@ -1,11 +1,9 @@
 """Judge examples from human rankings: what is accepted, thinned and taught, and whole runs on it."""
 
 import itertools
-import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +29,7 @@ from self_rewarding_lm.stages.targets import (
     thinned,
 )
 from tests.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode, ids_of, lively, untrained
+from tests.processes import two
 
 REWARD = RewardConfig(
     prompt_template="rate <{{ prompt }}> and <{{ response }}>:",
@@ -707,11 +706,7 @@ def main(folder: str) -> None:
 
 def test_two_processes_make_what_one_makes(tmp_path):
     main(str(tmp_path / "one"))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29523"]
-    two = [sys.executable, *launch, "-m", "tests.test_eft", str(tmp_path / "two")]
-    here = Path(__file__).parent.parent
-    done = subprocess.run(two, cwd=here, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two("-m", "tests.test_eft", tmp_path / "two")
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     for records in ("prompts", "candidates", "judgements", "demonstrations"):
         found = getattr(alone, records)("eft")

@@ -3,7 +3,6 @@
 As a program (`python -m tests.test_hf_trainer FOLDER`) it does the runs of the two-process test.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from self_rewarding_lm import (
 from self_rewarding_lm.chat import TEMPLATES
 from self_rewarding_lm.errors import DataError
 from tests.hf_models import VOCAB, only_letters, tiny, word_tokenizer
+from tests.processes import two
 from tests.test_chat import PICKY, said
 from tests.test_tokens import DEFAULT_SYSTEM, ENDS_TWICE, NEWLINES, TRIMS, WITH_BOS, theirs
 
@@ -380,11 +380,7 @@ def test_two_processes_give_the_records_and_weights_of_one(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     two_runs(tmp_path / "one")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    command = [sys.executable, *launch, "-m", "tests.test_hf_trainer", str(tmp_path / "two")]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two("-m", "tests.test_hf_trainer", tmp_path / "two")
     for name in ("full", "lora"):
         alone, together = Run.open(tmp_path / "one" / name), Run.open(tmp_path / "two" / name)
         for stage in alone.stages:
@@ -393,12 +389,12 @@ def test_two_processes_give_the_records_and_weights_of_one(tmp_path):
             for mine, other in zip(alone.reference(stage), together.reference(stage), strict=True):
                 torch.testing.assert_close(mine.chosen, other.chosen, rtol=0, atol=1e-9)
         files = ("one/{}.0.pt", "two/{}.0.pt", "two/{}.1.pt")
-        one, two, three = (
+        one, first, second = (
             torch.load(tmp_path / file.format(name), weights_only=True) for file in files
         )
-        assert same(two, three)
+        assert same(first, second)
         for key, value in one.items():
-            torch.testing.assert_close(two[key], value, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(first[key], value, rtol=1e-7, atol=1e-9)
         merged = [tmp_path / run / name / "merged" / "config.json" for run in ("one", "two")]
         assert [file.exists() for file in merged] == [name == "lora"] * 2
 

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from self_rewarding_lm import OptimConfig, Run, SelfPlayConfig, durable, lines, store, weights
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.store import RECORD_TYPES
+from tests.processes import launched
 from tests.test_trainer import ROWS, SHORT, external, model64, self_reward, sft, trainer_of
-from tests.test_two_processes import launched
 
 OPTIM = OptimConfig(batch_size=4, learning_rate=1e-2, eval_every=2, save_state_every=1)
 OUR_WORDS = re.compile(r"could not be written")
@@ -321,21 +321,19 @@ def test_the_moments_of_a_run_are_all_seen(straight):
 def test_two_processes_of_which_one_or_both_are_killed_go_on_to_the_same_result(tmp_path):
     """Moments of the main process, of the other, and of both at about the same time."""
 
-    def run(folder: Path, who: str, place: int, port: int) -> int:
-        process = launched(
-            "tests.two_process_kill", str(folder), who, str(place), port=port, OMP_NUM_THREADS="1"
-        )
+    def run(folder: Path, who: str, place: int) -> int:
+        process = launched("-m", "tests.two_process_kill", folder, who, place, OMP_NUM_THREADS="1")
         process.communicate(timeout=240)
         return process.returncode
 
-    assert run(tmp_path / "straight", "nobody", 0, 29531) == 0
+    assert run(tmp_path / "straight", "nobody", 0) == 0
     before = outcome(tmp_path / "straight")
     mismatches = []
     cases = [("0", 30), ("0", 90), ("1", 2), ("1", 7), ("both", 5)]
     for number, (who, place) in enumerate(cases):
         folder = tmp_path / str(number)
-        assert run(folder, who, place, 29532 + 2 * number) != 0
-        assert run(folder, "nobody", 0, 29533 + 2 * number) == 0
+        assert run(folder, who, place) != 0
+        assert run(folder, "nobody", 0) == 0
         after = outcome(folder)
         mismatches += [(who, place, what) for what in before if before[what] != after.get(what)]
     print(f"{len(cases)} kills of two processes, {len(mismatches)} mismatches")

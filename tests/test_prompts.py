@@ -9,7 +9,6 @@ import os
 import random
 import re
 import string
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from self_rewarding_lm.records import Instruction
 from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.tokens import Tokens
 from tests.models import Recurrent, context, lively, stage_dir
+from tests.processes import two
 
 LETTERS = string.printable
 END = len(LETTERS)
@@ -1047,16 +1047,7 @@ def run_stages(folder: str) -> None:
 
 
 def test_two_processes_write_what_one_writes(tmp_path):
-    script = ["-m", "tests.test_prompts", str(tmp_path / "two")]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    done = subprocess.run(
-        [sys.executable, *launch, *script],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two("-m", "tests.test_prompts", tmp_path / "two")
     run_stages(str(tmp_path / "one"))
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     for place in (1, 2):

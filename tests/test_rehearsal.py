@@ -1,10 +1,5 @@
 """The rehearsal: it finds what would fail late, changes nothing, and begins nothing."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
@@ -30,6 +25,7 @@ from self_rewarding_lm import (
 from self_rewarding_lm.errors import ConfigError, JudgeError, RehearsalError, TrainingError
 from self_rewarding_lm.rehearsal import rehearse_stages
 from tests.models import ALPHABET, TEXT_VOCAB, Recurrent, encode, lively
+from tests.processes import FSDP, two
 
 QUICK = OptimConfig(batch_size=4, learning_rate=1e-2)
 SHORT = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=6)
@@ -390,7 +386,6 @@ def test_a_stage_without_a_rehearsal_says_so(tmp_path):
     assert told == ["own: not tried, it has no rehearse of its own"]
 
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 TWO = """
 import os, sys
 from tests.test_rehearsal import external, longer, sft, trainer_of
@@ -412,15 +407,7 @@ except Exception as error:
 def test_an_error_on_one_of_two_processes_is_raised_on_both(settings, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    subprocess.run(
-        [sys.executable, *launch, script, tmp_path / "run"],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, **settings, "PYTHONPATH": "."},
-        check=True,
-        timeout=120,
-        capture_output=True,
-    )
+    two(script, tmp_path / "run", **settings)
     for rank in (0, 1):
         told = (tmp_path / f"run.{rank}").read_text()
         assert told.startswith("RehearsalError ") and "raised RuntimeError: only here" in told

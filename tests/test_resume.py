@@ -1,17 +1,29 @@
 """Runs that are stopped within a stage and go on: the same weights, each record once."""
 
+import json
 import os
 import signal
 import threading
 
 import pytest
 import torch
+from accelerate.utils import GradScalerKwargs
 
 from self_rewarding_lm import OptimConfig, Run, SelfPlayConfig, durable
 from self_rewarding_lm.errors import Interrupted, StoreError
 from self_rewarding_lm.lock import locked
 from self_rewarding_lm.weights import read_tensors, weights_hash
-from tests.test_trainer import ROWS, SHORT, external, model64, self_reward, sft, trainer_of
+from tests.hf_models import tiny
+from tests.test_trainer import (
+    ROWS,
+    SHORT,
+    TEXT_VOCAB,
+    external,
+    model64,
+    self_reward,
+    sft,
+    trainer_of,
+)
 
 
 class Killed(BaseException):
@@ -348,3 +360,81 @@ def test_run_json_says_what_a_run_can_be_repeated_from(tmp_path):
     assert run.info["seed"] == 3 and run.info["model"]["hash"] == before
     assert {"python", "torch", "self-rewarding-lm"} <= set(run.info["versions"])
     assert run.settings(0)["settings"]["optim"]["learning_rate"] == 1e-2
+
+
+def test_a_scaled_stage_goes_on_with_its_scale(tmp_path):
+    """Mixed precision with float16, whose first scales are too large: some steps are none."""
+    large = GradScalerKwargs(init_scale=2.0**24)
+    mixed = dict(cpu=True, mixed_precision="fp16", kwargs_handlers=[large])
+    options = dict(accelerate_kwargs=mixed)
+    straight, resumed = (model64().float() for _ in range(2))
+    before = trainer_of(tmp_path / "a", [stage_of("adamw")], straight, **options)()
+    with pytest.raises(Killed):
+        stage = stage_of("adamw", 7, save_state_every=2)
+        trainer_of(tmp_path / "b", [stage], model64().float(), **options)()
+    _, words = read_tensors(tmp_path / "b" / "01-sft" / "state.safetensors")
+    assert json.loads(words)["scaling"]["scale"] < 2.0**24
+    after = trainer_of(tmp_path / "b", [stage_of("adamw")], resumed, **options)()
+    assert weights_hash(straight) == weights_hash(resumed) and losses(before) == losses(after)
+
+
+def test_an_adapter_goes_on_and_its_state_holds_the_adapter_alone(tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = dict(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def run(folder, stop=None):
+        trainer = trainer_of(
+            tmp_path / folder,
+            [stage_of("adamw", stop, save_state_every=2)],
+            tiny("llama", TEXT_VOCAB),
+            peft_config=peft.LoraConfig(**settings),
+        )
+        return trainer, trainer.unwrapped_model
+
+    trainer, straight = run("a")
+    trainer()
+    with pytest.raises(Killed):
+        run("b", 6)[0]()
+    tensors, _ = read_tensors(tmp_path / "b" / "01-sft" / "state.safetensors")
+    names = [n for n in tensors if n.startswith("weights/")]
+    assert names and all("lora_" in name for name in names)
+    trainer, resumed = run("b")
+    trainer()
+    assert weights_hash(straight) == weights_hash(resumed)
+
+
+class Odd(torch.optim.SGD):
+    """Keeps a list for each parameter."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["seen"] = [1]
+        return super().step(closure)
+
+
+def test_an_optimiser_that_cannot_be_stored_is_said_and_its_stage_begins_again(tmp_path, caplog):
+    def odd(params):
+        return Odd(params, lr=1.0)
+
+    with pytest.raises(Killed), caplog.at_level("WARNING", "self_rewarding_lm"):
+        trainer_of(tmp_path, [stage_of(odd, 6, save_state_every=1)])()
+    assert "neither tensors nor numbers" in caplog.text
+    assert not (tmp_path / "01-sft" / "state.safetensors").exists()
+    stage = stage_of(odd)
+    assert len(losses(trainer_of(tmp_path, [stage])())) == 9
+    assert stage.early_stopper_eval_module.calls == 10
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error_in_words(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(StoreError, match=r"could not be written: .*Is a directory"):
+        trainer_of(tmp_path, [sft()])()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"pairs.jsonl": 3}', "{", "[" * 100_000])
+def test_a_ledger_that_was_edited_is_named(text, tmp_path):
+    trainer_of(tmp_path, [external()])()
+    (tmp_path / "01-external_reward" / "files.json").write_text(text)
+    with pytest.raises(StoreError, match=r"files.json cannot be read"):
+        Run.open(tmp_path).pairs(0)[0]

@@ -45,6 +45,7 @@ from tests import fake_server
 from tests.fake_server import ALPHABET, MOST_TOKENS, FakeServer, distribution, reply_ids
 from tests.models import ALPHABET as MODELS_ALPHABET
 from tests.models import CHARACTERS, END, TEXT_VOCAB, Successor, context, ids_of, transformer
+from tests.processes import two
 
 TOKENS = Tokens(CHARACTERS, eos_id=END, vocab=TEXT_VOCAB)
 MODEL = adapt(Successor(TEXT_VOCAB))
@@ -707,12 +708,7 @@ def test_two_processes_share_one_server_and_give_the_records_of_one(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     one_run(tmp_path / "one")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    command = [sys.executable, *launch, "-m", "tests.test_server", str(tmp_path / "two")]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two("-m", "tests.test_server", tmp_path / "two")
     records = [
         (tmp_path / name / "run" / "01-external_reward" / "candidates.jsonl").read_text()
         for name in ("one", "two")

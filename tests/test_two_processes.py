@@ -1,6 +1,5 @@
 """Two processes on one machine (gloo) give what one gives."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,30 +10,15 @@ import pytest
 import torch
 
 from self_rewarding_lm import Run
+from tests.processes import FSDP, HOME, launched, two
 from tests.test_trainer import model64
-
-HERE = Path(__file__).parent
-
-
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP2"])
 def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
-    script = ["-m", "tests.two_process_run"]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
-    one = [sys.executable, *script, str(tmp_path / "one")]
-    two = [sys.executable, *launch, *script, str(tmp_path / "two")]
-    for command, added in ((one, {}), (two, settings)):
-        done = subprocess.run(
-            command,
-            cwd=HERE.parent,
-            env={**os.environ, **added},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    script = ("-m", "tests.two_process_run")
+    subprocess.run([sys.executable, *script, tmp_path / "one"], cwd=HOME, check=True, timeout=300)
+    two(*script, tmp_path / "two", **settings)
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     for stage in alone.stages:
         for records in ("prompts", "candidates", "judgements", "pairs", "rows"):
@@ -59,20 +43,8 @@ def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-7, atol=1e-9)
 
 
-def launched(*script: str, port: int, **settings: str) -> subprocess.Popen:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return subprocess.Popen(
-        [sys.executable, *launch, "-m", *script],
-        cwd=HERE.parent,
-        env={**os.environ, **settings},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_an_error_on_one_process_ends_the_other_with_its_words(tmp_path):
-    process = launched("tests.two_process_ends", "fails", str(tmp_path), port=29512)
+    process = launched("-m", "tests.two_process_ends", "fails", tmp_path)
     output, _ = process.communicate(timeout=120)  # the other waits for it for half an hour
     assert process.returncode != 0
     assert "this judge fails here" in output
@@ -80,8 +52,8 @@ def test_an_error_on_one_process_ends_the_other_with_its_words(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_the_run_goes_on_where_it_was(tmp_path):
-    script = ("tests.two_process_ends", "waits", str(tmp_path))
-    process = launched(*script, port=29513, JUDGE_SECONDS="600")
+    script = ("-m", "tests.two_process_ends", "waits", tmp_path)
+    process = launched(*script, JUDGE_SECONDS="600")
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("judging.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -90,9 +62,7 @@ def test_ctrl_c_ends_all_processes_and_the_run_goes_on_where_it_was(tmp_path):
     assert process.returncode != 0
     assert Run.open(tmp_path / "run").is_done("sft")
     before = (tmp_path / "run/01-sft/done.json").stat().st_mtime_ns
-    again = launched(*script, port=29514)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output[-3000:]
+    two(*script)
     run = Run.open(tmp_path / "run")
     assert run.is_done("external_reward")
     assert (tmp_path / "run/01-sft/done.json").stat().st_mtime_ns == before
@@ -101,27 +71,57 @@ def test_ctrl_c_ends_all_processes_and_the_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("sharded_first", [True, False])
 def test_a_run_goes_on_from_shares_to_one_process_and_the_other_way_round(sharded_first, tmp_path):
     """SFT by one kind of run and a stage of pairs by the other: as by one process all the way."""
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, parted = tmp_path / "one", tmp_path / "parted"
     alone = [sys.executable, "-m", "tests.two_process_ends", "counts"]
-    assert subprocess.run([*alone, str(one)], cwd=HERE.parent, timeout=120).returncode == 0
+    assert subprocess.run([*alone, str(one)], cwd=HOME, timeout=120).returncode == 0
 
     def sharded(*stages: str) -> None:
-        script = ("tests.two_process_ends", "counts", str(two), *stages)
-        process = launched(*script, port=29515, **FSDP)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output[-3000:]
+        two("-m", "tests.two_process_ends", "counts", parted, *stages, **FSDP)
 
     if sharded_first:
         sharded("sft")
-        assert subprocess.run([*alone, str(two)], cwd=HERE.parent, timeout=120).returncode == 0
+        assert subprocess.run([*alone, str(parted)], cwd=HOME, timeout=120).returncode == 0
     else:
-        done = subprocess.run([*alone, str(two), "sft"], cwd=HERE.parent, timeout=120)
+        done = subprocess.run([*alone, str(parted), "sft"], cwd=HOME, timeout=120)
         assert done.returncode == 0
         sharded()
-    runs = [Run.open(folder / "run") for folder in (one, two)]
+    runs = [Run.open(folder / "run") for folder in (one, parted)]
     assert runs[0].pairs("external_reward") == runs[1].pairs("external_reward")
     models = [model64() for _ in runs]
     for run, model in zip(runs, models, strict=True):
         run.load_weights(model, "external_reward")
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(FSDP, FSDP), (FSDP, None), (None, FSDP)],
+    ids=["shares, shares", "shares, one", "one, shares"],
+)
+def test_training_that_was_stopped_goes_on_with_shares_or_in_one_process(first, then, tmp_path):
+    """Behind step 4 of 6, with AdamW's moments and the best weights so far."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+
+    def train(folder: Path, stop_after: int, settings: dict[str, str] | None) -> int:
+        folder.mkdir(exist_ok=True)
+        script = ("-m", "tests.two_process_ends", "trains", folder, stop_after)
+        if settings is None:
+            alone = [sys.executable, *map(str, script)]
+            subprocess.run(alone, cwd=HOME, check=True, timeout=120)
+        else:
+            two(*script, **settings)
+        return int((folder / "steps.0").read_text())
+
+    assert train(whole, 0, None) == 6
+    assert train(parted, 4, first) == 4
+    assert not Run.open(parted / "run").is_done("sft")
+    assert train(parted, 0, then) == 2
+    runs = [Run.open(folder / "run") for folder in (whole, parted)]
+    best = [run.summary("sft")["early_stopping"] for run in runs]
+    assert best[0]["best_step"] == best[1]["best_step"]
+    models = [model64() for _ in runs]
+    for run, model in zip(runs, models, strict=True):
+        run.load_weights(model, "sft")
     for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
