@@ -14,8 +14,9 @@ from self_rewarding_lm.records import Candidate, PreferencePair, Prompt, Trainin
 from self_rewarding_lm.reference import StoredReference, response_logprobs
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.stages import base
-from self_rewarding_lm.stages.base import cut_pairs, read_once
+from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.preference import cut_pairs
 from self_rewarding_lm.stored import Stored
 from tests.models import Recurrent, Successor, context, stage_dir
 from tests.test_datasets import lines, opened
@@ -213,7 +214,7 @@ def test_pairs_of_several_passes_are_trained_in_the_order_in_which_they_were_mad
         trained.append([one.id for one in pairs])
         return inner(self, ctx, out, pairs, **options)
 
-    monkeypatch.setattr("self_rewarding_lm.stages.base.PreferenceConfig.objective", objective)
+    monkeypatch.setattr("self_rewarding_lm.stages.preference.PreferenceConfig.objective", objective)
     stage = external(prompt_dataset=["a", "b", "c"], num_generated_preference_pairs=7)
     run = trainer_of(tmp_path, [stage])(rehearse=False)
     by_pass = [f"external_reward/{row}/{i}" for i in range(9) for row in range(3)]

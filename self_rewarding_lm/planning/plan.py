@@ -30,7 +30,8 @@ from self_rewarding_lm.planning.states import state_bytes
 from self_rewarding_lm.planning.work import Counting, Work
 from self_rewarding_lm.recipe_file import Recipe
 from self_rewarding_lm.run import INITIAL
-from self_rewarding_lm.stages.base import PreferenceConfig, TrainingConfig
+from self_rewarding_lm.stages.base import TrainingConfig
+from self_rewarding_lm.stages.preference import PreferenceConfig
 from self_rewarding_lm.tokens import Tokens
 from self_rewarding_lm.trainer import stage_names
 

@@ -9,7 +9,8 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.rows import preference_row, truncated
-from self_rewarding_lm.stages.base import PreferenceConfig, read_once
+from self_rewarding_lm.stages.base import read_once
+from self_rewarding_lm.stages.preference import PreferenceConfig
 from self_rewarding_lm.store import StageDir
 
 

@@ -16,13 +16,14 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges import Judge
 from self_rewarding_lm.pairing import PickPair, best_against_worst
 from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_text, write_prompts
-from self_rewarding_lm.records import Candidate, Instruction, Prompt
+from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Prompt
 from self_rewarding_lm.rehearsal import short
 from self_rewarding_lm.rollout import decoding_of
 from self_rewarding_lm.rows import check_prompt, prompt_of
 from self_rewarding_lm.serving import Need, check_before, local_engine, served
-from self_rewarding_lm.stages.base import PreferenceConfig, read_once
+from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.preference import PreferenceConfig
 from self_rewarding_lm.store import StageDir
 
 
@@ -115,9 +116,15 @@ class SampledPreferenceConfig(PreferenceConfig):
         check_prompt(prompt_of(row, where, ctx.tokens).ids, where, ctx.limit(self.max_seq_len))
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        pairs = self.made(PairMaker, ctx, out)
+        pairs = self.trained(ctx, out, self.made(PairMaker, ctx, out))
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs))
+
+    def trained(
+        self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
+    ) -> Sequence[PreferencePair]:
+        """What is trained on, given the pairs that were made."""
+        return pairs
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         prompt, answers, _ = self.answered(PairMaker, ctx, out)

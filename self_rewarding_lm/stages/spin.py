@@ -15,7 +15,8 @@ from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
 from self_rewarding_lm.rehearsal import short
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.rows import PromptRow, prompt_and_completion, truncated
-from self_rewarding_lm.stages.base import PreferenceConfig, read_once, report_unanswered
+from self_rewarding_lm.stages.base import read_once, report_unanswered
+from self_rewarding_lm.stages.preference import PreferenceConfig
 from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.stored import Groups, Stored
 
