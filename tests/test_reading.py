@@ -13,7 +13,7 @@ from self_rewarding_lm.errors import DataError, PairingError
 from self_rewarding_lm.records import Candidate, PreferencePair, Prompt, TrainingRow
 from self_rewarding_lm.reference import StoredReference, response_logprobs
 from self_rewarding_lm.rollout import rollout
-from self_rewarding_lm.stages import base
+from self_rewarding_lm.stages import preference
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.preference import cut_pairs
@@ -112,7 +112,7 @@ def test_pairs_are_cut_when_they_are_asked_for_and_equal_ones_left_out(tmp_path,
         asked.append(one.id)
         return one, 0
 
-    monkeypatch.setattr(base, "_cut", cutting)
+    monkeypatch.setattr(preference, "_cut", cutting)
     assert cut[1] == CUT[2] and asked == ["stage/2"]
 
 
