@@ -233,7 +233,6 @@ STORED_LINE = st.integers(0, 11).flatmap(
     mutants={
         "values = json_of(line, file.path, lambda: file.number(start))": "values = __import__('json').loads(line)",
         "except (AttributeError, TypeError, ValueError) as error:": "except ValueError as error:",
-        'values.get("id") if isinstance(values, dict) else None': 'values.get("id")',
         'for start, line in file if line.endswith(b"\\n"))': "for start, line in file)",
     },
     examples=600,

@@ -47,6 +47,14 @@ def kill():
     raise Killed
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """Also where these tests run in the background, where a shell ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press():
     os.kill(os.getpid(), signal.SIGINT)
 
