@@ -127,10 +127,8 @@ class StageDir(StageFiles):
         self.beside = beside
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
-        self.first_step = 0
-        """Steps that earlier rounds of the stage have done."""
-        self.marks: dict[str, Any] = {}
-        """What each line of metrics says beside its numbers: the round, where there are several."""
+        self.first_step = 0  # steps that earlier rounds of the stage have done
+        self.marks: dict[str, Any] = {}  # in each line of metrics: the round, of several
         self._given: list[weakref.ref[Stored[Any]]] = []
         self._replayed: Counter[str] = Counter()
         self._trainings: Counter[int] = Counter()
@@ -247,8 +245,7 @@ class StageDir(StageFiles):
         """The words of the state that was saved last; None where there is none."""
         if not (self.path / STATE).exists():
             return None
-        words = read_words(self.path / STATE)
-        return json.loads(words) if words else self.state()[1]
+        return json.loads(read_words(self.path / STATE) or json.dumps(self.state()[1]))
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """What `save_state` saved last; StoreError where the file was changed."""

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -31,6 +31,9 @@ OWN = (START, OF_ROUND, NO_REFERENCE)
 
 class PreferenceConfig(TrainingConfig):
     """A stage that trains on pairs by DPO, by default against the weights it started from."""
+
+    by_round: ClassVar[tuple[str, ...]] = ("dpo_beta",)
+    """Settings that may be a tuple with a value for each round."""
 
     dpo_beta: float | tuple[float, ...] = 0.1
     """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020. Given, of every loss. Several:
@@ -90,7 +93,10 @@ class PreferenceConfig(TrainingConfig):
 
     def for_round(self, round: int) -> "PreferenceConfig":
         """The stage as it is in one of its rounds: each tuple of values is that round's."""
-        return self.model_copy(update={"dpo_beta": of_round(self.dpo_beta, round)})
+        given = {name: getattr(self, name) for name in self.by_round}
+        # one value stays as it is: what is in an update counts as given by the user
+        several = {k: of_round(v, round) for k, v in given.items() if isinstance(v, tuple)}
+        return self.model_copy(update=several)
 
     def weights_used(self) -> set[str]:
         named = isinstance(self.reference, str) and self.reference not in OWN
