@@ -88,13 +88,14 @@ class Fit:
             changed.enter_context(random_numbers_kept())
             changed.enter_context(modes_kept(self.ctx.policy))
             module = changed.enter_context(self.ctx.runtime.training(self.ctx.policy))
-            changed.enter_context(dropout_set(module, self.dropout))
+            changed.enter_context(dropout_set(module, self.dropout, warns=not self.kept.states))
             if self.optim.gradient_checkpointing:
                 model = self.ctx.runtime.unwrapped(module).token_model
                 changed.enter_context(model.checkpointing())
             made = make_optimizers(module, self.optim, self.ctx.model.vocab)
             optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
-            warn_of_lost_updates(module, self.optim, self.ctx.stage, checker=self.checker)
+            if not self.kept.states:  # else it was said in an earlier round
+                warn_of_lost_updates(module, self.optim, self.ctx.stage, checker=self.checker)
             self._begin_reference(module)
             self.kept.hand_on(optimizers)
             done = 0 if standing is None else self._go_on(module, optimizers, standing)
@@ -187,7 +188,9 @@ class Fit:
             raise Interrupted(f"{self.ctx.stage}: stopped behind step {step} of {self.total}")
 
     def _steps(self, module: nn.Module, optimizers: Sequence[Any], done: int) -> int:
-        label, watcher = f"{self.ctx.stage}: training", Watcher(self.checker)
+        label = f"{self.ctx.stage}: training"
+        even = getattr(self.objective, "begins_even", True)
+        watcher = Watcher(self.checker, begins_even=even)
         if self.stopper and not done:
             with self.ctx.runtime.whole():
                 self.stopper.check(0)

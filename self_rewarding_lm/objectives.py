@@ -83,7 +83,8 @@ class PreferenceObjective:
     rewards among the metrics. nll_weight: of the chosen response's NLL beside `losses`.
     reference_tokens: needed where a loss reads tokens. A pair's own weight multiplies all of its
     loss; the divisor counts it as one. live: how a reference moves; both are then dicts by row, in
-    which `hear` puts what it said last.
+    which `hear` puts what it said last. begins_even: whether the reference is what the policy is at
+    the first step, so that no reward but 0 is right there.
     """
 
     pairs: Sequence[PreferencePair]
@@ -93,6 +94,7 @@ class PreferenceObjective:
     losses: Sequence[LossConfig] = (LossConfig("dpo"),)
     reference_tokens: Sequence[ReferenceLogprobs] | dict[int, ReferenceLogprobs] | None = None
     live: Moving | None = None
+    begins_even: bool = True
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -81,7 +81,7 @@ class PreferenceConfig(TrainingConfig):
     def _betas_of_rounds(self) -> "PreferenceConfig":
         betas = self.dpo_beta if isinstance(self.dpo_beta, tuple) else (self.dpo_beta,)
         rounds = getattr(self, "rounds", 1)
-        if not betas or min(betas) <= 0:
+        if not betas or not all(beta > 0 for beta in betas):
             raise ValueError(f"dpo_beta must be greater than 0; got {self.dpo_beta}")
         if len(betas) > rounds:
             raise ValueError(
@@ -122,14 +122,18 @@ class PreferenceConfig(TrainingConfig):
             return found
         if isinstance(self.reference, Moving):
             heard: dict[int, ReferenceLogprobs] | None = {} if wanted.tokens else None
-            return replace(found, reference={}, reference_tokens=heard, live=self.reference)
+            moving = replace(found, live=self.reference, begins_even=round == 0)
+            return replace(moving, reference={}, reference_tokens=heard)
         if self.reference == NO_REFERENCE:
             sums, tokens = Picked(cut, change=_no_sums), Picked(cut, change=_no_tokens)
+            even = False
         else:
             budget, which = self.optim.micro_batch_tokens, self._reference_weights(ctx)
             asked = StoredReference(ctx, out, token_budget=budget, round=round, weights=which)
             sums, tokens = asked.sums(cut), asked.tokens(cut) if wanted.tokens else None
-        return replace(found, reference=sums, reference_tokens=tokens if wanted.tokens else None)
+            even = which is None or (which == START and round == 0)
+        tokens = tokens if wanted.tokens else None
+        return replace(found, reference=sums, reference_tokens=tokens, begins_even=even)
 
     def _reference_weights(self, ctx: Context) -> str | None:
         """The weights of the reference as `ctx.weights` names them; None: the present ones."""
