@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
     from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
     from self_rewarding_lm.judges import SelfJudge
+    from self_rewarding_lm.live_reference import EMAReference, MixedReference
     from self_rewarding_lm.loss_settings import LossConfig
     from self_rewarding_lm.losses import PairBatch, reads
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
@@ -61,6 +62,7 @@ __all__ = [
     "ComparisonConfig",
     "DPOConfig",
     "Demonstration",
+    "EMAReference",
     "ExternalRewardDPOConfig",
     "FinetuneConfig",
     "Interrupted",
@@ -68,6 +70,7 @@ __all__ = [
     "Judgement",
     "LocalEngine",
     "LossConfig",
+    "MixedReference",
     "OpenAssistant",
     "OptimConfig",
     "PairBatch",
@@ -119,6 +122,7 @@ _HOMES = {
     "errors": ("Interrupted", "SelfRewardingError"),
     "evaluate": ("JudgeEvaluation", "evaluate_judge"),
     "judges": ("SelfJudge",),
+    "live_reference": ("EMAReference", "MixedReference"),
     "loss_settings": ("LossConfig",),
     "losses": ("PairBatch", "reads"),
     "oasst": ("OpenAssistant", "open_assistant"),

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from self_rewarding_lm.adapters import TokenModel
-from self_rewarding_lm.config import RewardConfig
+from self_rewarding_lm.config import FinetuneConfig, RewardConfig
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.engine import Engine
 from self_rewarding_lm.errors import ConfigError, StoreError
@@ -16,6 +16,8 @@ from self_rewarding_lm.run import INITIAL, Run
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.tokens import Tokens
 from self_rewarding_lm.weights import weights_file
+
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Context:
     stage: the stage's name; record ids begin with it. policy: the prepared module whose
     forward(ids) gives per-token log-probs, holding `model`. rows: the stage's opened datasets by
     field. first_prompt: where the stage begins in its prompts, counted over all passes.
-    adapt: the TokenModel of another module (a judge of its own).
+    adapt: the TokenModel of another module (a judge of its own). start: the weights that a stage of
+    several rounds began with, kept where its reference asks for them.
     """
 
     stage: str
@@ -40,6 +43,7 @@ class Context:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     first_prompt: int = 0
     run: Run | None = None
+    start: Mapping[str, Tensor] | None = None
 
     def limit(self, max_seq_len: int | None) -> int | None:
         """Tokens of prompt and response together: the setting, or what the model can take."""
@@ -60,7 +64,7 @@ class Context:
     def weights(self, which: str | Path) -> Iterator[None]:
         """Other weights in the one model, and the present ones back afterwards.
 
-        which: "initial", an earlier stage's name, or a path.
+        which: "initial", "start" (those that `start` holds), an earlier stage's name, or a path.
         """
         kept = self.model.state()
         try:
@@ -71,7 +75,10 @@ class Context:
 
     def load(self, which: str | Path) -> None:
         """Load weights into the model, in place."""
-        self.model.load(self.weights_path(which))
+        if which == START and self.start is not None:
+            self.model.module.load_state_dict(dict(self.start), strict=False)
+        else:
+            self.model.load(self.weights_path(which))
 
     def weights_path(self, which: str | Path) -> Path:
         """The file of weights that `init_from` or `weights` name."""
@@ -83,3 +90,16 @@ class Context:
         if found is None:
             raise StoreError(f"there are no weights in the folder {str(which)!r}.")
         return found
+
+
+def check_weights_named(stage: FinetuneConfig, name: str, earlier: Sequence[str]) -> None:
+    """Raise ConfigError where a stage names weights that there will not be."""
+    for used in sorted(stage.weights_used() - {INITIAL, *earlier}):
+        if not Path(used).exists():
+            fields = ("init_from", "reference", "fit_from")
+            given = next((f for f in fields if str(getattr(stage, f, None)) == used), "weights")
+            own = "'previous', " if given == "init_from" else ""
+            raise ConfigError(
+                f"{name}: {given} must be {own}'initial', the name of an earlier stage "
+                f"({', '.join(earlier) or 'there is none'}) or a path; got {used!r}."
+            )

@@ -47,6 +47,10 @@ class PairingError(SelfRewardingError, RuntimeError):
     """No preference pair could be made."""
 
 
+class NoPairError(PairingError):
+    """There is no pair at all to train on."""
+
+
 class TrainingError(SelfRewardingError, RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
 

@@ -1,4 +1,4 @@
-"""The one training loop: steps, micro-batches, clipping, schedule, evaluation, early stopping.
+"""The one training loop: steps, clipping, schedule, evaluation, early stopping, its state.
 
 The loss of a step is the sum over its whole batch divided by the batch's count, over all
 processes, so that the gradient does not depend on micro-batches or on the number of processes.
@@ -9,21 +9,20 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from self_rewarding_lm.adapters.inference import evaluating, modes_kept
+from self_rewarding_lm.adapters.inference import modes_kept
 from self_rewarding_lm.adapters.policy import dropout_set
-from self_rewarding_lm.adapters.training import grouped, packs
-from self_rewarding_lm.batching import pad_masks, pad_rows
 from self_rewarding_lm.checks import Checker, ChecksConfig, not_finite
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.early_stopping import EarlyStopping, Stopper
-from self_rewarding_lm.errors import Interrupted
+from self_rewarding_lm.errors import Interrupted, StoreError
+from self_rewarding_lm.forwards import Forwards, Sums
+from self_rewarding_lm.live_reference import LiveReference
 from self_rewarding_lm.objectives import Objective
 from self_rewarding_lm.optimizers import learning_rate_at, make_optimizers, warn_of_lost_updates
 from self_rewarding_lm.runtime import random_numbers_kept
@@ -31,6 +30,7 @@ from self_rewarding_lm.sampling import stable_hash
 from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.training_state import (
     WEIGHTS,
+    Kept,
     optimizer_state,
     prefixed,
     restore_optimizers,
@@ -41,27 +41,15 @@ from self_rewarding_lm.weights import Tensors
 
 logger = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 4096  # of an evaluation, whose tokens are in memory together
-
-
-@dataclass
-class _Sums:
-    """Sums over the rows of a step, on this process. places: tokens and padding together."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    places: int = 0
-    rows: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-
 
 class Fit:
     """Trains the policy on an objective. `optim` is complete: no field is None.
 
     round: stages that train several times have other row orders and dropout each time, and their
-    steps are counted on. A training that was stopped goes on from the state in its stage's folder,
-    where that is of this round. Raises TrainingError where the loss or a gradient is not finite;
-    the weights are then those before that step.
+    steps are counted on. kept: what such trainings hand on where they are one training in rounds;
+    without it each begins anew. A training that was stopped goes on from the state in its stage's
+    folder, where that is of this round. Raises TrainingError where the loss or a gradient is not
+    finite; the weights are then those before that step.
     """
 
     def __init__(
@@ -78,6 +66,7 @@ class Fit:
         round: int = 0,
         first_step: int = 0,
         checks: ChecksConfig | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.ctx, self.out, self.objective, self.optim = ctx, out, objective, optim
         self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main)
@@ -85,7 +74,8 @@ class Fit:
         self.first_step = first_step
         self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
         self.total = num_train_steps or (optim.epochs or 1) * self.steps_per_epoch
-        self.saved_at, self.nth = time.monotonic(), 0
+        self.kept, self.nth = kept or Kept(), 0
+        self.forwards = Forwards(ctx, optim)
         self.stopper = Stopper(ctx, out, early_stopping, first_step) if early_stopping else None
 
     def run(self) -> int:
@@ -98,26 +88,47 @@ class Fit:
             changed.enter_context(random_numbers_kept())
             changed.enter_context(modes_kept(self.ctx.policy))
             module = changed.enter_context(self.ctx.runtime.training(self.ctx.policy))
-            changed.enter_context(dropout_set(module, self.dropout))
+            changed.enter_context(dropout_set(module, self.dropout, warns=not self.kept.states))
             if self.optim.gradient_checkpointing:
                 model = self.ctx.runtime.unwrapped(module).token_model
                 changed.enter_context(model.checkpointing())
             made = make_optimizers(module, self.optim, self.ctx.model.vocab)
             optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
-            warn_of_lost_updates(module, self.optim, self.ctx.stage, checker=self.checker)
+            if not self.kept.states:  # else it was said in an earlier round
+                warn_of_lost_updates(module, self.optim, self.ctx.stage, checker=self.checker)
+            self._begin_reference(module)
+            self.kept.hand_on(optimizers)
             done = 0 if standing is None else self._go_on(module, optimizers, standing)
             try:
-                return self._steps(module, optimizers, done)
+                steps = self._steps(module, optimizers, done)
+                if self.kept.rounds > 1:
+                    self.kept.take(optimizers)
+                return steps
             finally:
                 self.ctx.runtime.release(optimizers)
                 for parameter in module.parameters():
                     parameter.grad = None
 
+    def _begin_reference(self, module: nn.Module) -> None:
+        """Copy the weights for a reference that moves, unless there is a copy already."""
+        settings = getattr(self.objective, "live", None)
+        if settings is not None:
+            self.kept.live = self.kept.live or LiveReference(settings)
+            self.kept.live.begin(self.ctx.runtime.unwrapped(module))
+            self.forwards.live = self.kept.live
+
     def _standing(self) -> tuple[Tensors, dict[str, Any]] | None:
         """The state in which this training was stopped, its weights in the model; None: none."""
-        found = self.out.state()
-        if found is None or any(found[1].get(k) != v for k, v in self._place().items()):
+        words = self.out.state_words()
+        if words is None or any(words.get(k) != v for k, v in self._place().items()):
+            if words is not None and self.kept.rounds > 1 and words["round"] >= self.round:
+                raise StoreError(
+                    f"{self.ctx.stage}: the state of training is of other pairs than those on disk "
+                    f"in {self.out.path}. Delete state.safetensors to train the stage again from "
+                    "its start."
+                )
             return None
+        found = self.out.state()
         self.ctx.model.module.load_state_dict(unprefixed(WEIGHTS, found[0]), strict=False)
         return found
 
@@ -134,6 +145,8 @@ class Fit:
         own = self.ctx.runtime.unwrapped(module)
         restore_optimizers(own, optimizers, tensors, words["optimizers"])
         self.ctx.runtime.scale_as(words["scaling"])
+        if self.kept.live:
+            self.kept.live.restore(tensors, words["reference_steps"])
         if self.stopper:
             self.stopper.resume(words["early_stopping"])
         logger.info("%s: goes on behind step %d of %d", self.ctx.stage, words["step"], self.total)
@@ -141,14 +154,14 @@ class Fit:
 
     def _save(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
         """Save the state of training behind a step."""
-        runtime, self.saved_at = self.ctx.runtime, time.monotonic()
+        runtime, live, self.kept.saved_at = self.ctx.runtime, self.kept.live, time.monotonic()
         with runtime.whole():
             found = optimizer_state(runtime.unwrapped(module), optimizers, keep=runtime.is_main)
             weights = self.ctx.model.state() if runtime.is_main else {}
+            reference = live.state(keep=runtime.is_main) if live else {}
             if found is not None:
-                self.out.save_state(
-                    {**prefixed(WEIGHTS, weights), **found[0]}, self._words(found[1], step)
-                )
+                tensors = {**prefixed(WEIGHTS, weights), **found[0], **reference}
+                self.out.save_state(tensors, self._words(found[1], step))
         if found is None:
             logger.warning(
                 "%s: the optimiser keeps things that are neither tensors nor numbers; the state of "
@@ -160,13 +173,14 @@ class Fit:
         """What is no tensor of the state behind a step."""
         words = {**self._place(), "step": step, "optimizers": optimizers}
         words["scaling"] = self.ctx.runtime.scaling()
+        words["reference_steps"] = self.kept.live.steps if self.kept.live else None
         words["early_stopping"] = self.stopper.standing() if self.stopper else None
         return words
 
     def _look_up(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
         """Between two steps: save where it is time, and stop where a signal asks for it."""
         runtime, optim = self.ctx.runtime, self.optim
-        late = time.monotonic() - self.saved_at > 60 * (optim.save_state_minutes or math.inf)
+        late = time.monotonic() - self.kept.saved_at > 60 * (optim.save_state_minutes or math.inf)
         asked, late = runtime.any(bool(runtime.stopping.asked), runtime.is_main and late)
         if asked or late or step % (optim.save_state_every or self.total + 1) == 0:
             self._save(module, optimizers, step)
@@ -174,7 +188,9 @@ class Fit:
             raise Interrupted(f"{self.ctx.stage}: stopped behind step {step} of {self.total}")
 
     def _steps(self, module: nn.Module, optimizers: Sequence[Any], done: int) -> int:
-        label, watcher = f"{self.ctx.stage}: training", Watcher(self.checker)
+        label = f"{self.ctx.stage}: training"
+        even = getattr(self.objective, "begins_even", True)
+        watcher = Watcher(self.checker, begins_even=even)
         if self.stopper and not done:
             with self.ctx.runtime.whole():
                 self.stopper.check(0)
@@ -231,19 +247,20 @@ class Fit:
         )
         module.train()
         divisor = sum(map(self.objective.count, batch))
-        sums, bad = _Sums(), list[int]()
-        groups = self._micro_batches(self.objective, runtime.share(batch))
-        groups = runtime.in_step(groups, batch[:1])  # fewer rows than processes: some count nothing
+        sums, bad = Sums(), list[int]()
+        groups = self.forwards.micro_batches(module, self.objective, batch)
         for i, (rows, counts) in enumerate(groups):
-            losses, tokens, metrics = self._forward(module, self.objective, rows)
+            losses, tokens, metrics = self.forwards.losses(module, self.objective, rows)
             scale = runtime.world / divisor if counts else 0.0
             runtime.backward(module, losses.sum() * scale, sync=i == len(groups) - 1)
             if counts:
-                _add(sums, losses, tokens, metrics)
+                sums.add(losses, tokens, metrics)
                 finite = losses.isfinite().tolist() if not math.isfinite(sums.loss) else ()
                 bad += [row for row, is_finite in zip(rows, finite, strict=False) if not is_finite]
-        rate = learning_rate_at(step, self.total, self.optim)
-        found = self._reduced(sums, divisor)
+        rounds = self.kept.rounds
+        before = self.round * self.total if rounds > 1 else 0  # as if all rounds were as long
+        rate = learning_rate_at(before + step, rounds * self.total, self.optim)
+        found = self.forwards.means(sums, divisor)
         for name, value in found.items():
             if not math.isfinite(value):
                 self._not_finite(name, value, runtime.gather(bad) or batch, step)
@@ -256,56 +273,14 @@ class Fit:
         runtime.step(optimizers, norm)
         for optimizer in optimizers:
             optimizer.zero_grad()
+        if self.kept.live:
+            self.kept.live.follow(runtime.unwrapped(module))
         return {"loss": found.pop("loss"), "grad_norm": norm, "learning_rate": rate, **found}
 
-    def _micro_batches(self, objective: Objective, rows: list[int]) -> list[list[int]]:
-        groups = grouped(
-            self.ctx.model,
-            [[ids for ids, _ in objective.sequences(row)] for row in rows],
-            token_budget=self.optim.micro_batch_tokens,
-            max_rows=self.optim.micro_batch_size,
-        )
-        return [[rows[i] for i in group] for group in groups]
-
-    def _forward(
-        self, module: nn.Module, objective: Objective, rows: list[int]
-    ) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
-        """The rows' losses, their tokens and these with their padding, and their metrics."""
-        sequences = [pair for row in rows for pair in objective.sequences(row)]
-        ids, lengths = pad_rows([ids for ids, _ in sequences])
-        targets = pad_masks([targets for _, targets in sequences])
-        logprobs = module(ids, lengths, targets)
-        result = objective.loss(rows, logprobs, targets.to(logprobs.device))
-        tokens = int(lengths.sum())
-        places = tokens if packs(self.ctx.model) else ids.numel()
-        return result.losses, (tokens, places), dict(result.metrics)
-
-    def _reduced(self, sums: _Sums, divisor: float) -> dict[str, float]:
-        names = sorted(set(self.ctx.runtime.gather(list(sums.metrics))))
-        values = [sums.loss, float(sums.tokens), float(sums.places), float(sums.rows)]
-        values += [sums.metrics.get(name, 0.0) for name in names]
-        loss, tokens, places, rows, *rest = self.ctx.runtime.sum(values)
-        means = {name: value / rows for name, value in zip(names, rest, strict=True)}
-        padding = 1 - tokens / places if places else 0.0
-        return {"loss": loss / divisor, "num_tokens": tokens, "padding_share": padding, **means}
-
-    @torch.no_grad()
     def _evaluate(self, module: nn.Module, step: int) -> None:
-        if self.valid is None:
-            return
-        sums = _Sums()
-        rows = list(range(len(self.valid)))
-        with evaluating(module):
-            for start in range(0, len(rows), ROWS_AT_ONCE):
-                mine = self.ctx.runtime.share(rows[start : start + ROWS_AT_ONCE])
-                groups = self._micro_batches(self.valid, mine)
-                for group, counts in self.ctx.runtime.in_step(groups, rows[:1]):
-                    found = self._forward(module, self.valid, group)
-                    if counts:
-                        _add(sums, *found)
-        found = self._reduced(sums, sum(map(self.valid.count, rows)))
-        del found["num_tokens"], found["padding_share"]
-        self._log({f"eval/{name}": value for name, value in found.items()}, step)
+        if self.valid is not None:
+            found = self.forwards.evaluated(module, self.valid)
+            self._log({f"eval/{name}": value for name, value in found.items()}, step)
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
         step += self.first_step
@@ -321,13 +296,3 @@ class Fit:
             f"{self.out.path}. Try a lower optim.learning_rate, optim.warmup_steps, or a higher "
             "precision; if it happens at step 1, the model's own weights or logits are not finite.",
         )
-
-
-def _add(sums: _Sums, losses: Tensor, tokens: tuple[int, int], metrics: dict[str, Tensor]) -> None:
-    sums.loss += float(losses.detach().double().sum())
-    sums.tokens += tokens[0]
-    sums.places += tokens[1]
-    sums.rows += len(losses)
-    for name, values in metrics.items():
-        total = float(values.detach().double().sum())
-        sums.metrics[name] = sums.metrics.get(name, 0.0) + total

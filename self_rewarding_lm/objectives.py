@@ -1,6 +1,6 @@
 """What is trained on: rows as padded tensors, and the loss of a few of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from self_rewarding_lm.live_reference import Moving
 from self_rewarding_lm.logprobs import masked_sum
 from self_rewarding_lm.loss_settings import LossConfig, losses_in, read_by
 from self_rewarding_lm.losses import LossResult, PairBatch, Responses, sft_loss
@@ -76,20 +77,24 @@ class SupervisedObjective:
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """Losses of pairs, summed, against stored reference log-probs.
+    """Losses of pairs, summed, against reference log-probs.
 
     reference: None where no loss reads one. beta: of losses that say none of their own, and of the
     rewards among the metrics. nll_weight: of the chosen response's NLL beside `losses`.
     reference_tokens: needed where a loss reads tokens. A pair's own weight multiplies all of its
-    loss; the divisor counts it as one.
+    loss; the divisor counts it as one. live: how a reference moves; both are then dicts by row, in
+    which `hear` puts what it said last. begins_even: whether the reference is what the policy is at
+    the first step, so that no reward but 0 is right there.
     """
 
     pairs: Sequence[PreferencePair]
-    reference: Sequence[PairSums] | None
+    reference: Sequence[PairSums] | dict[int, PairSums] | None
     beta: float
     nll_weight: float = 0.0
     losses: Sequence[LossConfig] = (LossConfig("dpo"),)
-    reference_tokens: Sequence[ReferenceLogprobs] | None = None
+    reference_tokens: Sequence[ReferenceLogprobs] | dict[int, ReferenceLogprobs] | None = None
+    live: Moving | None = None
+    begins_even: bool = True
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -107,6 +112,21 @@ class PreferenceObjective:
 
     def name(self, row: int) -> str:
         return self.pairs[row].id
+
+    def hear(self, said: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> None:
+        """Take what a live reference says: rows, log-probs of their sequences, targets."""
+        sums, tokens = self.reference, self.reference_tokens
+        assert isinstance(sums, dict)
+        for heard in (sums, tokens):
+            if isinstance(heard, dict):
+                heard.clear()
+        for rows, logprobs, targets in said:
+            sides = [own[at].tolist() for own, at in zip(logprobs.cpu(), targets, strict=True)]
+            for row, chosen, rejected in zip(rows, sides[::2], sides[1::2], strict=True):
+                sums[row] = PairSums(sum(chosen), sum(rejected))
+                if isinstance(tokens, dict):
+                    found = ReferenceLogprobs(self.name(row), tuple(chosen), tuple(rejected))
+                    tokens[row] = found
 
     def loss(
         self,

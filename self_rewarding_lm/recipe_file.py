@@ -28,6 +28,7 @@ from self_rewarding_lm.recipe_settings import (
 from self_rewarding_lm.recipe_yaml import Node
 from self_rewarding_lm.recipes import paper_recipe
 from self_rewarding_lm.settings import model_of
+from self_rewarding_lm.stages.preference import OWN
 from self_rewarding_lm.trainer import SelfRewardingTrainer, stage_names
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -210,11 +211,14 @@ class _RecipeReader(Reader):
                 if used and source.stage not in names[:place]:
                     words = f"must name an earlier stage (there is: {earlier}); got {shape(node)}."
                     self.refuse(node, where, words)
-            for name, itself in (("init_from", "previous"), ("fit_from", "current")):
-                start = getattr(stage, name, itself)
-                if start in (itself, "initial", *names[:place]) or Path(start).exists():
+            named = {"init_from": ("previous",), "fit_from": ("current",), "reference": OWN}
+            for name, own in named.items():
+                start = getattr(stage, name, own[0])
+                if start in (*own, "initial", *names[:place]) or not isinstance(start, str | Path):
                     continue
-                words = f"must be {itself}, initial, an earlier stage ({earlier}) or a path"
+                if Path(start).exists():
+                    continue
+                words = f"must be {', '.join(own)}, initial, an earlier stage ({earlier}) or a path"
                 where = (*keys, name)
                 self.refuse(root.at(where), where, f"{words}; got {str(start)!r}.")
             asked = getattr(stage, "self_reward_config_keyname", ())

@@ -1,12 +1,14 @@
 """Pairs to reference log-probs.
 
-The reference of a stage are the weights it starts from. They are asked once, before training, with
-dropout off, and their answers are kept beside the pairs: no second copy of the weights, no drift.
+The reference of a stage are the weights it starts from, or others that it names. They are asked
+once, before training, with dropout off, and their answers are kept beside the pairs: no second copy
+of the weights, no drift. References that move are in live_reference.
 """
 
 import math
 from array import array
 from collections.abc import Container, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +38,23 @@ class PairSums:
 class StoredReference:
     """Log-probs of pairs under the present weights, computed where they are not on disk yet.
 
-    round: pairs that are trained in several rounds have a reference in each.
+    round: pairs that are trained in several rounds have a reference in each. weights: others than
+    the present ones, as `ctx.weights` names them; they are the reference of all rounds.
     """
 
-    def __init__(self, ctx: Context, out: StageDir, *, token_budget: int, round: int = 0) -> None:
+    def __init__(
+        self,
+        ctx: Context,
+        out: StageDir,
+        *,
+        token_budget: int,
+        round: int = 0,
+        weights: str | None = None,
+    ) -> None:
         self.ctx, self.out = ctx, out
         self.token_budget = token_budget
-        self.round = round
+        self.weights = weights
+        self.label = f"r{round}" if weights is None else weights.replace("/", "_")
 
     def sums(self, pairs: Sequence[PreferencePair]) -> Sequence[PairSums]:
         """The summed log-probs of each pair, in the order of `pairs`.
@@ -60,7 +72,7 @@ class StoredReference:
                 f"stage {self.ctx.stage!r}, before step 1",
                 "reference log-probs are not finite",
                 [pairs[i].id for i in bad],
-                "The weights that the stage begins with give them no finite probability: they are "
+                "The reference's weights give them no finite probability: they are "
                 "damaged, too large for their type, or have logits of -inf. Begin with earlier "
                 f"weights (init_from), and delete reference.jsonl in {self.out.path} before.",
             )
@@ -69,11 +81,13 @@ class StoredReference:
     def tokens(self, pairs: Sequence[PreferencePair]) -> Sequence[ReferenceLogprobs]:
         """The log-probs of each pair token by token, read from disk when they are asked for."""
         known = Groups(self.out.known(ReferenceLogprobs))
-        names = [f"{pair.id}/r{self.round}" for pair in pairs]
+        names = [f"{pair.id}/{self.label}" for pair in pairs]
         mine = self.ctx.runtime.share([*range(len(names))])
         if all(name in known for name in names):
             mine = []
-        with self.ctx.runtime.progress(len(mine), "reference log-probs", "pair") as bar:
+        bar = self.ctx.runtime.progress(len(mine), "reference log-probs", "pair")
+        others = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
+        with bar, others:
             for start in range(0, len(mine), PAIRS_AT_ONCE):
                 some = mine[start : start + PAIRS_AT_ONCE]
                 for count in self._stored([(names[i], pairs[i]) for i in some], known):

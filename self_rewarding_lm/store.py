@@ -47,6 +47,7 @@ from self_rewarding_lm.weights import (
     Savable,
     Tensors,
     read_tensors,
+    read_words,
     remove_weights,
     save_folder,
     weights_file,
@@ -126,6 +127,8 @@ class StageDir(StageFiles):
         self.beside = beside
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
+        self.first_step = 0  # steps that earlier rounds of the stage have done
+        self.marks: dict[str, Any] = {}  # in each line of metrics: the round, of several
         self._given: list[weakref.ref[Stored[Any]]] = []
         self._replayed: Counter[str] = Counter()
         self._trainings: Counter[int] = Counter()
@@ -209,6 +212,7 @@ class StageDir(StageFiles):
         """
         if not self.runtime.is_main:
             return
+        metrics = {**metrics, **self.marks}
         if self._replayed[_line_name(metrics)] > 0:
             self._replayed[_line_name(metrics)] -= 1
             return
@@ -237,10 +241,14 @@ class StageDir(StageFiles):
             write_tensors(tensors, json.dumps(words), self.path / STATE)
         self.runtime.barrier()
 
-    def state(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """What `save_state` saved last; StoreError where the file was changed."""
+    def state_words(self) -> dict[str, Any] | None:
+        """The words of the state that was saved last; None where there is none."""
         if not (self.path / STATE).exists():
             return None
+        return json.loads(read_words(self.path / STATE) or json.dumps(self.state()[1]))
+
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """What `save_state` saved last; StoreError where the file was changed."""
         tensors, words = read_tensors(self.path / STATE)
         return tensors, json.loads(words)
 

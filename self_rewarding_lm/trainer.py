@@ -25,7 +25,7 @@ from self_rewarding_lm.config import (
     FinetuneConfig,
     RewardConfig,
 )
-from self_rewarding_lm.context import Context
+from self_rewarding_lm.context import Context, check_weights_named
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.engine import Engine, LocalEngine
 from self_rewarding_lm.errors import ConfigError, StoreError, typed
@@ -234,13 +234,8 @@ class SelfRewardingTrainer:
     def _context(self, place: int) -> Context:
         earlier = self.names[:place]
         stage, name = self.stages[place], self.names[place]
-        init = stage.init_from
-        if init not in ("previous", INITIAL, *earlier) and not Path(init).exists():
-            raise ConfigError(
-                f"{name}: init_from must be 'previous', 'initial', the name of an earlier stage "
-                f"({', '.join(earlier) or 'there is none'}) or a path; got {str(init)!r}."
-            )
-        self.tokens.compare_template(name, Path(init))
+        check_weights_named(stage, name, earlier)
+        self.tokens.compare_template(name, Path(stage.init_from))
 
         def resolve(source: FromStage) -> Sequence[Any]:
             assert self._run is not None

@@ -4,13 +4,16 @@ Tensors are whole: under FSDP all processes must take part. Random numbers are n
 of a step are a function of the seed and the step.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.live_reference import LiveReference
 from self_rewarding_lm.sharding import spread, whole
 
 WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
@@ -70,6 +73,33 @@ def restore_optimizers(
             f"the training state on disk is of other parameters ({next(iter(found))} ...) than the "
             "model has. Delete state.safetensors to train the stage again from its start."
         )
+
+
+@dataclass
+class Kept:
+    """What the rounds of a stage hand on: optimisers' states, a live reference, and when the state
+    of training was saved last. The learning rate's schedule spans all `rounds`."""
+
+    rounds: int = 1
+    states: list[tuple[list[Words], list[Mapping[str, Any]]]] = field(default_factory=list)
+    live: LiveReference | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def take(self, optimizers: Sequence[Any]) -> None:
+        """Keep the states of optimisers, and nothing of the parameters."""
+        self.states = [
+            ([_plain(g) for g in one.param_groups], [held for _, _, held in _held([one])])
+            for one in optimizers
+        ]
+
+    def hand_on(self, optimizers: Sequence[Any]) -> None:
+        """Give them to fresh optimisers of the same parameters, or of their shares."""
+        for optimizer, (groups, states) in zip(optimizers, self.states, strict=False):
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
+            for (_, parameter, _), held in zip(_held([optimizer]), states, strict=True):
+                if held:
+                    optimizer.state[parameter] = held
 
 
 def _held(optimizers: Sequence[Any]) -> Iterator[tuple[int, nn.Parameter, Mapping[str, Any]]]:

@@ -104,10 +104,10 @@ class JudgeWatcher:
 
 
 class Watcher:
-    """Sees the metrics of each step of a training."""
+    """Sees the metrics of each step of a training. begins_even: as an objective has it."""
 
-    def __init__(self, checker: Checker) -> None:
-        self.checker = checker
+    def __init__(self, checker: Checker, *, begins_even: bool = True) -> None:
+        self.checker, self.begins_even = checker, begins_even
         self._stuck = 0
         self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
 
@@ -118,7 +118,7 @@ class Watcher:
         """
         if "rewards/margins" not in metrics:
             return
-        if step == 1 and rows >= LEAST_PAIRS:
+        if step == 1 and self.begins_even and rows >= LEAST_PAIRS:
             self._see_start(metrics["rewards/accuracies"])
         self._see_loss(metrics)
         self._recent.append((metrics["rewards/chosen"], metrics["rewards/rejected"]))

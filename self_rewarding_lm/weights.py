@@ -121,6 +121,15 @@ def read_tensors(path: Path) -> tuple[Tensors, str]:
     return found, words
 
 
+def read_words(path: Path) -> str:
+    """The text alone, which is not compared with the digest."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return (file.metadata() or {}).get("words", "")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise StoreError(f"{path} cannot be read: {error}. {_ANEW}") from error
+
+
 _ANEW = "Delete it to train its stage again from the stage's start."
 
 

@@ -1,4 +1,4 @@
-"""A run of four stages, killed wherever it writes and at any time: it goes on to the same result.
+"""A run of five stages, killed wherever it writes and at any time: it goes on to the same result.
 
 Each run is a process of its own, forked from this one so that nothing is imported again.
 """
@@ -21,7 +21,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from self_rewarding_lm import OptimConfig, Run, SelfPlayConfig, durable, lines, store, weights
+from self_rewarding_lm import (
+    MixedReference,
+    OptimConfig,
+    Run,
+    SelfPlayConfig,
+    durable,
+    lines,
+    store,
+    weights,
+)
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.store import RECORD_TYPES
 from tests.processes import launched
@@ -42,6 +51,7 @@ def stages():
         spin.model_copy(update={"num_train_steps": 2}),
         self_reward(optim=OPTIM),
         external(optim=OPTIM, init_from="initial"),
+        external(optim=OPTIM, rounds=2, prompts_per_round=4, reference=MixedReference(every=2)),
     ]
 
 

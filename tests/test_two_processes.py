@@ -43,6 +43,26 @@ def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_rounds_and_moving_references_of_two_processes_are_those_of_one(settings, tmp_path):
+    script = ("-m", "tests.two_process_rounds")
+    subprocess.run([sys.executable, *script, tmp_path / "one"], cwd=HOME, check=True, timeout=300)
+    two(*script, tmp_path / "two", **settings)
+    alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
+    for stage in alone.stages:
+        for records in ("prompts", "candidates", "judgements", "pairs"):
+            assert getattr(alone, records)(stage) == getattr(together, records)(stage)
+        assert alone.summary(stage)["rounds"] == 3
+        assert alone.summary(stage)["steps"] == together.summary(stage)["steps"] >= 3
+    weights = [
+        torch.load(tmp_path / f, weights_only=True)
+        for f in ("one/weights.0.pt", "two/weights.0.pt", "two/weights.1.pt")
+    ]
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], weights[2][name])
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-7, atol=1e-9)
+
+
 def test_an_error_on_one_process_ends_the_other_with_its_words(tmp_path):
     process = launched("-m", "tests.two_process_ends", "fails", tmp_path)
     output, _ = process.communicate(timeout=120)  # the other waits for it for half an hour

@@ -68,7 +68,7 @@ class Policy(nn.Module):
 
 
 @contextmanager
-def dropout_set(module: nn.Module, rate: float) -> Iterator[None]:
+def dropout_set(module: nn.Module, rate: float, *, warns: bool = True) -> Iterator[None]:
     """Every dropout rate of a module set to `rate`, and restored afterwards."""
     found: list[tuple[nn.Module, str, float]] = []
     for part in module.modules():
@@ -76,7 +76,7 @@ def dropout_set(module: nn.Module, rate: float) -> Iterator[None]:
             rate_now = getattr(part, name, None)
             if isinstance(rate_now, int | float) and not isinstance(rate_now, bool):
                 found.append((part, name, getattr(part, name)))
-    if not found and rate > 0:
+    if not found and rate > 0 and warns:
         logger.warning("dropout=%s has no effect: the model has no dropout layers.", rate)
     try:
         for part, name, _ in found:

@@ -8,7 +8,9 @@ from self_rewarding_lm.adapters.sessions import SHARE_OF_FREE
 from self_rewarding_lm.adapters.sessions import Plan as Rows
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.live_reference import Moving
 from self_rewarding_lm.planning.memory import (
+    EXACT,
     Micro,
     Types,
     activation_bytes,
@@ -163,6 +165,8 @@ def _trained(
 ) -> Phase:
     name, block, types = RECOMPUTED if again else TRAINING, shape.block, device.types
     weights = shape.weight_bytes + (types.product * shape.products if types.mixed else 0)
+    if isinstance(getattr(stage, "reference", None), Moving):  # float32 at least
+        weights += max(shape.gradient_bytes, EXACT * shape.trainable)
     fixed = {"gradients": shape.gradient_bytes, "optimizer": optimizer, "tokens": tokens}
     if block is None:
         return Phase(name, weights, activations=None, logits=None, **fixed)

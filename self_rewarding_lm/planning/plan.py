@@ -11,6 +11,7 @@ from self_rewarding_lm.adapters.named import load_tokenizer, lora_config
 from self_rewarding_lm.config import FinetuneConfig
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import SelfRewardingError
+from self_rewarding_lm.live_reference import Moving
 from self_rewarding_lm.loss_settings import losses_in, read_by
 from self_rewarding_lm.planning.disk import RunDisk, StageDisk, run_disk, stage_disk
 from self_rewarding_lm.planning.machine import Machine, measure
@@ -31,7 +32,7 @@ from self_rewarding_lm.planning.work import Counting, Work
 from self_rewarding_lm.recipe_file import Recipe
 from self_rewarding_lm.run import INITIAL
 from self_rewarding_lm.stages.base import TrainingConfig
-from self_rewarding_lm.stages.preference import PreferenceConfig
+from self_rewarding_lm.stages.preference import NO_REFERENCE, PreferenceConfig
 from self_rewarding_lm.tokens import Tokens
 from self_rewarding_lm.trainer import stage_names
 
@@ -168,14 +169,17 @@ def _seconds(
         times = 1 + (2 if shape.adapter is None else 1) + stage.optim.gradient_checkpointing
         operations = training.tokens.times(forward * times)
         if training.pairs and _reads_reference(stage):
-            operations = operations + training.rows.times(training.row.tokens).times(forward)
+            moves = isinstance(stage, PreferenceConfig) and isinstance(stage.reference, Moving)
+            asked = training.tokens if moves else training.rows.times(training.row.tokens)
+            operations = operations + asked.times(forward)
         found["training"] = machine.computing(operations)
     return found
 
 
 def _reads_reference(stage: TrainingConfig) -> bool:
-    losses = losses_in(stage.loss) if isinstance(stage, PreferenceConfig) else ()
-    return read_by(losses).reference
+    if not isinstance(stage, PreferenceConfig) or stage.reference == NO_REFERENCE:
+        return False
+    return read_by(losses_in(stage.loss)).reference
 
 
 def _device(shape: ModelShape, accelerate: Mapping[str, Any], memory: int | None) -> Device:

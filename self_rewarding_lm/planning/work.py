@@ -140,7 +140,8 @@ class Counting:
 
     def _sampled(self, stage: SampledPreferenceConfig) -> Work:
         data, limit = self._prompts(stage), self._limit(stage)
-        prompts, prompt = _prompts_used(stage, data.rows), _prompt(data.lengths, limit)
+        each_round = _prompts_used(stage, data.rows)
+        prompts, prompt = each_round.times(stage.rounds), _prompt(data.lengths, limit)
         each, new = stage.num_candidate_responses, _new(stage.generation)
         longest = _longest(stage, data.lengths, new)
         block = stage.prompts_per_block * each
@@ -150,12 +151,13 @@ class Counting:
             notes = (*notes, WRITING)
         positive = isinstance(stage, SelfRewardSFTConfig)
         wanted = stage.num_generated_preference_pairs
-        most = prompts.times(each if positive else 1).most
+        most = each_round.times(each if positive else 1).most
         made = Range.of(wanted) if wanted else Range(0, most)
         row = sampled_row(data.lengths, new, 1 if positive else 2).capped(limit)
         training = training_on(stage, made, row)
         if isinstance(stage, SelfRewardSFTConfig) and stage.train_dataset is not None:
             training = self._beside(stage, made, row)
+        training, made = training.repeated(stage.rounds), made.times(stage.rounds)
         return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
 
     def _beside(self, stage: SelfRewardSFTConfig, made: Range, row: RowShape) -> Training:
@@ -268,6 +270,8 @@ class Counting:
 def _prompts_used(stage: SampledPreferenceConfig, rows: Range) -> Range:
     """Prompts that are worked until there are as many pairs as are wanted."""
     wanted, block = stage.num_generated_preference_pairs, stage.prompts_per_block
+    if stage.prompts_per_round is not None:
+        return Range(1 if wanted else stage.prompts_per_round, stage.prompts_per_round)
     if wanted is None:
         return rows.times(stage.max_prompt_passes or 1)
     each = stage.num_candidate_responses if isinstance(stage, SelfRewardSFTConfig) else 1

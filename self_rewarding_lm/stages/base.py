@@ -26,6 +26,7 @@ from self_rewarding_lm.records import Candidate, Record
 from self_rewarding_lm.rehearsal import Trial
 from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.stored import Stored
+from self_rewarding_lm.training_state import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class TrainingConfig(FinetuneConfig):
         valid: Objective | None = None,
         round: int = 0,
         first_step: int = 0,
+        kept: Kept | None = None,
     ) -> int:
         """Train on an objective with the stage's settings; the steps that were done."""
         stopping = None
@@ -124,6 +126,7 @@ class TrainingConfig(FinetuneConfig):
             round=round,
             first_step=first_step,
             checks=self.checks,
+            kept=kept,
         )
         logger.info("%s: %d rows, %d steps", ctx.stage, len(objective), training.total)
         return training.run()

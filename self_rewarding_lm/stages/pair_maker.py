@@ -14,7 +14,7 @@ from self_rewarding_lm.batching import batched
 from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, read_prompt
-from self_rewarding_lm.errors import ConfigError, JudgeError, PairingError
+from self_rewarding_lm.errors import ConfigError, JudgeError, NoPairError
 from self_rewarding_lm.judges import FIRST_LOOK
 from self_rewarding_lm.judging import candidate_scores
 from self_rewarding_lm.pairing import DropCounts, make_pair
@@ -65,9 +65,9 @@ class PairMaker:
         drops, kept, position = DropCounts(), list[str](), ctx.first_prompt
         total = len(ctx.rows["prompt_dataset"])
         passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
-        end = position + passes * total
+        end = position + (config.prompts_per_round or passes * total)
         label = f"{ctx.stage}: {self.noun}s"
-        with ctx.runtime.progress(wanted or passes * total, label, self.noun) as bar:
+        with ctx.runtime.progress(wanted or end - position, label, self.noun) as bar:
             while position < end and (wanted is None or len(kept) < wanted):
                 block = range(position, min(position + config.prompts_per_block, end))
                 found, dropped = self._block(block)
@@ -269,7 +269,7 @@ class PairMaker:
 
     def _nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
         """The error where no prompt gave anything."""
-        return PairingError(
+        return NoPairError(
             f"{self.ctx.stage}: no preference pair could be made from {prompts} prompts. "
             f"Dropped: {drops.in_words()}. 'unfinished' asks for more max_new_tokens; 'tie' "
             "and 'identical' for a higher temperature or more judgements, 'unscored' for a "
@@ -280,8 +280,9 @@ class PairMaker:
         """Metrics of the arrows, and a word where there are too few pairs."""
         kept, tally = drops.kept, together(self.ctx.runtime.gather([self.tally]))
         metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
-        self.out.log({"step": 0, **metrics})
-        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, 0)
+        step = self.out.first_step
+        self.out.log({"step": step, **metrics})
+        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, step)
         self.out.summary["metrics"] = metrics
         logger.info(
             "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",

@@ -39,7 +39,8 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
     default_learning_rates: ClassVar[tuple[float, float]] = SFTConfig.default_learning_rates
     default_epochs: ClassVar[int] = SFTConfig.default_epochs
     unused: ClassVar[tuple[str, ...]] = (
-        *("dpo_beta", "nll_weight", "loss", "min_margin"),
+        *("dpo_beta", "nll_weight", "loss", "min_margin", "reference"),
+        *("rounds", "prompts_per_round"),
         *("is_valid_reward_pair", "pick_paired_rewards_fn"),
     )
 

@@ -1,45 +1,106 @@
 """Fitting on preference pairs: what every stage that has pairs shares."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from self_rewarding_lm.checks import Checker, ChecksConfig
 from self_rewarding_lm.config import Object
-from self_rewarding_lm.context import Context
-from self_rewarding_lm.errors import PairingError
+from self_rewarding_lm.context import START, Context
+from self_rewarding_lm.errors import ConfigError, NoPairError
 from self_rewarding_lm.lines import Picked
+from self_rewarding_lm.live_reference import EMAReference, MixedReference, Moving
 from self_rewarding_lm.loss_settings import losses_in, read_by
 from self_rewarding_lm.objectives import PreferenceObjective
-from self_rewarding_lm.records import PreferencePair
-from self_rewarding_lm.reference import StoredReference
+from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
+from self_rewarding_lm.reference import PairSums, StoredReference
 from self_rewarding_lm.rows import truncated
 from self_rewarding_lm.stages.base import TrainingConfig, see_cut
 from self_rewarding_lm.store import StageDir
 
 Ids = tuple[int, ...]
+Value = TypeVar("Value")
+NO_REFERENCE, OF_ROUND = "none", "round"
+OWN = (START, OF_ROUND, NO_REFERENCE)
+"""References that name no other weights."""
 
 
 class PreferenceConfig(TrainingConfig):
-    """A stage that trains on pairs by DPO, against the weights it started from."""
+    """A stage that trains on pairs by DPO, by default against the weights it started from."""
 
-    dpo_beta: float = Field(default=0.1, gt=0)
-    """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020. Given, of every loss."""
+    by_round: ClassVar[tuple[str, ...]] = ("dpo_beta",)
+    """Settings that may be a tuple with a value for each round."""
+
+    dpo_beta: float | tuple[float, ...] = 0.1
+    """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020. Given, of every loss. Several:
+    one a round, the last one goes on."""
     nll_weight: float = Field(default=0.0, ge=0)
     """Weight of the winner's length-normalised NLL (alpha of arXiv:2404.19733, there 1)."""
     loss: Object = "dpo"
     """What is minimised: a name of docs/losses.md, a function of a PairBatch,
     LossConfig(name, weight=..., its parameters), in a recipe {name: ..., weight: ...}, or a list
     of these, which are summed."""
+    reference: Object = START
+    """Weights that pairs are compared with (docs/references.md): "start", those the stage starts
+    from; "round", those a round starts from; "initial", an earlier stage's name or a path; "none",
+    whose log-probs count as 0; or one that moves with the policy, EMAReference(decay=0.99) or
+    MixedReference(alpha=0.6, every=512), in a recipe {decay: 0.99} or {alpha: 0.6, every: 512}."""
 
     @field_validator("loss")
     @classmethod
     def _loss_known(cls, loss: Any, info: Any) -> Any:
         losses_in(loss, info.data.get("nll_weight", 0.0))
         return loss
+
+    @field_validator("reference")
+    @classmethod
+    def _reference_known(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            given = (MixedReference if "alpha" in given else EMAReference)(**given)
+        if not isinstance(given, str | Path | Moving):
+            raise ConfigError(
+                "reference must be 'start', 'round', 'initial', 'none', the name of an earlier "
+                "stage, a path, EMAReference(...) or MixedReference(...); got "
+                f"{type(given).__name__} {given!r:.100}"
+            )
+        return str(given) if isinstance(given, Path) else given
+
+    @model_validator(mode="after")
+    def _reference_read(self) -> "PreferenceConfig":
+        losses = losses_in(self.loss, self.nll_weight)
+        if self.reference not in (START, NO_REFERENCE) and not read_by(losses).reference:
+            names = ", ".join(repr(one.label) for one in losses)
+            raise ValueError(f"no loss here reads a reference ({names}); leave reference out")
+        return self
+
+    @model_validator(mode="after")
+    def _betas_of_rounds(self) -> "PreferenceConfig":
+        betas = self.dpo_beta if isinstance(self.dpo_beta, tuple) else (self.dpo_beta,)
+        rounds = getattr(self, "rounds", 1)
+        if not betas or not all(beta > 0 for beta in betas):
+            raise ValueError(f"dpo_beta must be greater than 0; got {self.dpo_beta}")
+        if len(betas) > rounds:
+            raise ValueError(
+                f"dpo_beta has {len(betas)} values, one a round, and the stage has {rounds}. Give "
+                f"one value, or rounds={len(betas)} where the stage makes its pairs itself; of "
+                "several stages in a row each has a dpo_beta of its own"
+            )
+        return self
+
+    def for_round(self, round: int) -> "PreferenceConfig":
+        """The stage as it is in one of its rounds: each tuple of values is that round's."""
+        given = {name: getattr(self, name) for name in self.by_round}
+        # one value stays as it is: what is in an update counts as given by the user
+        several = {k: of_round(v, round) for k, v in given.items() if isinstance(v, tuple)}
+        return self.model_copy(update=several)
+
+    def weights_used(self) -> set[str]:
+        named = isinstance(self.reference, str) and self.reference not in OWN
+        return super().weights_used() | ({self.reference} if named else set())
 
     def objective(
         self,
@@ -50,18 +111,38 @@ class PreferenceConfig(TrainingConfig):
         beta: float | None = None,
         round: int = 0,
     ) -> PreferenceObjective:
-        """Pairs and their log-probs under the present weights, where a loss reads a reference."""
-        given = beta or (self.dpo_beta if "dpo_beta" in self.model_fields_set else None)
+        """Pairs and their log-probs under the reference, where a loss reads one."""
+        own = of_round(self.dpo_beta, round)
+        given = beta or (own if "dpo_beta" in self.model_fields_set else None)
         losses = [one.with_beta(given) for one in losses_in(self.loss, self.nll_weight)]
-        shown, wanted = losses[0].parameters.get("beta", given or self.dpo_beta), read_by(losses)
+        shown, wanted = losses[0].parameters.get("beta", given or own), read_by(losses)
         cut = cut_pairs(ctx, out, pairs, self.max_seq_len, checks=self.checks)
+        found = PreferenceObjective(cut, None, shown, losses=losses)
         if not wanted.reference:
-            return PreferenceObjective(cut, None, shown, losses=losses)
-        budget = self.optim.micro_batch_tokens
-        reference = StoredReference(ctx, out, token_budget=budget, round=round)
-        sums = reference.sums(cut)
-        tokens = reference.tokens(cut) if wanted.tokens else None
-        return PreferenceObjective(cut, sums, shown, losses=losses, reference_tokens=tokens)
+            return found
+        if isinstance(self.reference, Moving):
+            heard: dict[int, ReferenceLogprobs] | None = {} if wanted.tokens else None
+            moving = replace(found, live=self.reference, begins_even=round == 0)
+            return replace(moving, reference={}, reference_tokens=heard)
+        if self.reference == NO_REFERENCE:
+            sums, tokens = Picked(cut, change=_no_sums), Picked(cut, change=_no_tokens)
+            even = False
+        else:
+            budget, which = self.optim.micro_batch_tokens, self._reference_weights(ctx)
+            asked = StoredReference(ctx, out, token_budget=budget, round=round, weights=which)
+            sums, tokens = asked.sums(cut), asked.tokens(cut) if wanted.tokens else None
+            even = which is None or (which == START and round == 0)
+        tokens = tokens if wanted.tokens else None
+        return replace(found, reference=sums, reference_tokens=tokens, begins_even=even)
+
+    def _reference_weights(self, ctx: Context) -> str | None:
+        """The weights of the reference as `ctx.weights` names them; None: the present ones."""
+        present = (OF_ROUND,) if ctx.start is not None else (START, OF_ROUND)
+        return None if ctx.run is None or self.reference in present else self.reference
+
+    def reference_from_start(self) -> bool:
+        """Whether the weights that the stage starts from are asked for all the while."""
+        return self.reference == START and read_by(losses_in(self.loss)).reference
 
     def try_pair(
         self, ctx: Context, out: StageDir, prompt_ids: Ids, chosen_ids: Ids, rejected_ids: Ids
@@ -97,7 +178,7 @@ def cut_pairs(
         cut += lost
         if short.chosen_ids != short.rejected_ids:
             kept.append(place)
-    out.log({"step": 0, "rows/truncated": cut})
+    out.log({"step": out.first_step, "rows/truncated": cut})
     checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main)
     see_cut(checker, cut, 2 * len(pairs), limit)
     if kept:
@@ -108,11 +189,25 @@ def cut_pairs(
             f"equal once cut to max_seq_len {limit}. Raise it, or make responses differ sooner.",
         )
     else:
-        raise PairingError(
+        raise NoPairError(
             f"{ctx.stage}: no pair is left to train on ({len(pairs)} before cutting to "
             f"max_seq_len {limit})."
         )
     return pairs if len(kept) == len(pairs) and not cut else Picked(pairs, kept, cut_pair)
+
+
+def of_round(values: Value | tuple[Value, ...], round: int) -> Value:
+    """A round's value: of several the one at its place, the last one goes on; else the value."""
+    return values[min(round, len(values) - 1)] if isinstance(values, tuple) else values
+
+
+def _no_sums(pair: PreferencePair) -> PairSums:
+    return PairSums(0.0, 0.0)
+
+
+def _no_tokens(pair: PreferencePair) -> ReferenceLogprobs:
+    chosen, rejected = (0.0,) * len(pair.chosen_ids), (0.0,) * len(pair.rejected_ids)
+    return ReferenceLogprobs(pair.id, chosen, rejected)
 
 
 def _cut(pair: PreferencePair, limit: int | None) -> tuple[PreferencePair, int]:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from self_rewarding_lm.config import Object, SamplingConfig, SelfInstruct
 from self_rewarding_lm.context import Context
@@ -24,6 +24,7 @@ from self_rewarding_lm.serving import Need, check_before, local_engine, served
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.preference import PreferenceConfig
+from self_rewarding_lm.stages.rounds import work_rounds
 from self_rewarding_lm.store import StageDir
 
 
@@ -32,14 +33,21 @@ class SampledPreferenceConfig(PreferenceConfig):
 
     Prompts are worked in blocks of `prompts_per_block`, in their order, until
     `num_generated_preference_pairs` are kept; those are trained on. A later stage with the same
-    prompt dataset goes on behind them unless it sets `reuse_prompts`.
+    prompt dataset goes on behind them unless it sets `reuse_prompts`. With `rounds` the next
+    prompts are answered by the weights that were trained so far, and so on (docs/references.md).
     """
+
+    maker: ClassVar[type[PairMaker]] = PairMaker
 
     prompt_dataset: Object
     """Texts, message lists, ids, `{"prompt": ...}` rows or any row with a prompt part
     (rows.prompt_of); or SelfInstruct(...), which has new prompts written."""
     num_generated_preference_pairs: int | None = Field(default=None, ge=1)
-    """None: all that one pass over the prompts gives."""
+    """None: all that one pass over the prompts gives. With `rounds`: of each."""
+    rounds: int = Field(default=1, ge=1)
+    """Times that pairs are made and trained on; optimiser and schedule go through all of them."""
+    prompts_per_round: int | None = Field(default=None, ge=1)
+    """Prompts of each round. None: as many as its pairs need."""
     num_candidate_responses: int = Field(default=4, ge=2)
     """N of arXiv:2401.10020, 3.1.3."""
     generation: SamplingConfig = SamplingConfig()
@@ -87,6 +95,20 @@ class SampledPreferenceConfig(PreferenceConfig):
         named = {writer} if isinstance(writer, str) and writer != "current" else set()
         return super().weights_used() | named
 
+    @model_validator(mode="after")
+    def _rounds_are_passes(self) -> "SampledPreferenceConfig":
+        if self.rounds > 1 and self.num_train_steps is not None:
+            raise ValueError(
+                "num_train_steps is the length of one training; with rounds each goes over its "
+                "pairs optim.epochs times. Set rounds and prompts_per_round for the length"
+            )
+        if self.rounds > 1 and self.early_stopper_eval_module is not None:
+            raise ValueError(
+                "early stopping would end each round by itself and cannot be used with rounds; "
+                "several stages in a row can each stop early"
+            )
+        return self
+
     def check(self, ctx: Context) -> None:
         if isinstance(self.prompt_dataset, SelfInstruct):
             check_self_instruct(ctx, self.prompt_dataset, self.on_bad_row)
@@ -116,18 +138,16 @@ class SampledPreferenceConfig(PreferenceConfig):
         check_prompt(prompt_of(row, where, ctx.tokens).ids, where, ctx.limit(self.max_seq_len))
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        pairs = self.trained(ctx, out, self.made(PairMaker, ctx, out))
-        out.summary["pairs"] = len(pairs)
-        out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs))
+        work_rounds(self, ctx, out)
 
     def trained(
         self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
     ) -> Sequence[PreferencePair]:
-        """What is trained on, given the pairs that were made."""
+        """What is trained on, given the pairs that were made; with `rounds`, of each."""
         return pairs
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
-        prompt, answers, _ = self.answered(PairMaker, ctx, out)
+        prompt, answers, _ = self.answered(self.maker, ctx, out)
         self.try_pair(ctx, out, prompt.ids, answers[0].ids, answers[1].ids)
 
     def answered(
