@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.loss_settings import LossConfig
     from self_rewarding_lm.losses import PairBatch, reads
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
+    from self_rewarding_lm.pair_settings import PairingConfig
     from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
     from self_rewarding_lm.records import (
         Candidate,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         SelfRewardDPOConfig,
         SelfRewardSFTConfig,
         SFTConfig,
+        TemporalDPOConfig,
     )
     from self_rewarding_lm.trainer import SelfRewardingTrainer
     from self_rewarding_lm.weights import import_checkpoint
@@ -71,6 +73,7 @@ __all__ = [
     "OpenAssistant",
     "OptimConfig",
     "PairBatch",
+    "PairingConfig",
     "PairwiseJudge",
     "PreferencePair",
     "Prompt",
@@ -89,6 +92,7 @@ __all__ = [
     "SelfRewardingTrainer",
     "ServerEngine",
     "ServerJudge",
+    "TemporalDPOConfig",
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
@@ -122,6 +126,7 @@ _HOMES = {
     "loss_settings": ("LossConfig",),
     "losses": ("PairBatch", "reads"),
     "oasst": ("OpenAssistant", "open_assistant"),
+    "pair_settings": ("PairingConfig",),
     "recipes": ("create_default_paper_config", "paper_recipe"),
     "records": (
         "Candidate",
@@ -144,6 +149,7 @@ _HOMES = {
         "SelfPlayConfig",
         "SelfRewardDPOConfig",
         "SelfRewardSFTConfig",
+        "TemporalDPOConfig",
     ),
     "trainer": ("SelfRewardingTrainer",),
     "weights": ("import_checkpoint",),

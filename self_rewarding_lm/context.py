@@ -25,7 +25,8 @@ class Context:
     stage: the stage's name; record ids begin with it. policy: the prepared module whose
     forward(ids) gives per-token log-probs, holding `model`. rows: the stage's opened datasets by
     field. first_prompt: where the stage begins in its prompts, counted over all passes.
-    adapt: the TokenModel of another module (a judge of its own).
+    adapt: the TokenModel of another module (a judge of its own). earlier: names of the stages
+    before it.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Context:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     first_prompt: int = 0
     run: Run | None = None
+    earlier: Sequence[str] = ()
 
     def limit(self, max_seq_len: int | None) -> int | None:
         """Tokens of prompt and response together: the setting, or what the model can take."""

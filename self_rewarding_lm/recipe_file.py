@@ -210,7 +210,8 @@ class _RecipeReader(Reader):
                 if used and source.stage not in names[:place]:
                     words = f"must name an earlier stage (there is: {earlier}); got {shape(node)}."
                     self.refuse(node, where, words)
-            for name, itself in (("init_from", "previous"), ("fit_from", "current")):
+            named = {"init_from": "previous", "fit_from": "current", "rejected_from": None}
+            for name, itself in named.items():
                 start = getattr(stage, name, itself)
                 if start in (itself, "initial", *names[:place]) or Path(start).exists():
                     continue

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from self_rewarding_lm.adapters import Policy, adapt, policy
 from self_rewarding_lm.batching import pad_rows
+from self_rewarding_lm.pair_settings import PairingConfig
 from self_rewarding_lm.records import Candidate, Prompt
 from tests.models import VOCAB, transformer64
 from tests.mutants import over
@@ -45,17 +46,17 @@ def _candidates(prompt, answers):
     "pairing",
     st.tuples(st.lists(st.lists(ANSWER, max_size=5), max_size=4), RULES),
     mutants={
-        "if best == worst:": "if False:",
-        "if _same_response(chosen, rejected):": "if False:",
-        "if abs(best - worst) < min_margin:": "if abs(best - worst) <= min_margin:",
-        "not is_valid_pair(best, worst):": "not is_valid_pair(worst, best):",
-        "drops.kept += 1": "drops.kept += 0",
+        '"tie": lambda: margin == 0': '"tie": lambda: False',
+        "lambda: _same_response(chosen.candidate, rejected.candidate)": "lambda: False",
+        "lambda: abs(margin) < min_margin": "lambda: abs(margin) <= min_margin",
+        "not is_valid_pair(chosen.score, rejected.score)": "not is_valid_pair(rejected.score, chosen.score)",
+        "drops.kept += len(found)": "drops.kept += 0",
         "drops.prompts[reason] += 1": "drops.prompts[reason] = 1",
         "c.finished is not False": "c.finished is True",
         "{reason: len(left) - len(kept)}": "{reason: 1}",
-        "best = max(valid, key": "best = min(valid, key",
-        "chosen_id=chosen.id,": "chosen_id=rejected.id,",
-        "rejected_ids=rejected.ids,": "rejected_ids=chosen.ids,",
+        "(best[0], worst[0])": "(worst[0], best[0])",
+        "chosen_id=one.id,": "chosen_id=other.id,",
+        "rejected_ids=other.ids,": "rejected_ids=one.ids,",
         "one.text.strip() == (other.text": "one.text == (other.text",
     },
     examples=750,
@@ -69,8 +70,11 @@ def pairs_are_ordered_have_parents_and_all_else_is_counted(pairing, case):
         made = {c.id: c for c in _candidates(prompt, answers)}
         scores = {c: answer[3] for c, answer in zip(made, answers, strict=True)}
         before = drops.prompts["tie"]
-        pair = pairing.make_pair(prompt, list(made.values()), scores, drops, **rules)
-        asked += 1
+        found = pairing.make_pairs(
+            prompt, list(made.values()), scores, drops, pairing=PairingConfig(), **rules
+        )
+        pair, asked = (found[0] if found else None), asked + 1
+        assert len(found) <= 1
         left = {name: c for name, c in made.items() if c.finished is not False}
         lost["unfinished"] += len(made) - len(left)
         if len(left) < 2:

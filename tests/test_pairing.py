@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from self_rewarding_lm.pairing import DropCounts, best_against_worst, make_pair
+from self_rewarding_lm.pair_settings import PairingConfig
+from self_rewarding_lm.pairing import DropCounts, make_pairs
 from self_rewarding_lm.records import Candidate, Prompt
 
 PROMPT = Prompt("sr/3/0", row=3, ids=(7, 0), text="Say something")
@@ -15,12 +16,20 @@ def candidate(sample, *, prompt=PROMPT, ids=None, text="", finished=True):
     return Candidate(f"{prompt.id}/{sample}", prompt.id, ids, text or f"{ids}", finished, 8)
 
 
-def pair_of(scores, *, candidates=None, drops=None, **settings):
-    """The pair and the counts of candidates with these scores, in order."""
+def pairs_of(scores, *, candidates=None, drops=None, pairing=None, **settings):
+    """The pairs and the counts of candidates with these scores, in order."""
     candidates = candidates or [candidate(i) for i in range(len(scores))]
     drops = DropCounts() if drops is None else drops
     by_id = {c.id: score for c, score in zip(candidates, scores, strict=True)}
-    return make_pair(PROMPT, candidates, by_id, drops, **settings), drops
+    pairing = pairing or PairingConfig()
+    return make_pairs(PROMPT, candidates, by_id, drops, pairing=pairing, **settings), drops
+
+
+def pair_of(scores, **settings):
+    """The same where there is one pair at most."""
+    found, drops = pairs_of(scores, **settings)
+    assert len(found) <= 1
+    return (found[0] if found else None), drops
 
 
 def sides(pair):
@@ -39,8 +48,7 @@ def test_trap_5_a_pair_holds_its_prompt_its_candidates_and_their_scores():
     candidates = [candidate(0), candidate(1)]
     scores = {candidate(k, prompt=other).id: 5.0 - 5 * k for k in range(2)}
     scores |= {candidates[0].id: 1.0, candidates[1].id: 3.0}
-    pair = make_pair(PROMPT, candidates, scores, DropCounts())
-    assert pair is not None
+    (pair,) = make_pairs(PROMPT, candidates, scores, DropCounts(), pairing=PairingConfig())
     assert (pair.id, pair.prompt, pair.prompt_ids) == ("sr/3/0", "Say something", (7, 0))
     assert (pair.chosen_id, pair.chosen_ids, pair.chosen_score) == ("sr/3/0/1", (11, 2), 3.0)
     assert (pair.rejected_id, pair.rejected_ids, pair.rejected_score) == ("sr/3/0/0", (10, 2), 1.0)
@@ -48,11 +56,7 @@ def test_trap_5_a_pair_holds_its_prompt_its_candidates_and_their_scores():
 
 
 def test_of_several_best_or_worst_the_first_is_taken():
-    assert best_against_worst([2.0, 5.0, 0.0, 5.0, 0.0]) == (1, 2)
-
-
-def test_best_against_worst_passes_over_what_has_no_score():
-    assert best_against_worst([None, 1.0, None, 0.0, 2.0, None]) == (4, 3)
+    assert sides(pair_of([2.0, 5.0, 0.0, 5.0, 0.0])[0]) == ("sr/3/0/1", "sr/3/0/2")
 
 
 def test_a_tie_gives_no_pair():
@@ -109,7 +113,7 @@ def test_a_candidate_that_the_scores_do_not_mention_is_unscored():
     candidates = [candidate(i) for i in range(3)]
     drops = DropCounts()
     scores = {candidates[0].id: 1.0, candidates[2].id: 2.0}
-    pair = make_pair(PROMPT, candidates, scores, drops)
+    (pair,) = make_pairs(PROMPT, candidates, scores, drops, pairing=PairingConfig())
     assert sides(pair) == ("sr/3/0/2", "sr/3/0/0")
     assert drops.candidates == Counter(unscored=1)
 
@@ -161,9 +165,9 @@ def test_a_pick_of_the_users_own_chooses_among_the_candidates_that_are_left():
     """Its indices are of the scores that it was given."""
     seen = []
 
-    def second_against_last(scores):
-        seen.append(list(scores))
-        return 1, len(scores) - 1
+    def second_against_last(rated):
+        seen.append([one.score for one in rated])
+        return [(rated[1], rated[-1])]
 
     candidates = [candidate(0, finished=False), *(candidate(i) for i in range(1, 5))]
     pair, _ = pair_of([9.0, 5.0, 4.0, None, 1.0], candidates=candidates, pick=second_against_last)

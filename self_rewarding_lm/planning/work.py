@@ -30,6 +30,7 @@ from self_rewarding_lm.stages import (
     SelfRewardDPOConfig,
     SelfRewardSFTConfig,
     SFTConfig,
+    TemporalDPOConfig,
 )
 from self_rewarding_lm.stages.base import TrainingConfig
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
@@ -142,6 +143,9 @@ class Counting:
         data, limit = self._prompts(stage), self._limit(stage)
         prompts, prompt = _prompts_used(stage, data.rows), _prompt(data.lengths, limit)
         each, new = stage.num_candidate_responses, _new(stage.generation)
+        ahead = isinstance(stage, TemporalDPOConfig) and stage.chosen_from_next
+        if isinstance(stage, TemporalDPOConfig):  # of several models
+            each *= 1 + (stage.rejected_from is not None) + ahead
         longest = _longest(stage, data.lengths, new)
         block = stage.prompts_per_block * each
         candidates = Asking(prompts.times(each), new, prompts.times(prompt), longest, block)
@@ -150,10 +154,11 @@ class Counting:
             notes = (*notes, WRITING)
         positive = isinstance(stage, SelfRewardSFTConfig)
         wanted = stage.num_generated_preference_pairs
-        most = prompts.times(each if positive else 1).most
+        most = prompts.times(each if positive else stage.pairing.pairs_per_prompt).most
         made = Range.of(wanted) if wanted else Range(0, most)
         row = sampled_row(data.lengths, new, 1 if positive else 2).capped(limit)
-        training = training_on(stage, made, row)
+        mixed = total(self.made.get(name, UNKNOWN) for name in stage.mix_pairs)
+        training = training_on(stage, made + mixed, row).repeated(1 + ahead)
         if isinstance(stage, SelfRewardSFTConfig) and stage.train_dataset is not None:
             training = self._beside(stage, made, row)
         return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
@@ -270,7 +275,9 @@ def _prompts_used(stage: SampledPreferenceConfig, rows: Range) -> Range:
     wanted, block = stage.num_generated_preference_pairs, stage.prompts_per_block
     if wanted is None:
         return rows.times(stage.max_prompt_passes or 1)
-    each = stage.num_candidate_responses if isinstance(stage, SelfRewardSFTConfig) else 1
+    each = stage.pairing.pairs_per_prompt
+    if isinstance(stage, SelfRewardSFTConfig):
+        each = stage.num_candidate_responses
     least = block * math.ceil(wanted / each / block)
     if not rows.most:
         return Range(least)
