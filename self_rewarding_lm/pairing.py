@@ -119,7 +119,8 @@ def picker(pairing: PairingConfig, noise: Callable[[str], int] | None = None) ->
     def best_random(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
         assert noise is not None
         best, *others = ranked(rated, pairing.tie_break)[0]
-        return [(best, one) for one in sorted(others, key=lambda r: noise(r.candidate.id))]
+        drawn = sorted((noise(one.candidate.id), place) for place, one in enumerate(others))
+        return [(best, others[place]) for _, place in drawn]
 
     def top_bottom(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
         best, worst = ranked(rated, pairing.tie_break)

@@ -205,7 +205,7 @@ class PairMaker:
         for prompt in prompts:
             self.watcher.count(self.judgements[prompt.id])
         missing = [p for p in prompts if not self._is_judged(p)]
-        groups = [[self._shown(c) for c in self._given(p)] for p in missing]
+        groups = [[self._shown(c) for c in self._shown_to_judge(p)] for p in missing]
         failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
         if failure is not None or not missing:
             return failure
@@ -239,6 +239,10 @@ class PairMaker:
     def _given(self, prompt: Prompt) -> list[Candidate]:
         """A prompt's candidates without those that no server answered."""
         return [c for c in self.candidates[prompt.id] if c.reason is None]
+
+    def _shown_to_judge(self, prompt: Prompt) -> list[Candidate]:
+        """The candidates that a prompt's missing judgements are asked of, all of them together."""
+        return self._given(prompt)
 
     def _left(self, prompt: Prompt, drops: DropCounts, least: int) -> list[Candidate]:
         """The same, the others counted; nothing, and the prompt counted, where too few are left."""

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.judges import SelfJudge, SeveralJudges
 from self_rewarding_lm.pairing import DropCounts, Picker, Rated, ranked
 from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, Prompt
 from self_rewarding_lm.run import INITIAL
@@ -66,6 +67,13 @@ class NextMaker(AnchoredMaker):
         ahead = self.out.weights(AHEAD)
         assert ahead is not None
         self._sample_with(ahead, NEXT, prompts)
+
+    def _shown_to_judge(self, prompt: Prompt) -> list[Candidate]:
+        """The others were judged; judges that see more than one candidate need them."""
+        given = self._given(prompt)
+        if not isinstance(self.judge, SelfJudge | SeveralJudges):
+            return given
+        return [candidate for candidate in given if part_of(candidate.id) == NEXT]
 
     def remade(self, first: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
         """The pairs of the prompts that `first` are of, in their order."""
