@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.loss_settings import LossConfig
     from self_rewarding_lm.losses import PairBatch, reads
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
+    from self_rewarding_lm.pair_settings import PairingConfig
     from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
     from self_rewarding_lm.records import (
         Candidate,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         SelfRewardDPOConfig,
         SelfRewardSFTConfig,
         SFTConfig,
+        TemporalDPOConfig,
     )
     from self_rewarding_lm.trainer import SelfRewardingTrainer
     from self_rewarding_lm.weights import import_checkpoint
@@ -74,6 +76,7 @@ __all__ = [
     "OpenAssistant",
     "OptimConfig",
     "PairBatch",
+    "PairingConfig",
     "PairwiseJudge",
     "PreferencePair",
     "Prompt",
@@ -92,6 +95,7 @@ __all__ = [
     "SelfRewardingTrainer",
     "ServerEngine",
     "ServerJudge",
+    "TemporalDPOConfig",
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
@@ -126,6 +130,7 @@ _HOMES = {
     "loss_settings": ("LossConfig",),
     "losses": ("PairBatch", "reads"),
     "oasst": ("OpenAssistant", "open_assistant"),
+    "pair_settings": ("PairingConfig",),
     "recipes": ("create_default_paper_config", "paper_recipe"),
     "records": (
         "Candidate",
@@ -148,6 +153,7 @@ _HOMES = {
         "SelfPlayConfig",
         "SelfRewardDPOConfig",
         "SelfRewardSFTConfig",
+        "TemporalDPOConfig",
     ),
     "trainer": ("SelfRewardingTrainer",),
     "weights": ("import_checkpoint",),

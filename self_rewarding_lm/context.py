@@ -28,7 +28,8 @@ class Context:
     forward(ids) gives per-token log-probs, holding `model`. rows: the stage's opened datasets by
     field. first_prompt: where the stage begins in its prompts, counted over all passes.
     adapt: the TokenModel of another module (a judge of its own). start: the weights that a stage of
-    several rounds began with, kept where its reference asks for them.
+    several rounds began with, kept where its reference asks for them. earlier: names of the stages
+    before it.
     """
 
     stage: str
@@ -44,6 +45,7 @@ class Context:
     first_prompt: int = 0
     run: Run | None = None
     start: Mapping[str, Tensor] | None = None
+    earlier: Sequence[str] = ()
 
     def limit(self, max_seq_len: int | None) -> int | None:
         """Tokens of prompt and response together: the setting, or what the model can take."""
@@ -96,7 +98,7 @@ def check_weights_named(stage: FinetuneConfig, name: str, earlier: Sequence[str]
     """Raise ConfigError where a stage names weights that there will not be."""
     for used in sorted(stage.weights_used() - {INITIAL, *earlier}):
         if not Path(used).exists():
-            fields = ("init_from", "reference", "fit_from")
+            fields = ("init_from", "reference", "fit_from", "rejected_from")
             given = next((f for f in fields if str(getattr(stage, f, None)) == used), "weights")
             own = "'previous', " if given == "init_from" else ""
             raise ConfigError(

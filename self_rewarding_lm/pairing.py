@@ -1,20 +1,24 @@
-"""From scored candidates to a preference pair; everything that is dropped is counted by reason.
+"""From scored candidates to preference pairs; everything that is dropped is counted by reason.
 
 Knows nothing of models, tensors or files.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
+from math import fsum, inf
 
-from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
+from self_rewarding_lm.pair_settings import PairingConfig
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
 
-PickPair = Callable[[Sequence[float | None]], tuple[int, int]]
+ROUNDING = 1e-9
+"""Of the spread of scores: so much beyond a limit of length control still is within it."""
 
 
 @dataclass
 class DropCounts:
-    """Why prompts gave no pair, and why candidates were not considered."""
+    """Why prompts gave no pair, and why candidates were not considered. kept: pairs."""
 
     prompts: Counter[str] = field(default_factory=Counter)
     candidates: Counter[str] = field(default_factory=Counter)
@@ -37,36 +41,144 @@ class DropCounts:
         return ", ".join(f"{n} {reason}" for reason, n in self.prompts.most_common() if n) or "none"
 
 
-def best_against_worst(scores: Sequence[float | None]) -> tuple[int, int]:
-    """Indices of the highest and the lowest score; the first of several (arXiv:2401.10020, 2.3)."""
-    valid = [i for i, score in enumerate(scores) if score is not None]
-    best = max(valid, key=lambda i: (scores[i], -i))
-    worst = min(valid, key=lambda i: (scores[i], i))
-    return best, worst
+@dataclass(frozen=True)
+class Rated:
+    """A candidate as it is picked.
+
+    value: its score less the length penalty, by which it is compared. length: see `length_of`.
+    variance: of its judgements; infinite where that is not known.
+    """
+
+    candidate: Candidate
+    score: float
+    value: float
+    length: int
+    variance: float = inf
 
 
-def make_pair(
+Picker = Callable[[Sequence[Rated]], Iterable[tuple[Rated, Rated]]]
+"""Who is chosen and who is rejected, in the order in which the pairs are wanted."""
+
+
+def make_pairs(
     prompt: Prompt,
     candidates: Sequence[Candidate],
     scores: Mapping[str, float | None],
     drops: DropCounts,
     *,
-    pick: PickPair = best_against_worst,
+    pairing: PairingConfig,
+    pick: Picker | None = None,
+    noise: Callable[[str], int] | None = None,
+    variances: Mapping[str, float] = {},
     is_valid_score: Callable[[float], bool] | None = None,
     is_valid_pair: Callable[[float, float], bool] | None = None,
     min_margin: float = 0.0,
-) -> PreferencePair | None:
-    """The pair of one prompt's candidates, or None; `drops` counts what was dropped and why.
+) -> list[PreferencePair]:
+    """The pairs of one prompt's candidates; `drops` counts what was dropped and why.
 
-    `scores` maps candidate ids to scores. Unfinished and unscored candidates are left out first.
-    A prompt is dropped as `unfinished`, `unscored` or `invalid_score` (fewer than two candidates
-    are left after that filter), `tie` (the same score), `identical` (the two texts are the same),
-    `margin` (their difference is under `min_margin`) or `invalid_pair` (`is_valid_pair` says no).
+    scores, variances: by candidate ids. pick: in place of the settings' own. noise: a number for an
+    id, by which best_random draws. The first pair has the prompt's id, the next ones
+    `<prompt id>/p1`, `/p2` and so on.
+
+    Unfinished and unscored candidates are left out first. A prompt is dropped as `unfinished`,
+    `unscored` or `invalid_score` (fewer than two candidates are left after that filter), `unpaired`
+    (nothing is picked), or, where nothing that is picked can be a pair, for what is wrong with the
+    first: `tie` (the same score), `identical` (the same response), `inverted` (the winner is the
+    worse one), `margin` (their difference is under `min_margin`), `low_score`, `too_long_chosen`
+    (limits of the settings) or `invalid_pair` (`is_valid_pair` says no).
     """
+    left = _rated(candidates, scores, drops, pairing.length_penalty, variances, is_valid_score)
+    found, problems = list[PreferencePair](), list[str]()
+    picks = pick or picker(pairing, noise)
+    for chosen, rejected in picks(left) if left else ():
+        problem = _problem(chosen, rejected, pairing, min_margin, is_valid_pair)
+        if problem == "inverted" and pick is not None:  # who picks by himself may mean it
+            problem = None
+        if problem is not None:
+            problems.append(problem)
+            continue
+        pair_id = f"{prompt.id}/p{len(found)}" if found else prompt.id
+        found.append(_pair(pair_id, prompt, chosen, rejected, weighted=pairing.weight_by_margin))
+        if len(found) == pairing.pairs_per_prompt:
+            break
+    drops.kept += len(found)
+    if left and not found:
+        drops.prompts[problems[0] if problems else "unpaired"] += 1
+    return found
 
-    def drop(reason: str) -> None:
-        drops.prompts[reason] += 1
 
+def picker(pairing: PairingConfig, noise: Callable[[str], int] | None = None) -> Picker:
+    """The picker that settings of one round name; noise: for best_random."""
+    rho = pairing.length_control
+    assert isinstance(rho, float), "PairingConfig.of_round has one"
+
+    def best_worst(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
+        best, worst = ranked(rated, pairing.tie_break)
+        return [_length_controlled(best, worst, rho) if rho else (best[0], worst[0])]
+
+    def best_random(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
+        assert noise is not None
+        best, *others = ranked(rated, pairing.tie_break)[0]
+        drawn = sorted((noise(one.candidate.id), place) for place, one in enumerate(others))
+        return [(best, others[place]) for _, place in drawn]
+
+    def top_bottom(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
+        best, worst = ranked(rated, pairing.tie_break)
+        return list(zip(best, worst, strict=True))[: len(rated) // 2]
+
+    def all_margins(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
+        twos = combinations(ranked(rated, pairing.tie_break)[0], 2)
+        return sorted(twos, key=lambda two: two[1].value - two[0].value)
+
+    return {f.__name__: f for f in (best_worst, best_random, top_bottom, all_margins)}[pairing.pick]
+
+
+def ranked(rated: Sequence[Rated], tie_break: str) -> tuple[list[Rated], list[Rated]]:
+    """The best first, and the worst first; of equal ones whom tie_break names, then the first."""
+
+    def key(one: Rated, sign: int) -> tuple[float, float]:
+        ties = {"first": 0, "shorter": sign * one.length, "variance": one.variance}
+        return -sign * one.value, ties[tie_break]
+
+    return sorted(rated, key=lambda r: key(r, 1)), sorted(rated, key=lambda r: key(r, -1))
+
+
+def _length_controlled(
+    best: Sequence[Rated], worst: Sequence[Rated], rho: float
+) -> tuple[Rated, Rated]:
+    """The shortest near the best, the longest near the worst (arXiv:2407.19594, 2.2)."""
+    high, low = best[0].value, worst[0].value
+    span = rho * (high - low) * (1 + ROUNDING)
+    return (
+        min((one for one in best if one.value >= high - span), key=lambda r: r.length),
+        max((one for one in worst if one.value <= low + span), key=lambda r: r.length),
+    )
+
+
+def score_variances(judgements: Iterable[Judgement]) -> dict[str, float]:
+    """The variance of what was said of each candidate, by its id; not of those judged once.
+
+    A judgement of two says its score of the first, and 1 less its score of the second.
+    """
+    said: dict[str, list[float]] = {}
+    for judgement in judgements:
+        if (score := judgement.score) is not None:
+            for candidate_id, own in zip(judgement.candidate_ids, (score, 1 - score), strict=False):
+                said.setdefault(candidate_id, []).append(own)
+    several = {name: own for name, own in said.items() if len(own) > 1}
+    means = {name: fsum(own) / len(own) for name, own in several.items()}
+    return {n: fsum((s - means[n]) ** 2 for s in own) / len(own) for n, own in several.items()}
+
+
+def _rated(
+    candidates: Sequence[Candidate],
+    scores: Mapping[str, float | None],
+    drops: DropCounts,
+    penalty: float,
+    variances: Mapping[str, float],
+    is_valid_score: Callable[[float], bool] | None,
+) -> list[Rated]:
+    """The candidates that may be picked; where fewer than two may, the prompt is dropped."""
     filters: list[tuple[str, Callable[[Candidate], bool]]] = [
         ("unfinished", lambda c: c.finished is not False),
         ("unscored", lambda c: scores.get(c.id) is not None),
@@ -78,33 +190,63 @@ def make_pair(
         drops.candidates.update({reason: len(left) - len(kept)} if len(kept) < len(left) else {})
         left = kept
         if len(left) < 2:
-            return drop(reason)
-    chosen, rejected = (left[i] for i in pick([scores[c.id] for c in left]))
-    best, worst = scores[chosen.id], scores[rejected.id]
-    assert best is not None and worst is not None
-    if best == worst:
-        return drop("tie")
-    if _same_response(chosen, rejected):
-        return drop("identical")
-    if abs(best - worst) < min_margin:
-        return drop("margin")
-    if is_valid_pair is not None and not is_valid_pair(best, worst):
-        return drop("invalid_pair")
-    drops.kept += 1
+            drops.prompts[reason] += 1
+            return []
+    known = [(c, score, length_of(c)) for c in left if (score := scores[c.id]) is not None]
+    return [
+        Rated(one, score, score - penalty * length / 1000, length, variances.get(one.id, inf))
+        for one, score, length in known
+    ]
+
+
+def _problem(
+    chosen: Rated,
+    rejected: Rated,
+    pairing: PairingConfig,
+    min_margin: float,
+    is_valid_pair: Callable[[float, float], bool] | None,
+) -> str | None:
+    """Why two can be no pair."""
+    margin = chosen.value - rejected.value
+    least, most = pairing.min_chosen_score, pairing.max_chosen_length
+    problems = {
+        "tie": lambda: margin == 0,
+        "identical": lambda: _same_response(chosen.candidate, rejected.candidate),
+        "margin": lambda: abs(margin) < min_margin,
+        "low_score": lambda: least is not None and chosen.score < least,
+        "too_long_chosen": lambda: most is not None and chosen.length > most,
+        "invalid_pair": lambda: (
+            is_valid_pair is not None and not is_valid_pair(chosen.score, rejected.score)
+        ),
+        "inverted": lambda: margin < 0,
+    }
+    return next((name for name, holds in problems.items() if holds()), None)
+
+
+def _pair(
+    pair_id: str, prompt: Prompt, chosen: Rated, rejected: Rated, *, weighted: bool
+) -> PreferencePair:
+    one, other = chosen.candidate, rejected.candidate
     return PreferencePair(
-        id=prompt.id,
+        id=pair_id,
         prompt_ids=prompt.ids,
-        chosen_ids=chosen.ids,
-        rejected_ids=rejected.ids,
+        chosen_ids=one.ids,
+        rejected_ids=other.ids,
         prompt=prompt.text,
-        chosen=chosen.text,
-        rejected=rejected.text,
-        chosen_id=chosen.id,
-        rejected_id=rejected.id,
-        chosen_score=best,
-        rejected_score=worst,
+        chosen=one.text,
+        rejected=other.text,
+        chosen_id=one.id,
+        rejected_id=other.id,
+        chosen_score=chosen.score,
+        rejected_score=rejected.score,
         messages=prompt.messages,
+        weight=abs(chosen.value - rejected.value) if weighted else None,
     )
+
+
+def length_of(candidate: Candidate) -> int:
+    """Characters of its text; tokens where it has none."""
+    return len(candidate.ids) if candidate.text is None else len(candidate.text)
 
 
 def _same_response(one: Candidate, other: Candidate) -> bool:

@@ -212,7 +212,7 @@ class _RecipeReader(Reader):
                     words = f"must name an earlier stage (there is: {earlier}); got {shape(node)}."
                     self.refuse(node, where, words)
             named = {"init_from": ("previous",), "fit_from": ("current",), "reference": OWN}
-            for name, own in named.items():
+            for name, own in {**named, "rejected_from": ("null",)}.items():
                 start = getattr(stage, name, own[0])
                 if start in (*own, "initial", *names[:place]) or not isinstance(start, str | Path):
                     continue

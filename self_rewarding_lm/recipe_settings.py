@@ -26,6 +26,7 @@ STAGE_KINDS: dict[str, type[FinetuneConfig]] = {
         stages.ExternalRewardDPOConfig,
         stages.DPOConfig,
         stages.SelfPlayConfig,
+        stages.TemporalDPOConfig,
     )
 }
 """The stages by the name that they have in a recipe."""

@@ -190,9 +190,16 @@ def to_json(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in _names(type(record))}
 
 
+FIRST = "first"
+"""In ids of pairs, <stage>/first/...: those of a model that was trained ahead and not kept."""
+
+
 def is_trained(record_id: str) -> bool:
-    """Whether a pair or row of that id is none of a valid_dataset."""
-    return record_id.split("/")[1] != "valid"
+    """Whether the stage's weights were trained on the pair or row of that id.
+
+    They were not on those of a valid_dataset, nor on those of a model that was not kept.
+    """
+    return record_id.split("/")[1] not in ("valid", FIRST)
 
 
 def columns_of(pair: PreferencePair) -> dict[str, Any]:

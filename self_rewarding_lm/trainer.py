@@ -232,8 +232,7 @@ class SelfRewardingTrainer:
                 StageDir(run.stage(old).path, self.runtime).drop_weights("model")
 
     def _context(self, place: int) -> Context:
-        earlier = self.names[:place]
-        stage, name = self.stages[place], self.names[place]
+        stage, name, earlier = self.stages[place], self.names[place], self.names[:place]
         check_weights_named(stage, name, earlier)
         self.tokens.compare_template(name, Path(stage.init_from))
 
@@ -263,6 +262,7 @@ class SelfRewardingTrainer:
             rows=rows,
             first_prompt=self._first_prompt(place),
             run=self._run,
+            earlier=earlier,
         )
 
     def _adapt(self, module: nn.Module) -> TokenModel:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from self_rewarding_lm.adapters import Policy, adapt, policy
 from self_rewarding_lm.batching import pad_rows
+from self_rewarding_lm.pair_settings import PairingConfig
 from self_rewarding_lm.records import Candidate, Prompt
 from tests.models import VOCAB, transformer64
 from tests.mutants import over
@@ -45,17 +46,17 @@ def _candidates(prompt, answers):
     "pairing",
     st.tuples(st.lists(st.lists(ANSWER, max_size=5), max_size=4), RULES),
     mutants={
-        "if best == worst:": "if False:",
-        "if _same_response(chosen, rejected):": "if False:",
-        "if abs(best - worst) < min_margin:": "if abs(best - worst) <= min_margin:",
-        "not is_valid_pair(best, worst):": "not is_valid_pair(worst, best):",
-        "drops.kept += 1": "drops.kept += 0",
+        '"tie": lambda: margin == 0': '"tie": lambda: False',
+        "lambda: _same_response(chosen.candidate, rejected.candidate)": "lambda: False",
+        "lambda: abs(margin) < min_margin": "lambda: abs(margin) <= min_margin",
+        "not is_valid_pair(chosen.score, rejected.score)": "not is_valid_pair(rejected.score, chosen.score)",
+        "drops.kept += len(found)": "drops.kept += 0",
         "drops.prompts[reason] += 1": "drops.prompts[reason] = 1",
         "c.finished is not False": "c.finished is True",
         "{reason: len(left) - len(kept)}": "{reason: 1}",
-        "best = max(valid, key": "best = min(valid, key",
-        "chosen_id=chosen.id,": "chosen_id=rejected.id,",
-        "rejected_ids=rejected.ids,": "rejected_ids=chosen.ids,",
+        "(best[0], worst[0])": "(worst[0], best[0])",
+        "chosen_id=one.id,": "chosen_id=other.id,",
+        "rejected_ids=other.ids,": "rejected_ids=one.ids,",
         "one.text.strip() == (other.text": "one.text == (other.text",
     },
     examples=750,
@@ -69,8 +70,11 @@ def pairs_are_ordered_have_parents_and_all_else_is_counted(pairing, case):
         made = {c.id: c for c in _candidates(prompt, answers)}
         scores = {c: answer[3] for c, answer in zip(made, answers, strict=True)}
         before = drops.prompts["tie"]
-        pair = pairing.make_pair(prompt, list(made.values()), scores, drops, **rules)
-        asked += 1
+        found = pairing.make_pairs(
+            prompt, list(made.values()), scores, drops, pairing=PairingConfig(), **rules
+        )
+        pair, asked = (found[0] if found else None), asked + 1
+        assert len(found) <= 1
         left = {name: c for name, c in made.items() if c.finished is not False}
         lost["unfinished"] += len(made) - len(left)
         if len(left) < 2:
@@ -117,6 +121,124 @@ def pairs_are_ordered_have_parents_and_all_else_is_counted(pairing, case):
     assert drops.kept == len(pairs) and drops.kept + drops.prompts.total() == asked
     assert +drops.candidates == +lost
     assert sum(n for name, n in drops.metrics().items() if name.startswith("pairs/")) == asked
+
+
+PICKING = st.fixed_dictionaries(
+    {
+        "pick": st.sampled_from(["best_worst", "best_random", "top_bottom", "all_margins"]),
+        "pairs_per_prompt": st.integers(1, 3),
+        "length_control": st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+        "length_penalty": st.sampled_from([0.0, 500.0]),
+        "max_chosen_length": st.none() | st.integers(1, 3),
+        "min_chosen_score": st.none() | st.sampled_from([1.0, 2.0]),
+        "tie_break": st.sampled_from(["first", "shorter", "variance"]),
+        "weight_by_margin": st.booleans(),
+    }
+).map(
+    lambda d: {
+        **d,
+        "length_control": d["length_control"] if d["pick"] == "best_worst" else 0.0,
+        "pairs_per_prompt": 1 if d["pick"] == "best_worst" else d["pairs_per_prompt"],
+    }
+)
+SIZED = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(1, 4), st.sampled_from([0.0, 1.0])),
+    min_size=2,
+    max_size=5,
+)
+
+
+def _naive_picks(sized, rules):
+    """Places of chosen and rejected, as the papers say, in the order in which they are wanted."""
+    places = range(len(sized))
+    value = [score - rules["length_penalty"] * length / 1000 for score, length, _ in sized]
+    length = [length for _, length, _ in sized]
+    ties = {"first": [0] * len(sized), "shorter": length, "variance": [v for _, _, v in sized]}
+    tie = ties[rules["tie_break"]]
+    longer = -1 if rules["tie_break"] == "shorter" else 1
+    best = sorted(places, key=lambda i: (-value[i], tie[i], i))
+    worst = sorted(places, key=lambda i: (value[i], longer * tie[i], i))
+    if rules["pick"] == "best_worst":
+        rho, high, low = rules["length_control"], max(value), min(value)
+        if rho == 0:
+            return [(best[0], worst[0])]
+        near = [i for i in best if value[i] >= (1 - rho) * high + rho * low]
+        far = [i for i in worst if value[i] <= (1 - rho) * low + rho * high]
+        shortest, longest = min(length[i] for i in near), max(length[i] for i in far)
+        return [
+            (
+                next(i for i in near if length[i] == shortest),
+                next(i for i in far if length[i] == longest),
+            )
+        ]
+    if rules["pick"] == "best_random":  # the noise is the place
+        return [(best[0], i) for i in places if i != best[0]]
+    if rules["pick"] == "top_bottom":
+        return [(best[j], worst[j]) for j in range(len(sized) // 2)]
+    twos = [(i, j) for n, i in enumerate(best) for j in best[n + 1 :]]
+    margins = sorted({value[i] - value[j] for i, j in twos}, reverse=True)
+    return [(i, j) for m in margins for i, j in twos if value[i] - value[j] == m]
+
+
+@over(
+    "pairing",
+    st.tuples(SIZED, PICKING),
+    mutants={
+        "one.value >= high - span": "one.value > high - span",
+        "one.value <= low + span": "one.value <= low",
+        "sign * one.length": "one.length",
+        '"variance": one.variance': '"variance": 0',
+        "[: len(rated) // 2]": "[: len(rated)]",
+        "key=lambda two: two[1].value - two[0].value": "key=lambda two: two[0].value - two[1].value",
+        "score - penalty * length / 1000": "score",
+        "chosen.score < least": "chosen.score <= least",
+        "chosen.length > most": "chosen.length >= most",
+        "if len(found) == pairing.pairs_per_prompt:": "if len(found) > pairing.pairs_per_prompt:",
+        "abs(chosen.value - rejected.value) if weighted": "abs(chosen.score - rejected.score) if weighted",
+        '"inverted": lambda: margin < 0': '"inverted": lambda: False',
+        'f"{prompt.id}/p{len(found)}"': 'f"{prompt.id}/p"',
+        "for _, place in drawn": "for _, place in drawn[::-1]",
+        "drops.prompts[problems[0] if": "drops.prompts[problems[-1] if",
+    },
+    examples=1000,
+)
+def pickers_pick_as_their_papers_say(pairing, case):
+    sized, rules = case
+    prompt = Prompt("sr/0/0", 0, (7,), "say")
+    made = [
+        Candidate(f"sr/0/0/{k}", prompt.id, (k,), chr(97 + k) * length, True, 8)
+        for k, (_, length, _) in enumerate(sized)
+    ]
+    drops = pairing.DropCounts()
+    found = pairing.make_pairs(
+        prompt,
+        made,
+        {c.id: float(s[0]) for c, s in zip(made, sized, strict=True)},
+        drops,
+        pairing=PairingConfig(**rules),
+        noise=lambda record_id: int(record_id[-1]),
+        variances={c.id: s[2] for c, s in zip(made, sized, strict=True)},
+    )
+    wanted, reasons = [], []
+    for i, j in _naive_picks(sized, rules):
+        (one, long, _), (other, short, _) = sized[i], sized[j]
+        margin = one - other - rules["length_penalty"] * (long - short) / 1000
+        refused = {
+            "tie": margin == 0,
+            "low_score": rules["min_chosen_score"] is not None and one < rules["min_chosen_score"],
+            "too_long_chosen": long > (rules["max_chosen_length"] or 99),
+            "inverted": margin < 0,
+        }
+        reason = next((name for name, holds in refused.items() if holds), None)
+        if reason is None:
+            wanted.append((made[i].id, made[j].id, margin if rules["weight_by_margin"] else None))
+        else:
+            reasons.append(reason)
+    wanted = wanted[: rules["pairs_per_prompt"]]
+    assert [(p.chosen_id, p.rejected_id, p.weight) for p in found] == wanted
+    assert [p.id for p in found] == ["sr/0/0", "sr/0/0/p1", "sr/0/0/p2"][: len(found)]
+    assert drops.kept == len(found)
+    assert dict(drops.prompts) == ({} if found else {reasons[0]: 1})
 
 
 # Batches

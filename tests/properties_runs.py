@@ -34,10 +34,10 @@ JUDGES = {
         )
     ),
     mutants={
-        "chosen_id=chosen.id,": "chosen_id=prompt.id,",
-        "best = max(valid, key": "best = min(valid, key",
-        "drops.prompts[reason] += 1": "pass",
-        "id=prompt.id,": "id=candidates[0].id,",
+        "chosen_id=one.id,": "chosen_id=prompt.id,",
+        "(best[0], worst[0])": "(worst[0], best[0])",
+        'drops.prompts[problems[0] if problems else "unpaired"] += 1': "pass",
+        "if found else prompt.id": "if found else candidates[0].id",
     },
     examples=40,
 )
@@ -49,7 +49,7 @@ def a_run_keeps_every_record_with_its_parents(pairing, case):
     stage = self_reward(min_parse_rate=0, max_prompt_passes=2, **options)
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(pair_maker, "make_pair", pairing.make_pair),
+        patch.object(pair_maker, "make_pairs", pairing.make_pairs),
     ):
         try:
             trainer_of(

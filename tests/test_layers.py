@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "self_rewarding_lm"
 LAYERS = [
     "errors",
     "records rubrics closed controls durable stopping",
-    "config checks",
+    "config checks pair_settings",
     "statements",
     "score_trie",
     "logprobs losses sampling judging pairing batching agreement instruct",

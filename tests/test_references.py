@@ -228,7 +228,7 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path):
     for bad in (0, -1.0, (), (0.1, 0.0)):
         with pytest.raises(ConfigError, match="dpo_beta must be greater than 0"):
             dpo(dpo_beta=bad)
-    assert dpo(dpo_beta=[0.2]).for_round(0).dpo_beta == 0.2
+    assert dpo(dpo_beta=[0.2]).dpo_beta == (0.2,)
 
 
 def test_a_recipes_mapping_is_a_moving_reference():

@@ -30,6 +30,7 @@ from self_rewarding_lm.stages import (
     SelfRewardDPOConfig,
     SelfRewardSFTConfig,
     SFTConfig,
+    TemporalDPOConfig,
 )
 from self_rewarding_lm.stages.base import TrainingConfig
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
@@ -143,6 +144,9 @@ class Counting:
         each_round = _prompts_used(stage, data.rows)
         prompts, prompt = each_round.times(stage.rounds), _prompt(data.lengths, limit)
         each, new = stage.num_candidate_responses, _new(stage.generation)
+        ahead = isinstance(stage, TemporalDPOConfig) and stage.chosen_from_next
+        if isinstance(stage, TemporalDPOConfig):  # of several models
+            each *= 1 + (stage.rejected_from is not None) + ahead
         longest = _longest(stage, data.lengths, new)
         block = stage.prompts_per_block * each
         candidates = Asking(prompts.times(each), new, prompts.times(prompt), longest, block)
@@ -151,10 +155,11 @@ class Counting:
             notes = (*notes, WRITING)
         positive = isinstance(stage, SelfRewardSFTConfig)
         wanted = stage.num_generated_preference_pairs
-        most = each_round.times(each if positive else 1).most
+        most = each_round.times(each if positive else stage.pairing.pairs_per_prompt).most
         made = Range.of(wanted) if wanted else Range(0, most)
         row = sampled_row(data.lengths, new, 1 if positive else 2).capped(limit)
-        training = training_on(stage, made, row)
+        mixed = total(self.made.get(name, UNKNOWN) for name in stage.mix_pairs)
+        training = training_on(stage, made + mixed, row).repeated(1 + ahead)
         if isinstance(stage, SelfRewardSFTConfig) and stage.train_dataset is not None:
             training = self._beside(stage, made, row)
         training, made = training.repeated(stage.rounds), made.times(stage.rounds)
@@ -274,7 +279,9 @@ def _prompts_used(stage: SampledPreferenceConfig, rows: Range) -> Range:
         return Range(1 if wanted else stage.prompts_per_round, stage.prompts_per_round)
     if wanted is None:
         return rows.times(stage.max_prompt_passes or 1)
-    each = stage.num_candidate_responses if isinstance(stage, SelfRewardSFTConfig) else 1
+    each = stage.pairing.pairs_per_prompt
+    if isinstance(stage, SelfRewardSFTConfig):
+        each = stage.num_candidate_responses
     least = block * math.ceil(wanted / each / block)
     if not rows.most:
         return Range(least)

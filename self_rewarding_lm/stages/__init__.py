@@ -7,6 +7,7 @@ from self_rewarding_lm.stages.positive import SelfRewardSFTConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.stages.temporal import TemporalDPOConfig
 
 __all__ = [
     "BuildEFTConfig",
@@ -16,4 +17,5 @@ __all__ = [
     "SelfPlayConfig",
     "SelfRewardDPOConfig",
     "SelfRewardSFTConfig",
+    "TemporalDPOConfig",
 ]

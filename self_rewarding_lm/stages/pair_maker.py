@@ -3,10 +3,9 @@
 Knows nothing of training; what the settings mean is in `sampled`.
 """
 
-import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,18 +16,20 @@ from self_rewarding_lm.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, NoPairError
 from self_rewarding_lm.judges import FIRST_LOOK
 from self_rewarding_lm.judging import candidate_scores
-from self_rewarding_lm.pairing import DropCounts, make_pair
+from self_rewarding_lm.pairing import DropCounts, Picker, make_pairs, score_variances
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
+from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.stages.pair_report import report_made
 from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.stored import Groups
-from self_rewarding_lm.tally import StageTally, together
+from self_rewarding_lm.stored import Groups, IdOrder, id_order
+from self_rewarding_lm.tally import StageTally
 from self_rewarding_lm.watching import JudgeWatcher
 
 if TYPE_CHECKING:
     from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
-logger = logging.getLogger(__name__)
+PROMPT_PARTS = 3  # of ids: stage, row, pass
 
 
 class PairMaker:
@@ -85,33 +86,39 @@ class PairMaker:
         for record_type in (Prompt, Candidate, Judgement, self.record_type):
             out.merge(record_type)
         out.summary["next_prompt"] = position
-        self._report(drops, wanted)
+        report_made(self, drops, wanted)
         return Groups(out.known(self.record_type)).in_order(kept)
 
     def _block(self, block: range) -> tuple[list[Any], DropCounts]:
         """What a block's prompts give, in their order, the same list on every process."""
         asked = self.ctx.runtime.share(list(block))
         mine = self._prompts(asked)
-        self.candidates = {p.id: sorted(self.known_candidates[p.id], key=_sample_of) for p in mine}
+        found, drops = self._worked(mine, len(asked) - len(mine))
+        in_order = [found.get(self._prompt_id(place), []) for place in block]
+        return [record for records in in_order for record in records], drops
+
+    def _worked(
+        self, mine: Sequence[Prompt], bad_rows: int = 0
+    ) -> tuple[dict[str, list[Any]], DropCounts]:
+        """What prompts of all processes give, by their ids. mine: those of this process."""
+        self.candidates = {p.id: sorted(self.known_candidates[p.id], key=_place_of) for p in mine}
         self.judgements = {p.id: self.known_judgements[p.id] for p in mine}
         self._sample(mine)
         unreadable = self._judge(mine)
         drops = DropCounts()
-        drops.prompts["bad_row"] += len(asked) - len(mine)
-        made = [(prompt.id, self._made(prompt, drops)) for prompt in mine]
+        drops.prompts["bad_row"] += bad_rows
+        made = {prompt.id: self._made(prompt, drops) for prompt in mine}
         for prompt in mine:
             self.tally.add(self.candidates[prompt.id], self.judgements[prompt.id])
         failure = unreadable or self.watcher.see_scores(self.tally.judge)
         failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
             raise JudgeError(failures[0])
-        found = self.ctx.runtime.gather([(made, drops)])
-        merged = DropCounts()
-        for _, part in found:
-            merged.add(part)
-        order = {self._prompt_id(place): place for place in block}
-        in_order = sorted((item for part, _ in found for item in part), key=lambda i: order[i[0]])
-        return [record for _, records in in_order for record in records], merged
+        found, merged = dict[str, list[Any]](), DropCounts()
+        for part, dropped in self.ctx.runtime.gather([(made, drops)]):
+            found |= part
+            merged.add(dropped)
+        return found, merged
 
     def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
         """The shortest prompt, its candidates, and what is made of them where it can be.
@@ -165,24 +172,40 @@ class PairMaker:
         return found
 
     def _sample(self, prompts: Sequence[Prompt]) -> None:
+        missing = self._unanswered({prompt.id: prompt for prompt in prompts})
+        self._answer(self.ctx, missing)
+
+    def _unanswered(self, asked: Mapping[str, Prompt]) -> dict[str, Prompt]:
+        """Those that miss candidates, whose ids begin with the key."""
         count = self.config.num_candidate_responses
-        missing = [p for p in prompts if len(self.candidates[p.id]) < count]
-        known = {c.id for prompt in missing for c in self.candidates[prompt.id]}
-        limit, how = self.config.max_seq_len, self.config.generation
-        sampled = rollout(self.ctx, missing, how, count, max_seq_len=limit, known=known)
+        found = {}
+        for key, prompt in asked.items():
+            known = {candidate.id for candidate in self.candidates[prompt.id]}
+            if not known.issuperset(f"{key}/{k}" for k in range(count)):
+                found[key] = prompt
+        return found
+
+    def _answer(self, ctx: Context, asked: Mapping[str, Prompt]) -> None:
+        """Sample what is missing of candidates, whose ids begin with the key, and store them."""
+        count, limit = self.config.num_candidate_responses, self.config.max_seq_len
+        known = {c.id for prompt in asked.values() for c in self.candidates[prompt.id]}
+        named = [replace(prompt, id=key) for key, prompt in asked.items()]
+        how = self.config.generation
+        sampled = rollout(ctx, named, how, count, max_seq_len=limit, known=known)
         for batch in batched(sampled, FIRST_LOOK):
-            self.out.append(batch)
-            for candidate in batch:
+            found = [replace(c, prompt_id=asked[c.prompt_id].id) for c in batch]
+            self.out.append(found)
+            for candidate in found:
                 self.candidates[candidate.prompt_id].append(candidate)
-        for prompt in missing:
-            self.candidates[prompt.id].sort(key=_sample_of)
+        for prompt in asked.values():
+            self.candidates[prompt.id].sort(key=_place_of)
 
     def _judge(self, prompts: Sequence[Prompt]) -> str | None:
         """Judge what is not judged; words about a judge that cannot be used, else None."""
         for prompt in prompts:
             self.watcher.count(self.judgements[prompt.id])
         missing = [p for p in prompts if not self._is_judged(p)]
-        groups = [[self._shown(c) for c in self._given(p)] for p in missing]
+        groups = [[self._shown(c) for c in self._shown_to_judge(p)] for p in missing]
         failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
         if failure is not None or not missing:
             return failure
@@ -216,6 +239,10 @@ class PairMaker:
     def _given(self, prompt: Prompt) -> list[Candidate]:
         """A prompt's candidates without those that no server answered."""
         return [c for c in self.candidates[prompt.id] if c.reason is None]
+
+    def _shown_to_judge(self, prompt: Prompt) -> list[Candidate]:
+        """The candidates that a prompt's missing judgements are asked of, all of them together."""
+        return self._given(prompt)
 
     def _left(self, prompt: Prompt, drops: DropCounts, least: int) -> list[Candidate]:
         """The same, the others counted; nothing, and the prompt counted, where too few are left."""
@@ -251,21 +278,27 @@ class PairMaker:
         return candidate_scores(candidates, self.judgements[candidates[0].prompt_id])
 
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
-        """What a prompt gives: its pair, or nothing."""
+        """What a prompt gives: its pairs, or nothing."""
         candidates = self._left(prompt, drops, 2)
         if not candidates:
             return []
-        pair = make_pair(
+        return make_pairs(
             prompt,
             candidates,
             self.scores(candidates),
             drops,
-            pick=self.config.picker(),
+            pairing=self.config.pairing.of_round(0),
+            pick=self.picker(),
+            noise=lambda record_id: stable_hash(self.ctx.seed, "pairs", record_id),
+            variances=score_variances(self.judgements[prompt.id]),
             is_valid_score=self.config.is_valid_reward,
             is_valid_pair=self.config.pair_check(),
             min_margin=self.config.min_margin,
         )
-        return [] if pair is None else [pair]
+
+    def picker(self) -> Picker | None:
+        """Who picks in place of the stage's `pairing`."""
+        return self.config.picker()
 
     def _nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
         """The error where no prompt gave anything."""
@@ -276,52 +309,18 @@ class PairMaker:
             f"judge that can be read. The records are in {self.out.path}."
         )
 
-    def _report(self, drops: DropCounts, wanted: int | None) -> None:
-        """Metrics of the arrows, and a word where there are too few pairs."""
-        kept, tally = drops.kept, together(self.ctx.runtime.gather([self.tally]))
-        metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
-        step = self.out.first_step
-        self.out.log({"step": step, **metrics})
-        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, step)
-        self.out.summary["metrics"] = metrics
-        logger.info(
-            "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",
-            self.ctx.stage,
-            tally.prompts,
-            tally.candidates,
-            tally.judgements,
-            kept,
-            self.noun,
-            drops.in_words(),
-        )
-        if kept == 0:
-            raise self._nothing_made(tally.prompts, drops)
-        self._see_pairs(tally.prompts, drops, wanted)
 
-    def _see_pairs(self, prompts: int, drops: DropCounts, wanted: int | None) -> None:
-        made = drops.kept + drops.prompts["surplus"]
-        self.checker.see(
-            "pairs_per_prompt",
-            made / max(1, prompts),
-            f"{prompts} prompts gave {made} {self.noun}s; dropped: {drops.in_words()}. The most "
-            "frequent reason says what to change.",
-        )
-        if wanted is not None:
-            self.checker.see(
-                "few_pairs",
-                drops.kept / wanted,
-                f"{drops.kept} {self.noun}s instead of {wanted} after max_prompt_passes over the "
-                f"prompts; dropped: {drops.in_words()}. Give more prompts or passes, or change "
-                "what the most frequent reason says; training goes on with these by default.",
-            )
+def prompt_id_of(candidate_id: str) -> str:
+    """The prompt's id, with which a candidate's begins."""
+    return "/".join(candidate_id.split("/")[:PROMPT_PARTS])
 
 
 def _prompt_id_of(judgement: Judgement) -> str:
-    return judgement.candidate_ids[0].rsplit("/", 1)[0]
+    return prompt_id_of(judgement.candidate_ids[0])
 
 
-def _sample_of(candidate: Candidate) -> int:
-    return int(candidate.id.rsplit("/", 1)[1])
+def _place_of(candidate: Candidate) -> IdOrder:
+    return id_order(candidate.id)
 
 
 def _finite(judgement: Judgement) -> Judgement:

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,7 +23,6 @@ from self_rewarding_lm.stages.base import TrainingConfig, see_cut
 from self_rewarding_lm.store import StageDir
 
 Ids = tuple[int, ...]
-Value = TypeVar("Value")
 NO_REFERENCE, OF_ROUND = "none", "round"
 OWN = (START, OF_ROUND, NO_REFERENCE)
 """References that name no other weights."""
@@ -31,9 +30,6 @@ OWN = (START, OF_ROUND, NO_REFERENCE)
 
 class PreferenceConfig(TrainingConfig):
     """A stage that trains on pairs by DPO, by default against the weights it started from."""
-
-    by_round: ClassVar[tuple[str, ...]] = ("dpo_beta",)
-    """Settings that may be a tuple with a value for each round."""
 
     dpo_beta: float | tuple[float, ...] = 0.1
     """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020. Given, of every loss. Several:
@@ -90,13 +86,6 @@ class PreferenceConfig(TrainingConfig):
                 "several stages in a row each has a dpo_beta of its own"
             )
         return self
-
-    def for_round(self, round: int) -> "PreferenceConfig":
-        """The stage as it is in one of its rounds: each tuple of values is that round's."""
-        given = {name: getattr(self, name) for name in self.by_round}
-        # one value stays as it is: what is in an update counts as given by the user
-        several = {k: of_round(v, round) for k, v in given.items() if isinstance(v, tuple)}
-        return self.model_copy(update=several)
 
     def weights_used(self) -> set[str]:
         named = isinstance(self.reference, str) and self.reference not in OWN
@@ -196,7 +185,7 @@ def cut_pairs(
     return pairs if len(kept) == len(pairs) and not cut else Picked(pairs, kept, cut_pair)
 
 
-def of_round(values: Value | tuple[Value, ...], round: int) -> Value:
+def of_round(values: float | tuple[float, ...], round: int) -> float:
     """A round's value: of several the one at its place, the last one goes on; else the value."""
     return values[min(round, len(values) - 1)] if isinstance(values, tuple) else values
 

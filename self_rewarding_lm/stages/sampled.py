@@ -1,7 +1,7 @@
 """Stages that make their own pairs: sample, judge, pair, then train."""
 
-import math
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,7 +14,9 @@ from self_rewarding_lm.controls import from_data
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges import Judge
-from self_rewarding_lm.pairing import PickPair, best_against_worst
+from self_rewarding_lm.lines import Joined
+from self_rewarding_lm.pair_settings import PairingConfig
+from self_rewarding_lm.pairing import Picker, Rated
 from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_text, write_prompts
 from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Prompt
 from self_rewarding_lm.rehearsal import short
@@ -26,6 +28,8 @@ from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.preference import PreferenceConfig
 from self_rewarding_lm.stages.rounds import work_rounds
 from self_rewarding_lm.store import StageDir
+
+logger = logging.getLogger(__name__)
 
 
 class SampledPreferenceConfig(PreferenceConfig):
@@ -73,7 +77,20 @@ class SampledPreferenceConfig(PreferenceConfig):
     is_valid_reward_pair: Object = None
     """(chosen, rejected) scores as scalar tensors -> bool."""
     pick_paired_rewards_fn: Object = None
-    """Scores (n,) as a tensor -> indices (2,) of chosen and rejected. Default: best and worst."""
+    """Scores (n,) as a tensor -> indices (2,) of chosen and rejected, who are picked so."""
+    pairing: PairingConfig = PairingConfig()
+    """Which candidates become pairs. Default: the best against the worst."""
+    mix_pairs: tuple[str, ...] = ()
+    """Names of earlier stages whose pairs are trained on beside the stage's own."""
+
+    @model_validator(mode="after")
+    def _one_picker(self) -> "SampledPreferenceConfig":
+        if self.pick_paired_rewards_fn is not None and self.pairing.picks_otherwise:
+            raise ValueError(
+                "pick_paired_rewards_fn picks a pair itself; leave it out, or those of pairing's "
+                "pick, pairs_per_prompt, length_control, length_penalty and tie_break that are set"
+            )
+        return self
 
     def build_judge(self, ctx: Context) -> Judge:
         """The stage's judge; `judge=` where that is given."""
@@ -113,6 +130,12 @@ class SampledPreferenceConfig(PreferenceConfig):
         if isinstance(self.prompt_dataset, SelfInstruct):
             check_self_instruct(ctx, self.prompt_dataset, self.on_bad_row)
         super().check(ctx)
+        for name in self.mix_pairs:
+            if name not in ctx.earlier:
+                raise ConfigError(
+                    f"{ctx.stage}: mix_pairs must name earlier stages "
+                    f"({', '.join(ctx.earlier) or 'there is none'}); got {name!r}."
+                )
         check_before(ctx, self.needs(ctx))
         if self.judge is not None and not hasattr(self.judge, "judge"):
             raise ConfigError(
@@ -143,8 +166,18 @@ class SampledPreferenceConfig(PreferenceConfig):
     def trained(
         self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
     ) -> Sequence[PreferencePair]:
-        """What is trained on, given the pairs that were made; with `rounds`, of each."""
-        return pairs
+        """What is trained on, given the pairs that were made, with `rounds` those of each: with the
+        pairs of earlier stages before them."""
+        if ctx.run is None or not self.mix_pairs:
+            return pairs
+        mixed = {name: ctx.run.pairs(name) for name in self.mix_pairs}
+        for name in (name for name, found in mixed.items() if not found):
+            logger.warning("%s: mix_pairs: the stage %s has no pairs.", ctx.stage, name)
+        return Joined(*mixed.values(), pairs)
+
+    def for_round(self, round: int) -> "SampledPreferenceConfig":
+        """The stage as it is in one of its rounds, from 0 on."""
+        return self.model_copy(update={"pairing": self.pairing.of_round(round)})
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         prompt, answers, _ = self.answered(self.maker, ctx, out)
@@ -202,21 +235,21 @@ class SampledPreferenceConfig(PreferenceConfig):
         rows = [{"prompt": from_data(r.text), "instruction_id": r.id} for r in written]
         return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts", no_stage)})
 
-    def picker(self) -> PickPair:
-        """How a pair is picked from scores, a user's tensor function as a plain one."""
+    def picker(self) -> Picker | None:
+        """A user's function of scores as a picker; None where the settings pick."""
         function = self.pick_paired_rewards_fn
         if function is None:
-            return best_against_worst
+            return None
 
-        def pick(scores: Sequence[float | None]) -> tuple[int, int]:
-            values = [math.nan if score is None else score for score in scores]
-            picked = torch.as_tensor(function(torch.tensor(values))).flatten().tolist()
-            if len(picked) != 2 or not all(0 <= i < len(scores) for i in picked):
+        def pick(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
+            scores = torch.tensor([one.score for one in rated])
+            picked = torch.as_tensor(function(scores)).flatten().tolist()
+            if len(picked) != 2 or not all(0 <= i < len(rated) for i in picked):
                 raise ConfigError(
                     "pick_paired_rewards_fn must return two indices, of the chosen and the "
-                    f"rejected of {len(scores)} candidates; got {picked}."
+                    f"rejected of {len(rated)} candidates; got {picked}."
                 )
-            return int(picked[0]), int(picked[1])
+            return [(rated[int(picked[0])], rated[int(picked[1])])]
 
         return pick
 

@@ -1,0 +1,188 @@
+"""Temporal self-rewarding: losers of an earlier model, winners of the next (arXiv:2508.06026).
+
+Where a model judges its own responses, best and worst come nearer to each other round by round.
+Here the worst may be an earlier model's, and the best that of a model that was trained ahead.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.judges import SelfJudge, SeveralJudges
+from self_rewarding_lm.pairing import DropCounts, Picker, Rated, ranked
+from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.run import INITIAL
+from self_rewarding_lm.serving import local_engine, served
+from self_rewarding_lm.stages.pair_maker import PairMaker, prompt_id_of
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.stored import Groups
+
+ANCHOR, NEXT = "anchor", "next"
+"""In ids of candidates, <prompt id>/anchor/<k>: whose they are. Those of the stage's start have no
+such word."""
+AHEAD = "iteration-0"
+"""The folder of the next weights; it goes when the stage is done."""
+
+
+class AnchoredMaker(PairMaker):
+    """Beside the candidates of the present weights there are those of `rejected_from`."""
+
+    config: "TemporalDPOConfig"
+
+    def _sample(self, prompts: Sequence[Prompt]) -> None:
+        super()._sample(prompts)
+        if self.config.rejected_from is not None and self.ctx.run is not None:  # no rehearsal
+            self._sample_with(self.config.rejected_from, ANCHOR, prompts)
+
+    def _sample_with(self, which: str | Path, part: str, prompts: Sequence[Prompt]) -> None:
+        """Candidates from other weights. A server does not hold them: they are sampled here."""
+        missing = self._unanswered({f"{prompt.id}/{part}": prompt for prompt in prompts})
+        if missing:
+            with self.ctx.weights(which):
+                self._answer(replace(self.ctx, engine=local_engine(self.ctx)), missing)
+
+    def picker(self) -> Picker:
+        tie_break = self.config.pairing.tie_break
+        return lambda rated: anchored(rated, tie_break)
+
+
+class FirstMaker(AnchoredMaker):
+    """Makes the pairs on which the next weights are trained, <stage>/first/<row>/<pass>."""
+
+    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
+        stage, rest = prompt.id.split("/", 1)
+        return [replace(p, id=f"{stage}/{FIRST}/{rest}") for p in super()._made(prompt, drops)]
+
+
+class NextMaker(AnchoredMaker):
+    """Makes the pairs of the same prompts when there are candidates of the next weights too."""
+
+    def _sample(self, prompts: Sequence[Prompt]) -> None:
+        ahead = self.out.weights(AHEAD)
+        assert ahead is not None
+        self._sample_with(ahead, NEXT, prompts)
+
+    def _shown_to_judge(self, prompt: Prompt) -> list[Candidate]:
+        """The others were judged; judges that see more than one candidate need them."""
+        given = self._given(prompt)
+        if not isinstance(self.judge, SelfJudge | SeveralJudges):
+            return given
+        return [candidate for candidate in given if part_of(candidate.id) == NEXT]
+
+    def remade(self, first: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
+        """The pairs of the prompts that `first` are of, in their order."""
+        ctx, out, kept, drops, replaced = self.ctx, self.out, list[str](), DropCounts(), 0
+        with ctx.runtime.progress(len(first), f"{ctx.stage}: next winners", self.noun) as bar:
+            for start in range(0, len(first), self.config.prompts_per_block):
+                block = first[start : start + self.config.prompts_per_block]
+                asked = [prompt_id_of(pair.chosen_id or "") for pair in block]
+                mine = [self.known_prompts[name][0] for name in ctx.runtime.share(asked)]
+                by_prompt, dropped = self._worked(mine)
+                drops.add(dropped)
+                found = [pair for name in asked for pair in by_prompt[name]]
+                replaced += sum(part_of(pair.chosen_id or "") == NEXT for pair in found)
+                if ctx.runtime.is_main:
+                    out.append([pair for pair in found if pair.id not in self.known_made])
+                kept += [pair.id for pair in found]
+                bar.update(len(block))
+        for record_type in (Candidate, Judgement, PreferencePair):
+            out.merge(record_type)
+        metrics = {"next/replaced": replaced, **drops.metrics()}
+        out.log({"step": 0, **metrics})
+        ctx.runtime.log({f"{ctx.stage}/{name}": n for name, n in metrics.items()}, 0)
+        out.summary["next_replaced"] = replaced
+        if not kept:
+            raise self._nothing_made(len(first), drops)
+        return Groups(out.known(PreferencePair)).in_order(kept)
+
+
+class TemporalDPOConfig(SelfRewardDPOConfig):
+    """Self-rewarding DPO with losers of an earlier model and winners of the next.
+
+    K candidates of each prompt come from the weights of the stage's start, K from `rejected_from`;
+    the judge scores all with the weights of the start. The best of the start's own wins against the
+    worst of both. With `chosen_from_next` a model is trained on these pairs, which samples K more;
+    where the best of them has a higher score it takes the winner's place. The stage's own training
+    begins again at its start, on the pairs that came of it. All is kept on disk; the model that was
+    trained ahead until the stage is done.
+    """
+
+    folder_name: ClassVar[str] = "temporal"
+    maker: ClassVar[type[PairMaker]] = AnchoredMaker
+
+    num_candidate_responses: int = Field(default=7, ge=2)
+    """K of arXiv:2508.06026, of each model."""
+    rejected_from: str | Path | None = INITIAL
+    """Whose the losers may be beside the stage's own: "initial", an earlier stage or a path. null:
+    nobody's. Its weights are loaded and put back in every block: see prompts_per_block."""
+    chosen_from_next: bool = True
+    """Train a model ahead, whose responses may take the winners' places."""
+
+    @model_validator(mode="after")
+    def _picks_itself(self) -> "TemporalDPOConfig":
+        given = {
+            "pairing.pick": self.pairing.pick != "best_worst",
+            "pairing.length_control": self.pairing.length_control != 0.0,
+            "pick_paired_rewards_fn": self.pick_paired_rewards_fn is not None,
+            "rounds": self.rounds > 1,
+        }
+        if any(given.values()):
+            words = ", ".join(name for name, is_given in given.items() if is_given)
+            raise ValueError(f"this stage says itself who wins against whom; leave out {words}")
+        return self
+
+    def weights_used(self) -> set[str]:
+        anchor = self.rejected_from
+        return super().weights_used() | (set() if anchor is None else {str(anchor)})
+
+    def run(self, ctx: Context, out: StageDir) -> None:
+        ahead = 0
+        if self.chosen_from_next:
+            first = self.made(FirstMaker, ctx, out)
+            ahead = self._train_ahead(ctx, out, first)
+            with served(ctx, self.needs(ctx)):
+                pairs = NextMaker(self, ctx, out).remade(first)
+        else:
+            pairs = self.made(AnchoredMaker, ctx, out)
+        pairs = self.trained(ctx, out, pairs)
+        objective = self.objective(ctx, out, pairs, round=1)
+        steps = self.fit(ctx, out, objective, round=1, first_step=ahead)
+        out.summary |= {"pairs": len(pairs), "steps": ahead + steps}
+
+    def _train_ahead(self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]) -> int:
+        """Train and save the next weights, and put those of the start back; the planned steps."""
+        objective = self.objective(ctx, out, pairs)
+        if out.weights(AHEAD) is None:
+            start = ctx.model.state()
+            self.fit(ctx, out, objective)
+            out.save_weights(ctx.model, AHEAD)
+            ctx.model.module.load_state_dict(start, strict=False)
+        return self.planned_steps(len(objective))
+
+
+def anchored(rated: Sequence[Rated], tie_break: str) -> list[tuple[Rated, Rated]]:
+    """Winner and loser, by the rules of arXiv:2508.06026; nothing where no own candidate is left.
+
+    A winner of the next model stands before the one that it takes the place of.
+    """
+    own, anchors, ahead = (
+        [one for one in rated if part_of(one.candidate.id) == part] for part in ("", ANCHOR, NEXT)
+    )
+    if not own:
+        return []
+    best, worst = (one[0] for one in ranked(own, tie_break))
+    for low in ranked(anchors, tie_break)[1][:1]:
+        worst = low if low.value < worst.value else worst
+    later = ranked(ahead, tie_break)[0][:1]
+    return [(one, worst) for one in (*later, best) if one is best or one.value > best.value]
+
+
+def part_of(candidate_id: str) -> str:
+    """Whose a candidate is: "anchor", "next", or "" for the weights of the stage's start."""
+    own = candidate_id.removeprefix(prompt_id_of(candidate_id)).split("/")
+    return own[1] if len(own) > 2 else ""
