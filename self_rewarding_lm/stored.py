@@ -54,6 +54,7 @@ class Stored(Lazy[Record]):
         self.record_type, self.folder, self.wanted = record_type, folder, wanted
         self._files: list[LineFile] = []
         self._places: Sequence[int] | None = None
+        self.times_opened = 0
         own = weakref.proxy(self)  # so that the files are closed as soon as nobody holds this
         self._recent = lru_cache(KEPT)(lambda place: own._parsed(place))
         self._opened()
@@ -84,6 +85,7 @@ class Stored(Lazy[Record]):
 
     def _opened(self) -> Sequence[int]:
         if self._places is None:
+            self.times_opened += 1
             kind = self.record_type.kind  # type: ignore[attr-defined]
             merged, vouched = merged_file(self.folder, kind), ledger(self.folder)
             self._files = _open_all(self.folder, kind)
@@ -132,15 +134,23 @@ class Stored(Lazy[Record]):
 class Groups(Generic[Record]):
     """Stored records by a key. A group is read when it is asked for.
 
-    key: of a record; default its id. The records may not be closed meanwhile.
+    key: of a record; default its id. Records that were merged meanwhile are looked up anew.
     """
 
     def __init__(self, records: Stored[Record], key: Callable[[Record], str] | None = None) -> None:
         self.records, self._key = records, key
-        keys = records.ids() if key is None else map(key, records)
-        hashes = np.fromiter(map(hash, keys), np.int64, len(records))
-        self._order = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._order]
+        self._times_opened = 0
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Note where the keys stand, where that is not known or not true any more."""
+        count = len(self.records)
+        if self._times_opened != self.records.times_opened:
+            keys = self.records.ids() if self._key is None else map(self._key, self.records)
+            hashes = np.fromiter(map(hash, keys), np.int64, count)
+            self._order = np.argsort(hashes, kind="stable")
+            self._hashes = hashes[self._order]
+            self._times_opened = self.records.times_opened
 
     def __contains__(self, key: str) -> bool:
         return bool(self.places(key))
@@ -151,6 +161,7 @@ class Groups(Generic[Record]):
 
     def places(self, key: str) -> list[int]:
         """Where the records of a key stand."""
+        self._refresh()
         if not len(self._hashes):
             return []
         sought = hash(key)
@@ -161,16 +172,15 @@ class Groups(Generic[Record]):
         return [p for p in self._order[first:last].tolist() if self._key_at(p) == key]
 
     def in_order(self, ids: Iterable[str]) -> Sequence[Record]:
-        """The records of some ids, where the key is the id; KeyError for one that is not there."""
-        places = array("q")
-        for record_id in ids:
-            found = self.places(record_id)
-            if not found:
-                raise KeyError(record_id)
-            places.append(found[0])
-        if len(places) == len(self.records) and all(i == p for i, p in enumerate(places)):
-            return self.records
-        return Picked(self.records, places)
+        """The records of some ids, where the key is the id; KeyError for one that is not there.
+
+        They stay those of the ids when others are merged with them.
+        """
+        names = list(ids)
+        for name in names:
+            if name not in self:
+                raise KeyError(name)
+        return Picked(range(len(names)), change=lambda place: self[names[place]][0])
 
     def _key_at(self, place: int) -> str:
         return self.records.id_at(place) if self._key is None else self._key(self.records[place])

@@ -133,11 +133,23 @@ def test_records_can_be_had_in_any_order_of_their_ids(tmp_path):
     write(tmp_path / f"{KIND}.jsonl", records)
     stored = Stored(Candidate, tmp_path)
     groups = Groups(stored)
-    assert groups.in_order(stored.ids()) is stored
+    assert groups.in_order(stored.ids()) == records
     assert groups.in_order(["a/3", "a/0"]) == [records[3], records[0]]
     assert groups.in_order([f"a/{i}" for i in (4, 3, 2, 1, 0)]) == records[::-1]
     with pytest.raises(KeyError, match="a/7"):
         groups.in_order(["a/7"])
+
+
+def test_records_in_order_stay_those_of_their_ids_when_others_are_merged_with_them(tmp_path):
+    records = [candidate(f"b/{i}") for i in range(3)]
+    write(tmp_path / f"{KIND}.jsonl", records)
+    stored = Stored(Candidate, tmp_path)
+    groups = Groups(stored)
+    found = groups.in_order(["b/0", "b/1", "b/2"])
+    assert found == records
+    stored.close()
+    write(tmp_path / f"{KIND}.jsonl", [candidate("a/0"), candidate("a/1"), *records])
+    assert found == records and "a/1" in groups
 
 
 def test_a_record_that_is_not_asked_for_is_not_parsed(tmp_path):
