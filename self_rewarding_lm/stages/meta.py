@@ -55,9 +55,9 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
     num_sampled_reward_responses: int = Field(default=11, ge=1)
     """N of the paper: judgements of each candidate; their mean is its score."""
     generation: SamplingConfig = SAMPLING
-    """How responses are sampled."""
+    """How responses are sampled: the paper's temperature 0.8 and top-p 0.95."""
     judging: SamplingConfig = SAMPLING
-    """How judgements are sampled."""
+    """How judgements are sampled: as responses are."""
     train_judge: bool = True
     """Whether judgements are compared and trained on. The paper: in its first two iterations of
     four; one stage is one iteration."""
