@@ -4,7 +4,7 @@ The arithmetic is in `meta`, what the settings mean in `stages.meta`. Knows noth
 """
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -94,17 +94,16 @@ class JudgePairMaker(PairMaker):
             None if told.score is None else verdict(told.score) for told in self.known_meta.records
         )
         weights = position_weights(verdicts[1], verdicts[-1])
-        found = [pair for p in prompts if (pair := self._pair(p, weights)) is not None]
-        share = self.config.judge_share
-        if share is not None:
-            most = int(share * actor_pairs / (1 - share) + 1e-9)
-            self.dropped["surplus"] += len(found[most:])
-            found = found[:most]
+        kept, share = list[str](), self.config.judge_share
+        most = None if share is None else int(share * actor_pairs / (1 - share) + 1e-9)
+        new = (p for p in self._pairs(prompts, weights, most, kept) if p.id not in self.known_made)
         if self.ctx.runtime.is_main:
-            out.append([pair for pair in found if pair.id not in self.known_made])
+            out.append(new)
+        else:
+            deque(new, maxlen=0)
         out.merge(PreferencePair)
-        self._tell(verdicts, len(found))
-        return [pair.id for pair in found]
+        self._tell(verdicts, len(kept))
+        return kept
 
     def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
         """The same of a judgement, which is compared with itself and would be both sides."""
@@ -125,8 +124,8 @@ class JudgePairMaker(PairMaker):
     def _compare_all(self, prompts: Sequence[str]) -> None:
         """Have all judgements compared that are not, block by block."""
         config, ctx = self.config, self.ctx
-        each = config.max_judgements_compared or config.num_sampled_reward_responses
-        each = min(each, config.num_sampled_reward_responses)
+        told = config.num_sampled_reward_responses
+        each = min(told, config.max_judgements_compared or told)
         words = "%s: judgements of %d prompts are compared, in up to %d comparisons"
         logger.info(words, ctx.stage, len(prompts), len(prompts) * each * (each - 1))
         with ctx.runtime.progress(len(prompts), f"{ctx.stage}: comparing", "prompt") as bar:
@@ -189,6 +188,22 @@ class JudgePairMaker(PairMaker):
         for one, other in permutations(compared.judgements, 2):
             text = self.render_meta(asked, one.text or "", other.text or "")
             yield Question(_id(one, other), (one.id, other.id), text)
+
+    def _pairs(
+        self,
+        prompts: Sequence[str],
+        weights: tuple[float, float],
+        most: int | None,
+        kept: list[str],
+    ) -> Iterator[PreferencePair]:
+        """The judge pairs of prompts, at most so many; their ids are put into `kept`."""
+        for prompt_id in prompts:
+            pair = self._pair(prompt_id, weights)
+            if pair is not None and len(kept) == most:
+                self._drop("surplus")
+            elif pair is not None:
+                kept.append(pair.id)
+                yield pair
 
     def _pair(self, prompt_id: str, weights: tuple[float, float]) -> PreferencePair | None:
         """A prompt's judge pair; None where it is dropped, which is counted by its reason."""
