@@ -341,8 +341,8 @@ def _id(one: Judgement, other: Judgement) -> str:
 
 
 def _prompt_of(told: MetaJudgement) -> str:
-    """The prompt's id: <prompt id>/<sample>/j<k>/vs/j<l> without its end."""
-    return told.id.rsplit("/", 4)[0]
+    """The prompt's id, stage/row/pass, with which a comparison's begins."""
+    return "/".join(told.id.split("/")[:3])
 
 
 def _number(judgement: Judgement) -> int:
