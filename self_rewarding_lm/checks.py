@@ -52,6 +52,9 @@ class ChecksConfig(Config):
     ties: Check = Check(limit=0.9, action="warn")
     """Share of prompts whose best and worst candidate have the same score (judge/tie_rate) over the
     limit, from 64 prompts on."""
+    meta_follows_scores: Check = Check(limit=0.95, action="warn")
+    """Share of the meta-judge's verdicts for the judgement with the higher score
+    (meta/prefers_higher_score) over the limit, from 64 on."""
     few_pairs: Check = Check(limit=1.0, action="warn")
     """Pairs per pair that was asked for (num_generated_preference_pairs), under the limit."""
     pairs_per_prompt: Check = Check(limit=0.1, action="warn")
@@ -88,7 +91,7 @@ _MAY_EXCEED_ONE = ("pairs_per_prompt", "loss_stuck", "both_fall")
 _UNDER = ("few_pairs", "pairs_per_prompt")
 """Those whose limit is a least value."""
 _ERRORS: dict[str, type[SelfRewardingError]] = {
-    **dict.fromkeys(("scores_not_finite", "one_score", "ties"), JudgeError),
+    **dict.fromkeys(("scores_not_finite", "one_score", "ties", "meta_follows_scores"), JudgeError),
     **dict.fromkeys(("few_pairs", "pairs_per_prompt", "equal_after_cut"), PairingError),
     "rows_truncated": DataError,
 }

@@ -113,6 +113,14 @@ def compile_comparison_template(
     return _compiled(template, ("prompt", "response_a", "response_b"), auto_dedent)
 
 
+def compile_meta_template(template: str, *, auto_dedent: bool) -> Callable[[str, str, str], Filled]:
+    """The function (judge prompt, judgement a, judgement b) -> meta-judge prompt; errors as above.
+
+    All three are data in it, the judge prompt too.
+    """
+    return _compiled(template, ("judge_prompt", "judgement_a", "judgement_b"), auto_dedent)
+
+
 def compile_score_pattern(template: str) -> re.Pattern[str]:
     """The pattern of a text such as `Score: {{ reward }}`, which is matched as text.
 

@@ -23,6 +23,7 @@ STAGE_KINDS: dict[str, type[FinetuneConfig]] = {
         stages.BuildEFTConfig,
         stages.SelfRewardDPOConfig,
         stages.SelfRewardSFTConfig,
+        stages.MetaRewardDPOConfig,
         stages.ExternalRewardDPOConfig,
         stages.DPOConfig,
         stages.SelfPlayConfig,

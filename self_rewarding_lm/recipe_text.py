@@ -144,6 +144,9 @@ def _commented(
     inset = 2 * depth
     mark = f"{'  ' * base}# {' ' * inset}"
     value = setting.default if value is REQUIRED else value
+    if isinstance(value, str) and "\n" in value:  # a prompt of the library's own
+        yield from _words(base, f"{setting.name}: {_all_words(setting)}", inset=inset)
+        return
     yield from _words(base, _all_words(setting), inset=inset)
     if isinstance(value, Config):
         yield f"{mark}{setting.name}:"

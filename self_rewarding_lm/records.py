@@ -81,6 +81,26 @@ class Judgement:
 
 
 @dataclass(frozen=True, slots=True)
+class MetaJudgement:
+    """Two judgements of one candidate, compared once; id: <judgement id>/vs/j<k>.
+
+    judgement_ids: the two, in the order in which they were shown. score: 1 where the first is
+    better, 0 where the second is, 0.5 for a tie, between them where probabilities were looked at;
+    None if none could be read, and reason says why. The other fields are as of a Judgement.
+    """
+
+    kind: ClassVar[str] = "meta_judgements"
+    id: str
+    judgement_ids: tuple[str, ...]
+    judge: str
+    score: float | None
+    reason: str | None = None
+    text: str | None = None
+    source: str = "compared"
+    score_mass: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PreferencePair:
     """A better and a worse response to one prompt; id: the prompt's id.
 

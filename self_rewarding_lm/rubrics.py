@@ -59,3 +59,31 @@ Response A: {{ response_a }}
 Response B: {{ response_b }}
 
 Review:"""
+
+META_JUDGE_PROMPT = """\
+A judge was given a task: to rate a response to a user's request by a rubric. The task is shown
+below with the rubric, the request and the response, and then two answers that the judge gave to
+it, A and B. Decide which of them is the better judgement. In the better one
+
+- every criterion of the rubric is applied to this response, and to nothing else,
+- what is said of the response is true, and can be seen in it,
+- the score follows from what is said, and is the score that the rubric asks for,
+- the form that the task asks for is kept, without words that do no work.
+
+Do not carry out the task yourself, and do not favour a judgement because it is shown first, is
+longer or gives more points.
+
+<task>
+{{ judge_prompt }}
+</task>
+
+<judgement_a>
+{{ judgement_a }}
+</judgement_a>
+
+<judgement_b>
+{{ judgement_b }}
+</judgement_b>
+
+Compare the two in at most 100 words. Then end with the verdict on a line of its own, in the form
+"Better: <A or B>"."""

@@ -20,6 +20,7 @@ from self_rewarding_lm.records import (
     Candidate,
     Demonstration,
     Judgement,
+    MetaJudgement,
     PreferencePair,
     Prompt,
     ReferenceLogprobs,
@@ -91,6 +92,9 @@ class Run:
 
     def judgements(self, stage: str | int) -> Sequence[Judgement]:
         return self.stage(stage).stored(Judgement)
+
+    def meta_judgements(self, stage: str | int) -> Sequence[MetaJudgement]:
+        return self.stage(stage).stored(MetaJudgement)
 
     def pairs(self, stage: str | int) -> Sequence[PreferencePair]:
         """The pairs that the stage trained on; those of its valid_dataset are left out."""

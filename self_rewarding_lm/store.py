@@ -3,7 +3,8 @@
     run.json                                what was run, with which seed and versions
     <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
     <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
-                                            ranked, demonstrations, instructions
+                                            ranked, demonstrations, instructions,
+                                            meta_judgements
     <nn>-<name>/metrics.jsonl
     <nn>-<name>/files.json                  digests of what was finished, see durable.py
     <nn>-<name>/state.safetensors           where training stands, until the stage is done
@@ -33,6 +34,7 @@ from self_rewarding_lm.records import (
     Demonstration,
     Instruction,
     Judgement,
+    MetaJudgement,
     PreferencePair,
     Prompt,
     RankedReplies,
@@ -66,6 +68,7 @@ RECORD_TYPES = (
     Demonstration,
     RankedReplies,
     Instruction,
+    MetaJudgement,
 )
 WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
 LIBRARY = "self_rewarding_lm"

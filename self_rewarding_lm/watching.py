@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from self_rewarding_lm.checks import PAGE, Checker
 from self_rewarding_lm.judges import FIRST_LOOK
-from self_rewarding_lm.records import Judgement
+from self_rewarding_lm.records import Judgement, MetaJudgement
 from self_rewarding_lm.tally import JudgeTally
 
 WINDOW = 10
@@ -22,6 +22,13 @@ AS_SHOWN = 5e-4
 
 
 SHOWN = 3  # texts of a judge that cannot be read, in the error
+ADVICE = (
+    "Change one of these: train the model on judge examples first (an SFT stage); make the "
+    "reward prompt's reward_regex_template, score_range or parse_reward fit what the judge "
+    "writes; set its forced_ending, which takes a score where none is written; raise "
+    "judging.max_new_tokens if its texts are cut off; use another "
+    "rewarding_model; or lower min_parse_rate."
+)
 
 
 class JudgeWatcher:
@@ -34,10 +41,10 @@ class JudgeWatcher:
         self.checker, self.min_parse_rate = checker, min_parse_rate
         self.look = math.ceil(FIRST_LOOK / world)
         self.scored = self.judged = self.not_finite = 0
-        self.unread: list[Judgement] = []
+        self.unread: list[Judgement | MetaJudgement] = []
         """The first without a score, to show."""
 
-    def count(self, judgements: Sequence[Judgement]) -> None:
+    def count(self, judgements: Sequence[Judgement | MetaJudgement]) -> None:
         """Count judgements, new ones or those of an attempt before."""
         self.judged += len(judgements)
         without = [j for j in judgements if j.score is None]
@@ -60,21 +67,19 @@ class JudgeWatcher:
             "stored and will be judged again.",
         )
 
-    def see_parsed(self, stage: str, where: object) -> str | None:
-        """Check `min_parse_rate`. where: the stage's folder."""
+    def see_parsed(
+        self, stage: str, where: object, *, noun: str = "judgements", advice: str = ADVICE
+    ) -> str | None:
+        """Check `min_parse_rate`. where: the stage's folder. noun: what was counted."""
         if self.judged < self.look or self.scored >= self.min_parse_rate * self.judged:
             return None
         texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in self.unread)
         return (
-            f"{stage}: only {self.scored} of {self.judged} judgements "
+            f"{stage}: only {self.scored} of {self.judged} {noun} "
             f"({self.scored / self.judged:.0%}) gave a score; at least "
             f"{self.min_parse_rate:.0%} must. Three of the judge's texts:\n{texts}\n"
-            "Change one of these: train the model on judge examples first (an SFT stage); make the "
-            "reward prompt's reward_regex_template, score_range or parse_reward fit what the judge "
-            "writes; set its forced_ending, which takes a score where none is written; raise "
-            "judging.max_new_tokens if its texts are cut off; use another "
-            "rewarding_model; or lower min_parse_rate. All records made so far are kept in "
-            f"{where}. (check min_parse_rate, told in {PAGE}.)"
+            f"{advice} All records made so far are kept in {where}. "
+            f"(check min_parse_rate, told in {PAGE}.)"
         )
 
     def see_scores(self, tally: JudgeTally) -> str | None:

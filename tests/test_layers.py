@@ -12,7 +12,7 @@ LAYERS = [
     "config checks pair_settings",
     "statements",
     "score_trie",
-    "logprobs losses sampling judging pairing batching agreement instruct",
+    "logprobs losses sampling judging pairing batching agreement instruct meta",
     "loss_settings",
     "chat weights lines tally encoding",
     "sharding",

@@ -10,6 +10,8 @@ from self_rewarding_lm import (
     DPOConfig,
     ExternalRewardDPOConfig,
     FinetuneConfig,
+    MetaJudgingConfig,
+    MetaRewardDPOConfig,
     OptimConfig,
     RewardConfig,
     SamplingConfig,
@@ -122,6 +124,14 @@ STAGES = {
     "external": lambda: external(longer),
     "module": lambda: external(lambda ids: ids.double().sum(dim=-1)),
     "top": lambda: preference(SelfRewardSFTConfig, min_score=2.0, train_dataset=ROWS),
+    "meta": lambda: preference(
+        MetaRewardDPOConfig,
+        meta_judging=MetaJudgingConfig(
+            prompt_template="{{ judge_prompt }} {{ judgement_a }} {{ judgement_b }}",
+            labels=("a", "b"),
+            verdict_prefix="best ",
+        ),
+    ),
     "eft": lambda: BuildEFTConfig(
         ranked_dataset=RANKED, self_reward_config_keyname="taught", method="ranks"
     ),

@@ -26,6 +26,7 @@ from self_rewarding_lm.stages import (
     BuildEFTConfig,
     DPOConfig,
     ExternalRewardDPOConfig,
+    MetaRewardDPOConfig,
     SelfPlayConfig,
     SelfRewardDPOConfig,
     SelfRewardSFTConfig,
@@ -38,6 +39,7 @@ from self_rewarding_lm.tokens import Tokens
 
 OBJECT = "its judge is an object, of which nothing is known here"
 OTHER = "another model judges: its memory and time are not in this plan"
+COMPARING = "comparing judgements is not counted, nor are their pairs; see docs/meta_rewarding.md"
 WRITING = "writing the new prompts is not counted, as it is not known how many lists that takes"
 
 
@@ -153,6 +155,8 @@ class Counting:
         judgements, notes = self._judgements(stage, candidates, prompt)
         if isinstance(stage.prompt_dataset, SelfInstruct):
             notes = (*notes, WRITING)
+        if isinstance(stage, MetaRewardDPOConfig) and stage.train_judge:
+            notes = (*notes, COMPARING)
         positive = isinstance(stage, SelfRewardSFTConfig)
         wanted = stage.num_generated_preference_pairs
         most = each_round.times(each if positive else stage.pairing.pairs_per_prompt).most
