@@ -147,8 +147,10 @@ class Reader:
         nested = config_in(field.annotation)
         if nested is not None:
             return self.settings(nested, node, keys)
+        if name == "init_from" or (name == "reference" and isinstance(node.value, str)):
+            return self._weights(node)
         if field.annotation is not Any:
-            return self._weights(node) if name == "init_from" else node.plain()
+            return node.plain()
         if name.endswith("_dataset") or name in DATASETS:
             return self.dataset(node, keys)
         if isinstance(field.default, str) and not OBJECT_NAME.fullmatch(str(node.value)):

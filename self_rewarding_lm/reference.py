@@ -93,7 +93,9 @@ class StoredReference:
                 for count in self._stored([(names[i], pairs[i]) for i in some], known):
                     bar.update(count)
         self.out.merge(ReferenceLogprobs)
-        return Groups(self.out.known(ReferenceLogprobs)).in_order(names)
+        # of other pairs' there may be more on disk later, which must not shift the places of these
+        ours = frozenset(names)
+        return Groups(self.out.known(ReferenceLogprobs, ours.__contains__)).in_order(names)
 
     def _stored(
         self, named: list[tuple[str, PreferencePair]], known: Container[str]
