@@ -93,9 +93,7 @@ class StoredReference:
                 for count in self._stored([(names[i], pairs[i]) for i in some], known):
                     bar.update(count)
         self.out.merge(ReferenceLogprobs)
-        # of other pairs' there may be more on disk later, which must not shift the places of these
-        ours = frozenset(names)
-        return Groups(self.out.known(ReferenceLogprobs, ours.__contains__)).in_order(names)
+        return Groups(self.out.known(ReferenceLogprobs)).in_order(names)
 
     def _stored(
         self, named: list[tuple[str, PreferencePair]], known: Container[str]
@@ -105,12 +103,13 @@ class StoredReference:
         Pairs go through the model in the same groups whatever is known, so that the log-probs of a
         reference that was stopped are bit for bit those of one that was not.
         """
+        policy = self.ctx.runtime.unwrapped(self.ctx.policy)  # siblings have other groups
         sequences = [_sequences(pair) for _, pair in named]
         rows = [[(*prompt, *response) for prompt, response in pair] for pair in sequences]
         for group in grouped(self.ctx.model, rows, token_budget=self.token_budget):
             if any(named[i][0] not in known for i in group):
                 together = [sequence for i in group for sequence in sequences[i]]
-                found = iter(response_logprobs(self.ctx.policy, together))
+                found = iter(response_logprobs(policy, together))
                 made = [ReferenceLogprobs(named[i][0], next(found), next(found)) for i in group]
                 self.out.append(record for record in made if record.id not in known)
                 self.ctx.runtime.stopping.heed()
