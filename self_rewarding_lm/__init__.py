@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         SamplingConfig,
         SelfInstruct,
     )
+    from self_rewarding_lm.contrasts import Contrast
     from self_rewarding_lm.datasets import create_mock_dataset, from_stage
     from self_rewarding_lm.engine import LocalEngine
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.spin_trainer import SPINTrainer
     from self_rewarding_lm.stages import (
         BuildEFTConfig,
+        ContrastiveDPOConfig,
         DPOConfig,
         ExternalRewardDPOConfig,
         SelfPlayConfig,
@@ -59,6 +61,8 @@ __all__ = [
     "Check",
     "ChecksConfig",
     "ComparisonConfig",
+    "Contrast",
+    "ContrastiveDPOConfig",
     "DPOConfig",
     "Demonstration",
     "ExternalRewardDPOConfig",
@@ -114,6 +118,7 @@ _HOMES = {
         "SamplingConfig",
         "SelfInstruct",
     ),
+    "contrasts": ("Contrast",),
     "datasets": ("create_mock_dataset", "from_stage"),
     "engine": ("LocalEngine",),
     "errors": ("Interrupted", "SelfRewardingError"),
@@ -138,6 +143,7 @@ _HOMES = {
     "spin_trainer": ("SPINTrainer",),
     "stages": (
         "BuildEFTConfig",
+        "ContrastiveDPOConfig",
         "DPOConfig",
         "ExternalRewardDPOConfig",
         "SFTConfig",

@@ -24,6 +24,7 @@ STAGE_KINDS: dict[str, type[FinetuneConfig]] = {
         stages.SelfRewardDPOConfig,
         stages.SelfRewardSFTConfig,
         stages.ExternalRewardDPOConfig,
+        stages.ContrastiveDPOConfig,
         stages.DPOConfig,
         stages.SelfPlayConfig,
     )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -34,6 +34,9 @@ class SampledPreferenceConfig(PreferenceConfig):
     `num_generated_preference_pairs` are kept; those are trained on. A later stage with the same
     prompt dataset goes on behind them unless it sets `reuse_prompts`.
     """
+
+    maker: ClassVar[type[PairMaker]] = PairMaker
+    """What makes the stage's pairs."""
 
     prompt_dataset: Object
     """Texts, message lists, ids, `{"prompt": ...}` rows or any row with a prompt part
@@ -116,7 +119,7 @@ class SampledPreferenceConfig(PreferenceConfig):
         check_prompt(prompt_of(row, where, ctx.tokens).ids, where, ctx.limit(self.max_seq_len))
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        pairs = self.trained(ctx, out, self.made(PairMaker, ctx, out))
+        pairs = self.trained(ctx, out, self.made(self.maker, ctx, out))
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs))
 
@@ -127,7 +130,7 @@ class SampledPreferenceConfig(PreferenceConfig):
         return pairs
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
-        prompt, answers, _ = self.answered(PairMaker, ctx, out)
+        prompt, answers, _ = self.answered(self.maker, ctx, out)
         self.try_pair(ctx, out, prompt.ids, answers[0].ids, answers[1].ids)
 
     def answered(
