@@ -145,8 +145,8 @@ class ContrastMaker(PairMaker):
                 "identical_pairs",
                 metrics["contrast/identical_rate"],
                 f"{counts['identical']} of {counts['finished']} prompts got the same response on "
-                X
-                "texts. Raise generation.temperature, make the texts differ more, or try "
+                "both sides of their contrast and give no pair: the model does not heed the "
+                "contrasts. Raise generation.temperature, make the texts differ more, or try "
                 "kind='prefix' where the model was not trained with system messages.",
             )
 
