@@ -268,7 +268,9 @@ def test_what_is_trained_is_the_prompt_alone_and_every_record_says_what_was_show
 
 def test_under_a_chat_template_the_system_turn_is_stripped_for_training(tmp_path):
     class Speaks(LocalEngine):
-        asked: list[str] = []
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked: list[str] = []
 
         def generate(self, model, requests, decoding):
             for i, request in enumerate(requests):
@@ -278,20 +280,19 @@ def test_under_a_chat_template_the_system_turn_is_stripped_for_training(tmp_path
 
     from tests.models import Recurrent, lively
 
-    template = TURNS.replace(
-        "<assistant:", "{% if add_generation_prompt %}<assistant:{% endif %}"
-    )
+    engine = Speaks()
+    template = TURNS.replace("<assistant:", "{% if add_generation_prompt %}<assistant:{% endif %}")
     run = trainer_of(
         tmp_path,
         [stage(prompt_dataset=["hi"], contrasts=(SYSTEM,))],
         lively(Recurrent(129).double()),
-        engine=Speaks(),
+        engine=engine,
         chat_template=template,
         tokenizer_encode=to_ascii,
         tokenizer_decode=from_ascii,
         eos_id=128,
     )(rehearse=False)
-    assert Speaks.asked == [f"<system:be {how}><user:hi><assistant:" for how in ("kind", "mean")]
+    assert engine.asked == [f"<system:be {how}><user:hi><assistant:" for how in ("kind", "mean")]
     (pair,) = run.pairs("contrastive")
     assert from_ascii(pair.prompt_ids) == "<user:hi><assistant:"
     assert pair.messages == ({"role": "user", "content": "hi"},)
@@ -350,7 +351,7 @@ class Scored:
 def test_what_a_judge_confirms(tmp_path, confirm):
     judge = Scored()
     rows = [*JUDGED, "the same", "cut off"]
-    said = of_table({**TABLE, **{prompt: TABLE["kept"] for prompt in JUDGED}})
+    said = of_table({**TABLE, **dict.fromkeys(JUDGED, TABLE["kept"])})
     given = {} if confirm == "none" else dict(judge=judge, min_parse_rate=0.0)
     run = run_of(tmp_path, said, prompt_dataset=rows, confirm=confirm, **given)
     pairs = {p.prompt: p for p in run.pairs("contrastive")}

@@ -24,6 +24,7 @@ from self_rewarding_lm.planning.trained import (
 )
 from self_rewarding_lm.stages import (
     BuildEFTConfig,
+    ContrastiveDPOConfig,
     DPOConfig,
     ExternalRewardDPOConfig,
     SelfPlayConfig,
@@ -177,10 +178,22 @@ class Counting:
             shown = Range.of(round(own.prompt + own.answer))
             longest = own.longest_prompt + own.longest_answer
         reward, judgements = self.rewards.get(stage.self_reward_config_keyname), Asking()
+        times = stage.attempts
         if stage.method == "judgements":
             reward = None if reward is None else reward.as_written()
-            answers, times = Asking(replies), stage.num_judgements
-            judgements = self._asked(reward, stage.judging, answers, times, (shown, longest))
+            judgements = self._asked(
+                reward, stage.judging, Asking(replies), times, (shown, longest)
+            )
+        elif stage.method == "comparisons":  # of each two replies that differ in rank
+            answers = 2 if own is None else own.answers
+            replies = Range(data.rows.least, data.rows.times(answers * (answers - 1) / 2).most)
+            if own is not None:
+                shown = Range.of(round(own.prompt + 2 * own.answer))
+                longest = own.longest_prompt + 2 * own.longest_answer
+            reward = stage.comparison
+            judgements = self._asked(
+                reward, stage.judging, Asking(replies), times, (shown, longest)
+            )
         rubric, _ = self._rubric(reward)
         return Work(
             data.rows,
@@ -194,6 +207,8 @@ class Counting:
         self, stage: SampledPreferenceConfig, answers: Asking, prompt: Range
     ) -> tuple[Asking, tuple[str, ...]]:
         """The judgements of a stage, and words on what is not known of them."""
+        if isinstance(stage, ContrastiveDPOConfig) and not stage.is_judged:
+            return Asking(), ()
         if stage.judge is not None:
             return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
         if isinstance(stage, ExternalRewardDPOConfig):
