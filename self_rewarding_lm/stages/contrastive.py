@@ -17,7 +17,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.contrasts import GROUPS, SIDES, Contrast, comes_from_data, shown_prompts
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.judges import FIRST_LOOK, Judge
-from self_rewarding_lm.pairing import DropCounts, make_pair
+from self_rewarding_lm.pairing import DropCounts
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.rollout import rollout
 from self_rewarding_lm.rows import prompt_of
@@ -88,39 +88,32 @@ class ContrastMaker(PairMaker):
 
     def _is_judged(self, prompt: Prompt) -> bool:
         """What gives no pair whatever a judge says is not judged."""
-        wanted = self.is_trial or self._is_whole(prompt)
+        wanted = self.is_trial or self._is_whole(self._given(prompt))
         return not wanted or super()._is_judged(prompt)
 
-    def _is_whole(self, prompt: Prompt) -> bool:
-        given = self._given(prompt)
+    def _is_whole(self, given: Sequence[Candidate]) -> bool:
+        """Whether both sides gave a finished response, and not the same."""
         finished = len(given) == len(SIDES) and all(c.finished is not False for c in given)
         return finished and not is_identical(*given)
 
+    def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
+        """The judge's, where it was asked; else the positive side has the higher one."""
+        if self.config.is_judged and self._is_whole(candidates):
+            return super().scores(candidates)
+        return {c.id: 1.0 - place for place, c in enumerate(candidates)}
+
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
-        candidates = self._left(prompt, drops, len(SIDES))
-        if not candidates:
-            return []
-        config, (positive, negative) = self.config, candidates
-        scores = {positive.id: 1.0, negative.id: 0.0}  # by construction, which is no judge's score
-        if config.is_judged and self._is_whole(prompt):
-            scores = self.scores(candidates)
-        self.counts.update(counted(positive, negative, scores))
-        if config.confirm == "drop" and _disagrees(scores[positive.id], scores[negative.id]):
-            drops.prompts["disagreed"] += 1
-            return []
-        pair = make_pair(
-            prompt,
-            candidates,
-            scores,
-            drops,
-            is_valid_score=config.is_valid_reward if config.is_judged else None,
-            is_valid_pair=config.pair_check() if config.is_judged else None,
-            min_margin=config.min_margin if config.is_judged else 0.0,
-        )
-        if pair is None:
-            return []
-        unscored = {} if config.is_judged else {"chosen_score": None, "rejected_score": None}
-        return [replace(pair, **unscored)]
+        given = self._given(prompt)
+        if len(given) == len(SIDES):
+            scores = self.scores(given)
+            self.counts.update(counted(*given, scores))
+            if self.config.confirm == "drop" and _disagrees(*(scores[c.id] for c in given)):
+                drops.prompts["disagreed"] += 1
+                return []
+        found = super()._made(prompt, drops)
+        if self.config.is_judged:
+            return found
+        return [replace(pair, chosen_score=None, rejected_score=None) for pair in found]
 
     def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
         self.is_trial = True  # of two tokens: never whole
@@ -133,12 +126,12 @@ class ContrastMaker(PairMaker):
             )
         return prompt, candidates, made
 
-    def _report(self, drops: DropCounts, wanted: int | None) -> None:
+    def make(self) -> Sequence[Any]:
+        found = super().make()
         counts = sum(self.ctx.runtime.gather([self.counts]), Counter[str]())
         metrics = metrics_of(counts, judged=self.config.is_judged)
         self.out.log({"step": 0, **metrics})
         self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, 0)
-        super()._report(drops, wanted)
         self.out.summary["metrics"] |= metrics
         if counts["finished"] >= FIRST_LOOK:
             self.checker.see(
@@ -149,6 +142,7 @@ class ContrastMaker(PairMaker):
                 "contrasts. Raise generation.temperature, make the texts differ more, or try "
                 "kind='prefix' where the model was not trained with system messages.",
             )
+        return found
 
 
 def counted(
