@@ -145,7 +145,12 @@ class Counting:
         each, new = stage.num_candidate_responses, _new(stage.generation)
         longest = _longest(stage, data.lengths, new)
         block = stage.prompts_per_block * each
-        candidates = Asking(prompts.times(each), new, prompts.times(prompt), longest, block)
+        read = prompts.times(prompt)
+        if isinstance(stage, ContrastiveDPOConfig):  # each side reads a text of its own
+            added = self._contrasts(stage)
+            read = prompts.times(each).times(prompt + added)
+            longest = None if longest is None or added.most is None else longest + added.most
+        candidates = Asking(prompts.times(each), new, read, longest, block)
         judgements, notes = self._judgements(stage, candidates, prompt)
         if isinstance(stage.prompt_dataset, SelfInstruct):
             notes = (*notes, WRITING)
@@ -158,6 +163,14 @@ class Counting:
         if isinstance(stage, SelfRewardSFTConfig) and stage.train_dataset is not None:
             training = self._beside(stage, made, row)
         return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
+
+    def _contrasts(self, stage: ContrastiveDPOConfig) -> Range:
+        """Tokens of the text that is shown beside a prompt, those of the template left out."""
+        if self.tokens is None:
+            return UNKNOWN
+        texts = [text for c in stage.pairs() for text in (c.positive, c.negative)]
+        sizes = [len(self.tokens.encode_part(text)) for text in texts]
+        return Range(min(sizes), max(sizes))
 
     def _beside(self, stage: SelfRewardSFTConfig, made: Range, row: RowShape) -> Training:
         """Training on top-scored responses and on a dataset's rows."""
