@@ -122,8 +122,8 @@ def test_control_tokens_in_a_prompt_count_no_more_than_they_did():
 
     tokens = tokens_of("raw")
     rendered = "<|im_start|>say it<|im_end|>"
-    contrast = Contrast(positive="<s>yes</s>", negative="<s>no</s>")
-    for value, wanted in ((rendered, [1, 1, 2, 3, 4]), (from_data(rendered), [1, 1, 2])):
+    contrast = Contrast(positive="yes</s>", negative="no</s>")
+    for value, wanted in ((rendered, [1, 2, 3, 4]), (from_data(rendered), [1, 2])):
         asked = tokens.prompt(value)
         prompt = Prompt("s/0/0", 0, asked.ids, str(value))  # as it comes back from disk
         assert len(structure(tokens, asked.ids)) == 1 + 2 * (value is rendered)
@@ -542,14 +542,14 @@ class Dying(LocalEngine):
 
 @pytest.mark.parametrize("left", [1, 9, 14])
 def test_a_stopped_stage_goes_on_to_the_same_records(tmp_path, left):
-    """Ten prompts, two answers each; records are written 64 at a time or at a block's end."""
+    """Ten prompts, two answers each."""
     whole = trainer_of(tmp_path / "whole", [stage()])()
     with pytest.raises(StopError):
         trainer_of(tmp_path / "run", [stage()], engine=Dying(left))(rehearse=False)
     kept = len(Run.open(tmp_path / "run").candidates("contrastive"))
     later = Dying(1000)
     run = trainer_of(tmp_path / "run", [stage()], engine=later)(rehearse=False)
-    assert kept == 8 * (left // 8) and later.asked == 20 - kept
+    assert kept == left and later.asked == 20 - left
     for records in RECORDS:
         assert getattr(run, records)("contrastive") == getattr(whole, records)("contrastive")
 

@@ -118,11 +118,17 @@ class BuildEFTConfig(FinetuneConfig):
         }
         self.model_copy(update=fewer).run(ctx, out)
 
+    @property
+    def attempts(self) -> int:
+        """Judgements of a reply, or of a pair."""
+        return self.num_judgements or (15 if self.method == "comparisons" else 3)
+
     def reward_names(self) -> tuple[str, ...]:
-        return (self.self_reward_config_keyname,)
+        return () if self.method == "comparisons" else (self.self_reward_config_keyname,)
 
     def _reward(self, ctx: Context) -> RewardConfig:
-        return ctx.rewards_named(self.reward_names())[self.self_reward_config_keyname].as_written()
+        name = self.self_reward_config_keyname
+        return ctx.rewards_named((name,))[name].as_written()
 
 
 def ranked_replies(row: Any, where: str, record_id: str, ctx: Context) -> RankedReplies:
