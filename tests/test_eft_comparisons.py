@@ -228,7 +228,7 @@ def test_a_pair_is_a_ranked_row_where_it_has_texts():
 
 def test_a_comparison_that_fills_the_model_is_refused_and_no_reward_prompt_is_looked_at(tmp_path):
     model = model64()
-    model.max_seq_len = 40
+    model.max_seq_len = len("of <> is <> or <>?") + 16  # and nothing for what is compared
     with pytest.raises(JudgeError, match="no room"):
         trainer_of(tmp_path, [eft()], model)
     assert eft().reward_names() == ()
