@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         SamplingConfig,
         SelfInstruct,
     )
+    from self_rewarding_lm.contrasts import Contrast
     from self_rewarding_lm.datasets import create_mock_dataset, from_stage
     from self_rewarding_lm.engine import LocalEngine
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.spin_trainer import SPINTrainer
     from self_rewarding_lm.stages import (
         BuildEFTConfig,
+        ContrastiveDPOConfig,
         DPOConfig,
         ExternalRewardDPOConfig,
         MetaJudgingConfig,
@@ -65,6 +67,8 @@ __all__ = [
     "Check",
     "ChecksConfig",
     "ComparisonConfig",
+    "Contrast",
+    "ContrastiveDPOConfig",
     "DPOConfig",
     "Demonstration",
     "EMAReference",
@@ -127,6 +131,7 @@ _HOMES = {
         "SamplingConfig",
         "SelfInstruct",
     ),
+    "contrasts": ("Contrast",),
     "datasets": ("create_mock_dataset", "from_stage"),
     "engine": ("LocalEngine",),
     "errors": ("Interrupted", "SelfRewardingError"),
@@ -154,6 +159,7 @@ _HOMES = {
     "spin_trainer": ("SPINTrainer",),
     "stages": (
         "BuildEFTConfig",
+        "ContrastiveDPOConfig",
         "DPOConfig",
         "ExternalRewardDPOConfig",
         "MetaJudgingConfig",

@@ -59,6 +59,9 @@ class ChecksConfig(Config):
     """Pairs per pair that was asked for (num_generated_preference_pairs), under the limit."""
     pairs_per_prompt: Check = Check(limit=0.1, action="warn")
     """Pairs per prompt that was worked, under the limit."""
+    identical_pairs: Check = Check(limit=0.5, action="warn")
+    """Share of contrasts whose two responses are the same (contrast/identical_rate) over the limit,
+    from 64 on."""
     equal_after_cut: Check = Check(limit=0.0, action="warn")
     """Share of pairs whose two responses are equal once cut to max_seq_len, over the limit."""
     rows_truncated: Check = Check(limit=0.0, action="warn")
@@ -92,7 +95,9 @@ _UNDER = ("few_pairs", "pairs_per_prompt")
 """Those whose limit is a least value."""
 _ERRORS: dict[str, type[SelfRewardingError]] = {
     **dict.fromkeys(("scores_not_finite", "one_score", "ties", "meta_follows_scores"), JudgeError),
-    **dict.fromkeys(("few_pairs", "pairs_per_prompt", "equal_after_cut"), PairingError),
+    **dict.fromkeys(
+        ("few_pairs", "pairs_per_prompt", "identical_pairs", "equal_after_cut"), PairingError
+    ),
     "rows_truncated": DataError,
 }
 """What is raised; TrainingError where nothing is said."""

@@ -21,7 +21,7 @@ from self_rewarding_lm.forms import (
     shape_of,
     text_of,
 )
-from self_rewarding_lm.records import RankedReplies
+from self_rewarding_lm.records import PreferencePair, RankedReplies
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Ranking:
 def ranked_row(row: Any, where: str) -> RankedReplies:
     """Replies to one prompt with their human ranks, 0 for the best; without an id.
 
-    - a RankedReplies, taken as it is
+    - a RankedReplies, taken as it is; a PreferencePair with texts, ranks 0 and 1
     - `{"prompt": text or messages, "replies": [text, ...]}`, best first, or in any order with
       `"ranks": [number, ...]`; equal ranks were not ordered
     - `{"question", "choices", "answer"}`: the right choice has rank 0, all others rank 1
@@ -51,6 +51,9 @@ def ranked_row(row: Any, where: str) -> RankedReplies:
     if isinstance(row, RankedReplies):
         _check(row.replies, row.ranks, where)
         return row
+    if isinstance(row, PreferencePair):
+        sides = {"chosen": row.chosen, "rejected": row.rejected}
+        row = {"prompt": row.prompt if row.messages is None else list(row.messages), **sides}
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: a ranked row is a dict with replies; got {shape_of(row)}.")
     found = form_of(row, RANKED, where, accepted="A ranked row is ")(row, where)

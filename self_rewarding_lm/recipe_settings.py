@@ -25,6 +25,7 @@ STAGE_KINDS: dict[str, type[FinetuneConfig]] = {
         stages.SelfRewardSFTConfig,
         stages.MetaRewardDPOConfig,
         stages.ExternalRewardDPOConfig,
+        stages.ContrastiveDPOConfig,
         stages.DPOConfig,
         stages.SelfPlayConfig,
         stages.TemporalDPOConfig,

@@ -44,7 +44,8 @@ class Candidate:
     end token is known. max_new_tokens: the limit that was in force for it.
     tokens: "re-encoded" where a server gave a text and the ids are its encoding; None where they
     are those that were sampled. reason: why there is no response (a server refused its request);
-    then it has no ids and no text, is judged by nobody and trained in no pair.
+    then it has no ids and no text, is judged by nobody and trained in no pair. shown_id: the Prompt
+    that the model was shown, where that is another than the one that this answers.
     """
 
     kind: ClassVar[str] = "candidates"
@@ -56,6 +57,7 @@ class Candidate:
     max_new_tokens: int
     tokens: str | None = None
     reason: str | None = None
+    shown_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

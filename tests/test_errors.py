@@ -23,6 +23,8 @@ from torch import nn
 from self_rewarding_lm import (
     BuildEFTConfig,
     ComparisonConfig,
+    Contrast,
+    ContrastiveDPOConfig,
     DPOConfig,
     ExternalRewardDPOConfig,
     LocalEngine,
@@ -255,6 +257,26 @@ def unknown_optimizer(folder):
     return lambda: OptimConfig(optimizer="adam")
 
 
+@mistake("configuration", "A group of contrasts that there is not")
+def unknown_contrast(folder):
+    return lambda: ContrastiveDPOConfig(prompt_dataset=PROMPTS, contrasts=("harmles",))
+
+
+@mistake("configuration", "A contrast of two equal texts")
+def equal_contrast(folder):
+    return lambda: Contrast(positive="Be brief.", negative="Be brief.")
+
+
+@mistake("configuration", "Contrasts at temperature 0")
+def greedy_contrast(folder):
+    return lambda: ContrastiveDPOConfig(prompt_dataset=PROMPTS, generation=SHORT)
+
+
+@mistake("configuration", "A judge of contrasts that nobody asks")
+def unasked_judge(folder):
+    return lambda: ContrastiveDPOConfig(prompt_dataset=PROMPTS, comparison=ComparisonConfig())
+
+
 @mistake("configuration", "SGD with the learning rate of AdamW")
 def sgd_without_rate(folder):
     return lambda: OptimConfig(optimizer="sgd")
@@ -473,6 +495,13 @@ def one_reply(folder):
 def equal_ranks(folder):
     rows = [{"prompt": "say 0", "replies": ["0", "no"], "ranks": [1, 1]}]
     return lambda: trainer(folder, BuildEFTConfig(ranked_dataset=rows, method="ranks"))
+
+
+@mistake("data", "Contrasts of prompts that are token ids")
+def contrast_of_ids(folder):
+    contrast = Contrast(positive="be good. ", negative="be bad. ", kind="prefix")
+    stage = ContrastiveDPOConfig(prompt_dataset=[[len(ALPHABET), 2]], contrasts=(contrast,))
+    return lambda: trainer(folder, stage)
 
 
 @mistake("data", "SPIN on rows without a prompt")
@@ -730,6 +759,20 @@ def expected_without_numbers(folder):
 @mistake("judge", "A comparison whose labels are the same")
 def same_labels(folder):
     return lambda: ComparisonConfig(labels=("A", "A"))
+
+
+@mistake("judge", "A comparison for judge examples that fills the model")
+def comparison_without_room(folder):
+    stage = BuildEFTConfig(
+        ranked_dataset=RANKED,
+        method="comparisons",
+        comparison=ComparisonConfig(
+            prompt_template="x" * 120 + "{{ prompt }} {{ response_a }} {{ response_b }}",
+            labels=("1", "2"),
+            verdict_prefix="best ",
+        ),
+    )
+    return lambda: trainer(folder, stage)
 
 
 @mistake("judge", "A reward prompt that fills the model")

@@ -18,7 +18,7 @@ LAYERS = [
     "sharding",
     "runtime tokens files forms stored",
     "lock",
-    "rows ranked",
+    "rows ranked contrasts",
     "adapters datasets oasst store fingerprints run optimizers",
     "decoding schedule trie_walk",
     "flight",

@@ -30,6 +30,7 @@ from self_rewarding_lm.config import (
     SamplingConfig,
     SelfInstruct,
 )
+from self_rewarding_lm.contrasts import Contrast
 from self_rewarding_lm.datasets import create_mock_dataset, from_stage
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
@@ -60,6 +61,7 @@ from self_rewarding_lm.planning.trained import RowShape, Training
 from self_rewarding_lm.planning.work import Asking, Counting, Work
 from self_rewarding_lm.stages import (
     BuildEFTConfig,
+    ContrastiveDPOConfig,
     DPOConfig,
     ExternalRewardDPOConfig,
     SelfPlayConfig,
@@ -598,6 +600,7 @@ TEMPLATE = "Rate: {{ prompt }}{{ response }}"
 SHARED = len("Rate:")
 """Tokens of the template before what it shows, white space at their end left out."""
 JUDGE = RewardConfig(prompt_template=TEMPLATE, reward_regex_template="{{ reward }}!")
+TEMPLATE_OF_TWO = "{{ prompt }} {{ response_a }} {{ response_b }}"
 ROWS = [{"prompt": "abcd", "completion": "xyz"}, {"prompt": "ab", "completion": "x"}]
 """4 + 3 and 2 + 1 tokens, and an end token behind each: 8 and 4."""
 PROMPTS = ["abcd", "ab"]
@@ -729,6 +732,42 @@ def test_judges_of_other_kinds():
     (work,) = counted(ExternalRewardDPOConfig(prompt_dataset=PROMPTS, reward_model=len))
     assert work.judgements.count == work.candidates.count == Range.of(8)
     assert not work.judgements.here and work.judgements.written == NOTHING
+
+
+def test_contrasts_are_read_on_both_sides_and_judged_where_they_are_confirmed():
+    settings = dict(
+        prompt_dataset=PROMPTS * 50,
+        num_generated_preference_pairs=40,
+        generation=SamplingConfig(max_new_tokens=10),
+        prompts_per_block=16,
+        contrasts=(Contrast(positive="x" * 7, negative="x" * 5),),
+    )
+    (work,) = counted(ContrastiveDPOConfig(**settings))
+    assert work.prompts == Range(48, 400) and work.candidates.count == Range(96, 800)
+    assert work.candidates.read == Range(96 * (3 + 5), 800 * (3 + 7))
+    assert work.candidates.longest == 4 + 7
+    assert work.judgements == Asking() and work.training
+    assert work.training.row.tokens == Range(3 + 2 * 1, 3 + 2 * 10)  # the prompt alone is trained
+    (work,) = counted(ContrastiveDPOConfig(**settings, confirm="drop"))
+    assert work.judgements.count == Range(96 * 3, 800 * 3)
+
+
+def test_comparisons_of_known_pairs_are_counted():
+    comparison = ComparisonConfig(prompt_template=TEMPLATE_OF_TWO, verdict_prefix="b ")
+    rows = [{"prompt": "ab", "replies": ["x", "y", "z"]}] * 2
+    stage = BuildEFTConfig(
+        ranked_dataset=rows,
+        method="comparisons",
+        comparison=comparison,
+        num_judgements=4,
+        judging=SamplingConfig(max_new_tokens=20),
+    )
+    (work,) = counted(stage)
+    assert work.judgements.count == Range(4 * 2, 4 * 6)  # one to three pairs a row, four times
+    assert work.made == Range(0, 6)
+    assert work.judgements.written == Range(8, 20 * 24)
+    (work,) = counted(stage.model_copy(update={"num_judgements": None}))
+    assert work.judgements.count == Range(15 * 2, 15 * 6)
 
 
 def test_new_prompts_are_counted_and_writing_them_is_not():

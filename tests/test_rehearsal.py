@@ -7,6 +7,8 @@ import torch
 from self_rewarding_lm import (
     BuildEFTConfig,
     ComparisonConfig,
+    Contrast,
+    ContrastiveDPOConfig,
     DPOConfig,
     ExternalRewardDPOConfig,
     FinetuneConfig,
@@ -102,20 +104,20 @@ def sft(**options):
     return SFTConfig(**{**dict(train_dataset=ROWS, dropout=0.0, optim=QUICK), **options})
 
 
+COMPARISON = ComparisonConfig(
+    prompt_template="{{ prompt }} {{ response_a }} {{ response_b }}",
+    labels=("a", "b"),
+    verdict_prefix="best ",
+    forced_ending="at_once",
+)
+CONTRAST = Contrast(positive="well: ", negative="badly: ", kind="prefix")
 STAGES = {
     "sft": lambda: sft(),
     "dropout": lambda: sft(dropout=0.5),
     "dpo": lambda: DPOConfig(train_dataset=PAIRS, dropout=0.0, optim=QUICK),
     "spin": lambda: SelfPlayConfig(train_dataset=ROWS, generation=SHORT, dropout=0.0, optim=QUICK),
     "self_reward": preference,
-    "comparison": lambda: preference(
-        comparison=ComparisonConfig(
-            prompt_template="{{ prompt }} {{ response_a }} {{ response_b }}",
-            labels=("a", "b"),
-            verdict_prefix="best ",
-            forced_ending="at_once",
-        )
-    ),
+    "comparison": lambda: preference(comparison=COMPARISON),
     "expected": lambda: preference(
         self_reward_config_keyname="taught",
         num_generated_preference_pairs=None,
@@ -132,6 +134,15 @@ STAGES = {
             verdict_prefix="best ",
         ),
     ),
+    "contrast": lambda: preference(ContrastiveDPOConfig, contrasts=(CONTRAST,)),
+    "confirmed": lambda: preference(ContrastiveDPOConfig, contrasts=(CONTRAST,), confirm="drop"),
+    "compared": lambda: BuildEFTConfig(
+        ranked_dataset=RANKED,
+        method="comparisons",
+        comparison=COMPARISON,
+        judging=SHORT,
+        min_kept=0,
+    ),
     "eft": lambda: BuildEFTConfig(
         ranked_dataset=RANKED, self_reward_config_keyname="taught", method="ranks"
     ),
@@ -139,7 +150,7 @@ STAGES = {
         ranked_dataset=RANKED, self_reward_config_keyname="taught", judging=SHORT, min_kept=0
     ),
 }
-TRAINS_NOTHING = ("eft", "judged")
+TRAINS_NOTHING = ("eft", "judged", "compared")
 
 
 @pytest.mark.parametrize("kind", STAGES)

@@ -24,6 +24,7 @@ from self_rewarding_lm.planning.trained import (
 )
 from self_rewarding_lm.stages import (
     BuildEFTConfig,
+    ContrastiveDPOConfig,
     DPOConfig,
     ExternalRewardDPOConfig,
     MetaRewardDPOConfig,
@@ -151,7 +152,12 @@ class Counting:
             each *= 1 + (stage.rejected_from is not None) + ahead
         longest = _longest(stage, data.lengths, new)
         block = stage.prompts_per_block * each
-        candidates = Asking(prompts.times(each), new, prompts.times(prompt), longest, block)
+        read = prompts.times(prompt)
+        if isinstance(stage, ContrastiveDPOConfig):  # each side reads a text of its own
+            added = self._contrasts(stage)
+            read = prompts.times(each).times(prompt + added)
+            longest = None if longest is None or added.most is None else longest + added.most
+        candidates = Asking(prompts.times(each), new, read, longest, block)
         judgements, notes = self._judgements(stage, candidates, prompt)
         if isinstance(stage.prompt_dataset, SelfInstruct):
             notes = (*notes, WRITING)
@@ -168,6 +174,14 @@ class Counting:
             training = self._beside(stage, made, row)
         training, made = training.repeated(stage.rounds), made.times(stage.rounds)
         return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
+
+    def _contrasts(self, stage: ContrastiveDPOConfig) -> Range:
+        """Tokens of the text that is shown beside a prompt, those of the template left out."""
+        if self.tokens is None:
+            return UNKNOWN
+        texts = [text for c in stage.pairs() for text in (c.positive, c.negative)]
+        sizes = [len(self.tokens.encode_part(text)) for text in texts]
+        return Range(min(sizes), max(sizes))
 
     def _beside(self, stage: SelfRewardSFTConfig, made: Range, row: RowShape) -> Training:
         """Training on top-scored responses and on a dataset's rows."""
@@ -188,10 +202,22 @@ class Counting:
             shown = Range.of(round(own.prompt + own.answer))
             longest = own.longest_prompt + own.longest_answer
         reward, judgements = self.rewards.get(stage.self_reward_config_keyname), Asking()
+        times = stage.attempts
         if stage.method == "judgements":
             reward = None if reward is None else reward.as_written()
-            answers, times = Asking(replies), stage.num_judgements
-            judgements = self._asked(reward, stage.judging, answers, times, (shown, longest))
+            judgements = self._asked(
+                reward, stage.judging, Asking(replies), times, (shown, longest)
+            )
+        elif stage.method == "comparisons":  # of each two replies that differ in rank
+            answers = 2 if own is None else own.answers
+            replies = Range(data.rows.least, data.rows.times(answers * (answers - 1) / 2).most)
+            if own is not None:
+                shown = Range.of(round(own.prompt + 2 * own.answer))
+                longest = own.longest_prompt + 2 * own.longest_answer
+            reward = stage.comparison
+            judgements = self._asked(
+                reward, stage.judging, Asking(replies), times, (shown, longest)
+            )
         rubric, _ = self._rubric(reward)
         return Work(
             data.rows,
@@ -205,6 +231,8 @@ class Counting:
         self, stage: SampledPreferenceConfig, answers: Asking, prompt: Range
     ) -> tuple[Asking, tuple[str, ...]]:
         """The judgements of a stage, and words on what is not known of them."""
+        if isinstance(stage, ContrastiveDPOConfig) and not stage.is_judged:
+            return Asking(), ()
         if stage.judge is not None:
             return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
         if isinstance(stage, ExternalRewardDPOConfig):

@@ -1,5 +1,6 @@
 """The stages: one file a kind, each its configuration (what the user writes) and its run."""
 
+from self_rewarding_lm.stages.contrastive import ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
@@ -12,6 +13,7 @@ from self_rewarding_lm.stages.temporal import TemporalDPOConfig
 
 __all__ = [
     "BuildEFTConfig",
+    "ContrastiveDPOConfig",
     "DPOConfig",
     "ExternalRewardDPOConfig",
     "MetaJudgingConfig",

@@ -42,6 +42,7 @@ class SampledPreferenceConfig(PreferenceConfig):
     """
 
     maker: ClassVar[type[PairMaker]] = PairMaker
+    """What makes the stage's pairs."""
 
     prompt_dataset: Object
     """Texts, message lists, ids, `{"prompt": ...}` rows or any row with a prompt part

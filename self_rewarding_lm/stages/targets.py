@@ -4,7 +4,7 @@ Pure: scores, ranks and ids in, choices and texts out.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from self_rewarding_lm.agreement import agreeing, orders_agree
@@ -50,15 +50,22 @@ def _standing_rightly(ranks: Sequence[float], scores: Sequence[float | None]) ->
 
 
 def thinned(
-    scores: Mapping[str, float], *, seed: int, max_share: float | None, max_per_score: int | None
+    of_ids: Mapping[str, float],
+    *,
+    seed: int,
+    max_share: float | None,
+    max_per_score: int | None,
+    scores: Collection[float] = (),
 ) -> set[str]:
     """The ids that are kept where no score may be over-represented.
 
-    scores: the score of each id. All scores have one cap: the highest with which none has more
-    than `max_share` of what is kept (with n scores that cannot be under 1/n, which is taken then),
-    and not over `max_per_score`. Which ids of a score stay is a function of the seed and the ids.
+    of_ids: the score of each id. scores: such as count though no id may have them. All have one
+    cap: the highest with which none has more than `max_share` of what is kept (with n scores that
+    cannot be under 1/n, which is taken then), and not over `max_per_score`. Which ids of a score
+    stay is a function of the seed and the ids.
     """
-    counts = Counter(scores.values())
+    counts = Counter(dict.fromkeys(scores, 0))
+    counts.update(of_ids.values())
     cap = max(counts.values(), default=0)
     if max_share is not None and counts:
         share = max(max_share, 1 / len(counts))
@@ -67,8 +74,8 @@ def thinned(
     if max_per_score is not None:
         cap = min(cap, max_per_score)
     by_score: dict[float, list[str]] = {}
-    for record_id in sorted(scores, key=lambda i: (stable_hash(seed, "thinned", i), i)):
-        by_score.setdefault(scores[record_id], []).append(record_id)
+    for record_id in sorted(of_ids, key=lambda i: (stable_hash(seed, "thinned", i), i)):
+        by_score.setdefault(of_ids[record_id], []).append(record_id)
     return {record_id for ids in by_score.values() for record_id in ids[:cap]}
 
 

@@ -1,0 +1,313 @@
+"""Contrastive DPO: responses to a prompt that asks for a property, against those to its opposite.
+
+RLCD (arXiv:2307.12950), its pairs trained on by DPO in place of a reward model and PPO.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from self_rewarding_lm.batching import batched
+from self_rewarding_lm.config import SamplingConfig, SelfInstruct
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.contrasts import GROUPS, SIDES, Contrast, comes_from_data, shown_prompts
+from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.judges import FIRST_LOOK, Judge
+from self_rewarding_lm.pairing import DropCounts
+from self_rewarding_lm.records import Candidate, Judgement, Prompt
+from self_rewarding_lm.rollout import rollout
+from self_rewarding_lm.rows import prompt_of
+from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.serving import Need
+from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+
+NO_ROOM = "no_room"
+"""Why there is no response: the prompt with its contrast fills the model."""
+
+
+class ContrastMaker(PairMaker):
+    """Makes pairs of the responses to both sides of a contrast; sample 0 is the positive one."""
+
+    config: "ContrastiveDPOConfig"
+
+    def __init__(self, config: "ContrastiveDPOConfig", ctx: Context, out: Any) -> None:
+        super().__init__(config, ctx, out)
+        self.contrasts = config.pairs()
+        self.counts: Counter[str] = Counter()
+        self.is_trial = False
+
+    def _sample(self, prompts: Sequence[Prompt]) -> None:
+        limit, how = self.ctx.limit(self.config.max_seq_len), self.config.generation
+        missing = [p for p in prompts if len(self.candidates[p.id]) < len(SIDES)]
+        known = {c.id for prompt in missing for c in self.candidates[prompt.id]}
+        shown = {f"{p.id}/{i}": s for p in missing for i, s in enumerate(self._shown_prompts(p))}
+        asked = {candidate_id: s for candidate_id, s in shown.items() if candidate_id not in known}
+        fits = [s for s in asked.values() if limit is None or len(s.ids) < limit]
+        sampled = rollout(self.ctx, fits, how, 1, max_seq_len=self.config.max_seq_len)
+        for batch in batched(self._of_sides(asked, sampled), FIRST_LOOK):
+            self.out.append(batch)
+            for candidate in batch:
+                self.candidates[candidate.prompt_id].append(candidate)
+        for prompt in missing:
+            self.candidates[prompt.id].sort(key=lambda candidate: candidate.id)
+
+    def _shown_prompts(self, prompt: Prompt) -> list[Prompt]:
+        """What is shown on each side, on disk as prompts of their own."""
+        ids = [f"{prompt.id}/{side}" for side in SIDES]
+        known = [self.known_prompts[record_id] for record_id in ids]
+        if all(known):
+            return [records[0] for records in known]
+        place = stable_hash(self.ctx.seed, "contrast", prompt.id) % len(self.contrasts)
+        rendered = shown_prompts(prompt, self.contrasts[place], self.ctx.tokens)
+        found = [
+            Prompt(record_id, prompt.row, r.ids, r.text, messages=r.messages)
+            for record_id, r in zip(ids, rendered, strict=True)
+        ]
+        self.out.append([s for s, there in zip(found, known, strict=True) if not there])
+        return found
+
+    def _of_sides(
+        self, asked: dict[str, Prompt], sampled: Iterator[Candidate]
+    ) -> Iterator[Candidate]:
+        """Candidates as those of the prompt itself, by the prompts that were shown for them."""
+        names = {shown.id: candidate_id for candidate_id, shown in asked.items()}
+        left = dict(asked)
+        for one in sampled:
+            own = names[one.prompt_id]
+            left.pop(own)
+            yield replace(one, id=own, prompt_id=own.rpartition("/")[0], shown_id=one.prompt_id)
+        for own, shown in left.items():
+            parent = own.rpartition("/")[0]
+            yield Candidate(own, parent, (), None, None, 0, reason=NO_ROOM, shown_id=shown.id)
+
+    def _is_judged(self, prompt: Prompt) -> bool:
+        """What gives no pair whatever a judge says is not judged."""
+        wanted = self.is_trial or self._is_whole(self._given(prompt))
+        return not wanted or super()._is_judged(prompt)
+
+    def _is_whole(self, given: Sequence[Candidate]) -> bool:
+        """Whether both sides gave a finished response, and not the same."""
+        finished = len(given) == len(SIDES) and all(c.finished is not False for c in given)
+        return finished and not is_identical(*given)
+
+    def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
+        """The judge's, where it was asked; else the positive side has the higher one."""
+        if self.config.is_judged and self._is_whole(candidates):
+            return super().scores(candidates)
+        return {c.id: 1.0 - place for place, c in enumerate(candidates)}
+
+    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
+        given = self._given(prompt)
+        if len(given) == len(SIDES):
+            scores = self.scores(given)
+            self.counts.update(counted(given[0], given[1], scores))
+            if self.config.confirm == "drop" and _disagrees(*(scores[c.id] for c in given)):
+                drops.prompts["disagreed"] += 1
+                return []
+        found = super()._made(prompt, drops)
+        if self.config.is_judged:
+            return found
+        return [replace(pair, chosen_score=None, rejected_score=None) for pair in found]
+
+    def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
+        self.is_trial = True  # of two tokens: never whole
+        prompt, candidates, made = super().rehearse()
+        if any(c.reason == NO_ROOM for c in candidates):
+            raise DataError(
+                f"{self.ctx.stage}: the shortest of the first prompts ({len(prompt.ids)} tokens) "
+                f"with its contrast fills the {self.ctx.limit(self.config.max_seq_len)} tokens "
+                "that prompt and response may have. Raise max_seq_len, or use shorter contrasts."
+            )
+        return prompt, candidates, made
+
+    def make(self) -> Sequence[Any]:
+        found = super().make()
+        counts = sum(self.ctx.runtime.gather([self.counts]), Counter[str]())
+        metrics = metrics_of(counts, judged=self.config.is_judged)
+        self.out.log({"step": 0, **metrics})
+        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, 0)
+        self.out.summary["metrics"] |= metrics
+        if counts["finished"] >= FIRST_LOOK:
+            self.checker.see(
+                "identical_pairs",
+                metrics["contrast/identical_rate"],
+                f"{counts['identical']} of {counts['finished']} prompts got the same response on "
+                "both sides of their contrast and give no pair: the model does not heed the "
+                "contrasts. Raise generation.temperature, make the texts differ more, or try "
+                "kind='prefix' where the model was not trained with system messages.",
+            )
+        return found
+
+
+def counted(
+    positive: Candidate, negative: Candidate, scores: Mapping[str, float | None]
+) -> Counter[str]:
+    """What one prompt's responses add to the counts that `metrics_of` reads."""
+    found = Counter(answered=1, positive=len(positive.ids), negative=len(negative.ids))
+    if False in (positive.finished, negative.finished):
+        return found
+    found["finished"] = 1
+    one, other = scores[positive.id], scores[negative.id]
+    if is_identical(positive, negative):
+        found["identical"] = 1
+    elif one is not None and other is not None and one != other:
+        found.update(told_apart=1, agreed=int(one > other))
+    return found
+
+
+def metrics_of(counts: Mapping[str, int], *, judged: bool) -> dict[str, float]:
+    """Measures of a stage's contrasts; one of nothing is left out.
+
+    contrast/identical_rate: of prompts with two finished responses, those where they are the same.
+    contrast/positive_length, contrast/negative_length: mean tokens of a response; length_ratio: the
+    first over the second. contrast/judge_agreement: of pairs whose sides the judge scores
+    differently, those where the positive one has the higher score.
+    """
+    shares = {
+        "identical_rate": ("identical", "finished"),
+        "positive_length": ("positive", "answered"),
+        "negative_length": ("negative", "answered"),
+        "length_ratio": ("positive", "negative"),
+        **({"judge_agreement": ("agreed", "told_apart")} if judged else {}),
+    }
+    return {
+        f"contrast/{name}": counts[part] / counts[whole]
+        for name, (part, whole) in shares.items()
+        if counts[whole]
+    }
+
+
+class ContrastiveDPOConfig(SelfRewardDPOConfig):
+    """The response to a prompt with a positive text wins against that to it with a negative one.
+
+    Both are sampled from the present weights, and trained as responses to the prompt alone. Nobody
+    scores them, unless `confirm` asks the judge that SelfRewardDPOConfig would ask. Defaults: beta
+    0.1, learning rate 5e-7, one epoch, those of known implementations of the form with system
+    messages; arXiv:2307.12950 trains a reward model on such pairs, and PPO on that.
+    """
+
+    folder_name: ClassVar[str] = "contrastive"
+    default_learning_rates: ClassVar[tuple[float, float]] = (5e-7, 5e-8)
+    maker: ClassVar[type[PairMaker]] = ContrastMaker
+    unused: ClassVar[tuple[str, ...]] = (
+        *("num_candidate_responses", "pick_paired_rewards_fn", "pairing"),
+    )
+    of_judges: ClassVar[tuple[str, ...]] = (
+        *("judge", "rewarding_model", "comparison", "postprocess_response"),
+        *("is_valid_reward", "is_valid_reward_pair"),
+    )
+
+    contrasts: tuple[str | Contrast, ...] = Field(default=tuple(GROUPS), min_length=1)
+    """Groups of paired system messages that ship ("harmless", "helpful", "complete",
+    "informative"), and Contrast(positive=..., negative=..., kind=...) of your own. Each prompt gets
+    one pair of all these, by a hash of the seed and its id."""
+    confirm: Literal["none", "drop", "reorder"] = "none"
+    """"none": the positive side is chosen. "drop": pairs in which the judge gives the positive side
+    no higher score are left out. "reorder": the judge's better one is chosen; ties are left out."""
+    num_candidate_responses: int = Field(default=2, ge=2, le=2)
+    """One on each side."""
+    generation: SamplingConfig = SamplingConfig()
+    """How responses are sampled on both sides; the temperature must be over 0."""
+
+    @field_validator("contrasts")
+    @classmethod
+    def _groups_known(cls, given: tuple[str | Contrast, ...]) -> tuple[str | Contrast, ...]:
+        for name in given:
+            if isinstance(name, str) and name not in GROUPS:
+                near = difflib.get_close_matches(name, GROUPS, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"{name!r} is no group of contrasts; {hint}there are {', '.join(GROUPS)}, and "
+                    "Contrast(positive=..., negative=...) for your own"
+                )
+        return given
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "ContrastiveDPOConfig":
+        given = [name for name in self.unused if name in self.model_fields_set]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: this stage samples one response on each side of a contrast"
+            )
+        if self.generation.temperature == 0:
+            raise ValueError(
+                "generation.temperature must be over 0: with the likeliest token everywhere both "
+                "sides of a contrast often give the same text, and such pairs are left out"
+            )
+        asked = [name for name in self.of_judges if getattr(self, name) is not None]
+        asked += ["min_margin"] if self.min_margin else []
+        if asked and not self.is_judged:
+            raise ValueError(
+                f"{', '.join(asked)}: no judge is asked with confirm='none'; set confirm='drop' or "
+                "'reorder'"
+            )
+        return self
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge sees the pairs."""
+        return self.confirm != "none"
+
+    def pairs(self) -> tuple[Contrast, ...]:
+        """All contrasts, those of groups among them."""
+        groups = [GROUPS[one] if isinstance(one, str) else (one,) for one in self.contrasts]
+        return tuple(contrast for group in groups for contrast in group)
+
+    def build_judge(self, ctx: Context) -> Judge:
+        return super().build_judge(ctx) if self.is_judged else _Nobody()
+
+    def needs(self, ctx: Context) -> list[Need]:
+        return self._parent.needs(self, ctx)
+
+    def score_scale(self, ctx: Context) -> tuple[float, float] | None:
+        return super().score_scale(ctx) if self.is_judged else None
+
+    def check(self, ctx: Context) -> None:
+        if ctx.tokens.tokenizer is None:
+            raise ConfigError(
+                f"{ctx.stage}: contrasts are texts, so the trainer needs tokenizer_encode and "
+                "tokenizer_decode, or tokenizer."
+            )
+        self._parent.check(self, ctx)
+
+    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+        super().check_row(row, where, ctx)
+        if isinstance(self.prompt_dataset, SelfInstruct):
+            return
+        found = prompt_of(row, where, ctx.tokens)
+        if found.messages is None:
+            comes_from_data(Prompt(where, 0, found.ids, found.text), ctx.tokens)
+
+    @property
+    def _parent(self) -> type[SampledPreferenceConfig]:
+        """Whose settings are in force: without a judge, those that are not about one."""
+        return SelfRewardDPOConfig if self.is_judged else SampledPreferenceConfig
+
+
+class _Nobody:
+    """The judge where none is asked."""
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterator[Judgement]:
+        yield from ()
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        return []
+
+
+def is_identical(one: Candidate, other: Candidate) -> bool:
+    """Whether two responses say the same."""
+    if one.ids == other.ids:
+        return True
+    return one.text is not None and one.text.strip() == (other.text or "").strip()
+
+
+def _disagrees(positive: float | None, negative: float | None) -> bool:
+    return positive is not None and negative is not None and negative > positive
