@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.comparing import PairwiseJudge
     from self_rewarding_lm.config import (
         PAPER_REWARD_CONFIG,
+        TEN_POINT_REWARD_CONFIG,
         ComparisonConfig,
         FinetuneConfig,
         OptimConfig,
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
         SamplingConfig,
         SelfInstruct,
     )
+    from self_rewarding_lm.consistency import ConsistencyConfig
     from self_rewarding_lm.datasets import create_mock_dataset, from_stage
     from self_rewarding_lm.engine import LocalEngine
+    from self_rewarding_lm.ensemble import EnsembleJudge
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
     from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
-    from self_rewarding_lm.judges import SelfJudge
+    from self_rewarding_lm.implicit import ImplicitJudge
+    from self_rewarding_lm.judges import FunctionJudge, ModuleJudge, SelfJudge
     from self_rewarding_lm.loss_settings import LossConfig
     from self_rewarding_lm.losses import PairBatch, reads
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
         Prompt,
         RankedReplies,
     )
+    from self_rewarding_lm.reward_model import RewardModelJudge
     from self_rewarding_lm.rollout import generate
     from self_rewarding_lm.run import Run
     from self_rewarding_lm.server.engine import ServerEngine
@@ -48,26 +53,33 @@ if TYPE_CHECKING:
         SFTConfig,
     )
     from self_rewarding_lm.trainer import SelfRewardingTrainer
+    from self_rewarding_lm.votes import VoteJudge
     from self_rewarding_lm.weights import import_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_REWARD_CONFIG",
+    "TEN_POINT_REWARD_CONFIG",
     "BuildEFTConfig",
     "Candidate",
     "Check",
     "ChecksConfig",
     "ComparisonConfig",
+    "ConsistencyConfig",
     "DPOConfig",
     "Demonstration",
+    "EnsembleJudge",
     "ExternalRewardDPOConfig",
     "FinetuneConfig",
+    "FunctionJudge",
+    "ImplicitJudge",
     "Interrupted",
     "JudgeEvaluation",
     "Judgement",
     "LocalEngine",
     "LossConfig",
+    "ModuleJudge",
     "OpenAssistant",
     "OptimConfig",
     "PairBatch",
@@ -76,6 +88,7 @@ __all__ = [
     "Prompt",
     "RankedReplies",
     "RewardConfig",
+    "RewardModelJudge",
     "Run",
     "SFTConfig",
     "SPINTrainer",
@@ -89,6 +102,7 @@ __all__ = [
     "SelfRewardingTrainer",
     "ServerEngine",
     "ServerJudge",
+    "VoteJudge",
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
@@ -113,12 +127,16 @@ _HOMES = {
         "RewardConfig",
         "SamplingConfig",
         "SelfInstruct",
+        "TEN_POINT_REWARD_CONFIG",
     ),
+    "consistency": ("ConsistencyConfig",),
     "datasets": ("create_mock_dataset", "from_stage"),
     "engine": ("LocalEngine",),
+    "ensemble": ("EnsembleJudge",),
     "errors": ("Interrupted", "SelfRewardingError"),
     "evaluate": ("JudgeEvaluation", "evaluate_judge"),
-    "judges": ("SelfJudge",),
+    "implicit": ("ImplicitJudge",),
+    "judges": ("FunctionJudge", "ModuleJudge", "SelfJudge"),
     "loss_settings": ("LossConfig",),
     "losses": ("PairBatch", "reads"),
     "oasst": ("OpenAssistant", "open_assistant"),
@@ -131,6 +149,7 @@ _HOMES = {
         "Prompt",
         "RankedReplies",
     ),
+    "reward_model": ("RewardModelJudge",),
     "rollout": ("generate",),
     "run": ("Run",),
     "server": ("ServerEngine",),
@@ -146,6 +165,7 @@ _HOMES = {
         "SelfRewardSFTConfig",
     ),
     "trainer": ("SelfRewardingTrainer",),
+    "votes": ("VoteJudge",),
     "weights": ("import_checkpoint",),
 }
 

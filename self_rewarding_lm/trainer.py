@@ -232,15 +232,15 @@ class SelfRewardingTrainer:
                 StageDir(run.stage(old).path, self.runtime).drop_weights("model")
 
     def _context(self, place: int) -> Context:
-        earlier = self.names[:place]
-        stage, name = self.stages[place], self.names[place]
-        init = stage.init_from
-        if init not in ("previous", INITIAL, *earlier) and not Path(init).exists():
-            raise ConfigError(
-                f"{name}: init_from must be 'previous', 'initial', the name of an earlier stage "
-                f"({', '.join(earlier) or 'there is none'}) or a path; got {str(init)!r}."
-            )
-        self.tokens.compare_template(name, Path(init))
+        stage, name, earlier = self.stages[place], self.names[place], self.names[:place]
+        for which in sorted(stage.weights_used()):
+            if which not in (INITIAL, *earlier) and not Path(which).exists():
+                what = "init_from" if which == str(stage.init_from) else "weights it asks for"
+                raise ConfigError(
+                    f"{name}: {what} must be 'previous', 'initial', the name of an earlier stage "
+                    f"({', '.join(earlier) or 'there is none'}) or a path; got {which!r}."
+                )
+        self.tokens.compare_template(name, Path(stage.init_from))
 
         def resolve(source: FromStage) -> Sequence[Any]:
             assert self._run is not None

@@ -40,7 +40,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
     default_epochs: ClassVar[int] = SFTConfig.default_epochs
     unused: ClassVar[tuple[str, ...]] = (
         *("dpo_beta", "nll_weight", "loss", "min_margin"),
-        *("is_valid_reward_pair", "pick_paired_rewards_fn"),
+        *("is_valid_reward_pair", "pick_paired_rewards_fn", "consistency"),
     )
 
     num_generated_preference_pairs: int | None = Field(default=None, ge=1)

@@ -9,11 +9,13 @@ import torch
 from pydantic import Field
 
 from self_rewarding_lm.config import Object, SamplingConfig, SelfInstruct
+from self_rewarding_lm.consistency import ConsistencyConfig, check_consistency, smoothed
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.controls import from_data
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import Judge
+from self_rewarding_lm.judges import Judge, weights_of_judge
+from self_rewarding_lm.loss_settings import losses_in, read_by
 from self_rewarding_lm.pairing import PickPair, best_against_worst
 from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_text, write_prompts
 from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Prompt
@@ -66,6 +68,8 @@ class SampledPreferenceConfig(PreferenceConfig):
     """(chosen, rejected) scores as scalar tensors -> bool."""
     pick_paired_rewards_fn: Object = None
     """Scores (n,) as a tensor -> indices (2,) of chosen and rejected. Default: best and worst."""
+    consistency: ConsistencyConfig | None = None
+    """Pairs count by how far an earlier model ranks the candidates alike (arXiv:2410.12735)."""
 
     def build_judge(self, ctx: Context) -> Judge:
         """The stage's judge; `judge=` where that is given."""
@@ -85,7 +89,12 @@ class SampledPreferenceConfig(PreferenceConfig):
             self.prompt_dataset.model if isinstance(self.prompt_dataset, SelfInstruct) else None
         )
         named = {writer} if isinstance(writer, str) and writer != "current" else set()
-        return super().weights_used() | named
+        compared = {str(self.consistency.previous)} if self.consistency is not None else set()
+        return super().weights_used() | named | compared | weights_of_judge(self.given_judge())
+
+    def given_judge(self) -> Any:
+        """The judge that is an object of the user's, if any."""
+        return self.judge
 
     def check(self, ctx: Context) -> None:
         if isinstance(self.prompt_dataset, SelfInstruct):
@@ -97,6 +106,13 @@ class SampledPreferenceConfig(PreferenceConfig):
                 f"{ctx.stage}: judge must have a method judge(ctx, prompts, candidates_PG); got "
                 f"{type(self.judge).__name__}."
             )
+        if self.consistency is not None:
+            check_consistency(ctx.stage, self.consistency, self.build_judge(ctx))
+            if not read_by(losses_in(self.loss)).compares:
+                raise ConfigError(
+                    f"{ctx.stage}: consistency is a label smoothing, and no loss of the stage "
+                    f"compares the two responses of a pair, so it would change nothing."
+                )
         if self.postprocess_response is not None:
             if not callable(self.postprocess_response):
                 raise ConfigError(
@@ -124,6 +140,8 @@ class SampledPreferenceConfig(PreferenceConfig):
         self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
     ) -> Sequence[PreferencePair]:
         """What is trained on, given the pairs that were made."""
+        if self.consistency is not None:
+            pairs = smoothed(ctx, out, pairs, self.consistency)
         return pairs
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
