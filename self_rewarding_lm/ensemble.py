@@ -90,14 +90,13 @@ class EnsembleJudge:
     label, m0, m1, ... in the order of first naming.
     """
 
-    def __init__(
-        self, judges: Sequence[Any], *, filters: Sequence[tuple[Any, float]] = ()
-    ) -> None:
+    def __init__(self, judges: Sequence[Any], *, filters: Sequence[Any] = ()) -> None:
         pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in judges]
         self._check(pairs, filters)
         different = {id(judge): judge for judge, _ in (*pairs, *filters)}
         members = {
-            key: Member(judge_of(judge), f"m{i}") for i, (key, judge) in enumerate(different.items())
+            key: Member(judge_of(judge), f"m{i}")
+            for i, (key, judge) in enumerate(different.items())
         }
         self.members = tuple(members.values())
         self.weighted = [(members[id(judge)], float(weight)) for judge, weight in pairs]
@@ -145,7 +144,9 @@ class EnsembleJudge:
                 good = good and (hasattr(one[0], "judge") or callable(one[0]))
                 if not good or (what == "judges" and one[1] <= 0):
                     form = "(judge, weight over 0)" if what == "judges" else "(judge, least score)"
-                    raise JudgeError(f"EnsembleJudge: {what} are given as {form}; got {one!r:.200}.")
+                    raise JudgeError(
+                        f"EnsembleJudge: {what} are given as {form}; got {one!r:.200}."
+                    )
 
 
 def _is_number(value: Any) -> bool:

@@ -100,9 +100,7 @@ def _sums(
     """The summed log-prob of each response that fits, under the weights in the model."""
     limit, policy = ctx.model.max_len, ctx.runtime.unwrapped(ctx.policy)
     for prompt, candidates in zip(prompts, candidates_PG, strict=True):
-        fits = [
-            c for c in candidates if limit is None or len(prompt.ids) + len(c.ids) <= limit
-        ]
+        fits = [c for c in candidates if limit is None or len(prompt.ids) + len(c.ids) <= limit]
         rows = [[(*prompt.ids, *c.ids)] for c in fits]
         for group in grouped(ctx.model, rows, token_budget=token_budget):
             some = [fits[i] for i in group]

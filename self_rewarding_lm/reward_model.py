@@ -104,5 +104,7 @@ class RewardModelJudge:
             output = self.module(ids.to(device), attention_mask=mask.long().to(device))
         return reward_scores(output, len(rows))
 
-    def _judgement(self, candidate: Candidate, score: float | None, reason: str | None) -> Judgement:
+    def _judgement(
+        self, candidate: Candidate, score: float | None, reason: str | None
+    ) -> Judgement:
         return Judgement(f"{candidate.id}/j0", (candidate.id,), self.name, score, reason)

@@ -28,7 +28,8 @@ _LETTER = r"(?P<letter>[A-J])(?![\w'’])"
 _CHOICES = tuple(
     re.compile(pattern)
     for pattern in (
-        rf"(?i:answer|choice|option)(?i:\s+(?:is|would be|should be))?[\s:*_(\[\"'`$]{{1,9}}{_LETTER}",
+        r"(?i:answer|choice|option)(?i:\s{1,9}(?:is|would be|should be))?"
+        rf"[\s:*_(\[\"'`$]{{1,9}}{_LETTER}",
         r"[(\[](?P<letter>[A-Ja-j])[)\]]",
         rf"(?m)^[\s*_(\[\"'`$]{{0,9}}{_LETTER}[\s*_)\].:,\"'`$]{{0,9}}$",
         rf"(?m)^[\s*_]{{0,9}}{_LETTER}[.):]\s",
