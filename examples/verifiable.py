@@ -83,7 +83,10 @@ def accuracy(model: nn.Module, rows: list[dict]) -> float:
     greedy = SamplingConfig(temperature=0, max_new_tokens=4)
     prompts = [row["prompt"] for row in rows]
     found = generate(model, prompts, sampling=greedy, tokenizer=TOKENIZER, eos_id=END)
-    right = [CHECK((c.text or "").strip() or None, r["entry"]) == 1 for (c,), r in zip(found, rows)]
+    right = [
+        CHECK((c.text or "").strip() or None, r["entry"]) == 1
+        for (c,), r in zip(found, rows, strict=True)
+    ]
     return sum(right) / len(right)
 
 
@@ -126,7 +129,7 @@ def main() -> None:
             eos_id=END,
             seed=options.seed,
             checkpoints_folder=folder / name,
-            accelerate_kwargs=dict(cpu=True),
+            accelerate_kwargs={"cpu": True},
             quiet=True,
         )
         run = trainer()

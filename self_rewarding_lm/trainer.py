@@ -235,10 +235,10 @@ class SelfRewardingTrainer:
         stage, name, earlier = self.stages[place], self.names[place], self.names[:place]
         for which in sorted(stage.weights_used()):
             if which not in (INITIAL, *earlier) and not Path(which).exists():
-                what = "init_from" if which == str(stage.init_from) else "weights it asks for"
                 raise ConfigError(
-                    f"{name}: {what} must be 'previous', 'initial', the name of an earlier stage "
-                    f"({', '.join(earlier) or 'there is none'}) or a path; got {which!r}."
+                    f"{name}: weights must be 'initial', the name of an earlier stage "
+                    f"({', '.join(earlier) or 'there is none'}) or a path (init_from: or "
+                    f"'previous'); got {which!r}."
                 )
         self.tokens.compare_template(name, Path(stage.init_from))
 

@@ -223,7 +223,7 @@ def test_the_implicit_reward_of_a_stage_is_that_of_its_weights_on_disk(tmp_path)
 def test_weights_that_there_are_not_are_refused_before_any_work(tmp_path):
     judges = [ImplicitJudge(reference="m9"), EnsembleJudge([ImplicitJudge(weights="m9"), length])]
     for judge in judges:
-        with pytest.raises(ConfigError, match=r"weights it asks for must be .* got 'm9'"):
+        with pytest.raises(ConfigError, match=r"weights must be 'initial', .* got 'm9'"):
             trainer_of(tmp_path, [external(reward_model=judge)])
 
 

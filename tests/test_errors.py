@@ -759,7 +759,7 @@ def consistency_of_votes(folder):
 
 
 @mistake("judge", "A folder that holds no reward model")
-def no_reward_model(folder):
+def empty_reward_model(folder):
     return lambda: RewardModelJudge(folder)
 
 
