@@ -12,6 +12,7 @@ for a reward that is shuffled among the answers shows that the program's scores 
 """
 
 import argparse
+import json
 import random
 import string
 import tempfile
@@ -25,6 +26,7 @@ from x_transformers import Decoder, TransformerWrapper
 from self_rewarding_lm import (
     ExternalRewardDPOConfig,
     OptimConfig,
+    Run,
     SamplingConfig,
     SelfRewardingTrainer,
     SFTConfig,
@@ -41,23 +43,29 @@ TOKENIZER = CallableTokenizer(
 
 
 def tasks(size: int, seed: int) -> list[dict]:
-    """Rows of prompts; `entry` is what the task's program checks an answer with."""
+    """Rows of prompts; `entry` is what the task's program checks an answer with, as JSON."""
     made = reasoning_gym.create_dataset(
         "chain_sum", size=size, seed=seed, min_terms=2, max_terms=2, min_digits=1, max_digits=1
     )
-    found = []
-    for entry in made:
-        sum_ = entry["metadata"]["expression"]
-        found.append({"prompt": f"{sum_} = ", "entry": entry, "answer": entry["answer"]})
-    return found
+    return [
+        {
+            "prompt": f"{entry['metadata']['expression']} = ",
+            "entry": json.dumps(entry),
+            "answer": entry["answer"],
+        }
+        for entry in made
+    ]
 
 
 CHECK = reasoning_gym.create_dataset("chain_sum", size=1, seed=0).score_answer
 
 
 def score(prompts, completions, entry):
-    """1.0 for the right answer; the program gives less, 0.0 to 0.01, for others."""
-    return [CHECK(text.strip() or None, row) for text, row in zip(completions, entry, strict=True)]
+    """What the task's program gives: 1.0 for the right answer, 0.0 for others here."""
+    return [
+        CHECK(text.strip() or None, json.loads(row))
+        for text, row in zip(completions, entry, strict=True)
+    ]
 
 
 def shuffled(prompts, completions, entry):
@@ -83,16 +91,15 @@ def accuracy(model: nn.Module, rows: list[dict]) -> float:
     greedy = SamplingConfig(temperature=0, max_new_tokens=4)
     prompts = [row["prompt"] for row in rows]
     found = generate(model, prompts, sampling=greedy, tokenizer=TOKENIZER, eos_id=END)
-    right = [
-        CHECK((c.text or "").strip() or None, r["entry"]) == 1
-        for (c,), r in zip(found, rows, strict=True)
-    ]
-    return sum(right) / len(right)
+    texts, entries = [c.text or "" for (c,) in found], [row["entry"] for row in rows]
+    return sum(score(prompts, texts, entries)) / len(rows)
 
 
 def model_of(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    layers = Decoder(dim=64, depth=2, heads=4, attn_dim_head=16, rotary_pos_emb=True)
+    layers = Decoder(
+        dim=64, depth=2, heads=2, attn_dim_head=32, rotary_emb_dim=32, rotary_pos_emb=True
+    )
     return TransformerWrapper(num_tokens=END + 1, max_seq_len=32, attn_layers=layers)
 
 
@@ -111,7 +118,9 @@ def main() -> None:
     )
     print("accuracy on held-out sums, greedy:")
     for name, reward in (("checked", score), ("shuffled", shuffled)):
+        m0 = folder / "checked" / "01-m0" / "model"
         stage = ExternalRewardDPOConfig(
+            init_from="previous" if name == "checked" else m0,
             prompt_dataset=[{"prompt": r["prompt"], "entry": r["entry"]} for r in train[:200]],
             reward_model=reward,
             num_candidate_responses=8,
@@ -124,7 +133,7 @@ def main() -> None:
         model = model_of(options.seed)
         trainer = SelfRewardingTrainer(
             model,
-            finetune_configs=[first, stage],
+            finetune_configs=[first, stage] if name == "checked" else [stage],
             tokenizer=TOKENIZER,
             eos_id=END,
             seed=options.seed,
@@ -134,7 +143,7 @@ def main() -> None:
         )
         run = trainer()
         before = model_of(options.seed)
-        run.load_weights(before, "m0")
+        Run.open(folder / "checked").load_weights(before, "m0")
         pairs = len(run.pairs("external_reward"))
         print(
             f"  reward {name:9s} {accuracy(before, held_out):6.1%} before, "
