@@ -54,6 +54,7 @@ setup(
         "server": SERVER,
         "bitsandbytes": BITSANDBYTES,
         "test": TEST,
+        "examples": ["reasoning-gym>=0.1.25"],
         "bench": [
             *HF,
             "trl==1.16.0",

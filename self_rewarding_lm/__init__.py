@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.comparing import PairwiseJudge
     from self_rewarding_lm.config import (
         PAPER_REWARD_CONFIG,
+        TEN_POINT_REWARD_CONFIG,
         ComparisonConfig,
         FinetuneConfig,
         OptimConfig,
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
         SamplingConfig,
         SelfInstruct,
     )
+    from self_rewarding_lm.consistency import ConsistencyConfig
     from self_rewarding_lm.contrasts import Contrast
     from self_rewarding_lm.datasets import create_mock_dataset, from_stage
     from self_rewarding_lm.engine import LocalEngine
+    from self_rewarding_lm.ensemble import EnsembleJudge
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
     from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
-    from self_rewarding_lm.judges import SelfJudge
+    from self_rewarding_lm.implicit import ImplicitJudge
+    from self_rewarding_lm.judges import FunctionJudge, ModuleJudge, SelfJudge
     from self_rewarding_lm.live_reference import EMAReference, MixedReference
     from self_rewarding_lm.loss_settings import LossConfig
     from self_rewarding_lm.losses import PairBatch, reads
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
         Prompt,
         RankedReplies,
     )
+    from self_rewarding_lm.reward_model import RewardModelJudge
     from self_rewarding_lm.rollout import generate
     from self_rewarding_lm.run import Run
     from self_rewarding_lm.server.engine import ServerEngine
@@ -56,24 +61,30 @@ if TYPE_CHECKING:
         TemporalDPOConfig,
     )
     from self_rewarding_lm.trainer import SelfRewardingTrainer
+    from self_rewarding_lm.votes import VoteJudge
     from self_rewarding_lm.weights import import_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PAPER_REWARD_CONFIG",
+    "TEN_POINT_REWARD_CONFIG",
     "BuildEFTConfig",
     "Candidate",
     "Check",
     "ChecksConfig",
     "ComparisonConfig",
+    "ConsistencyConfig",
     "Contrast",
     "ContrastiveDPOConfig",
     "DPOConfig",
     "Demonstration",
     "EMAReference",
+    "EnsembleJudge",
     "ExternalRewardDPOConfig",
     "FinetuneConfig",
+    "FunctionJudge",
+    "ImplicitJudge",
     "Interrupted",
     "JudgeEvaluation",
     "Judgement",
@@ -83,6 +94,7 @@ __all__ = [
     "MetaJudgingConfig",
     "MetaRewardDPOConfig",
     "MixedReference",
+    "ModuleJudge",
     "OpenAssistant",
     "OptimConfig",
     "PairBatch",
@@ -92,6 +104,7 @@ __all__ = [
     "Prompt",
     "RankedReplies",
     "RewardConfig",
+    "RewardModelJudge",
     "Run",
     "SFTConfig",
     "SPINTrainer",
@@ -106,6 +119,7 @@ __all__ = [
     "ServerEngine",
     "ServerJudge",
     "TemporalDPOConfig",
+    "VoteJudge",
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
@@ -130,13 +144,17 @@ _HOMES = {
         "RewardConfig",
         "SamplingConfig",
         "SelfInstruct",
+        "TEN_POINT_REWARD_CONFIG",
     ),
+    "consistency": ("ConsistencyConfig",),
     "contrasts": ("Contrast",),
     "datasets": ("create_mock_dataset", "from_stage"),
     "engine": ("LocalEngine",),
+    "ensemble": ("EnsembleJudge",),
     "errors": ("Interrupted", "SelfRewardingError"),
     "evaluate": ("JudgeEvaluation", "evaluate_judge"),
-    "judges": ("SelfJudge",),
+    "implicit": ("ImplicitJudge",),
+    "judges": ("FunctionJudge", "ModuleJudge", "SelfJudge"),
     "live_reference": ("EMAReference", "MixedReference"),
     "loss_settings": ("LossConfig",),
     "losses": ("PairBatch", "reads"),
@@ -152,6 +170,7 @@ _HOMES = {
         "Prompt",
         "RankedReplies",
     ),
+    "reward_model": ("RewardModelJudge",),
     "rollout": ("generate",),
     "run": ("Run",),
     "server": ("ServerEngine",),
@@ -171,6 +190,7 @@ _HOMES = {
         "TemporalDPOConfig",
     ),
     "trainer": ("SelfRewardingTrainer",),
+    "votes": ("VoteJudge",),
     "weights": ("import_checkpoint",),
 }
 

@@ -17,6 +17,7 @@ from self_rewarding_lm.rubrics import (
     COMPARISON_PROMPT,
     DEFAULT_JUDGE_PROMPT,
     PAPER_LENGTH_JUDGE_PROMPT,
+    TEN_POINT_JUDGE_PROMPT,
 )
 
 Object = SkipValidation[Any]
@@ -295,16 +296,16 @@ class ComparisonConfig(Config):
         return self
 
 
-DEFAULT_REWARD_CONFIG = RewardConfig(
-    prompt_template=DEFAULT_JUDGE_PROMPT,
-    reward_regex_template="Score: {{ reward }}",
-    score_range=(0, 5),
-)
-PAPER_REWARD_CONFIG = RewardConfig(
-    prompt_template=PAPER_LENGTH_JUDGE_PROMPT,
-    reward_regex_template="Score: {{ reward }}",
-    score_range=(0, 5),
-)
+def _scored(prompt_template: str, highest: int) -> RewardConfig:
+    stated = "Score: {{ reward }}"
+    return RewardConfig(
+        prompt_template=prompt_template, reward_regex_template=stated, score_range=(0, highest)
+    )
+
+
+DEFAULT_REWARD_CONFIG = _scored(DEFAULT_JUDGE_PROMPT, 5)
+PAPER_REWARD_CONFIG = _scored(PAPER_LENGTH_JUDGE_PROMPT, 5)
+TEN_POINT_REWARD_CONFIG = _scored(TEN_POINT_JUDGE_PROMPT, 10)
 
 
 class FinetuneConfig(Config):

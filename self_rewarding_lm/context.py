@@ -66,8 +66,12 @@ class Context:
     def weights(self, which: str | Path) -> Iterator[None]:
         """Other weights in the one model, and the present ones back afterwards.
 
-        which: "initial", "start" (those that `start` holds), an earlier stage's name, or a path.
+        which: "initial", "start" (those that `start` holds), an earlier stage's name, or a path. A
+        rehearsal, which comes before all others are there, goes on with the present ones.
         """
+        if self.run is None:
+            yield
+            return
         kept = self.model.state()
         try:
             self.load(which)

@@ -21,8 +21,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.engine import Engine, LocalEngine
 from self_rewarding_lm.errors import ConfigError, DataError, typed
-from self_rewarding_lm.judges import Judge, SelfJudge, check_judge_prompt
-from self_rewarding_lm.judging import candidate_scores
+from self_rewarding_lm.judges import Judge, SelfJudge, check_judge_prompt, judged_scores
 from self_rewarding_lm.ranked import ranked_row
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, RankedReplies
 from self_rewarding_lm.rows import prompt_of
@@ -97,7 +96,8 @@ def evaluate_judge(
     asked = _asked(ctx, rows)
     judge = SelfJudge(reward, judging or SamplingConfig(), num_judgements)
     judgements = _judged(ctx, asked, judge)
-    return _evaluation(rows, asked, judgements, top_score=top_score_of(reward), seed=seed)
+    scale = top_score_of(reward)
+    return _evaluation(judge, rows, asked, judgements, top_score=scale, seed=seed)
 
 
 def judge_ranked(
@@ -114,7 +114,7 @@ def judge_ranked(
     """
     asked = _asked(ctx, ranked)
     judgements = ctx.runtime.gather(_judged(ctx, ctx.runtime.share(asked), judge))
-    return _evaluation(ranked, asked, judgements, top_score=top_score, seed=ctx.seed)
+    return _evaluation(judge, ranked, asked, judgements, top_score=top_score, seed=ctx.seed)
 
 
 def as_candidates(ranked: RankedReplies, tokens: Tokens, *, where: str | None = None) -> Asked:
@@ -209,6 +209,7 @@ def _judged(ctx: Context, asked: Sequence[Asked], judge: Judge) -> list[Judgemen
 
 
 def _evaluation(
+    judge: Judge,
     ranked: Sequence[RankedReplies],
     asked: Sequence[Asked],
     judgements: Sequence[Judgement],
@@ -216,7 +217,7 @@ def _evaluation(
     top_score: float | None,
     seed: int,
 ) -> JudgeEvaluation:
-    scores = candidate_scores([c for _, own in asked for c in own], judgements)
+    scores = judged_scores(judge, [c for _, own in asked for c in own], judgements)
     items = tuple(
         RankedScores(item.group, item.ranks, tuple(scores[c.id] for c in candidates))
         for item, (_, candidates) in zip(ranked, asked, strict=True)

@@ -236,6 +236,16 @@ def candidate_scores(
     }
 
 
+def label_of(judgement: Judgement) -> str | None:
+    """The member of an ensemble, or the earlier model, that a judgement is by; else None.
+
+    Ids: <candidate id>/j0 or <candidate id>/vs/3, and with a label <candidate id>/m0/j0.
+    """
+    own = judgement.id.removeprefix(f"{judgement.candidate_ids[0]}/")
+    first, _, rest = own.partition("/")
+    return first if rest and first != "vs" else None
+
+
 def _means(judgements: Sequence[Judgement]) -> dict[str, float | None]:
     by_candidate: dict[str, list[float | None]] = {}
     for judgement in judgements:

@@ -17,6 +17,24 @@ Response: {{ response }}
 
 Review:"""
 
+TEN_POINT_JUDGE_PROMPT = """\
+Grade the response to the user's request with a whole number from 0 to 10:
+- 0: empty, unreadable or harmful.
+- 1 to 2: beside the point, or wrong in what matters.
+- 3 to 4: about the request, but most of what was asked is missing or wrong.
+- 5 to 6: helps in part; has gaps or mistakes that the user has to mend.
+- 7 to 8: right and complete in all that matters; small flaws in clarity, order or length.
+- 9: right, complete, clear, and no longer than it has to be.
+- 10: nothing could be made better.
+Use the whole scale, and do not grade higher for length. Write a short review of at most 100 words,
+then end with the grade on a line of its own, in the form "Score: <0 to 10>".
+
+Request: {{ prompt }}
+
+Response: {{ response }}
+
+Review:"""
+
 PAPER_LENGTH_JUDGE_PROMPT = """\
 You are given a question of a user and a response to it. Judge the response with the additive
 scale of five points that is described here. A point is added to the ones before it when its

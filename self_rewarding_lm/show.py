@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Container, Sequence
 from typing import Any
 
-from self_rewarding_lm.judging import candidate_scores
+from self_rewarding_lm.judging import candidate_scores, label_of
 from self_rewarding_lm.records import (
     Candidate,
     Judgement,
@@ -170,7 +170,9 @@ def _example(
     if pair is not None and rejected is None:
         lines += _text("rejected", pair.rejected, pair.rejected_ids)
     asked = {j.id: j for c in candidates for j in judgements.get(c.id, ())}  # of two: once
-    scores = candidate_scores(candidates, list(asked.values()))
+    scores = candidate_scores(candidates, [j for j in asked.values() if label_of(j) is None])
+    if pair is not None:  # what members of an ensemble come to is known of the pair alone
+        scores |= {chosen or "": pair.chosen_score, rejected or "": pair.rejected_score}
     for candidate in candidates:
         role = "learnt  " if candidate.id in learnt else "        "
         role = {chosen: "chosen  ", rejected: "rejected"}.get(candidate.id, role)
@@ -187,7 +189,8 @@ def _scores(judgements: Sequence[Judgement], candidate: Candidate, score: float 
     each = [_said(j, candidate) for j in judgements]
     judges = ", ".join(dict.fromkeys(f"{j.judge}, {j.source}" for j in judgements))
     cut = "; cut off" if candidate.finished is False else ""
-    words = "no score" if score is None else f"score {_number(score)}"
+    parts = "no score" if any(label_of(j) is None for j in judgements) else "parts of a score"
+    words = parts if score is None else f"score {_number(score)}"
     return f"          {words} of {', '.join(each)} ({judges}){cut}"
 
 

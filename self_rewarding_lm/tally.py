@@ -6,7 +6,7 @@ prompts nor the processes that worked them change a measure.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from itertools import combinations
@@ -42,10 +42,15 @@ class JudgeTally:
     forced: Share = field(default_factory=Share)
     rounded: Counter[float] = field(default_factory=Counter)
 
-    def add(self, candidates: Sequence[Candidate], judgements: Sequence[Judgement]) -> None:
-        """Count one or more prompts."""
+    def add(
+        self,
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+        scores: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Count one or more prompts. scores: of the candidates; default `candidate_scores`."""
         self._add_singles(judgements)
-        known = candidate_scores(candidates, judgements)
+        known = candidate_scores(candidates, judgements) if scores is None else scores
         by_prompt: dict[str, list[float]] = {}
         for candidate in candidates:
             if (score := known[candidate.id]) is not None:
@@ -102,8 +107,13 @@ class StageTally:
     encoded: int = 0
     judge: JudgeTally = field(default_factory=JudgeTally)
 
-    def add(self, candidates: Sequence[Candidate], judgements: Sequence[Judgement]) -> None:
-        """Count one prompt."""
+    def add(
+        self,
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+        scores: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Count one prompt; scores as for a JudgeTally."""
         self.prompts += 1
         self.candidates += len(candidates)
         self.judgements += len(judgements)
@@ -112,7 +122,7 @@ class StageTally:
         self.tokens += sum(lengths)
         self.clipped += sum(c.finished is False for c in candidates)
         self.encoded += sum(c.tokens is not None for c in candidates)
-        self.judge.add(candidates, judgements)
+        self.judge.add(candidates, judgements, scores)
 
     def metrics(self) -> dict[str, float]:
         """`completions/...` and `judge/...`; completions/re_encoded only where there are any."""

@@ -138,6 +138,11 @@ class Tokens:
             return rest[: end + 1]
         return self.ended(self._ids_behind(before, full.removesuffix(tail), mask))
 
+    def conversation(self, messages: Sequence[Message], where: str = "the conversation") -> Ids:
+        """The ids of a whole conversation, with all that the template writes behind it."""
+        mask, (masked,) = self._masked(messages_of(messages, where))
+        return self._ids(self._text(masked, False, where), mask)
+
     def encode(self, text: str) -> Ids:
         """Ids of a text as it is; TokenizerError where they are no ids of the model."""
         return self._checked_text(text, "encode")

@@ -23,13 +23,17 @@ from torch import nn
 from self_rewarding_lm import (
     BuildEFTConfig,
     ComparisonConfig,
+    ConsistencyConfig,
     Contrast,
     ContrastiveDPOConfig,
     DPOConfig,
+    EnsembleJudge,
     ExternalRewardDPOConfig,
+    ImplicitJudge,
     LocalEngine,
     OptimConfig,
     RewardConfig,
+    RewardModelJudge,
     Run,
     SamplingConfig,
     SelfInstruct,
@@ -41,6 +45,7 @@ from self_rewarding_lm import (
     ServerJudge,
     SFTConfig,
     SPINTrainer,
+    VoteJudge,
     from_stage,
     generate,
 )
@@ -773,6 +778,32 @@ def comparison_without_room(folder):
         ),
     )
     return lambda: trainer(folder, stage)
+
+
+@mistake("judge", "Votes over a kind of answer that there is not")
+def unknown_extractor(folder):
+    return lambda: VoteJudge("letters")
+
+
+@mistake("judge", "An ensemble of filters alone")
+def filters_alone(folder):
+    return lambda: EnsembleJudge([], filters=[(lambda prompts, completions: [], 3)])
+
+
+@mistake("judge", "Implicit rewards relative to a stage that there is not")
+def implicit_without_weights(folder):
+    return lambda: trainer(folder, external(ImplicitJudge(reference="m1")))
+
+
+@mistake("judge", "Consistency by a judge that does not ask the model")
+def consistency_of_votes(folder):
+    stage = external(VoteJudge(), consistency=ConsistencyConfig())
+    return lambda: trainer(folder, stage)
+
+
+@mistake("judge", "A folder that holds no reward model")
+def empty_reward_model(folder):
+    return lambda: RewardModelJudge(folder)
 
 
 @mistake("judge", "A reward prompt that fills the model")

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from self_rewarding_lm import TEN_POINT_REWARD_CONFIG
 from self_rewarding_lm.adapters import adapt
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.expected import VerdictReader, expected_scores
+from self_rewarding_lm.judges import form_of
 from self_rewarding_lm.judging import comparison_form, score_form
 from self_rewarding_lm.tokens import CallableTokenizer, Rendered, Tokens
 from tests.hf_models import tiny, word_tokenizer
@@ -392,6 +394,26 @@ def test_numbers_with_decimals_end_where_no_point_follows_either():
     nothing, half = zero * (1 - digits - point), zero * point * five
     assert found.mass == pytest.approx(nothing + half, abs=1e-6)
     assert found.score == pytest.approx(0.5 * half / (nothing + half), abs=1e-6)
+
+
+def test_of_the_ten_point_scale_10_is_no_1():
+    made = pieces()
+    logits = torch.full((len(made.all),), -9.0, dtype=torch.float64)
+    for text, p in {"1": 0.4, "0": 0.2, "7": 0.1, ".": 0.3}.items():
+        logits[made.id(text)] = math.log(p)
+    chances = logits.softmax(dim=0)
+    p = [float(chances[made.id(d)]) for d in DIGITS]
+    masses = {n: p[n] for n in range(10)} | {1: p[1] * (1 - sum(p)), 10: p[1] * p[0]}
+    expected = TEN_POINT_REWARD_CONFIG.model_copy(update={"score_mode": "expected"})
+    reader = VerdictReader(form_of(expected), tokens_of(made))
+    place = reader.forced(Rendered((0,), "a"), ())
+    (found,) = scores_at(Fixed(logits.tolist()).double(), [place], reader)
+    assert found.mass == pytest.approx(sum(masses.values()), abs=1e-6)
+    mean = sum(n * m for n, m in masses.items()) / sum(masses.values())
+    assert found.score == pytest.approx(mean, abs=1e-6)
+    texts = [*map(str, range(11)), "11", "4/5", "8/10"]
+    read = [form_of(expected).read(f"Good.\nScore: {text}").score for text in texts]
+    assert read == [*range(11), None, None, 8]
 
 
 def test_a_tokenizer_that_does_not_tell_numbers_apart_is_an_error():

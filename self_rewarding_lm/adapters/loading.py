@@ -103,7 +103,7 @@ def load_causal_lm(
         ) from error
     if gguf:
         model = _unpacked(model)
-    return model, _tokenizer([name, base] if base else [name], gguf)
+    return model, tokenizer_of([name, base] if base else [name], gguf)
 
 
 def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Module:
@@ -291,7 +291,7 @@ def _unpacked(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _tokenizer(names: list[str], gguf: dict[str, str]) -> Any:
+def tokenizer_of(names: list[str], gguf: dict[str, str]) -> Any:
     """The tokenizer of the first name that has one; None where none has."""
     from transformers import AutoTokenizer
 

@@ -1,6 +1,6 @@
 """DPO on the model's own responses, ranked by a reward from outside."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -25,6 +25,9 @@ class ExternalRewardDPOConfig(SampledPreferenceConfig):
     """A module or function of ids, a function of texts, or a Judge."""
     min_parse_rate: float = Field(default=0.0, ge=0, le=1)
     """A reward from outside may mean its None; set a share here to be stopped by too many."""
+
+    def given_judge(self) -> Any:
+        return self.reward_model if self.judge is None else self.judge
 
     def build_judge(self, ctx: Context) -> Judge:
         return self.judge or judge_of(self.reward_model)

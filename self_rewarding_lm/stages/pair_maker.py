@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from self_rewarding_lm.batching import batched
 from self_rewarding_lm.checks import Checker
+from self_rewarding_lm.consistency import ComparingJudge
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, NoPairError
-from self_rewarding_lm.judges import FIRST_LOOK
-from self_rewarding_lm.judging import candidate_scores
+from self_rewarding_lm.judges import FIRST_LOOK, filtered_out, judged_scores
 from self_rewarding_lm.pairing import DropCounts, Picker, make_pairs, score_variances
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
 from self_rewarding_lm.rollout import rollout
@@ -45,6 +45,8 @@ class PairMaker:
     def __init__(self, config: "SampledPreferenceConfig", ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
         self.judge = config.build_judge(ctx)
+        if config.consistency is not None:
+            self.judge = ComparingJudge(self.judge, config.consistency)
         self.known_prompts = Groups(out.known(Prompt))
         self.known_candidates = Groups(out.known(Candidate), lambda c: c.prompt_id)
         self.known_judgements = Groups(out.known(Judgement), _prompt_id_of)
@@ -109,7 +111,8 @@ class PairMaker:
         drops.prompts["bad_row"] += bad_rows
         made = {prompt.id: self._made(prompt, drops) for prompt in mine}
         for prompt in mine:
-            self.tally.add(self.candidates[prompt.id], self.judgements[prompt.id])
+            candidates, own = self.candidates[prompt.id], self._own(prompt.id)
+            self.tally.add(candidates, own, judged_scores(self.judge, candidates, own))
         failure = unreadable or self.watcher.see_scores(self.tally.judge)
         failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
@@ -245,9 +248,13 @@ class PairMaker:
         return self._given(prompt)
 
     def _left(self, prompt: Prompt, drops: DropCounts, least: int) -> list[Candidate]:
-        """The same, the others counted; nothing, and the prompt counted, where too few are left."""
+        """The same, the others and those that the judge filters out counted; nothing, and the
+        prompt counted, where too few are left."""
         left = self._given(prompt)
         missing = Counter(c.reason for c in self.candidates[prompt.id] if c.reason is not None)
+        out = filtered_out(self.judge, left, self.judgements[prompt.id])
+        left = [c for c in left if c.id not in out]
+        missing += Counter(filtered=len(out))
         drops.candidates.update(missing)
         if missing and len(left) < least:
             drops.prompts[missing.most_common(1)[0][0]] += 1
@@ -275,14 +282,19 @@ class PairMaker:
 
     def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
         """The score of each of one prompt's candidates by its id."""
-        return candidate_scores(candidates, self.judgements[candidates[0].prompt_id])
+        return judged_scores(self.judge, candidates, self.judgements[candidates[0].prompt_id])
+
+    def _own(self, prompt_id: str) -> list[Judgement]:
+        """A prompt's judgements by the stage's judge, without those that it is compared with."""
+        found = self.judgements[prompt_id]
+        return self.judge.own(found) if isinstance(self.judge, ComparingJudge) else found
 
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
         """What a prompt gives: its pairs, or nothing."""
         candidates = self._left(prompt, drops, 2)
         if not candidates:
             return []
-        return make_pairs(
+        found = make_pairs(
             prompt,
             candidates,
             self.scores(candidates),
@@ -295,6 +307,10 @@ class PairMaker:
             is_valid_pair=self.config.pair_check(),
             min_margin=self.config.min_margin,
         )
+        if not isinstance(self.judge, ComparingJudge):
+            return found
+        smoothing = self.judge.smoothing(candidates, self.judgements[prompt.id])
+        return [replace(pair, label_smoothing=smoothing) for pair in found]
 
     def picker(self) -> Picker | None:
         """Who picks in place of the stage's `pairing`."""

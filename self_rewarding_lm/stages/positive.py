@@ -40,7 +40,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
     default_epochs: ClassVar[int] = SFTConfig.default_epochs
     unused: ClassVar[tuple[str, ...]] = (
         *("dpo_beta", "nll_weight", "loss", "min_margin", "reference"),
-        *("rounds", "prompts_per_round", "pairing", "mix_pairs"),
+        *("rounds", "prompts_per_round", "pairing", "mix_pairs", "consistency"),
         *("is_valid_reward_pair", "pick_paired_rewards_fn"),
     )
 

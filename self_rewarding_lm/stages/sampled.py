@@ -9,12 +9,14 @@ import torch
 from pydantic import Field, model_validator
 
 from self_rewarding_lm.config import Object, SamplingConfig, SelfInstruct
+from self_rewarding_lm.consistency import ConsistencyConfig, check_consistency, smoothed
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.controls import from_data
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import Judge
+from self_rewarding_lm.judges import Judge, weights_of_judge
 from self_rewarding_lm.lines import Joined
+from self_rewarding_lm.loss_settings import losses_in, read_by
 from self_rewarding_lm.pair_settings import PairingConfig
 from self_rewarding_lm.pairing import Picker, Rated
 from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_text, write_prompts
@@ -83,6 +85,8 @@ class SampledPreferenceConfig(PreferenceConfig):
     """Which candidates become pairs. Default: the best against the worst."""
     mix_pairs: tuple[str, ...] = ()
     """Names of earlier stages whose pairs are trained on beside the stage's own."""
+    consistency: ConsistencyConfig | None = None
+    """Pairs count by how far an earlier model ranks the candidates alike (arXiv:2410.12735)."""
 
     @model_validator(mode="after")
     def _one_picker(self) -> "SampledPreferenceConfig":
@@ -111,7 +115,12 @@ class SampledPreferenceConfig(PreferenceConfig):
             self.prompt_dataset.model if isinstance(self.prompt_dataset, SelfInstruct) else None
         )
         named = {writer} if isinstance(writer, str) and writer != "current" else set()
-        return super().weights_used() | named
+        compared = {str(self.consistency.previous)} if self.consistency is not None else set()
+        return super().weights_used() | named | compared | weights_of_judge(self.given_judge())
+
+    def given_judge(self) -> Any:
+        """The judge that is an object of the user's, if any."""
+        return self.judge
 
     @model_validator(mode="after")
     def _rounds_are_passes(self) -> "SampledPreferenceConfig":
@@ -143,6 +152,13 @@ class SampledPreferenceConfig(PreferenceConfig):
                 f"{ctx.stage}: judge must have a method judge(ctx, prompts, candidates_PG); got "
                 f"{type(self.judge).__name__}."
             )
+        if self.consistency is not None:
+            check_consistency(ctx.stage, self.consistency, self.build_judge(ctx))
+            if not read_by(losses_in(self.loss)).compares:
+                raise ConfigError(
+                    f"{ctx.stage}: consistency is a label smoothing, and no loss of the stage "
+                    f"compares the two responses of a pair, so it would change nothing."
+                )
         if self.postprocess_response is not None:
             if not callable(self.postprocess_response):
                 raise ConfigError(
@@ -169,6 +185,8 @@ class SampledPreferenceConfig(PreferenceConfig):
     ) -> Sequence[PreferencePair]:
         """What is trained on, given the pairs that were made, with `rounds` those of each: with the
         pairs of earlier stages before them."""
+        if self.consistency is not None:
+            pairs = smoothed(ctx, out, pairs, self.consistency)
         if ctx.run is None or not self.mix_pairs:
             return pairs
         mixed = {name: ctx.run.pairs(name) for name in self.mix_pairs}

@@ -60,6 +60,9 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
             )
         return self
 
+    def given_judge(self) -> Any:
+        return self.rewarding_model if self.judge is None else self.judge
+
     def build_judge(self, ctx: Context) -> Judge:
         if self.judge is not None:
             return self.judge
