@@ -20,6 +20,7 @@ from self_rewarding_lm import (
     SelfRewardSFTConfig,
     ServerEngine,
     SFTConfig,
+    TemporalDPOConfig,
     from_stage,
 )
 from self_rewarding_lm.errors import ConfigError, JudgeError, RehearsalError, TrainingError
@@ -122,6 +123,7 @@ STAGES = {
     "external": lambda: external(longer),
     "module": lambda: external(lambda ids: ids.double().sum(dim=-1)),
     "top": lambda: preference(SelfRewardSFTConfig, min_score=2.0, train_dataset=ROWS),
+    "temporal": lambda: preference(TemporalDPOConfig),
     "eft": lambda: BuildEFTConfig(
         ranked_dataset=RANKED, self_reward_config_keyname="taught", method="ranks"
     ),
