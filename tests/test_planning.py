@@ -34,6 +34,7 @@ from self_rewarding_lm.datasets import create_mock_dataset, from_stage
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.optimizers import make_optimizers
+from self_rewarding_lm.pair_settings import PairingConfig
 from self_rewarding_lm.planning.disk import RunDisk, StageDisk, records, run_disk, stage_disk
 from self_rewarding_lm.planning.machine import UTILISATION, Machine, measure
 from self_rewarding_lm.planning.memory import (
