@@ -163,7 +163,7 @@ def test_each_model_is_the_one_it_should_be(tmp_path):
         return plain
 
     def sampled(module, part):
-        tokens = Tokens(CallableTokenizer(encode, decode), vocab=TEXT_VOCAB)
+        tokens = Tokens(CallableTokenizer(encode, decode), eos_id=None, vocab=TEXT_VOCAB)
         asked = [
             Prompt(f"{p.id}/{part}", p.row, p.ids)
             for p in run.prompts("temporal")
