@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from self_rewarding_lm import RewardConfig, Run, SamplingConfig
+from self_rewarding_lm import PairingConfig, RewardConfig, Run, SamplingConfig
 from self_rewarding_lm.comparing import PairwiseJudge
 from self_rewarding_lm.config import ComparisonConfig
 from self_rewarding_lm.errors import ConfigError
@@ -234,3 +234,79 @@ def test_postprocess_response_must_be_a_function_and_needs_texts(tmp_path):
             tokenizer_encode=None,
             tokenizer_decode=None,
         )
+
+
+# several pairs of a prompt, and pairs of earlier stages
+
+
+def letters(prompts, completions):
+    return [float(len(set(text))) for text in completions]
+
+
+def several(**options):
+    pairing = PairingConfig(pick="top_bottom", pairs_per_prompt=2)
+    defaults = dict(reward_model=letters, pairing=pairing, num_generated_preference_pairs=7)
+    return external(**{**defaults, "prompts_per_block": 4, **options})
+
+
+def test_a_prompt_gives_several_pairs_each_with_its_reference(tmp_path):
+    run = trainer_of(tmp_path, [several()])()
+    pairs, scores = run.pairs(0), candidate_scores(run.candidates(0), run.judgements(0))
+    assert len(pairs) == 7
+    by_prompt: dict[str, list] = {}
+    for pair in pairs:
+        assert (pair.chosen_score, pair.rejected_score) == (
+            scores[pair.chosen_id],
+            scores[pair.rejected_id],
+        )
+        by_prompt.setdefault(pair.id.removesuffix("/p1"), []).append(pair)
+    assert {len(own) for own in by_prompt.values()} == {1, 2}
+    for name, own in by_prompt.items():
+        assert [p.id for p in own] == [name, f"{name}/p1"][: len(own)]
+        assert {p.chosen_id.rsplit("/", 1)[0] for p in own} == {name}
+        assert len({i for p in own for i in (p.chosen_id, p.rejected_id)}) == 2 * len(own)
+        known = [scores[c.id] for c in run.candidates(0) if c.prompt_id == name]
+        assert own[0].chosen_score == max(known)
+    assert {r.id for r in run.reference(0)} == {f"{pair.id}/r0" for pair in pairs}
+    last = [line for line in run.metrics(0) if "pairs/kept" in line][-1]
+    assert last["pairs/kept"] == 7
+
+
+def test_a_random_loser_is_the_same_whatever_the_blocks(tmp_path):
+    pairing = PairingConfig(pick="best_random")
+    runs = [
+        trainer_of(
+            tmp_path / str(size), [several(pairing=pairing, prompts_per_block=size)], seed=seed
+        )()
+        for size, seed in ((1, 0), (8, 0), (9, 1))
+    ]
+    one, other, another = ([(p.chosen_id, p.rejected_id) for p in run.pairs(0)] for run in runs)
+    assert one == other != another
+
+
+def test_pairs_of_earlier_stages_are_trained_on_too(tmp_path):
+    stages = [
+        external(reward_model=letters),
+        several(mix_pairs=("external_reward",), num_generated_preference_pairs=3),
+    ]
+    run = trainer_of(tmp_path, stages)()
+    assert (len(run.pairs(0)), len(run.pairs(1))) == (4, 3)
+    assert run.summary(1)["pairs"] == 7 and run.summary(1)["steps"] == 2  # of 4 each
+    asked = {record.id.removesuffix("/r0") for record in run.reference(1)}
+    assert asked == {pair.id for stage in (0, 1) for pair in run.pairs(stage)}
+    before = {record.id: record for record in run.reference(0)}
+    again = [record for record in run.reference(1) if record.id in before]
+    assert len(again) == 4 and all(record != before[record.id] for record in again)
+
+
+@pytest.mark.parametrize("name", ["later", "self_reward", "nobody"])
+def test_mixed_pairs_are_of_earlier_stages(tmp_path, name):
+    stages = [self_reward(mix_pairs=(name,)), external(name="later")]
+    with pytest.raises(ConfigError, match=f"mix_pairs must name earlier stages.*'{name}'"):
+        trainer_of(tmp_path, stages)
+
+
+def test_a_picker_of_ones_own_is_refused_beside_another():
+    with pytest.raises(ConfigError, match="pick_paired_rewards_fn picks a pair itself"):
+        external(pick_paired_rewards_fn=lambda s: s[:2], pairing=PairingConfig(tie_break="shorter"))
+    external(pick_paired_rewards_fn=lambda s: s[:2], pairing=PairingConfig(max_chosen_length=9))

@@ -35,6 +35,7 @@ from self_rewarding_lm.datasets import create_mock_dataset, from_stage
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.optimizers import make_optimizers
+from self_rewarding_lm.pair_settings import PairingConfig
 from self_rewarding_lm.planning.disk import RunDisk, StageDisk, records, run_disk, stage_disk
 from self_rewarding_lm.planning.machine import UTILISATION, Machine, measure
 from self_rewarding_lm.planning.memory import (
@@ -68,6 +69,7 @@ from self_rewarding_lm.stages import (
     SelfRewardDPOConfig,
     SelfRewardSFTConfig,
     SFTConfig,
+    TemporalDPOConfig,
 )
 from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 from tests.hf_models import tiny
@@ -992,3 +994,30 @@ def test_a_process_that_trains_takes_the_planned_memory(kind, again):
     phases = training_phases(stage, training, shape, Device("cpu", FP32, 4), optimizer)
     (phase,) = [phase for phase in phases if phase.is_used]
     assert phase.peak == pytest.approx(int(told.stdout), rel=0.25)
+
+
+def test_a_temporal_stage_asks_three_models_and_trains_twice_with_pairs_mixed_in():
+    stages = [
+        self_reward(num_generated_preference_pairs=20),
+        TemporalDPOConfig(
+            prompt_dataset=PROMPTS * 50,
+            num_generated_preference_pairs=40,
+            num_candidate_responses=3,
+            generation=SamplingConfig(max_new_tokens=10),
+            mix_pairs=("a",),
+            optim=OptimConfig(epochs=1, batch_size=4),
+        ),
+    ]
+    _, work = counted(*stages)
+    assert work.candidates.count == work.prompts.times(9)
+    assert work.training and work.training.rows == Range.of(60)
+    assert work.training.steps == Range.of(10 + 15)
+
+
+def test_several_pairs_of_a_prompt_need_fewer_prompts():
+    several = PairingConfig(pick="top_bottom", pairs_per_prompt=2)
+    one, two = (
+        counted(self_reward(num_generated_preference_pairs=64, prompts_per_block=4, pairing=p))[0]
+        for p in (PairingConfig(), several)
+    )
+    assert (one.prompts.least, two.prompts.least) == (64, 32)

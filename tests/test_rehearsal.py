@@ -24,6 +24,7 @@ from self_rewarding_lm import (
     SelfRewardSFTConfig,
     ServerEngine,
     SFTConfig,
+    TemporalDPOConfig,
     from_stage,
 )
 from self_rewarding_lm.errors import ConfigError, JudgeError, RehearsalError, TrainingError
@@ -143,6 +144,7 @@ STAGES = {
         judging=SHORT,
         min_kept=0,
     ),
+    "temporal": lambda: preference(TemporalDPOConfig),
     "eft": lambda: BuildEFTConfig(
         ranked_dataset=RANKED, self_reward_config_keyname="taught", method="ranks"
     ),

@@ -38,7 +38,7 @@ class StopError(Exception):
 
 
 class Letters:
-    """Scores by kinds of letters; notes the weights that judge. left: until it is killed."""
+    """Scores by letters, nearly all different; notes the weights that judge. left: until it is killed."""
 
     name = "letters"
 
@@ -52,7 +52,7 @@ class Letters:
                     raise StopError
                 self.left -= 1
                 self.weights.add(sum(p.sum().item() for p in ctx.model.module.parameters()))
-                score = float(len(set(candidate.text)))
+                score = float(sum(map(ord, candidate.text)))
                 yield Judgement(f"{candidate.id}/j0", (candidate.id,), self.name, score)
 
 
@@ -163,7 +163,7 @@ def test_each_model_is_the_one_it_should_be(tmp_path):
         return plain
 
     def sampled(module, part):
-        tokens = Tokens(CallableTokenizer(encode, decode), vocab=TEXT_VOCAB)
+        tokens = Tokens(CallableTokenizer(encode, decode), eos_id=None, vocab=TEXT_VOCAB)
         asked = [
             Prompt(f"{p.id}/{part}", p.row, p.ids)
             for p in run.prompts("temporal")

@@ -169,7 +169,11 @@ class Counting:
         made = Range.of(wanted) if wanted else Range(0, most)
         row = sampled_row(data.lengths, new, 1 if positive else 2).capped(limit)
         mixed = total(self.made.get(name, UNKNOWN) for name in stage.mix_pairs)
-        training = training_on(stage, made + mixed, row).repeated(1 + ahead)
+        training = training_on(stage, made + mixed, row)
+        if ahead:
+            first = training_on(stage, made, row)
+            steps, tokens = first.steps + training.steps, first.tokens + training.tokens
+            training = replace(training, steps=steps, tokens=tokens)
         if isinstance(stage, SelfRewardSFTConfig) and stage.train_dataset is not None:
             training = self._beside(stage, made, row)
         training, made = training.repeated(stage.rounds), made.times(stage.rounds)

@@ -80,7 +80,7 @@ class SampledPreferenceConfig(PreferenceConfig):
     is_valid_reward_pair: Object = None
     """(chosen, rejected) scores as scalar tensors -> bool."""
     pick_paired_rewards_fn: Object = None
-    """Scores (n,) as a tensor -> indices (2,) of chosen and rejected, who are picked so."""
+    """Scores (n,) as a tensor -> indices (2,) of chosen and rejected. None: `pairing` picks."""
     pairing: PairingConfig = PairingConfig()
     """Which candidates become pairs. Default: the best against the worst."""
     mix_pairs: tuple[str, ...] = ()
