@@ -222,7 +222,7 @@ def no_pair_of(*digits):
 def test_a_round_without_a_pair_is_left_out_and_counted(tmp_path, caplog):
     run = trainer_of(tmp_path / "some", [stage(reward_model=no_pair_of(4, 5, 6, 7))])()
     assert run.summary(0)["rounds_without_pairs"] == 1 and run.summary(0)["steps"] == 4
-    assert "round 1 is left out" in caplog.text
+    assert "round 2 of 3 is left out" in caplog.text
     assert [m["round"] for m in run.metrics(0) if "loss" in m] == [0, 0, 2, 2]
     with pytest.raises(PairingError, match="no preference pair"):
         trainer_of(tmp_path / "none", [stage(reward_model=no_pair_of(*range(10)))])()

@@ -34,8 +34,8 @@ def work_rounds(stage: "SampledPreferenceConfig", ctx: Context, out: StageDir) -
     kept, pairs, steps, empty = Kept(stage.rounds), 0, 0, list[int]()
     if stage.rounds > 1 and stage.reference_from_start():
         ctx = replace(ctx, start=ctx.model.state())
-    words = out.state_words() if stage.rounds > 1 else None
-    standing, place = 0 if words is None else words["round"], ctx.first_prompt
+    state = out.state_words() if stage.rounds > 1 else None
+    standing, place = 0 if state is None else state["round"], ctx.first_prompt
     for round in range(stage.rounds):
         now = stage.for_round(round)
         out.first_step = steps
@@ -50,7 +50,8 @@ def work_rounds(stage: "SampledPreferenceConfig", ctx: Context, out: StageDir) -
             empty.append(round)
             if len(empty) == stage.rounds:
                 raise
-            logger.warning("%s: round %d is left out: %s", ctx.stage, round, error)
+            words = "%s: round %d of %d is left out: %s"
+            logger.warning(words, ctx.stage, round + 1, stage.rounds, error)
             continue
         finally:
             place = out.summary.get("next_prompt", place)
