@@ -4,14 +4,15 @@ import sys
 
 import torch
 
-from tests.test_meta_reward import meta_reward, trainer_of
+from tests.test_meta_reward import Stops, meta_reward, trainer_of
 from tests.test_trainer import model64, weights_of
 
 
 def main(folder: str) -> None:
     model = model64()
     stage = meta_reward(num_generated_preference_pairs=3, prompts_per_block=3)
-    trainer = trainer_of(folder, [stage], model, accelerate_kwargs=dict(cpu=True))
+    settings = dict(accelerate_kwargs=dict(cpu=True), engine=Stops())
+    trainer = trainer_of(folder, [stage], model, **settings)
     trainer(rehearse=False)
     torch.save(weights_of(model), f"{folder}/weights.{trainer.runtime.rank}.pt")
 
