@@ -3,10 +3,8 @@
     run.json                                what was run, with which seed and versions
     <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
     <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
-                                            ranked, demonstrations, instructions,
-                                            meta_judgements
-    <nn>-<name>/metrics.jsonl
-    <nn>-<name>/files.json                  digests of what was finished, see durable.py
+                                            ranked, demonstrations, instructions, meta_judgements
+    <nn>-<name>/metrics.jsonl, files.json   files.json: digests of what was finished, see durable.py
     <nn>-<name>/state.safetensors           where training stands, until the stage is done
     <nn>-<name>/model/                      the weights, see weights.py
     <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
@@ -246,9 +244,8 @@ class StageDir(StageFiles):
 
     def state_words(self) -> dict[str, Any] | None:
         """The words of the state that was saved last; None where there is none."""
-        if not (self.path / STATE).exists():
-            return None
-        return json.loads(read_words(self.path / STATE) or json.dumps(self.state()[1]))
+        state = self.path / STATE
+        return json.loads(read_words(state) or read_tensors(state)[1]) if state.exists() else None
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """What `save_state` saved last; StoreError where the file was changed."""

@@ -36,6 +36,7 @@ from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.optimizers import make_optimizers
 from self_rewarding_lm.pair_settings import PairingConfig
+from self_rewarding_lm.planning.asking import Asking
 from self_rewarding_lm.planning.disk import RunDisk, StageDisk, records, run_disk, stage_disk
 from self_rewarding_lm.planning.machine import UTILISATION, Machine, measure
 from self_rewarding_lm.planning.memory import (
@@ -59,7 +60,7 @@ from self_rewarding_lm.planning.shape import FOUR_BIT_BYTES, read_shape
 from self_rewarding_lm.planning.states import state_bytes
 from self_rewarding_lm.planning.table import bytes_of
 from self_rewarding_lm.planning.trained import RowShape, Training
-from self_rewarding_lm.planning.work import Asking, Counting, Work
+from self_rewarding_lm.planning.work import Counting, Work
 from self_rewarding_lm.stages import (
     BuildEFTConfig,
     ContrastiveDPOConfig,

@@ -9,6 +9,7 @@ from self_rewarding_lm.adapters.sessions import Plan as Rows
 from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.live_reference import Moving
+from self_rewarding_lm.planning.asking import Asking
 from self_rewarding_lm.planning.memory import (
     EXACT,
     Micro,
@@ -22,7 +23,6 @@ from self_rewarding_lm.planning.memory import (
 )
 from self_rewarding_lm.planning.shape import ModelShape
 from self_rewarding_lm.planning.trained import Training
-from self_rewarding_lm.planning.work import Asking
 from self_rewarding_lm.stages.base import TrainingConfig
 
 GENERATING, JUDGING, TRAINING = "generating", "judging", "training"

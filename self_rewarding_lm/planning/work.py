@@ -12,6 +12,7 @@ from typing import Any
 
 from self_rewarding_lm.config import FinetuneConfig, RewardConfig, SamplingConfig, SelfInstruct
 from self_rewarding_lm.planning import lengths as measures
+from self_rewarding_lm.planning.asking import NOTHING_ASKED, Asking, together
 from self_rewarding_lm.planning.lengths import Counted, Lengths, Measure, counted
 from self_rewarding_lm.planning.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.planning.trained import (
@@ -45,38 +46,14 @@ WRITING = "writing the new prompts is not counted, as it is not known how many l
 
 
 @dataclass(frozen=True)
-class Asking:
-    """Texts of one kind that are sampled: answers, or judgements in words.
-
-    count: texts; new: tokens of one. read: prompt tokens that are computed for all of them.
-    longest: tokens of the longest prompt, None where that is not known; shared: with which all of
-    them begin. at_once: texts that one call of the engine is asked for, None for all. here: whether
-    the policy writes them.
-    """
-
-    count: Range = NOTHING
-    new: Range = NOTHING
-    read: Range = NOTHING
-    longest: int | None = None
-    at_once: int | None = None
-    shared: int = 0
-    here: bool = True
-
-    @property
-    def written(self) -> Range:
-        """Tokens of all texts."""
-        return self.count.times(self.new)
-
-
-@dataclass(frozen=True)
 class Work:
     """A stage's arrows. prompt: tokens of a prompt. made: pairs or demonstrations, on which later
     stages may train; example: tokens of a demonstration. notes: what is not counted, and why."""
 
     prompts: Range = NOTHING
     prompt: Range = UNKNOWN
-    candidates: Asking = Asking()
-    judgements: Asking = Asking()
+    candidates: Asking = NOTHING_ASKED
+    judgements: Asking = NOTHING_ASKED
     training: Training | None = None
     made: Range = NOTHING
     example: Range = NOTHING
@@ -252,7 +229,7 @@ class Counting:
             times = stage.num_sampled_reward_responses
         else:  # each candidate before all others
             asks, times = [comparison], each - 1
-        found = _together([self._asked(a, stage.judging, answers, times, size) for a in asks])
+        found = together([self._asked(a, stage.judging, answers, times, size) for a in asks])
         here = stage.rewarding_model is None
         return replace(found, here=here), () if here else (OTHER,)
 
@@ -323,21 +300,6 @@ def _prompts_used(stage: SampledPreferenceConfig, rows: Range) -> Range:
         return Range(least)
     passes = stage.max_prompt_passes or 4 * math.ceil(wanted / rows.most)
     return Range(least, passes * rows.most).capped(passes * rows.most)
-
-
-def _together(parts: list[Asking]) -> Asking:
-    """Judgements by several judge prompts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    longest = [part.longest for part in parts]
-    return Asking(
-        total(part.count for part in parts),
-        Range(min(part.new.least for part in parts), max(part.new.most or 0 for part in parts)),
-        total(part.read for part in parts),
-        None if None in longest else max(n for n in longest if n is not None),
-        max(part.at_once or 0 for part in parts) or None,
-        min(part.shared for part in parts),
-    )
 
 
 def _new(sampling: SamplingConfig) -> Range:

@@ -26,13 +26,7 @@ from self_rewarding_lm.meta import (
     strengths,
     verdict,
 )
-from self_rewarding_lm.records import (
-    Candidate,
-    Judgement,
-    MetaJudgement,
-    PreferencePair,
-    Prompt,
-)
+from self_rewarding_lm.records import Candidate, Judgement, MetaJudgement, PreferencePair, Prompt
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.store import StageDir
 from self_rewarding_lm.stored import Groups
