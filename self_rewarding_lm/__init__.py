@@ -52,7 +52,6 @@ if TYPE_CHECKING:
         ContrastiveDPOConfig,
         DPOConfig,
         ExternalRewardDPOConfig,
-        MetaJudgingConfig,
         MetaRewardDPOConfig,
         SelfPlayConfig,
         SelfRewardDPOConfig,
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
         SFTConfig,
         TemporalDPOConfig,
     )
+    from self_rewarding_lm.stages.meta import MetaJudgingConfig
     from self_rewarding_lm.trainer import SelfRewardingTrainer
     from self_rewarding_lm.votes import VoteJudge
     from self_rewarding_lm.weights import import_checkpoint
@@ -181,7 +181,6 @@ _HOMES = {
         "ContrastiveDPOConfig",
         "DPOConfig",
         "ExternalRewardDPOConfig",
-        "MetaJudgingConfig",
         "MetaRewardDPOConfig",
         "SFTConfig",
         "SelfPlayConfig",
@@ -189,6 +188,7 @@ _HOMES = {
         "SelfRewardSFTConfig",
         "TemporalDPOConfig",
     ),
+    "stages.meta": ("MetaJudgingConfig",),
     "trainer": ("SelfRewardingTrainer",),
     "votes": ("VoteJudge",),
     "weights": ("import_checkpoint",),

@@ -403,8 +403,8 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
         ("model: m0\nstages: {}\n", "line 2: stages: stages are a list; got a mapping"),
         (
             "model: m0\nstages:\n  - train_dataset: ift.jsonl\n",
-            "line 3: stages[0].stage: must be sft, eft, self_reward, self_reward_sft, meta_reward, "
-            "external_reward, dpo, spin, or package.module:Class of a FinetuneConfig; got no `stage`.",
+            f"line 3: stages[0].stage: must be {', '.join(STAGE_KINDS)}, or package.module:Class of "
+            "a FinetuneConfig; got no `stage`.",
         ),
         (
             "model: m0\nstages:\n  - stage: sftt\n",

@@ -4,7 +4,7 @@ from self_rewarding_lm.stages.contrastive import ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
-from self_rewarding_lm.stages.meta import MetaJudgingConfig, MetaRewardDPOConfig
+from self_rewarding_lm.stages.meta import MetaRewardDPOConfig
 from self_rewarding_lm.stages.positive import SelfRewardSFTConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
@@ -16,7 +16,6 @@ __all__ = [
     "ContrastiveDPOConfig",
     "DPOConfig",
     "ExternalRewardDPOConfig",
-    "MetaJudgingConfig",
     "MetaRewardDPOConfig",
     "SFTConfig",
     "SelfPlayConfig",
