@@ -83,6 +83,12 @@ def build_stages(data: task.TaskData, control: str, sft_steps: int = 700) -> lis
     ]
 
 
+def greedy(model: torch.nn.Module, prompts: list[str], how: SamplingConfig) -> list[str]:
+    """The answers of a model; one that never ends is none."""
+    found = generate(model, prompts, sampling=how, tokenizer=task.Characters(), engine=ENGINE)
+    return [answer.text if answer.finished else "" for [answer] in found]
+
+
 class Measure:
     """Called by the trainer after each stage: asks the checker, prints a line of the table."""
 
@@ -92,9 +98,9 @@ class Measure:
 
     def on_stage_end(self, run: Run, stage: str, model: torch.nn.Module) -> None:
         prompts, items = self.data.held_out_prompts, self.data.held_out_judge_items
-        words = self.greedy(model, prompts, BEST_ANSWER)
+        words = greedy(model, prompts, BEST_ANSWER)
         scores = [task.points(*pair) for pair in zip(prompts, words, strict=True)]
-        reviews = self.greedy(model, [task.judge_prompt(*item) for item in items], REVIEW)
+        reviews = greedy(model, [task.judge_prompt(*item) for item in items], REVIEW)
         right = [f"Score: {task.points(*item)}" for item in items]
         exact = [review.endswith(score) for review, score in zip(reviews, right, strict=True)]
         accuracy = 100 * sum(score == 5 for score in scores) / len(scores)
@@ -103,10 +109,6 @@ class Measure:
         print(f"{stage:5}{accuracy:10.1f} %{mean:13.2f}{judge:12.1f} %{kept:>13}", flush=True)
         found = {"name": stage, "accuracy": accuracy, "mean_score": mean, "judge_exact": judge}
         self.models.append(found)
-
-    def greedy(self, model: torch.nn.Module, prompts: list[str], how: SamplingConfig) -> list[str]:
-        found = generate(model, prompts, sampling=how, tokenizer=task.Characters(), engine=ENGINE)
-        return [answer.text if answer.finished else "" for [answer] in found]
 
 
 def main() -> None:
