@@ -46,10 +46,9 @@ class MixedReference(Config):
     """
 
     alpha: float = Field(default=0.6, ge=0, le=1)
-    """The policy's share; 0.6 is the paper's value for the soft update."""
+    """The policy's share. Default: TRL's (`ref_model_mixup_alpha`)."""
     every: int = Field(default=512, ge=1)
-    """tau, optimiser steps between two updates; 512 is the paper's value for the hard update. TRL
-    has both values together."""
+    """tau, optimiser steps between two updates. Default: TRL's (`ref_model_sync_steps`)."""
 
     @property
     def shares(self) -> tuple[float, float]:
