@@ -80,7 +80,7 @@ class Fit:
         checks: ChecksConfig | None = None,
     ) -> None:
         self.ctx, self.out, self.objective, self.optim = ctx, out, objective, optim
-        self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main)
+        self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
         self.dropout, self.valid, self.round = dropout, valid, round
         self.first_step = first_step
         self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
@@ -94,6 +94,7 @@ class Fit:
         standing = self._standing()
         self.out.cut_metrics(self.first_step + (standing[1]["step"] if standing else 0))
         self.ctx.model.refresh()
+        self.out.tell("training")
         with ExitStack() as changed:
             changed.enter_context(random_numbers_kept())
             changed.enter_context(modes_kept(self.ctx.policy))
@@ -107,7 +108,9 @@ class Fit:
             warn_of_lost_updates(module, self.optim, self.ctx.stage, checker=self.checker)
             done = 0 if standing is None else self._go_on(module, optimizers, standing)
             try:
-                return self._steps(module, optimizers, done)
+                steps = self._steps(module, optimizers, done)
+                self.out.tell("trained")
+                return steps
             finally:
                 self.ctx.runtime.release(optimizers)
                 for parameter in module.parameters():
