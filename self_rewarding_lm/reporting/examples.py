@@ -22,7 +22,11 @@ from self_rewarding_lm.records import (
 from self_rewarding_lm.run import Run
 from self_rewarding_lm.stored import Groups, Stored
 
-HIDDEN = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+HIDDEN = {
+    code: f"\\u{code:04x}"
+    for code in (*map(ord, "<>&"), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+}
+"""Written by their number: what could end a script, ends a line or turns the order of letters."""
 
 
 @dataclass(frozen=True)
