@@ -19,6 +19,8 @@ BINS = 20
 """Bars of a histogram where there are more different scores than that."""
 POINTS = 300
 """Points of a curve; longer ones are drawn as means of steps one after the other."""
+GIVEN = "the given model"
+"""What the first stage starts from, in words."""
 PHASES = {"begin": "data", "training": "training", "trained": "data"}
 """What a stage does behind an event, until the next one."""
 
@@ -94,7 +96,7 @@ def stage_figures(run: Run, name: str, *, records: bool = True) -> StageFigures:
 def _start(run: Run, name: str, init_from: str) -> str:
     place = run.stages.index(name)
     if init_from == "initial" or (init_from == "previous" and place == 0):
-        return "the given model"
+        return GIVEN
     return run.stages[place - 1] if init_from == "previous" else init_from
 
 

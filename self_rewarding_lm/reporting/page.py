@@ -8,6 +8,7 @@ from typing import Any
 from self_rewarding_lm.checks import PAGE, ChecksConfig
 from self_rewarding_lm.reporting.charts import STYLES, bar_chart, legend, line_chart
 from self_rewarding_lm.reporting.figures import (
+    GIVEN,
     Histogram,
     RunFigures,
     StageFigures,
@@ -150,7 +151,10 @@ def _origin(run: RunFigures) -> list[str]:
 
 
 def _loop(run: RunFigures) -> Safe:
-    steps = [tag("li", name) for name in ["the given model", *(s.name for s in run.stages)]]
+    before = [GIVEN, *(stage.name for stage in run.stages)]
+    steps = [tag("li", GIVEN)]
+    for stage, name in zip(run.stages, before, strict=False):
+        steps.append(tag("li", stage.name, "" if stage.start == name else f", from {stage.start}"))
     counts = [key for key in COUNTS if any(key in stage.counts for stage in run.stages)]
     rows = [*zip(*(_column(stage, counts) for stage in run.stages), strict=True)]
     head = ["stage", *(stage.name for stage in run.stages)]
