@@ -15,7 +15,15 @@ from self_rewarding_lm.reporting.figures import (
     thinned,
 )
 from self_rewarding_lm.reporting.markup import Safe, details, duration, number, safe, table, tag
-from self_rewarding_lm.reporting.words import COUNTS, CURVES, ROUNDS, SHARES, in_order, words_of
+from self_rewarding_lm.reporting.words import (
+    COUNTS,
+    CURVES,
+    ROUNDS,
+    SHARES,
+    UNCHARTED,
+    in_order,
+    words_of,
+)
 from self_rewarding_lm.settings import settings_of
 
 SECTIONS = {
@@ -76,7 +84,7 @@ def rounds_section(runs: Sequence[RunFigures]) -> Safe:
     names = stage_names(runs)
     keys = {key for _, stage in _each(runs) for key in stage.data if key not in stage.dropped}
     ordered = in_order(keys, ROUNDS, "anchor/")
-    shown = [k for k in ordered if k in ROUNDS or k.startswith("anchor/")]
+    shown = [k for k in ordered if not k.startswith(UNCHARTED)]
     charts = [_round_chart(i, key, names, runs) for i, key in enumerate(shown)]
     dropped = sorted({key for _, stage in _each(runs) for key in stage.dropped})
     parts = [
@@ -187,7 +195,7 @@ def _any(value: Any) -> str:
 
 def _round_chart(place: int, key: str, names: Sequence[str], runs: Sequence[RunFigures]) -> Safe:
     """A number over the stages; "" where no run has it in two of them."""
-    lines = []
+    lines: list[tuple[str, int, list[tuple[int, float]]]] = []
     for style, run in enumerate(runs):
         found = {names.index(s.name): s.data[key] for s in run.stages if key in s.data}
         lines.append((run.label, style, sorted(found.items())))

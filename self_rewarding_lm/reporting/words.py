@@ -39,6 +39,9 @@ SHARES = {
 }
 """Numbers from 0 to 1: their charts show all of that, so that a small change looks small."""
 
+UNCHARTED = ("rows/", "prompts/", "eft/")
+"""Beginnings of numbers that say how many rows there were: they are in the table alone."""
+
 COUNTS = ("prompts", "candidates", "judgements", "pairs", "demonstrations", "rows", "steps")
 
 DROPPED = {
