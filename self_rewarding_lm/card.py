@@ -76,16 +76,16 @@ def with_card(run: Run, stage: str, save: Callable[[Path], None]) -> Callable[[P
 def card_text(run: Run, stage: str, folder: Path) -> str:
     """The card of a stage's weights in Markdown, behind the fields that the hub reads.
 
-    folder: where the weights lie, whose config.json tells their kind.
+    folder: where the weights lie, whose config.json tells their kind. It is the same wherever and
+    whenever the run was.
     """
     last = run.stages.index(stage) + 1
     stages = [stage_figures(run, name, records=False) for name in run.stages[:last]]
-    title = f"{run.folder.resolve().name}, stage {stage}"
     model = run.info.get("model", {})
     kind, size = str(model.get("class", "unknown")).rpartition(".")[2], model.get("parameters")
     told = f"{kind} with {number(size)} parameters" if isinstance(size, int) else kind
     parts = [
-        *(_head(folder, stages), f"# {_plain(title)}"),
+        *(_head(folder, stages), f"# Stage {_plain(stage)}"),
         f"A {told}, trained with self_rewarding_lm in {last} of {len(run.stages)} stages, seed "
         f"{run.info.get('seed', 'unknown')}. `report.html` in the run's folder shows the run.",
         "## Stages so far",

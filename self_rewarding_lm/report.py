@@ -24,11 +24,10 @@ from self_rewarding_lm.reporting.page import (
     stages_section,
     warnings_section,
 )
-from self_rewarding_lm.run import Run
+from self_rewarding_lm.run import REPORT, Run
 
 logger = logging.getLogger(__name__)
 
-NAME = "report.html"
 EXAMPLES = 2000
 """Prompts that a page holds at most."""
 
@@ -48,7 +47,7 @@ def write_report(
     if examples < 0:
         raise ConfigError(f"examples is a number of prompts, 0 or more; got {examples}.")
     opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
-    path = out or opened[0].folder / NAME
+    path = out or opened[0].folder / REPORT
     with (
         writing(path) as draft,
         draft.open("w", encoding="utf-8", errors="replace", newline="\n") as file,

@@ -51,6 +51,7 @@ from self_rewarding_lm.weights import (
 logger = logging.getLogger(__name__)
 
 INITIAL = "initial"
+REPORT = "report.html"
 
 
 class Run:
@@ -217,6 +218,7 @@ def _check_and_write(
         for name in old["stages"]:
             remove_stage(folder / name)
         remove_weights(folder / INITIAL)
+        (folder / REPORT).unlink(missing_ok=True)
         old = None
     in_the_way = [
         stage

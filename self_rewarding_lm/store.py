@@ -332,11 +332,10 @@ def remove_stage(path: Path) -> None:
     names += [f"{name}.tmp" for name in names]
     files = [path / name for name in names]
     files += [f for t in RECORD_TYPES for f in path.glob(f"{t.kind}.[0-9]*.jsonl")]
+    for folder in (f for pattern in WEIGHTS_FOLDERS for f in path.glob(pattern)):
+        remove_weights(folder)  # before the ledger that knows its files
     for file in files:
         file.unlink(missing_ok=True)
-    for pattern in WEIGHTS_FOLDERS:
-        for folder in path.glob(pattern):
-            remove_weights(folder)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from self_rewarding_lm import Check, ChecksConfig, Run, cli, report
+from self_rewarding_lm import Check, ChecksConfig, Run, cli
 from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.errors import ConfigError, StoreError
 from self_rewarding_lm.records import (
@@ -27,6 +27,7 @@ from self_rewarding_lm.reporting.charts import ticks
 from self_rewarding_lm.reporting.examples import parts_of
 from self_rewarding_lm.reporting.figures import histogram, run_figures, thinned
 from self_rewarding_lm.reporting.markup import duration, number, safe, tag
+from self_rewarding_lm.run import REPORT
 from tests.test_trainer import self_reward, sft, trainer_of
 
 HOSTILE = (
@@ -462,7 +463,7 @@ def test_a_report_that_fails_loses_no_run(tmp_path, caplog):
     (run.folder / "03-two" / "pairs.jsonl").write_text("no json\n")
     report_at_end(run)
     assert "could not be written" in caplog.text and "self-rewarding-lm report" in caplog.text
-    assert not (run.folder / report.NAME).exists()
+    assert not (run.folder / REPORT).exists()
 
 
 def test_a_checker_tells_its_warnings_once_and_errors_not():
