@@ -178,8 +178,7 @@ def _report(options: argparse.Namespace) -> int:
     from self_rewarding_lm.report import EXAMPLES, write_report
 
     at_most = EXAMPLES if options.examples is None else options.examples
-    out = None if options.out is None else Path(options.out)
-    print(write_report([Path(run) for run in options.runs], out, examples=at_most))
+    print(write_report(options.runs, options.out, examples=at_most))
     return 0
 
 

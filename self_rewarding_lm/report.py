@@ -33,7 +33,7 @@ EXAMPLES = 2000
 
 
 def write_report(
-    runs: Sequence[Path | Run], out: Path | None = None, *, examples: int = EXAMPLES
+    runs: Sequence[str | Path | Run], out: str | Path | None = None, *, examples: int = EXAMPLES
 ) -> Path:
     """Write the page of one or several runs, which may still be going on; its path.
 
@@ -47,7 +47,7 @@ def write_report(
     if examples < 0:
         raise ConfigError(f"examples is a number of prompts, 0 or more; got {examples}.")
     opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
-    path = out or opened[0].folder / REPORT
+    path = opened[0].folder / REPORT if out is None else Path(out)
     with (
         writing(path) as draft,
         draft.open("w", encoding="utf-8", errors="replace", newline="\n") as file,
