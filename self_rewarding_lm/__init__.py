@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from self_rewarding_lm.adapters import load_causal_lm
+    from self_rewarding_lm.card import push_to_hub
     from self_rewarding_lm.checks import Check, ChecksConfig
     from self_rewarding_lm.comparing import PairwiseJudge
     from self_rewarding_lm.config import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         Prompt,
         RankedReplies,
     )
+    from self_rewarding_lm.report import write_report
     from self_rewarding_lm.reward_model import RewardModelJudge
     from self_rewarding_lm.rollout import generate
     from self_rewarding_lm.run import Run
@@ -129,11 +131,14 @@ __all__ = [
     "load_causal_lm",
     "open_assistant",
     "paper_recipe",
+    "push_to_hub",
     "reads",
+    "write_report",
 ]
 
 _HOMES = {
     "adapters": ("load_causal_lm",),
+    "card": ("push_to_hub",),
     "checks": ("Check", "ChecksConfig"),
     "comparing": ("PairwiseJudge",),
     "config": (
@@ -170,6 +175,7 @@ _HOMES = {
         "Prompt",
         "RankedReplies",
     ),
+    "report": ("write_report",),
     "reward_model": ("RewardModelJudge",),
     "rollout": ("generate",),
     "run": ("Run",),

@@ -4,7 +4,7 @@ Knows numbers and names, not where a number comes from. docs/troubleshooting.md 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -119,11 +119,20 @@ def not_finite(where: str, seen: str, records: Sequence[str], advice: str) -> Tr
 class Checker:
     """Holds the numbers of one stage against the limits; each check speaks once.
 
-    warns: whether warnings are logged here (on one of several processes).
+    warns: whether warnings are logged here (on one of several processes). tell: keeps them, such as
+    StageDir.tell.
     """
 
-    def __init__(self, checks: ChecksConfig | None, stage: str, *, warns: bool = True) -> None:
+    def __init__(
+        self,
+        checks: ChecksConfig | None,
+        stage: str,
+        *,
+        warns: bool = True,
+        tell: Callable[..., None] | None = None,
+    ) -> None:
         self.checks, self.stage, self.warns = checks or ChecksConfig(), stage, warns
+        self.tell = tell
         self._said: set[str] = set()
 
     def see(self, name: str, seen: float, words: str) -> None:
@@ -152,4 +161,6 @@ class Checker:
             return message
         if self.warns:
             logger.warning("%s", message)
+        if self.tell is not None:
+            self.tell("warning", check=name, seen=seen, limit=limit, words=words)
         return None

@@ -1,4 +1,4 @@
-"""The command `self-rewarding-lm`: run, check or plan a recipe, show a run, export its data.
+"""The command `self-rewarding-lm`: run, check or plan a recipe; show, report or export a run.
 
 Reads flags, calls the library and prints; what it does is done elsewhere. The library is imported
 when a command needs it, so that `--help` is there at once.
@@ -174,6 +174,14 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from self_rewarding_lm.report import EXAMPLES, write_report
+
+    at_most = EXAMPLES if options.examples is None else options.examples
+    print(write_report(options.runs, options.out, examples=at_most))
+    return 0
+
+
 def _in_order(recipe: "Recipe") -> str:
     from self_rewarding_lm.recipe_file import stage_names
 
@@ -226,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="prompts with their candidates, judgements and pair (default: 3)",
     )
+    _add_report(commands)
     export = _added(commands, "export", _export, "write what a stage trained on in TRL's columns")
     export.add_argument("folder", metavar="RUN", help="the run's folder")
     export.add_argument("--stage", required=True, metavar="S", help="name or number (from 1)")
@@ -259,6 +268,16 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="of each process's GPU, such as 24GB or 80GiB: say whether each stage fits",
     )
     plan.add_argument("--no-times", action="store_true", help="do not measure this machine")
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    words = "write a run, or several side by side, as one HTML file"
+    report = _added(commands, "report", _report, words)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders; they may still be going")
+    report.add_argument("--out", metavar="FILE", help="default: report.html in the first run")
+    report.add_argument(
+        "--examples", type=int, metavar="N", help="prompts that it holds at most (default: 2000)"
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:

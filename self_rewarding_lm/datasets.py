@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch.utils.data import Dataset, IterableDataset
 
-from self_rewarding_lm.errors import DataError, TokenizerError
+from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
 from self_rewarding_lm.files import (
     SUFFIXES,
     SUFFIXES_IN_WORDS,
@@ -55,6 +55,16 @@ def from_stage(stage: str) -> FromStage:
     responses alone. Of an EFT stage its demonstrations, for an SFT stage.
     """
     return FromStage(stage)
+
+
+def check_sources(dataset: Any, stage: str, earlier: Sequence[str]) -> None:
+    """Raise ConfigError where a dataset of a stage is of one that does not come before it."""
+    for item in dataset if isinstance(dataset, list) else [dataset]:
+        if isinstance(item, FromStage) and item.stage not in earlier:
+            raise ConfigError(
+                f"{stage}: from_stage({item.stage!r}) must name an earlier stage; before it come: "
+                f"{', '.join(earlier) or 'none'}."
+            )
 
 
 def create_mock_dataset(length: int, output: Any) -> Dataset:

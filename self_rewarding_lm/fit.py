@@ -69,7 +69,7 @@ class Fit:
         kept: Kept | None = None,
     ) -> None:
         self.ctx, self.out, self.objective, self.optim = ctx, out, objective, optim
-        self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main)
+        self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
         self.dropout, self.valid, self.round = dropout, valid, round
         self.first_step = first_step
         self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
@@ -84,6 +84,7 @@ class Fit:
         standing = self._standing()
         self.out.cut_metrics(self.first_step + (standing[1]["step"] if standing else 0))
         self.ctx.model.refresh()
+        self.out.tell("training")
         with ExitStack() as changed:
             changed.enter_context(random_numbers_kept())
             changed.enter_context(modes_kept(self.ctx.policy))
@@ -103,6 +104,7 @@ class Fit:
                 steps = self._steps(module, optimizers, done)
                 if self.kept.rounds > 1:
                     self.kept.take(optimizers)
+                self.out.tell("trained")
                 return steps
             finally:
                 self.ctx.runtime.release(optimizers)

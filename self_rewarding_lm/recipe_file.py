@@ -110,8 +110,9 @@ class _RecipeReader(Reader):
             return WRONG
         out = items["out"].folder if "out" in items else root.folder
         taken = ("chat_template", "torch_dtype", "device_map", "load_in_4bit", "merge_adapter")
+        taken = (*taken, "keep_stages", "report", "eos_id", "seed")
         arguments = {
-            **{name: getattr(top, name) for name in (*taken, "keep_stages", "eos_id", "seed")},
+            **{name: getattr(top, name) for name in taken},
             "finetune_configs": stages,
             "self_reward_prompt_config": rewards,
             "checkpoints_folder": out / Path(top.out).expanduser(),

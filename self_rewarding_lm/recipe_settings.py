@@ -83,6 +83,8 @@ class RecipeSettings(Config):
     """Write the model with the adapter merged to <out>/merged after the last stage."""
     keep_stages: int | None = Field(default=None, ge=1)
     """How many of the stages that are done keep their weights on disk, the last ones. null: all."""
+    report: bool = True
+    """Write report.html into the run's folder when the run is done."""
     eos_id: int | None = Field(default=None, ge=0)
     """The token that ends a response. null: the tokenizer's and the model's own."""
     seed: int = 0

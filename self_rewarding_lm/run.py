@@ -14,6 +14,7 @@ from torch import nn
 
 from self_rewarding_lm.adapters import load_into
 from self_rewarding_lm.errors import RunMismatchError, StoreError
+from self_rewarding_lm.events import EVENTS
 from self_rewarding_lm.fingerprints import FREE_SETTINGS
 from self_rewarding_lm.lines import Picked
 from self_rewarding_lm.records import (
@@ -51,6 +52,7 @@ from self_rewarding_lm.weights import (
 logger = logging.getLogger(__name__)
 
 INITIAL = "initial"
+REPORT = "report.html"
 
 
 class Run:
@@ -124,6 +126,10 @@ class Run:
     def metrics(self, stage: str | int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return list(read_lines(self.stage(stage).path / "metrics.jsonl"))
+
+    def events(self, stage: str | int) -> list[dict[str, Any]]:
+        """The lines of events.jsonl: when the stage began, trained and ended; its warnings."""
+        return list(read_lines(self.stage(stage).path / EVENTS))
 
     def settings(self, stage: str | int) -> dict[str, Any]:
         """What config.json holds; empty before the stage began."""
@@ -216,6 +222,7 @@ def _check_and_write(
         for name in old["stages"]:
             remove_stage(folder / name)
         remove_weights(folder / INITIAL)
+        (folder / REPORT).unlink(missing_ok=True)
         old = None
     in_the_way = [
         stage

@@ -4,7 +4,8 @@
     <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
     <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
                                             ranked, demonstrations, instructions, meta_judgements
-    <nn>-<name>/metrics.jsonl, files.json   files.json: digests of what was finished, see durable.py
+    <nn>-<name>/metrics.jsonl, events.jsonl  numbers by step; what happened when, warnings too
+    <nn>-<name>/files.json                  digests of what was finished, see durable.py
     <nn>-<name>/state.safetensors           where training stands, until the stage is done
     <nn>-<name>/model/                      the weights, see weights.py
     <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
@@ -26,6 +27,7 @@ from typing import Any
 
 from self_rewarding_lm.durable import LEDGER, check_file, delist, ledger, system_errors, writing
 from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.events import EVENTS, append_event
 from self_rewarding_lm.lines import append_lines, json_of
 from self_rewarding_lm.records import (
     Candidate,
@@ -72,7 +74,7 @@ WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
 LIBRARY = "self_rewarding_lm"
 STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
 STATE = "state.safetensors"
-STAGE_FILES = ("config.json", "done.json", "metrics.jsonl", LEDGER, STATE)
+STAGE_FILES = ("config.json", "done.json", "metrics.jsonl", EVENTS, LEDGER, STATE)
 
 
 class StageFiles:
@@ -144,6 +146,7 @@ class StageDir(StageFiles):
                 write_json(self.path / "config.json", settings)
             self._say_missing()
             self._replayed = Counter(map(_line_name, read_lines(self.path / "metrics.jsonl")))
+        self.tell("begin")
         self.runtime.barrier()
 
     def _check_new(self) -> None:
@@ -219,6 +222,11 @@ class StageDir(StageFiles):
             return
         append_lines(self.path / "metrics.jsonl", [metrics])
 
+    def tell(self, event: str, **words: Any) -> None:
+        """Append what happened, and when, to events.jsonl (main process)."""
+        if self.runtime.is_main:
+            append_event(self.path, event, words)
+
     def cut_metrics(self, step: int) -> None:
         """Forget what was logged of later steps: training goes on behind this one."""
         path = self.path / "metrics.jsonl"
@@ -268,6 +276,7 @@ class StageDir(StageFiles):
         """Write done.json: the stage is complete; then delete what it needed until here."""
         self.runtime.barrier()
         if self.runtime.is_main:
+            self.tell("done")
             write_json(self.path / "done.json", self.summary)
             clear(self.path)
         self.runtime.barrier()
@@ -332,17 +341,12 @@ def remove_stage(path: Path) -> None:
     names += [f"{name}.tmp" for name in names]
     files = [path / name for name in names]
     files += [f for t in RECORD_TYPES for f in path.glob(f"{t.kind}.[0-9]*.jsonl")]
+    for folder in (f for pattern in WEIGHTS_FOLDERS for f in path.glob(pattern)):
+        remove_weights(folder)  # before the ledger that knows its files
     for file in files:
         file.unlink(missing_ok=True)
-    for pattern in WEIGHTS_FOLDERS:
-        for folder in path.glob(pattern):
-            remove_weights(folder)
-    _remove_if_empty(path)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
 
 
 def _line_name(metrics: dict[str, Any]) -> str:

@@ -20,19 +20,18 @@ from self_rewarding_lm.adapters.loading import (
     merged,
     open_model,
 )
-from self_rewarding_lm.config import (
-    DEFAULT_REWARD_CONFIG,
-    FinetuneConfig,
-    RewardConfig,
-)
+from self_rewarding_lm.card import with_card
+from self_rewarding_lm.config import DEFAULT_REWARD_CONFIG, FinetuneConfig, RewardConfig
 from self_rewarding_lm.context import Context, check_weights_named
-from self_rewarding_lm.datasets import FromStage, Rows
+from self_rewarding_lm.datasets import FromStage, Rows, check_sources
 from self_rewarding_lm.engine import Engine, LocalEngine
 from self_rewarding_lm.errors import ConfigError, StoreError, typed
+from self_rewarding_lm.events import ends_told
 from self_rewarding_lm.fingerprints import describe
 from self_rewarding_lm.lock import alone
 from self_rewarding_lm.recipes import paper_config_of
 from self_rewarding_lm.rehearsal import rehearse_stages
+from self_rewarding_lm.report import report_at_end
 from self_rewarding_lm.run import INITIAL, Run, begin_run, save_initial
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import StageDir
@@ -73,7 +72,7 @@ class SelfRewardingTrainer:
     stages that are done keep their weights on disk, the last ones, and those that a later stage
     asks for; default all. accelerate_kwargs: for accelerate.Accelerator. engine: default
     LocalEngine(); ServerEngine(...) generates by an inference server. quiet: no progress, warnings
-    only (as SELF_REWARDING_LM_QUIET=1).
+    only (as SELF_REWARDING_LM_QUIET=1). report: write report.html into the run when it is done.
 
     Everything that can be known to be wrong before the first stage is raised here: ConfigError,
     DataError, TokenizerError, AdapterError, JudgeError, ArgumentTypeError.
@@ -104,6 +103,7 @@ class SelfRewardingTrainer:
         engine: Engine | None = None,
         callbacks: Sequence[Callback] = (),
         quiet: bool = False,
+        report: bool = True,
     ) -> None:
         if isinstance(finetune_configs, dict):
             finetune_configs = paper_config_of(finetune_configs)
@@ -123,7 +123,7 @@ class SelfRewardingTrainer:
         self.runtime = Runtime(accelerate_kwargs, quiet=quiet)
         self.seed, self.keep_stages = seed, keep_stages
         self.engine = engine or LocalEngine()
-        self.callbacks = tuple(callbacks)
+        self.callbacks, self.report = tuple(callbacks), report
         self.rewards = _rewards(self_reward_prompt_config)
         found = _tokenizer(tokenizer, tokenizer_encode, tokenizer_decode)
         check_placement(model, device_map, self.runtime.world)
@@ -197,7 +197,10 @@ class SelfRewardingTrainer:
                 self._run_stage(run, place)
             self._drop_old_weights(run, place)
         if self.merge_adapter and self.runtime.is_main:
-            save_folder(adapt(merged(self.model)), self.folder / MERGED, self.tokens.save)
+            beside = with_card(run, self.names[-1], self.tokens.save)
+            save_folder(adapt(merged(self.model)), self.folder / MERGED, beside)
+        if self.report and self.runtime.is_main:
+            report_at_end(run)
         self.runtime.barrier()
         self.runtime.end_trackers()
         return run
@@ -215,10 +218,12 @@ class SelfRewardingTrainer:
         stage, name, ctx = self.stages[place], self.names[place], self._context(place)
         if stage.init_from != "previous":
             ctx.load(stage.init_from)
-        out = StageDir(run.stage(place).path, self.runtime, self.tokens.save)
+        beside = with_card(run, name, self.tokens.save)
+        out = StageDir(run.stage(place).path, self.runtime, beside)
         out.begin(self._settings(stage))
         logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
-        stage.run(ctx, out)
+        with ends_told(out.tell):
+            stage.run(ctx, out)
         out.save_weights(self.token_model)
         out.finish()
         for callback in self.callbacks if self.runtime.is_main else ():
@@ -242,7 +247,7 @@ class SelfRewardingTrainer:
 
         datasets = stage.datasets()
         for dataset in datasets.values():
-            _check_sources(dataset, name, earlier)
+            check_sources(dataset, name, earlier)
         if self._run is None:
             rows = {field: Rows(data, field, resolve) for field, data in datasets.items()}
         else:
@@ -330,15 +335,6 @@ def _tokenizer(
     if encode is not None and decode is not None:
         return CallableTokenizer(encode, decode)
     return tokenizer
-
-
-def _check_sources(dataset: Any, stage: str, earlier: Sequence[str]) -> None:
-    for item in dataset if isinstance(dataset, list) else [dataset]:
-        if isinstance(item, FromStage) and item.stage not in earlier:
-            raise ConfigError(
-                f"{stage}: from_stage({item.stage!r}) must name an earlier stage; before it come: "
-                f"{', '.join(earlier) or 'none'}."
-            )
 
 
 def _same(one: Any, other: Any) -> bool:

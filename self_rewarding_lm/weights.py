@@ -16,7 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
-from self_rewarding_lm.durable import delist, flush, settle, system_errors, writing
+from self_rewarding_lm.durable import (
+    delist,
+    digest_of,
+    flush,
+    ledger,
+    settle,
+    system_errors,
+    writing,
+)
 from self_rewarding_lm.errors import StoreError
 
 Tensors = Mapping[str, Tensor]
@@ -24,6 +32,9 @@ Tensors = Mapping[str, Tensor]
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+CARD = "README.md"
+LISTED = (MODEL_FILE, ADAPTER_FILE, CARD)
+"""Files whose digests the ledger of the folder around them takes."""
 FOLDER_FILES = (
     *(MODEL_FILE, ADAPTER_FILE, "adapter_config.json"),
     *("config.json", "generation_config.json", "chat_template.jinja", "tokenizer*.json"),
@@ -50,8 +61,9 @@ def save_folder(
 ) -> None:
     """Write a model's folder; the weights file comes last, so its presence means all is there.
 
-    beside: writes what else belongs there, such as a tokenizer. listed: the digest of the weights
-    goes into the ledger of the folder around it. Raises StoreError where the system cannot write.
+    beside: writes what else belongs there, such as a tokenizer. listed: the digests of the weights
+    and of the card go into the ledger of the folder around. Raises StoreError where the system
+    cannot write.
     """
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -63,7 +75,7 @@ def save_folder(
                 beside(draft)
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(draft.iterdir(), key=_is_weights):
-                listed_in = folder.parent if listed and _is_weights(file) else None
+                listed_in = folder.parent if listed and file.name in LISTED else None
                 settle(file, folder / file.name, listed_in=listed_in)
             draft.rmdir()
             flush(folder.parent)
@@ -147,8 +159,11 @@ def _digest(tensors: Tensors, words: str) -> str:
 
 
 def remove_weights(folder: Path) -> None:
-    """Delete a folder of weights, unless other files are in it."""
-    delist(folder.parent, [f"{folder.name}/{name}" for name in (MODEL_FILE, ADAPTER_FILE)])
+    """Delete a folder of weights, unless other files are in it; a card that was changed is one."""
+    card = folder / CARD
+    if card.exists() and digest_of(card) in ledger(folder.parent).get(f"{folder.name}/{CARD}", []):
+        card.unlink()
+    delist(folder.parent, [f"{folder.name}/{name}" for name in LISTED])
     shutil.rmtree(folder.with_name(f"{folder.name}.tmp"), ignore_errors=True)
     for pattern in FOLDER_FILES:
         for file in folder.glob(pattern):

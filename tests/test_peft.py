@@ -130,6 +130,7 @@ def test_a_stages_folder_holds_the_adapter_alone_and_is_read_by_peft(trained):
     folder = run.weights("dpo").parent
     assert run.weights("dpo").name == ADAPTER_FILE
     assert {f.name for f in folder.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         ADAPTER_FILE,
         "chat_template.jinja",

@@ -175,6 +175,10 @@ def test_a_stage_is_rehearsed_and_nothing_is_changed(kind, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+TIMED = ("run.json", "run.lock", "events.jsonl", "report.html")
+"""Files that hold the time of the run."""
+
+
 def test_a_run_is_the_same_with_and_without_a_rehearsal(tmp_path):
     def whole(name, rehearse):
         stages = [
@@ -192,7 +196,7 @@ def test_a_run_is_the_same_with_and_without_a_rehearsal(tmp_path):
         content = {
             str(p.relative_to(tmp_path / name)): p.read_bytes()
             for p in files
-            if p.name not in ("run.json", "run.lock")  # the time of the run is in them
+            if p.name not in TIMED
         }
         return content, model.state_dict()
 

@@ -119,7 +119,7 @@ def test_merging_makes_one_file_ordered_by_id_with_numbers_as_numbers(tmp_path):
         "sr/10/0/0",
         "sr-2/0/0/0",
     ]
-    assert files(stage.path) == ["candidates.jsonl", "config.json", "files.json"]
+    assert files(stage.path) == ["candidates.jsonl", "config.json", "events.jsonl", "files.json"]
 
 
 def write_as_rank(stage, rank, records):
@@ -135,7 +135,7 @@ def test_merging_takes_in_what_the_other_processes_wrote(tmp_path):
     assert {c.id for c in stage.read(Candidate)} == {"a/0/0", "a/1/0", "a/2/0", "a/3/0"}
     stage.merge(Candidate)
     assert [c.id for c in stage.read(Candidate)] == ["a/0/0", "a/1/0", "a/2/0", "a/3/0"]
-    assert files(stage.path) == ["candidates.jsonl", "config.json", "files.json"]
+    assert files(stage.path) == ["candidates.jsonl", "config.json", "events.jsonl", "files.json"]
 
 
 def test_merging_again_adds_to_what_was_merged_before(tmp_path):
@@ -163,7 +163,8 @@ def test_merging_leaves_the_files_of_other_kinds_alone(tmp_path):
     stage.append([Prompt("a/0", 0, (1,))])
     stage.append([candidate("a/0/0")])
     stage.merge(Candidate)
-    assert files(stage.path) == ["candidates.jsonl", "config.json", "files.json", "prompts.0.jsonl"]
+    names = ["candidates.jsonl", "config.json", "events.jsonl", "files.json", "prompts.0.jsonl"]
+    assert files(stage.path) == names
 
 
 def test_trap_8_stages_have_files_of_their_own(tmp_path):

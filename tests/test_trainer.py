@@ -116,7 +116,7 @@ def same(one, other):
 def test_each_stage_has_its_own_files_and_done_comes_with_each(tmp_path):
     run = trainer_of(tmp_path, [sft(), self_reward()])()
     files = {name: set(os.listdir(tmp_path / name)) for name in ("01-sft", "02-self_reward")}
-    shared = {"config.json", "metrics.jsonl", "model", "done.json", "files.json"}
+    shared = {"config.json", "metrics.jsonl", "events.jsonl", "model", "done.json", "files.json"}
     assert files["01-sft"] == {"rows.jsonl", *shared}
     assert files["02-self_reward"] == {
         "prompts.jsonl",

@@ -54,7 +54,7 @@ class PairMaker:
         self.candidates: dict[str, list[Candidate]] = {}
         """Of the prompts of the block, as are the judgements."""
         self.judgements: dict[str, list[Judgement]] = {}
-        self.checker = Checker(config.checks, ctx.stage, warns=ctx.runtime.is_main)
+        self.checker = Checker(config.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
         self.watcher = JudgeWatcher(
             self.checker, min_parse_rate=config.min_parse_rate, world=ctx.runtime.world
         )

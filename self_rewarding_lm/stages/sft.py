@@ -63,7 +63,7 @@ class SFTConfig(TrainingConfig):
             cuts += was_cut
             return TrainingRow(record_id, ids, targets[: len(ids)])
 
-        checker = Checker(self.checks, ctx.stage)
+        checker = Checker(self.checks, ctx.stage, tell=out.tell)
         found = read_once(
             ctx,
             out,

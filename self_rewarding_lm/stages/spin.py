@@ -143,7 +143,7 @@ class SelfPlayConfig(PreferenceConfig):
             return last == str(iteration) and row.rpartition("/")[0] == name
 
         found = out.known(PreferencePair, is_ours)
-        Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main).see(
+        Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell).see(
             "pairs_per_prompt",
             len(found) / max(1, len(humans)),
             f"{len(found)} pairs of {len(humans)} rows: where the model's own answer is the human "
