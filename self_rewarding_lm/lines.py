@@ -145,6 +145,17 @@ def json_of(line: bytes, path: Path, number: Callable[[], int]) -> dict[str, Any
         ) from error
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            yield json_of(line, path, lambda n=number: n)
+
+
 def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
     """Append JSON lines as they come; where making one raises, none of them stays there."""
     with system_errors(path), path.open("ab+") as file:

@@ -16,7 +16,7 @@ from self_rewarding_lm.adapters import load_into
 from self_rewarding_lm.errors import RunMismatchError, StoreError
 from self_rewarding_lm.events import EVENTS
 from self_rewarding_lm.fingerprints import FREE_SETTINGS
-from self_rewarding_lm.lines import Picked
+from self_rewarding_lm.lines import Picked, read_lines
 from self_rewarding_lm.records import (
     Candidate,
     Demonstration,
@@ -37,7 +37,6 @@ from self_rewarding_lm.store import (
     check_ours,
     clear,
     read_json,
-    read_lines,
     remove_stage,
     write_json,
 )

@@ -28,7 +28,7 @@ from typing import Any
 from self_rewarding_lm.durable import LEDGER, check_file, delist, ledger, system_errors, writing
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.events import EVENTS, append_event
-from self_rewarding_lm.lines import append_lines, json_of
+from self_rewarding_lm.lines import append_lines, read_lines
 from self_rewarding_lm.records import (
     Candidate,
     Demonstration,
@@ -303,17 +303,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file; a torn last line is left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            yield json_of(line, path, lambda n=number: n)
 
 
 def check_ours(folder: Path, info: Any) -> None:
