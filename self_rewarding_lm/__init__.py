@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from self_rewarding_lm.adapters import load_causal_lm
+    from self_rewarding_lm.anchor import JudgeAnchor
     from self_rewarding_lm.checks import Check, ChecksConfig
     from self_rewarding_lm.comparing import PairwiseJudge
     from self_rewarding_lm.config import (
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from self_rewarding_lm.engine import LocalEngine
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
     from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
+    from self_rewarding_lm.head_to_head import Comparison, compare
+    from self_rewarding_lm.held_out import HeldOutReward, VerifierAccuracy, WinRateOverLast
     from self_rewarding_lm.judges import SelfJudge
     from self_rewarding_lm.loss_settings import LossConfig
     from self_rewarding_lm.losses import PairBatch, reads
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
+    from self_rewarding_lm.quality import measure_responses
     from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
     from self_rewarding_lm.records import (
         Candidate,
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
         SFTConfig,
     )
     from self_rewarding_lm.trainer import SelfRewardingTrainer
+    from self_rewarding_lm.verifying import reasoning_task
     from self_rewarding_lm.weights import import_checkpoint
 
 __version__ = "0.1.0"
@@ -58,12 +63,15 @@ __all__ = [
     "Candidate",
     "Check",
     "ChecksConfig",
+    "Comparison",
     "ComparisonConfig",
     "DPOConfig",
     "Demonstration",
     "ExternalRewardDPOConfig",
     "FinetuneConfig",
+    "HeldOutReward",
     "Interrupted",
+    "JudgeAnchor",
     "JudgeEvaluation",
     "Judgement",
     "LocalEngine",
@@ -89,6 +97,9 @@ __all__ = [
     "SelfRewardingTrainer",
     "ServerEngine",
     "ServerJudge",
+    "VerifierAccuracy",
+    "WinRateOverLast",
+    "compare",
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
@@ -96,13 +107,16 @@ __all__ = [
     "generate",
     "import_checkpoint",
     "load_causal_lm",
+    "measure_responses",
     "open_assistant",
     "paper_recipe",
     "reads",
+    "reasoning_task",
 ]
 
 _HOMES = {
     "adapters": ("load_causal_lm",),
+    "anchor": ("JudgeAnchor",),
     "checks": ("Check", "ChecksConfig"),
     "comparing": ("PairwiseJudge",),
     "config": (
@@ -118,10 +132,13 @@ _HOMES = {
     "engine": ("LocalEngine",),
     "errors": ("Interrupted", "SelfRewardingError"),
     "evaluate": ("JudgeEvaluation", "evaluate_judge"),
+    "head_to_head": ("Comparison", "compare"),
+    "held_out": ("HeldOutReward", "VerifierAccuracy", "WinRateOverLast"),
     "judges": ("SelfJudge",),
     "loss_settings": ("LossConfig",),
     "losses": ("PairBatch", "reads"),
     "oasst": ("OpenAssistant", "open_assistant"),
+    "quality": ("measure_responses",),
     "recipes": ("create_default_paper_config", "paper_recipe"),
     "records": (
         "Candidate",
@@ -146,6 +163,7 @@ _HOMES = {
         "SelfRewardSFTConfig",
     ),
     "trainer": ("SelfRewardingTrainer",),
+    "verifying": ("reasoning_task",),
     "weights": ("import_checkpoint",),
 }
 
