@@ -127,15 +127,19 @@ def compare(
     )
     common: dict[str, Any] = {"seed": seed, "quiet": quiet, "stage": "compare"}
     said = {"chat_template": chat_template, "eos_id": eos_id, "engine": engine or LocalEngine()}
+    is_here = isinstance(judge_model, nn.Module)
+    own = {"chat_template": None, "eos_id": None, "engine": LocalEngine(), **common}
+    own["tokenizer"] = judge_tokenizer or (tokenizer if is_here else None)
+    if isinstance(judge_model, nn.Module):  # before any work; others are loaded when it is done
+        with opened(judge_model, None, **own) as (ctx, _):
+            check_judge(judge, ctx)
     for source in (first, second):
         with opened(source, module, tokenizer, **said, **common) as (ctx, name):
             contest.answer(ctx, name)
     if judge_model is None:
         return contest.judge_all(ctx, "none")
     del ctx  # its model, so that there is room for the judge's
-    given = judge_tokenizer or (tokenizer if isinstance(judge_model, nn.Module) else None)
-    own = {"chat_template": None, "eos_id": None, "engine": LocalEngine()}
-    with opened(judge_model, None, given, **own, **common) as (ctx, name):
+    with opened(judge_model, None, **own) as (ctx, name):
         check_judge(judge, ctx)
         return contest.judge_all(ctx, name)
 

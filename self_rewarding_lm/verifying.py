@@ -77,7 +77,7 @@ def reasoning_task(
         import reasoning_gym
     except ImportError as error:
         raise ConfigError(
-            f"the task {name!r} needs the package reasoning-gym ({error}): "
+            f"the task {name!r} needs the package reasoning-gym, which is not installed: "
             'pip install "self-rewarding-lm[examples]"'
         ) from error
     try:
