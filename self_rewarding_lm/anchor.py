@@ -13,6 +13,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import typed
 from self_rewarding_lm.evaluate import judge_ranked, read_ranked
 from self_rewarding_lm.making_judges import check_judge, make_judge, top_score_of
+from self_rewarding_lm.quality import Interval
 from self_rewarding_lm.store import StageDir
 
 logger = logging.getLogger(__name__)
@@ -69,16 +70,13 @@ class JudgeAnchor:
             ctx.stage,
             len(self.rows),
             _shown(metrics.get(WATCHED)),
-            "unknown" if found.intervals[_NAME] is None else _interval(*found.intervals[_NAME]),
+            _shown_interval(found.intervals[WATCHED.removeprefix("anchor/")]),
         )
         if ctx.runtime.is_main:
             _warn_of_decay(ctx, out)
 
     def _named(self, ctx: Context) -> Any:
         return self.judge if self.judge is not None else _first(ctx)
-
-
-_NAME = WATCHED.removeprefix("anchor/")
 
 
 def _first(ctx: Context) -> RewardConfig:
@@ -117,5 +115,5 @@ def _shown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-def _interval(low: float, high: float) -> str:
-    return f"{low:.3f} to {high:.3f}"
+def _shown_interval(found: Interval) -> str:
+    return "unknown" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"

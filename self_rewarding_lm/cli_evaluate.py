@@ -92,8 +92,9 @@ class _Flags:
             return None
         found = getattr(self.reader, kind)(Node(value, flag, Path.cwd()), ())
         self._refuse()
-        is_made = kind == "model" and not isinstance(found, str) and not hasattr(found, "forward")
-        return found() if is_made else found
+        if kind == "model" and not isinstance(found, str) and not hasattr(found, "forward"):
+            return found()  # type: ignore[operator]
+        return found
 
     def settings(self, flag: str, cls: Any) -> Any:
         """A flag's YAML as settings of a class; None where it is not given."""
@@ -113,8 +114,10 @@ class _Flags:
         from self_rewarding_lm.recipe_yaml import read_yaml
 
         name = self.options.reward
-        if name is None or name in RUBRICS:
-            return RUBRICS.get(name)
+        if name is None:
+            return None
+        if name in RUBRICS:
+            return RUBRICS[name]
         if OBJECT_NAME.fullmatch(name) and not Path(name).exists():
             return self.of("--reward", "object")
         found = self.reader.reward(read_yaml(Path(name)), ())

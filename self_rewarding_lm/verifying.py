@@ -74,10 +74,11 @@ def reasoning_task(
     ConfigError where the package is missing, and for a name that it does not know.
     """
     try:
-        import reasoning_gym
+        import reasoning_gym  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(
-            f"the task {name!r} needs the package reasoning-gym, which is not installed: "
+            f"the task {name!r} needs the package reasoning-gym and what it imports; there is no "
+            f"{error.name or 'reasoning_gym'} here: "
             'pip install "self-rewarding-lm[examples]"'
         ) from error
     try:

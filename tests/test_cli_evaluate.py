@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from self_rewarding_lm import RewardConfig, evaluate_judge
+from self_rewarding_lm import RewardConfig, SamplingConfig, evaluate_judge
 from self_rewarding_lm.cli import main
 from self_rewarding_lm.evaluate import read_ranked
-from tests.test_cli import model_folder, write_lines  # noqa: F401 - a fixture
+from tests.hf_models import tiny, word_tokenizer
+from tests.test_cli import write_lines
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 RANKED = [
@@ -17,6 +18,12 @@ RANKED = [
     {"input": "six", "output_1": "h", "output_2": "i", "label": 2},
 ]
 OBJECTS = """\
+from self_rewarding_lm import RewardConfig
+
+reward = RewardConfig(
+    prompt_template="{{ prompt }} {{ response }}", parse_reward=lambda text: len(text) % 6
+)
+
 def longer(prompts, completions):
     return [float(len(text)) for text in completions]
 
@@ -27,29 +34,39 @@ REWARD = """\
 prompt_template: "{{ prompt }} {{ response }}"
 reward_regex_template: "Score: {{ reward }}"
 score_range: [0, 5]
-forced_ending: at_once
 """
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "m0"
+    tokenizer = word_tokenizer()
+    tiny("llama", vocab=len(tokenizer), max_position_embeddings=1024).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path, model_folder, monkeypatch):  # noqa: F811
+def folder(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     write_lines(tmp_path / "ranked.jsonl", RANKED)
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": t, "wanted": "a"} for t in ("x", "y", "z")])
     (tmp_path / "objects_of_it.py").write_text(OBJECTS)
     (tmp_path / "reward.yaml").write_text(REWARD)
-    (tmp_path / "m0").symlink_to(model_folder)
+    (tmp_path / "m0").symlink_to(model)
     return tmp_path
 
 
-JUDGE = ["judge", "--model", "m0", "--ranked", "ranked.jsonl", "--quiet", "--chat-template", "raw"]
+SHORTLY = "{max_new_tokens: 16, temperature: 1.0}"
+JUDGE = ["judge", "--model", "m0", "--ranked", "ranked.jsonl", "--quiet", "--judging", SHORTLY]
+PARSED = ["--reward", "objects_of_it:reward", "--chat-template", "raw"]
 SHORT = ["--sampling", "{max_new_tokens: 6, temperature: 1.0}", "--quiet"]
 COMPARE = ["compare", "m0", "m0", "--prompts", "prompts.jsonl", *SHORT]
 
 
 def test_a_judge_is_measured_and_told_in_a_table(folder, capsys):
-    assert main([*JUDGE, "--reward", "reward.yaml"]) == 0
+    assert main([*JUDGE, *PARSED]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "6 replies to 3 prompts in 3 groups"
     assert [line[:20].strip() for line in lines[2:11]] == [
@@ -62,16 +79,16 @@ def test_a_judge_is_measured_and_told_in_a_table(folder, capsys):
 
 
 def test_the_same_numbers_come_as_json(folder, capsys):
-    assert main([*JUDGE, "--reward", "reward.yaml", "--json"]) == 0
+    assert main([*JUDGE, *PARSED, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["metrics"]["parse_rate"] == 1.0 and found["metrics"]["best_count"] == 0
+    assert found["metrics"]["parse_rate"] == 1.0 and found["metrics"]["tie_rate"] <= 1
     assert found["intervals"]["scored"] == [1.0, 1.0]
     assert sum(found["histogram"].values()) == 6
     assert found["calibration"]["pairs"] == 3
 
 
 def test_a_pairwise_judge_says_what_position_does(folder, capsys):
-    assert main([*JUDGE, "--pairwise", "--judging", "{max_new_tokens: 16}", "--json"]) == 0
+    assert main([*JUDGE, "--pairwise", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["parse_rate"] == 0.0  # it is random
 
 
@@ -142,13 +159,13 @@ def test_a_file_of_trees_gives_all_its_ranked_replies(tmp_path):
 
 
 def test_the_command_says_what_the_function_says(folder, capsys):
-    assert main([*JUDGE, "--reward", "reward.yaml", "--json"]) == 0
+    assert main([*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["metrics"]
     reward = RewardConfig(
         prompt_template="{{ prompt }} {{ response }}",
         reward_regex_template="Score: {{ reward }}",
         score_range=(0, 5),
-        forced_ending="at_once",
     )
-    found = evaluate_judge("m0", RANKED, reward=reward, chat_template="raw", quiet=True)
-    assert told == found.metrics()
+    judging = SamplingConfig(max_new_tokens=16, temperature=1.0)
+    options = dict(reward=reward, judging=judging, chat_template="raw", quiet=True)
+    assert told == evaluate_judge("m0", RANKED, **options).metrics()

@@ -193,12 +193,11 @@ def test_what_cannot_be_measured_is_named_at_once(make, error, words):
 
 def test_held_out_prompts_and_reward_prompts_are_tried_before_stage_one(tmp_path):
     wrong = RewardConfig(prompt_template="{{ prompt }}", parse_reward=len)
-    for stage in (
-        sft(early_stopper_eval_module=HeldOutReward(HELD_OUT, wrong)),
-        sft(early_stopper_eval_module=HeldOutReward([{"text": 3}], longer)),
-    ):
-        with pytest.raises((ConfigError, DataError)):
-            trainer_of(tmp_path, [stage])
+    with pytest.raises(ConfigError, match="response"):
+        HeldOutReward(HELD_OUT, wrong)
+    bad = HeldOutReward([{"text": 3}], longer)
+    with pytest.raises(DataError, match="prompts, row 0"):
+        trainer_of(tmp_path, [sft(early_stopper_eval_module=bad)])
     with pytest.raises(ConfigError, match="response"):
         trainer_of(tmp_path, [sft()], callbacks=[JudgeAnchor(RANKED, wrong)])
     assert not any(tmp_path.iterdir())
