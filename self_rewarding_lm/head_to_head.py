@@ -103,9 +103,9 @@ def compare(
     it is a tie, as in arXiv:2401.10020); a RewardConfig, with which it scores, num_judgements each;
     or a Judge with a model of its own, a text function or a reward module. The higher score wins.
     Default: the verifier, a text function that gives 1 for a correct completion. judge_tokenizer:
-    default its own, or `tokenizer`. out: a folder in which everything is kept and used again by the
-    same call; more samples may be asked for. tokenizer, chat_template, eos_id, engine: as for the
-    trainer.
+    default its own; a module's is `tokenizer`, with chat_template and eos_id. out: a folder in
+    which everything is kept and used again by the same call; more samples may be asked for.
+    tokenizer, chat_template, eos_id, engine: as for the trainer.
 
     Raises ConfigError for what does not go together, RunMismatchError where `out` was made with
     other settings, DataError for prompts that cannot be used.
@@ -127,9 +127,10 @@ def compare(
     )
     common: dict[str, Any] = {"seed": seed, "quiet": quiet, "stage": "compare"}
     said = {"chat_template": chat_template, "eos_id": eos_id, "engine": engine or LocalEngine()}
-    is_here = isinstance(judge_model, nn.Module)
-    own = {"chat_template": None, "eos_id": None, "engine": LocalEngine(), **common}
-    own["tokenizer"] = judge_tokenizer or (tokenizer if is_here else None)
+    own = {"engine": LocalEngine(), "tokenizer": judge_tokenizer, **common}
+    own |= {"chat_template": None, "eos_id": None}
+    if isinstance(judge_model, nn.Module) and judge_tokenizer is None:
+        own |= {"tokenizer": tokenizer, "chat_template": chat_template, "eos_id": eos_id}
     if isinstance(judge_model, nn.Module):  # before any work; others are loaded when it is done
         with opened(judge_model, None, **own) as (ctx, _):
             check_judge(judge, ctx)

@@ -37,6 +37,10 @@ def longer(prompts, completions):
     return [float(len(text)) for text in completions]
 
 
+def various(prompts, completions):
+    return [float(sum(map(ord, text))) for text in completions]
+
+
 def compared(first=None, second=None, prompts=PROMPTS, **options):
     settings = dict(judge=longer, sampling=SHORT, tokenizer=CHARACTERS, eos_id=END, quiet=True)
     if "judge_model" in options or "verifier" in options:
@@ -59,19 +63,21 @@ def test_a_model_ties_with_itself_in_everything():
 
 
 def test_outcomes_rewards_and_lengths_are_those_of_the_texts():
-    found = compared(num_samples=3)
+    found = compared(num_samples=3, judge=various)
     texts = [[c.text for c in side.candidates] for side in (found.first, found.second)]
-    signs = [(len(a) > len(b)) - (len(a) < len(b)) for a, b in zip(*texts, strict=True)]
-    assert len(signs) == 12 and {-1, 1} <= set(signs)
+    scores = [various([], own) for own in texts]
+    signs = [(a > b) - (a < b) for a, b in zip(*scores, strict=True)]
+    assert len(signs) == 12 and set(signs) != {0}
     rates = found.rates
     assert (rates.wins, rates.ties, rates.losses) == tuple(map(signs.count, (1, 0, -1)))
     assert rates.prompts == 4 and rates.unknown == 0
-    for side, own in zip((found.first, found.second), texts, strict=True):
-        assert side.reward.value == side.responses.characters == sum(map(len, own)) / 12
+    for side, own, points in zip((found.first, found.second), texts, scores, strict=True):
+        assert side.reward.value == sum(points) / 12
+        assert side.responses.characters == sum(map(len, own)) / 12
         assert side.tokens == sum(len(c.ids) for c in side.candidates) / 12
         assert side.clipped == sum(c.finished is False for c in side.candidates) / 12
     assert found.position is None
-    turned = compared(model(1), model(), num_samples=3).rates
+    turned = compared(model(1), model(), num_samples=3, judge=various).rates
     assert (turned.wins, turned.losses) == (rates.losses, rates.wins)
 
 
