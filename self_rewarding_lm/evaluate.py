@@ -122,8 +122,9 @@ def evaluate_judge(
 
     model: as for the trainer; it stays where it is and is not changed. ranked: a dataset of
     RankedReplies or of other ranked rows (see `ranked.ranked_row`), a list or a file, which may be
-    one of Open Assistant trees: all their ranked first replies. reward: the judge's prompt, default the library's. comparison: a prompt that shows two replies, in its
-    place; every two replies of a row are then compared once in both orders. judging: default
+    one of Open Assistant trees: all their ranked first replies. reward: the judge's prompt, default
+    the library's. comparison: a prompt that shows two replies, in its place; every two replies of a
+    row are then compared once in both orders. judging: default
     temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). num_judgements of each reply are averaged
     to its score. tokenizer, chat_template, eos_id: as for the trainer. The same seed gives the same
     judgements. With several processes each that calls this judges everything; `judge_ranked` gives
