@@ -61,6 +61,7 @@ setup(
             "self-rewarding-lm-pytorch==0.2.12",
             "psutil",
         ],
+        "examples": ["reasoning-gym>=0.1.20"],
         "docs": ["matplotlib>=3.9"],
         "dev": [*TEST, "ruff", "pyright[nodejs]"],
     },

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from self_rewarding_lm.adapters import load_causal_lm
+    from self_rewarding_lm.anchor import JudgeAnchor
     from self_rewarding_lm.card import push_to_hub
     from self_rewarding_lm.checks import Check, ChecksConfig
     from self_rewarding_lm.comparing import PairwiseJudge
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from self_rewarding_lm.ensemble import EnsembleJudge
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
     from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
+    from self_rewarding_lm.head_to_head import Comparison, compare
+    from self_rewarding_lm.held_out import HeldOutReward, VerifierAccuracy, WinRateOverLast
     from self_rewarding_lm.implicit import ImplicitJudge
     from self_rewarding_lm.judges import FunctionJudge, ModuleJudge, SelfJudge
     from self_rewarding_lm.live_reference import EMAReference, MixedReference
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from self_rewarding_lm.losses import PairBatch, reads
     from self_rewarding_lm.oasst import OpenAssistant, open_assistant
     from self_rewarding_lm.pair_settings import PairingConfig
+    from self_rewarding_lm.quality import measure_responses
     from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
     from self_rewarding_lm.records import (
         Candidate,
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     )
     from self_rewarding_lm.stages.meta import MetaJudgingConfig
     from self_rewarding_lm.trainer import SelfRewardingTrainer
+    from self_rewarding_lm.verifying import reasoning_task
     from self_rewarding_lm.votes import VoteJudge
     from self_rewarding_lm.weights import import_checkpoint
 
@@ -75,6 +80,7 @@ __all__ = [
     "Candidate",
     "Check",
     "ChecksConfig",
+    "Comparison",
     "ComparisonConfig",
     "ConsistencyConfig",
     "Contrast",
@@ -86,8 +92,10 @@ __all__ = [
     "ExternalRewardDPOConfig",
     "FinetuneConfig",
     "FunctionJudge",
+    "HeldOutReward",
     "ImplicitJudge",
     "Interrupted",
+    "JudgeAnchor",
     "JudgeEvaluation",
     "Judgement",
     "LocalEngine",
@@ -121,7 +129,10 @@ __all__ = [
     "ServerEngine",
     "ServerJudge",
     "TemporalDPOConfig",
+    "VerifierAccuracy",
     "VoteJudge",
+    "WinRateOverLast",
+    "compare",
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
@@ -129,15 +140,18 @@ __all__ = [
     "generate",
     "import_checkpoint",
     "load_causal_lm",
+    "measure_responses",
     "open_assistant",
     "paper_recipe",
     "push_to_hub",
     "reads",
+    "reasoning_task",
     "write_report",
 ]
 
 _HOMES = {
     "adapters": ("load_causal_lm",),
+    "anchor": ("JudgeAnchor",),
     "card": ("push_to_hub",),
     "checks": ("Check", "ChecksConfig"),
     "comparing": ("PairwiseJudge",),
@@ -158,6 +172,8 @@ _HOMES = {
     "ensemble": ("EnsembleJudge",),
     "errors": ("Interrupted", "SelfRewardingError"),
     "evaluate": ("JudgeEvaluation", "evaluate_judge"),
+    "head_to_head": ("Comparison", "compare"),
+    "held_out": ("HeldOutReward", "VerifierAccuracy", "WinRateOverLast"),
     "implicit": ("ImplicitJudge",),
     "judges": ("FunctionJudge", "ModuleJudge", "SelfJudge"),
     "live_reference": ("EMAReference", "MixedReference"),
@@ -165,6 +181,7 @@ _HOMES = {
     "losses": ("PairBatch", "reads"),
     "oasst": ("OpenAssistant", "open_assistant"),
     "pair_settings": ("PairingConfig",),
+    "quality": ("measure_responses",),
     "recipes": ("create_default_paper_config", "paper_recipe"),
     "records": (
         "Candidate",
@@ -196,6 +213,7 @@ _HOMES = {
     ),
     "stages.meta": ("MetaJudgingConfig",),
     "trainer": ("SelfRewardingTrainer",),
+    "verifying": ("reasoning_task",),
     "votes": ("VoteJudge",),
     "weights": ("import_checkpoint",),
 }

@@ -266,7 +266,7 @@ def bootstrap_interval(
     def value(picks: np.ndarray) -> float | None:
         return statistic([item for pick in picks for item in parts[pick]])
 
-    return _interval(value, len(parts), samples=samples, level=level, seed=seed)
+    return bootstrap(value, len(parts), samples=samples, level=level, seed=seed)
 
 
 def pairwise_interval(
@@ -290,7 +290,7 @@ def pairwise_interval(
         counts = PairCounts(*table[picks].sum(axis=0).tolist())
         return counts.accuracy_ties_half if ties_half else counts.accuracy
 
-    return _interval(value, len(parts), samples=samples, level=level, seed=seed)
+    return bootstrap(value, len(parts), samples=samples, level=level, seed=seed)
 
 
 def _by_group(items: Sequence[RankedScores]) -> list[list[RankedScores]]:
@@ -298,7 +298,7 @@ def _by_group(items: Sequence[RankedScores]) -> list[list[RankedScores]]:
     return [list(part) for _, part in groupby(sorted(items, key=name), key=name)]
 
 
-def _interval(
+def bootstrap(
     value: Callable[[np.ndarray], float | None],
     groups: int,
     *,
@@ -306,7 +306,7 @@ def _interval(
     level: float,
     seed: int,
 ) -> tuple[float, float] | None:
-    """Percentiles of `value`, which is given the numbers of the groups drawn."""
+    """Percentile interval of `value`, which is given the numbers of the groups drawn."""
     if samples < 1 or not 0 < level < 1:
         raise ConfigError(
             "a bootstrap interval needs samples >= 1 and 0 < level < 1; "

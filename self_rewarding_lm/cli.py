@@ -1,4 +1,4 @@
-"""The command `self-rewarding-lm`: run, check or plan a recipe; show, report or export a run.
+"""The command `self-rewarding-lm`: run, check or plan a recipe; show, report or export; measure.
 
 Reads flags, calls the library and prints; what it does is done elsewhere. The library is imported
 when a command needs it, so that `--help` is there at once.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from self_rewarding_lm.cli_evaluate import add_evaluating
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--stage", required=True, metavar="S", help="name or number (from 1)")
     export.add_argument("--to", required=True, metavar="FILE", help="a .parquet or .jsonl file")
     export.add_argument("--force", action="store_true", help="replace the file if it exists")
+    add_evaluating(commands, _added)
     return parser
 
 

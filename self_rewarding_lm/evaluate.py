@@ -15,18 +15,35 @@ from torch import nn
 
 from self_rewarding_lm.adapters import adapt
 from self_rewarding_lm.adapters.loading import Loading, end_ids_of, open_model
-from self_rewarding_lm.agreement import Agreement, RankedScores, agreement, pairwise_interval
-from self_rewarding_lm.config import DEFAULT_REWARD_CONFIG, RewardConfig, SamplingConfig
+from self_rewarding_lm.agreement import Agreement, RankedScores, agreement
+from self_rewarding_lm.config import (
+    DEFAULT_REWARD_CONFIG,
+    ComparisonConfig,
+    RewardConfig,
+    SamplingConfig,
+)
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import FromStage, Rows
 from self_rewarding_lm.engine import Engine, LocalEngine
 from self_rewarding_lm.errors import ConfigError, DataError, typed
-from self_rewarding_lm.judges import Judge, SelfJudge, check_judge_prompt, judged_scores
+from self_rewarding_lm.judge_quality import (
+    Calibration,
+    PositionBias,
+    agreement_intervals,
+    calibration_of_scores,
+    calibration_of_verdicts,
+    position_bias,
+)
+from self_rewarding_lm.judges import Judge, judged_scores
+from self_rewarding_lm.making_judges import check_judge, make_judge, top_score_of
+from self_rewarding_lm.oasst import open_assistant
+from self_rewarding_lm.quality import Interval
 from self_rewarding_lm.ranked import ranked_row
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, RankedReplies
 from self_rewarding_lm.rows import prompt_of
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.stored import id_order
+from self_rewarding_lm.tally import judge_metrics
 from self_rewarding_lm.tokens import Tokenizer, Tokens
 
 Asked = tuple[Prompt, list[Candidate]]
@@ -39,17 +56,49 @@ class JudgeEvaluation:
 
     parse_rate: the share of judgements with a score. agreement: the five measures of
     arXiv:2401.10020, Table 4; `agreement.pairs` has the pairwise accuracy with and without ties
-    and the tie rate. pairwise_interval: of `agreement.pairs.accuracy`, resampling groups (message
-    trees); it ranks no models that lie inside it. histogram: judgements by score, rounded to one
-    decimal. items: ranks and scores of each row, in the rows' order. A share of nothing is None.
+    and the tie rate. intervals: of each measure of agreement, 95 %, resampling groups (message
+    trees); they rank no models that lie inside them. histogram: judgements by score, rounded to one
+    decimal. self_agreement: of pairs of judgements of one reply those with the same score (rounded
+    to one decimal), a plain share, not corrected for chance; None where each reply was judged once.
+    position: of a pairwise judge. calibration: of its certainty. items: ranks and scores of each
+    row, in the rows' order. A share of nothing is None.
     """
 
     parse_rate: float | None
     agreement: Agreement
-    pairwise_interval: tuple[float, float] | None
+    intervals: Mapping[str, Interval]
     histogram: Mapping[float, int]
+    self_agreement: float | None
+    position: PositionBias | None
+    calibration: Calibration | None
     items: tuple[RankedScores, ...]
     judgements: tuple[Judgement, ...]
+
+    @property
+    def pairwise_interval(self) -> Interval:
+        """Of `agreement.pairs.accuracy`."""
+        return self.intervals["accuracy"]
+
+    def metrics(self) -> dict[str, float]:
+        """All measures by name, as numbers; those that nothing is known of are left out."""
+        found, pairs, position = self.agreement, self.agreement.pairs, self.position
+        measures = {
+            "accuracy": pairs.accuracy,
+            "accuracy_ties_half": pairs.accuracy_ties_half,
+            "tie_rate": pairs.tie_rate,
+            "best_precision": found.best_precision,
+            "best_count": found.best_count,
+            "exact_match": found.exact_match,
+            "spearman": found.spearman,
+            "kendall": found.kendall,
+            "uncorrelated": found.uncorrelated,
+            "parse_rate": self.parse_rate,
+            "self_agreement": self.self_agreement,
+            "first_share": None if position is None else position.first_share,
+            "position_agreement": None if position is None else position.consistency,
+            "calibration_error": None if self.calibration is None else self.calibration.error,
+        }
+        return {name: float(value) for name, value in measures.items() if value is not None}
 
 
 @typed
@@ -59,6 +108,7 @@ def evaluate_judge(
     *,
     tokenizer: Tokenizer | None = None,
     reward: RewardConfig | None = None,
+    comparison: ComparisonConfig | None = None,
     judging: SamplingConfig | None = None,
     num_judgements: int = 1,
     chat_template: str | None = None,
@@ -70,19 +120,23 @@ def evaluate_judge(
     """Let a model judge replies that people ranked, and compare.
 
     model: as for the trainer; it stays where it is and is not changed. ranked: a dataset of
-    RankedReplies or of other ranked rows (see `ranked.ranked_row`), a list or a file. reward: the
-    judge's prompt, default the library's. judging: default temperature 0.7, top-p 0.9
-    (arXiv:2401.10020, 3.1.3). num_judgements of each reply are averaged to its score. tokenizer,
-    chat_template, eos_id: as for the trainer. The same seed gives the same judgements. With several
-    processes each that calls this judges everything; `judge_ranked` gives each a part.
+    RankedReplies or of other ranked rows (see `ranked.ranked_row`), a list or a file, which may be
+    one of Open Assistant trees: all their ranked first replies. reward: the judge's prompt, default
+    the library's. comparison: a prompt that shows two replies, in its place; every two replies of a
+    row are then compared once in both orders. judging: default
+    temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). num_judgements of each reply are averaged
+    to its score. tokenizer, chat_template, eos_id: as for the trainer. The same seed gives the same
+    judgements. With several processes each that calls this judges everything; `judge_ranked` gives
+    each a part.
 
     Raises DataError for rows that are no ranking, ConfigError and JudgeError for a reward prompt
     that cannot be used.
     """
-    if num_judgements < 1:
-        raise ConfigError(f"num_judgements must be 1 or more; got {num_judgements}.")
-    reward = reward or DEFAULT_REWARD_CONFIG
-    ctx = _context(
+    if reward is not None and comparison is not None:
+        raise ConfigError("a judge has reward (it scores) or comparison (it compares), not both.")
+    asked = comparison or reward or DEFAULT_REWARD_CONFIG
+    judge = make_judge(asked, judging=judging, num_judgements=num_judgements)
+    ctx = open_context(
         model,
         tokenizer,
         chat_template=chat_template,
@@ -91,13 +145,11 @@ def evaluate_judge(
         engine=engine or LocalEngine(),
         quiet=quiet,
     )
-    check_judge_prompt(reward, ctx.tokens, ctx.model.max_len)
-    rows = _ranked(ranked)
-    asked = _asked(ctx, rows)
-    judge = SelfJudge(reward, judging or SamplingConfig(), num_judgements)
-    judgements = _judged(ctx, asked, judge)
-    scale = top_score_of(reward)
-    return _evaluation(judge, rows, asked, judgements, top_score=scale, seed=seed)
+    check_judge(asked, ctx)
+    rows = read_ranked(ranked)
+    found = _asked(ctx, rows)
+    told, top = _judged(ctx, found, judge), top_score_of(asked)
+    return _evaluation(judge, rows, found, told, top_score=top, seed=seed)
 
 
 def judge_ranked(
@@ -140,14 +192,7 @@ def as_candidates(ranked: RankedReplies, tokens: Tokens, *, where: str | None = 
     ]
 
 
-def top_score_of(reward: RewardConfig) -> float | None:
-    """The highest score that a reward prompt allows; None where it sets no limit."""
-    if reward.allowed_scores is not None:
-        return float(max(reward.allowed_scores))
-    return None if reward.score_range is None else float(reward.score_range[1])
-
-
-def _context(
+def open_context(
     model: nn.Module | str | Path,
     tokenizer: Tokenizer | None,
     *,
@@ -156,8 +201,9 @@ def _context(
     seed: int,
     engine: Engine,
     quiet: bool,
+    stage: str = "evaluate",
 ) -> Context:
-    """What a judge may reach where there is no trainer."""
+    """What a judge may reach where there is no trainer. stage: ids of its records begin so."""
     runtime = _runtime(quiet)
     module, own = open_model(model, Loading())
     if module is not model:  # it was loaded here
@@ -171,7 +217,7 @@ def _context(
         end_ids=end_ids_of(module) if eos_id is None else (),
     )
     return Context(
-        stage="evaluate",
+        stage=stage,
         seed=seed,
         model=token_model,
         policy=module,
@@ -183,13 +229,21 @@ def _context(
     )
 
 
-def _ranked(dataset: Any) -> list[RankedReplies]:
+def read_ranked(dataset: Any) -> list[RankedReplies]:
+    """All rows of a ranked dataset; of a file of Open Assistant trees all ranked first replies.
+
+    Raises DataError for a dataset that is none, and for no row.
+    """
+
     def no_stage(source: FromStage) -> Sequence[Any]:
         raise DataError(f"from_stage({source.stage!r}) names a stage, and there is no run here.")
 
     rows = Rows(dataset, "ranked", no_stage)
     if len(rows) == 0:
         raise DataError("ranked is empty; it needs at least one row.")
+    first = rows.read(0) if isinstance(dataset, str | Path) else None
+    if isinstance(first, Mapping) and isinstance(first.get("prompt"), Mapping):
+        return open_assistant(dataset, shares=(0.0, 0.0, 1.0), lang=None).eft_eval
     return [ranked_row(rows.read(i), rows.where(i)) for i in range(len(rows))]
 
 
@@ -217,17 +271,29 @@ def _evaluation(
     top_score: float | None,
     seed: int,
 ) -> JudgeEvaluation:
-    scores = judged_scores(judge, [c for _, own in asked for c in own], judgements)
+    everyone = [candidate for _, own in asked for candidate in own]
+    scores = judged_scores(judge, everyone, judgements)
     items = tuple(
         RankedScores(item.group, item.ranks, tuple(scores[c.id] for c in candidates))
         for item, (_, candidates) in zip(ranked, asked, strict=True)
     )
     known = [j.score for j in judgements if j.score is not None]
+    ranks = {
+        candidate.id: rank
+        for item, (_, own) in zip(ranked, asked, strict=True)
+        for candidate, rank in zip(own, item.ranks, strict=True)
+    }
+    position = position_bias(judgements)
     return JudgeEvaluation(
         parse_rate=len(known) / len(judgements) if judgements else None,
         agreement=agreement(items, top_score=top_score),
-        pairwise_interval=pairwise_interval(items, seed=seed),
+        intervals=agreement_intervals(items, top_score=top_score, seed=seed),
         histogram=dict(sorted(Counter(round(score, 1) for score in known).items())),
+        self_agreement=judge_metrics(everyone, judgements).get("judge/self_agreement"),
+        position=position,
+        calibration=calibration_of_scores(items)
+        if position is None
+        else calibration_of_verdicts(judgements, ranks),
         items=items,
         judgements=tuple(sorted(judgements, key=lambda j: id_order(j.id))),
     )

@@ -75,7 +75,7 @@ def read_recipe(root: Node) -> Recipe:
     Raises ConfigError that names every wrong value. Reads the data and imports the modules that
     the recipe names; loads no model.
     """
-    reader = _RecipeReader()
+    reader = RecipeReader()
     recipe = reader.recipe(root)
     if reader.problems:
         count = len(reader.problems)
@@ -85,7 +85,7 @@ def read_recipe(root: Node) -> Recipe:
     return recipe
 
 
-class _RecipeReader(Reader):
+class RecipeReader(Reader):
     """A reader that knows what stands at the top of a recipe."""
 
     def recipe(self, root: Node) -> Any:
@@ -104,8 +104,8 @@ class _RecipeReader(Reader):
         rewards = self._rewards(nested.get("reward_prompts"), ("reward_prompts",))
         if stages is not WRONG and rewards is not WRONG:
             self._check_names(stages, root, rewards)
-        model = self._model(items["model"], ("model",)) if "model" in items else WRONG
-        tokenizer = self._tokenizer(items.get("tokenizer"), ("tokenizer",))
+        model = self.model(items["model"], ("model",)) if "model" in items else WRONG
+        tokenizer = self.tokenizer(items.get("tokenizer"), ("tokenizer",))
         if top is WRONG or self.problems:
             return WRONG
         out = items["out"].folder if "out" in items else root.folder
@@ -178,10 +178,11 @@ class _RecipeReader(Reader):
         """Reward prompts by name; what a rubric's settings leave out is the library's own."""
         found: dict[str, Any] = {"default": RUBRICS["paper"]}
         for name, child in (self.mapping(node, keys) if node is not None else {}).items():
-            found[name] = self._reward(child, (*keys, name))
+            found[name] = self.reward(child, (*keys, name))
         return WRONG if any_wrong(found.values()) else found
 
-    def _reward(self, node: Node, keys: Keys) -> Any:
+    def reward(self, node: Node, keys: Keys) -> Any:
+        """One reward prompt."""
         items = self.mapping(node, keys)
         if "prompt_template" in items:
             return self.settings(RewardConfig, node, keys)
@@ -229,7 +230,7 @@ class _RecipeReader(Reader):
                     words = f"must be one of reward_prompts ({', '.join(rewards)}); got {reward!r}."
                     self.refuse(root.at(where), where, words)
 
-    def _model(self, node: Node, keys: Keys) -> Any:
+    def model(self, node: Node, keys: Keys) -> Any:
         """A folder, a file, a name on the hub, or an object."""
         name = node.value
         if not isinstance(name, str):
@@ -247,7 +248,8 @@ class _RecipeReader(Reader):
             return self.refuse(node, keys, f"there is no file or folder {str(path)!r}.")
         return name
 
-    def _tokenizer(self, node: Node | None, keys: Keys) -> Any:
+    def tokenizer(self, node: Node | None, keys: Keys) -> Any:
+        """A folder, a name on the hub, or an object; None where nothing is said."""
         if node is None or not isinstance(node.value, str):
             return None
         path = node.folder / Path(node.value).expanduser()

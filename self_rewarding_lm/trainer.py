@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from self_rewarding_lm.adapters.loading import (
     merged,
     open_model,
 )
+from self_rewarding_lm.callbacks import Callback, StageCallback, tell_ended, tell_trained
 from self_rewarding_lm.card import with_card
 from self_rewarding_lm.config import DEFAULT_REWARD_CONFIG, FinetuneConfig, RewardConfig
 from self_rewarding_lm.context import Context, check_weights_named
@@ -42,15 +43,6 @@ logger = logging.getLogger(__name__)
 
 OVERWRITE_VARIABLE = "SELF_REWARDING_LM_OVERWRITE"
 MERGED = "merged"
-
-
-@runtime_checkable
-class Callback(Protocol):
-    """Called on the main process."""
-
-    def on_stage_end(self, run: Run, stage: str, model: nn.Module) -> None:
-        """The stage's weights are in `model` and on disk."""
-        ...
 
 
 class SelfRewardingTrainer:
@@ -101,7 +93,7 @@ class SelfRewardingTrainer:
         accelerate_kwargs: Mapping[str, Any] = {},
         keep_stages: int | None = None,
         engine: Engine | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback | StageCallback] = (),
         quiet: bool = False,
         report: bool = True,
     ) -> None:
@@ -149,6 +141,8 @@ class SelfRewardingTrainer:
         self.contexts = [self._context(i) for i in range(len(self.stages))]
         for stage, ctx in zip(self.stages, self.contexts, strict=True):
             stage.check(ctx)
+            for callback in (c for c in self.callbacks if isinstance(c, StageCallback)):
+                callback.check(ctx)
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -225,9 +219,10 @@ class SelfRewardingTrainer:
         with ends_told(out.tell):
             stage.run(ctx, out)
         out.save_weights(self.token_model)
+        tell_trained(self.callbacks, ctx, out)
         out.finish()
-        for callback in self.callbacks if self.runtime.is_main else ():
-            callback.on_stage_end(run, name, self.model)
+        if self.runtime.is_main:
+            tell_ended(self.callbacks, run, name, self.model)
         self.runtime.barrier()
 
     def _drop_old_weights(self, run: Run, place: int) -> None:

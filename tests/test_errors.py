@@ -29,7 +29,9 @@ from self_rewarding_lm import (
     DPOConfig,
     EnsembleJudge,
     ExternalRewardDPOConfig,
+    HeldOutReward,
     ImplicitJudge,
+    JudgeAnchor,
     LocalEngine,
     OptimConfig,
     RewardConfig,
@@ -45,9 +47,12 @@ from self_rewarding_lm import (
     ServerJudge,
     SFTConfig,
     SPINTrainer,
+    VerifierAccuracy,
     VoteJudge,
+    compare,
     from_stage,
     generate,
+    reasoning_task,
 )
 from self_rewarding_lm.errors import SelfRewardingError
 from self_rewarding_lm.export import export_stage
@@ -520,6 +525,11 @@ def only_bad_rows(folder):
     return lambda: trainer(folder, sft(train_dataset=rows, on_bad_row="skip"))
 
 
+@mistake("data", "An anchor whose rows rank nothing")
+def anchor_ranks_nothing(folder):
+    return lambda: JudgeAnchor([{"prompt": "say 1", "replies": ["1", "one"], "ranks": [0, 0]}])
+
+
 @mistake("data", "A dataset whose end is not known")
 def endless(folder):
     class Endless:
@@ -806,6 +816,22 @@ def empty_reward_model(folder):
     return lambda: RewardModelJudge(folder)
 
 
+@mistake("judge", "Two models are compared, and nobody is there to judge")
+def nobody_judges(folder):
+    return lambda: compare(Watched(), Watched(), PROMPTS, judge=ComparisonConfig())
+
+
+@mistake("judge", "Early stopping by a reward prompt that does not show the response")
+def held_out_without_response(folder):
+    reward = REWARD.model_copy(update={"prompt_template": "{{ prompt }}: "})
+    return lambda: trainer(folder, sft(early_stopper_eval_module=HeldOutReward(PROMPTS, reward)))
+
+
+@mistake("judge", "A verifier that is no function")
+def verifier_no_function(folder):
+    return lambda: VerifierAccuracy(PROMPTS, "exact_match")
+
+
 @mistake("judge", "A reward prompt that fills the model")
 def judge_without_room(folder):
     reward = REWARD.model_copy(update={"prompt_template": "x" * 120 + REWARD.prompt_template})
@@ -1005,6 +1031,11 @@ class BySum:
 
 
 # -- environment -----------------------------------------------------------------------------------
+
+
+@mistake("environment", "A task of reasoning-gym without the package")
+def no_reasoning_gym(folder):
+    return missing("reasoning_gym", lambda: reasoning_task("chain_sum"))
 
 
 @mistake("environment", "A parquet file without pyarrow")

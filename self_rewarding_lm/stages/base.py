@@ -12,7 +12,7 @@ from self_rewarding_lm.checks import Checker, ChecksConfig
 from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import BadRows, OnBadRow, Rows
-from self_rewarding_lm.early_stopping import EarlyStopping
+from self_rewarding_lm.early_stopping import EarlyStopping, StageEvaluation
 from self_rewarding_lm.errors import (
     ConfigError,
     DataError,
@@ -49,7 +49,8 @@ class TrainingConfig(FinetuneConfig):
     num_train_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps."""
     early_stopper_eval_module: Object = None
-    """A module or function of the model -> one number, asked every optim.eval_every steps."""
+    """A module or function of the model -> one number, asked every optim.eval_every steps; or
+    HeldOutReward, WinRateOverLast, VerifierAccuracy (docs/evaluation.md)."""
     early_stopper_mode: Literal["max", "min"] = "max"
     """Whether more or less of that number is better."""
     early_stopper_patience: int = Field(default=1, ge=1)
@@ -71,7 +72,9 @@ class TrainingConfig(FinetuneConfig):
 
     def check(self, ctx: Context) -> None:
         module = self.early_stopper_eval_module
-        if module is not None and not callable(module):
+        if isinstance(module, StageEvaluation):
+            module.check(ctx)
+        elif module is not None and not callable(module):
             raise ConfigError(
                 f"{ctx.stage}: early_stopper_eval_module must be a module or function of the "
                 f"model; got {type(module).__name__}."
