@@ -1,0 +1,46 @@
+"""How Sphinx builds these pages: `make docs` writes them to docs/_build. Nothing is fetched, neither
+when they are built nor when they are read: formulas are MathML.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import reference_pages  # noqa: E402
+
+import self_rewarding_lm  # noqa: E402
+
+project = "self_rewarding_lm"
+release = version = self_rewarding_lm.__version__
+extensions = ["myst_parser"]
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+suppress_warnings = [".empty_glob"]  # a guide may be in the list before its page is there
+html_theme = "furo"
+html_title = "self_rewarding_lm"
+html_copy_source = False
+html_show_copyright = False
+html_math_renderer = "mathml"
+html_theme_options = {"navigation_with_keys": True}
+
+
+def inline(translator: Any, node: Any) -> None:
+    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    raise SkipNode
+
+
+def block(translator: Any, node: Any) -> None:
+    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    raise SkipNode
+
+
+def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
+    app.connect("builder-inited", lambda _: reference_pages.write_pages(HERE / "reference"))
