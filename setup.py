@@ -9,6 +9,8 @@ HF = ["transformers>=5.8", "tokenizers", "peft>=0.18", "gguf>=0.17"]
 DATA = ["datasets>=4.0", "pyarrow>=18"]
 SERVER = ["openai>=2.0"]
 BITSANDBYTES = ["bitsandbytes>=0.46"]  # optimisers in 8 bit, models in 4 bit
+EXAMPLES = ["matplotlib>=3.9", "ipykernel>=7.0"]  # the notebooks
+DOCS = ["matplotlib>=3.9", "sphinx>=9.0", "furo>=2025.9.25", "myst-parser>=5.0"]
 TEST = [
     "pytest>=8",
     "scipy",
@@ -19,6 +21,8 @@ TEST = [
     "fastapi",
     "uvicorn",  # of transformers serve
     "hypothesis>=6.100",
+    *EXAMPLES,
+    "nbclient>=0.10",
 ]
 
 setup(
@@ -60,8 +64,9 @@ setup(
             "self-rewarding-lm-pytorch==0.2.12",
             "psutil",
         ],
-        "docs": ["matplotlib>=3.9"],
-        "dev": [*TEST, "ruff", "pyright[nodejs]"],
+        "examples": EXAMPLES,
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "ruff", "pyright[nodejs]"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

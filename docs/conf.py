@@ -1,5 +1,6 @@
-"""How Sphinx builds these pages: `make docs` writes them to docs/_build. Nothing is fetched, neither
-when they are built nor when they are read: formulas are MathML.
+"""How Sphinx builds these pages: `make docs` writes them to docs/_build.
+
+Nothing is fetched, neither when they are built nor when they are read: formulas are MathML.
 """
 
 import sys

@@ -45,8 +45,8 @@ def _stages(stages: list[type[Config]]) -> Iterator[str]:
     """A section for each stage with the fields that it adds, then one for each class they share."""
     kinds = {cls: kind for kind, cls in STAGE_KINDS.items()}
     shared: dict[type[Config], None] = {}
-    yield "# Stages\n\nWhat each stage does and what it can be told. A stage of your own is a subclass"
-    yield "of [FinetuneConfig](#finetuneconfig): [a stage of your own](../own_stage.md)."
+    yield "# Stages\n\nWhat each stage does and what it can be told. A stage of your own is a"
+    yield "subclass of [FinetuneConfig](#finetuneconfig): [guide](../own_stage.md)."
     for cls in stages:
         yield f"\n## {cls.__name__}\n\n{_doc(cls)}\n"
         if cls in kinds:
@@ -66,8 +66,8 @@ def _stages(stages: list[type[Config]]) -> Iterator[str]:
 
 
 def _settings(configs: list[type[Config]]) -> Iterator[str]:
-    yield "# Settings\n\nWhat stages and the trainer are told in objects of their own. All settings as a"
-    yield "recipe file: [every setting as YAML](recipe.md).\n"
+    yield "# Settings\n\nWhat stages and the trainer are told in objects of their own; all of it in"
+    yield "one file: [every setting as YAML](recipe.md).\n"
     found = dict.fromkeys([*configs, RecipeSettings])
     for cls in list(found):
         nested = (config_in(field.annotation) for field in cls.model_fields.values())
@@ -88,7 +88,7 @@ def _fields(cls: type[Config], *, inherited: bool = False) -> Iterator[str]:
 
 
 def _own(cls: type) -> list[str]:
-    return list(cls.__dict__.get("__annotations__", {})) if _is(cls, Config) else []
+    return list(inspect.get_annotations(cls)) if _is(cls, Config) else []
 
 
 def _kind(field: Any, setting: Setting) -> str:
@@ -113,16 +113,17 @@ def _names(public: dict[str, Any]) -> Iterator[str]:
     for name, it in public.items():
         yield f"\n## {name}\n"
         if isinstance(it, RewardConfig):
-            yield f"The `RewardConfig` with this prompt:\n\n````text\n{it.prompt_template.strip()}\n````\n"
+            prompt = it.prompt_template.strip()
+            yield f"The `RewardConfig` with this prompt:\n\n````text\n{prompt}\n````\n"
             continue
         yield f"{_signature(name, it)}\n\n{_doc(it)}\n"
         if inspect.isclass(it):
             for member, value in vars(it).items():
                 function = value.__func__ if isinstance(value, classmethod) else value
-                if not member.startswith("_") and inspect.isfunction(function):
-                    yield f"### {name}.{member}\n\n{_signature(member, function)}\n\n{_doc(function)}\n"
-                elif isinstance(value, property) and not member.startswith("_"):
-                    yield f"### {name}.{member}\n\n{_doc(value)}\n"
+                called = inspect.isfunction(function)
+                if not member.startswith("_") and (called or isinstance(value, property)):
+                    code = _signature(member, function) if called else ""
+                    yield f"### {name}.{member}\n\n{code}\n\n{_doc(function)}\n"
 
 
 def _signature(name: str, it: Callable[..., Any]) -> str:
@@ -139,7 +140,11 @@ def _signature(name: str, it: Callable[..., Any]) -> str:
     if first is not None and inspect.Parameter.VAR_POSITIONAL not in kinds:
         said.insert(first, "*")
     back = given.return_annotation
-    back = "" if back in (inspect.Signature.empty, None) or inspect.isclass(it) else f" -> {_type(back)}"
+    back = (
+        ""
+        if back in (inspect.Signature.empty, None) or inspect.isclass(it)
+        else f" -> {_type(back)}"
+    )
     said = [_bare(text) for text in said]
     line = f"{name}({', '.join(said)}){back}"
     if len(line) > 80:
@@ -150,7 +155,9 @@ def _signature(name: str, it: Callable[..., Any]) -> str:
 def _command() -> Iterator[str]:
     yield "# The command\n\nWhat `self-rewarding-lm COMMAND --help` prints.\n"
     commands = next(
-        action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)
+        action
+        for action in cli._parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
     )
     for name, parser in commands.choices.items():
         parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80)
