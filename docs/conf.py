@@ -3,6 +3,7 @@
 Nothing is fetched, neither when they are built nor when they are read: formulas are MathML.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ extensions = ["myst_parser"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
-suppress_warnings = [".empty_glob"]  # a guide may be in the list before its page is there
+smartquotes = False  # "warn" is a value
 html_theme = "furo"
 html_title = "self_rewarding_lm"
 html_copy_source = False
@@ -38,10 +39,22 @@ def inline(translator: Any, node: Any) -> None:
 
 
 def block(translator: Any, node: Any) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    formula = tex2mathml(node.astext(), as_block=True)
+    translator.body.append(f'<div style="overflow-x: auto">{formula}</div>')
     raise SkipNode
+
+
+def only_pages_that_are_there(_: Any, page: str, source: list[str]) -> None:
+    """Leave lines of the index that name no page out, so that a guide may be listed before it is
+    written."""
+    if page == "index":
+        lines = source[0].splitlines()
+        named = [HERE / f"{line}.md" for line in lines if re.fullmatch(r"\w+", line)]
+        gone = {it.stem for it in named if not it.exists()}
+        source[0] = "\n".join(line for line in lines if line not in gone)
 
 
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
+    app.connect("source-read", only_pages_that_are_there)
     app.connect("builder-inited", lambda _: reference_pages.write_pages(HERE / "reference"))

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from self_rewarding_lm import SFTConfig
@@ -39,7 +40,7 @@ from self_rewarding_lm.closed import Config
 from self_rewarding_lm.recipe_file import read_recipe
 from self_rewarding_lm.recipe_settings import STAGE_KINDS, RecipeSettings
 from self_rewarding_lm.recipe_yaml import read_yaml
-from tests.hf_models import VOCAB, tiny, word_tokenizer
+from tests.hf_models import VOCAB, word_tokenizer
 from tests.test_recipe_file import tree, write_lines
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,9 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     tokenizer = word_tokenizer(CHATML)
     tokenizer.save_pretrained(folder / HUB_NAME)
-    tiny("llama", VOCAB, max_position_embeddings=4096).save_pretrained(folder / HUB_NAME)
+    numbers = tokenizer.encode("0123456789", add_special_tokens=False)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    fond_of([*numbers, *ends]).save_pretrained(folder / HUB_NAME)
     for name, lines in {
         "ift": ROWS,
         "rows": ROWS,
@@ -105,6 +108,31 @@ def prepared(tmp_path_factory):
     with gzip.open(folder / "trees.jsonl.gz", "wb") as file:
         file.write((folder / "trees.jsonl").read_bytes())
     return folder
+
+
+def fond_of(ids: list[int]):
+    """A tiny GPT-2 of random weights that writes mostly these tokens: so it gives scores, and ends."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    width = 16
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCAB,
+                n_embd=width,
+                n_layer=1,
+                n_head=2,
+                n_positions=4096,
+                tie_word_embeddings=False,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1)  # what is normed sums to 0 before, to the width behind
+        model.lm_head.weight[ids] += 5 / width
+    return model
 
 
 @pytest.fixture
@@ -173,7 +201,9 @@ def test_blocks_have_a_known_language_and_are_closed(page):
     assert {block.word for block in blocks} <= LANGUAGES
     rest = FENCE.sub("", page.read_text(encoding="utf-8"))
     assert "```" not in rest  # a fence that nothing closes, or one that is not at a line's start
-    assert [m for m in re.findall(r"<!-- (\S+?):", rest) if m in ("slow", "no-run")] == []
+    assert [
+        m for m in re.findall(r"^<!-- (\S+?):", rest, re.MULTILINE) if m in ("slow", "no-run")
+    ] == []
     for block in blocks:
         if block.word == "json":
             json.loads(block.text)
