@@ -9,7 +9,7 @@ import pytest
 NOTEBOOKS = Path(__file__).parent.parent / "docs" / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 SMALLER = {
-    "loop": {"SFT_STEPS": 160, "PROMPTS": 60, "HELD_OUT": 20},
+    "loop": {"SFT_STEPS": 80, "PROMPTS": 32, "HELD_OUT": 10},
     "judge": {"SFT_STEPS": 20, "PROMPTS": 24},
 }
 """Numbers with which they take seconds."""
