@@ -200,10 +200,10 @@ def _text(words: str) -> str:
     """Words as Markdown: what would be markup is escaped, code between backticks is not; pages of
     these docs are linked."""
     pieces = words.split("`")
-    if len(pieces) % 2 == 0:  # a backtick alone
-        pieces = ["\\`".join(pieces)]
+    if len(pieces) % 2 == 0:  # a backtick alone is a character like others
+        pieces = [words]
     for i in range(0, len(pieces), 2):
-        text = re.sub(r"([\\*<>\[\]{}$#|~]|\b_|_\b)", r"\\\1", pieces[i])
+        text = re.sub(r"([\\`*<>\[\]{}$#|~]|\b_|_\b)", r"\\\1", pieces[i])
         pieces[i] = re.sub(r"\bdocs/(\w+\.md)", r"[\1](../\1)", text)
     return "`".join(pieces)
 
