@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test slow check install diagram benchmark errors clean
+.PHONY: quickstart test slow check install diagram docs benchmark errors clean
 
 quickstart: $(VENV)/installed
 	$(RUN) examples/quickstart.py
@@ -13,6 +13,7 @@ test: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+	$(RUN) -m sphinx -W --keep-going -q docs docs/_build
 	$(RUN) -m pytest
 
 slow: $(VENV)/installed-bench
@@ -23,6 +24,10 @@ benchmark: $(VENV)/installed-bench
 
 errors: $(VENV)/installed-dev
 	$(RUN) -m tests.test_errors
+
+docs: $(VENV)/installed-dev
+	$(RUN) -m sphinx -W --keep-going -q docs docs/_build
+	@echo "Open docs/_build/index.html"
 
 diagram: $(VENV)/installed
 	$(RUN) -m pip install -q -c constraints.txt -e ".[docs]"
@@ -43,4 +48,4 @@ $(VENV)/installed-bench: $(VENV)/installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build docs/_build docs/reference *.egg-info

@@ -9,6 +9,9 @@ HF = ["transformers>=5.8", "tokenizers", "peft>=0.18", "gguf>=0.17"]
 DATA = ["datasets>=4.0", "pyarrow>=18"]
 SERVER = ["openai>=2.0"]
 BITSANDBYTES = ["bitsandbytes>=0.46"]  # optimisers in 8 bit, models in 4 bit
+NOTEBOOKS = ["matplotlib>=3.9", "ipykernel>=7.0"]
+EXAMPLES = [*NOTEBOOKS, "reasoning-gym>=0.1.25"]
+DOCS = ["matplotlib>=3.9", "sphinx>=9.0", "furo>=2025.9.25", "myst-parser>=5.0"]
 TEST = [
     "pytest>=8",
     "scipy",
@@ -19,6 +22,8 @@ TEST = [
     "fastapi",
     "uvicorn",  # of transformers serve
     "hypothesis>=6.100",
+    *NOTEBOOKS,
+    "nbclient>=0.10",
 ]
 
 setup(
@@ -54,16 +59,15 @@ setup(
         "server": SERVER,
         "bitsandbytes": BITSANDBYTES,
         "test": TEST,
-        "examples": ["reasoning-gym>=0.1.25"],
         "bench": [
             *HF,
             "trl==1.16.0",
             "self-rewarding-lm-pytorch==0.2.12",
             "psutil",
         ],
-        "examples": ["reasoning-gym>=0.1.20"],
-        "docs": ["matplotlib>=3.9"],
-        "dev": [*TEST, "ruff", "pyright[nodejs]"],
+        "examples": EXAMPLES,
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "ruff", "pyright[nodejs]"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",
