@@ -105,9 +105,10 @@ class ContrastMaker(PairMaker):
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
         given = self._given(prompt)
         if len(given) == len(SIDES):
-            scores = self.scores(given)
-            self.counts.update(counted(*given, scores))
-            if self.config.confirm == "drop" and _disagrees(*(scores[c.id] for c in given)):
+            scores, (positive, negative) = self.scores(given), given
+            self.counts.update(counted(positive, negative, scores))
+            disagrees = _disagrees(scores[positive.id], scores[negative.id])
+            if self.config.confirm == "drop" and disagrees:
                 drops.prompts["disagreed"] += 1
                 return []
         found = super()._made(prompt, drops)
