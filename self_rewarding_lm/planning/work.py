@@ -195,7 +195,7 @@ class Counting:
             if own is not None:
                 shown = Range.of(round(own.prompt + 2 * own.answer))
                 longest = own.longest_prompt + 2 * own.longest_answer
-            reward = stage.comparison
+            reward = stage.written_comparison()
             judgements = self._asked(
                 reward, stage.judging, Asking(replies), times, (shown, longest)
             )

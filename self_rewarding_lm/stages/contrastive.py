@@ -105,9 +105,10 @@ class ContrastMaker(PairMaker):
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
         given = self._given(prompt)
         if len(given) == len(SIDES):
-            scores = self.scores(given)
-            self.counts.update(counted(given[0], given[1], scores))
-            if self.config.confirm == "drop" and _disagrees(*(scores[c.id] for c in given)):
+            scores, (positive, negative) = self.scores(given), given
+            self.counts.update(counted(positive, negative, scores))
+            disagrees = _disagrees(scores[positive.id], scores[negative.id])
+            if self.config.confirm == "drop" and disagrees:
                 drops.prompts["disagreed"] += 1
                 return []
         found = super()._made(prompt, drops)
@@ -130,8 +131,9 @@ class ContrastMaker(PairMaker):
         found = super().make()
         counts = sum(self.ctx.runtime.gather([self.counts]), Counter[str]())
         metrics = metrics_of(counts, judged=self.config.is_judged)
-        self.out.log({"step": 0, **metrics})
-        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, 0)
+        step = self.out.first_step
+        self.out.log({"step": step, **metrics})
+        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, step)
         self.out.summary["metrics"] |= metrics
         if counts["finished"] >= FIRST_LOOK:
             self.checker.see(
@@ -196,7 +198,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
     default_learning_rates: ClassVar[tuple[float, float]] = (5e-7, 5e-8)
     maker: ClassVar[type[PairMaker]] = ContrastMaker
     unused: ClassVar[tuple[str, ...]] = (
-        *("num_candidate_responses", "pick_paired_rewards_fn", "pairing"),
+        *("num_candidate_responses", "pick_paired_rewards_fn", "pairing", "consistency"),
     )
     of_judges: ClassVar[tuple[str, ...]] = (
         *("judge", "rewarding_model", "comparison", "postprocess_response"),

@@ -64,8 +64,9 @@ class BuildEFTConfig(FinetuneConfig):
     """How judgements are sampled."""
     self_reward_config_keyname: str = "default"
     """Which of the trainer's reward prompts; "comparisons" asks by none of them."""
-    comparison: ComparisonConfig = ComparisonConfig()
-    """How two replies are shown and the verdict is said, for "comparisons"."""
+    comparison: ComparisonConfig | None = None
+    """How two replies are shown and the verdict is said, for "comparisons". None: the library's
+    own way."""
     accept: Accept = "instruction"
     """"instruction": an attempt counts where all replies of the row have a score and all that
     people ordered are in that order. "reply": each reply by itself, where it stands rightly to all
@@ -84,7 +85,7 @@ class BuildEFTConfig(FinetuneConfig):
 
     def check(self, ctx: Context) -> None:
         if self.method == "comparisons":
-            check_comparison(self.comparison, ctx.tokens, ctx.model.max_len)
+            check_comparison(self.written_comparison(), ctx.tokens, ctx.model.max_len)
         else:
             check_judge_prompt(self._reward(ctx), ctx.tokens, ctx.model.max_len)
         if self.method == "ranks":
@@ -122,6 +123,11 @@ class BuildEFTConfig(FinetuneConfig):
     def attempts(self) -> int:
         """Judgements of a reply, or of a pair."""
         return self.num_judgements or (15 if self.method == "comparisons" else 3)
+
+    def written_comparison(self) -> ComparisonConfig:
+        """How two replies are compared, for judgements whose text is what is wanted."""
+        written = {"score_mode": "sampled", "forced_ending": False}
+        return (self.comparison or ComparisonConfig()).model_copy(update=written)
 
     def reward_names(self) -> tuple[str, ...]:
         return () if self.method == "comparisons" else (self.self_reward_config_keyname,)

@@ -59,8 +59,7 @@ class ComparisonBuilder(Builder):
         ranked: Sequence[RankedReplies],
     ) -> None:
         super().__init__(config, ctx, out, ranked)
-        written = {"score_mode": "sampled", "forced_ending": False}
-        self.comparison = config.comparison.model_copy(update=written)
+        self.comparison = config.written_comparison()
         self.judge = PairwiseJudge(self.comparison, config.judging)
         self.pairs = self._in_order()
 
