@@ -43,13 +43,13 @@ if TYPE_CHECKING:
         BuildEFTConfig,
         DPOConfig,
         ExternalRewardDPOConfig,
-        MetaJudgingConfig,
         MetaRewardDPOConfig,
         SelfPlayConfig,
         SelfRewardDPOConfig,
         SelfRewardSFTConfig,
         SFTConfig,
     )
+    from self_rewarding_lm.stages.meta import MetaJudgingConfig
     from self_rewarding_lm.trainer import SelfRewardingTrainer
     from self_rewarding_lm.weights import import_checkpoint
 
@@ -147,13 +147,13 @@ _HOMES = {
         "BuildEFTConfig",
         "DPOConfig",
         "ExternalRewardDPOConfig",
-        "MetaJudgingConfig",
         "MetaRewardDPOConfig",
         "SFTConfig",
         "SelfPlayConfig",
         "SelfRewardDPOConfig",
         "SelfRewardSFTConfig",
     ),
+    "stages.meta": ("MetaJudgingConfig",),
     "trainer": ("SelfRewardingTrainer",),
     "weights": ("import_checkpoint",),
 }

@@ -3,7 +3,7 @@
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
-from self_rewarding_lm.stages.meta import MetaJudgingConfig, MetaRewardDPOConfig
+from self_rewarding_lm.stages.meta import MetaRewardDPOConfig
 from self_rewarding_lm.stages.positive import SelfRewardSFTConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
@@ -13,7 +13,6 @@ __all__ = [
     "BuildEFTConfig",
     "DPOConfig",
     "ExternalRewardDPOConfig",
-    "MetaJudgingConfig",
     "MetaRewardDPOConfig",
     "SFTConfig",
     "SelfPlayConfig",
