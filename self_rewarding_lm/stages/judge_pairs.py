@@ -307,16 +307,6 @@ def meta_asker(how: "MetaJudgingConfig") -> Asker:
     )
 
 
-def check_meta_judging(config: "MetaRewardDPOConfig", ctx: Context) -> None:
-    """Raise where judgements cannot be compared; as `judges.check_judge_prompt`."""
-    how = config.meta_judging
-    render = compile_meta_template(how.prompt_template, auto_dedent=how.auto_dedent)
-    judge = config.build_judge(ctx)
-    assert isinstance(judge, SelfJudge)
-    text = render(judge.render("", ""), "", "")
-    meta_asker(how).check(text, ctx.tokens, ctx.model.max_len)
-
-
 def _as_meta(told: Judgement) -> MetaJudgement:
     return MetaJudgement(
         id=told.id,

@@ -11,14 +11,15 @@ from pydantic import Field, model_validator
 from self_rewarding_lm.config import ComparisonConfig, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import MIN_ANSWER_TOKENS
+from self_rewarding_lm.judges import MIN_ANSWER_TOKENS, SelfJudge
+from self_rewarding_lm.judging import compile_meta_template
 from self_rewarding_lm.lines import Joined
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.rehearsal import short
 from self_rewarding_lm.rollout import decoding_of
 from self_rewarding_lm.rubrics import META_JUDGE_PROMPT
 from self_rewarding_lm.serving import Need, served
-from self_rewarding_lm.stages.judge_pairs import JudgePairMaker, check_meta_judging
+from self_rewarding_lm.stages.judge_pairs import JudgePairMaker, meta_asker
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.store import StageDir
@@ -112,7 +113,11 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
                 f"{reward.forced_ending!r}, whose scores are not (all) in the texts. Use "
                 "score_mode='sampled' without forced_ending, or set train_judge=False."
             )
-        check_meta_judging(self, ctx)
+        how, judge = self.meta_judging, self.build_judge(ctx)
+        assert isinstance(judge, SelfJudge)
+        render = compile_meta_template(how.prompt_template, auto_dedent=how.auto_dedent)
+        empty = render(judge.render("", ""), "", "")
+        meta_asker(how).check(empty, ctx.tokens, ctx.model.max_len)
 
     def needs(self, ctx: Context) -> list[Need]:
         found, how = super().needs(ctx), self.meta_judging
