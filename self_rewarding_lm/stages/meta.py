@@ -93,7 +93,7 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
                 "self_reward_config_keyname and num_sampled_reward_responses of 2 or more, or set "
                 "train_judge=False"
             )
-        if getattr(self, "rounds", 1) > 1:
+        if self.rounds > 1:
             raise ValueError(
                 "rounds: positions are weighted over a whole stage; with train_judge give one "
                 "stage for each round"
