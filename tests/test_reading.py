@@ -17,6 +17,7 @@ from self_rewarding_lm.stages import preference
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.preference import cut_pairs
+from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stored import Stored
 from tests.models import Recurrent, Successor, context, stage_dir
 from tests.test_datasets import lines, opened
@@ -188,7 +189,7 @@ def maker_of(tmp_path, monkeypatch, **options):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr("self_rewarding_lm.stages.sampled.PairMaker", Kept)
+    monkeypatch.setattr(SampledPreferenceConfig, "maker", Kept)
     run = trainer_of(tmp_path, [external(**options)])(rehearse=False)
     return made[0], run
 
