@@ -218,8 +218,9 @@ def smoothed(
         )
     else:
         metrics["consistency/tau_mean"] = 1 - 2 * mean
-    out.log({"step": 0, **metrics})
-    ctx.runtime.log({f"{ctx.stage}/{name}": value for name, value in metrics.items()}, 0)
+    step = out.first_step
+    out.log({"step": step, **metrics})
+    ctx.runtime.log({f"{ctx.stage}/{name}": value for name, value in metrics.items()}, step)
     out.summary["consistency"] = metrics
 
     def change(pair: PreferencePair) -> PreferencePair:
@@ -231,4 +232,5 @@ def smoothed(
 
 
 def _prompt_id_of(pair: PreferencePair) -> str:
-    return pair.id if pair.chosen_id is None else pair.chosen_id.rsplit("/", 1)[0]
+    """Of a pair, or of its candidate: <stage>/<row>/<pass>, whatever stands behind."""
+    return "/".join((pair.chosen_id or pair.id).split("/")[:3])
