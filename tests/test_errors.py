@@ -1133,7 +1133,8 @@ def fsdp_old(folder):
 
 
 def records_in(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*.jsonl")}
+    records = (path for path in folder.rglob("*.jsonl") if path.name != "events.jsonl")
+    return {str(path): path.read_bytes() for path in records}
 
 
 @dataclass(frozen=True)
