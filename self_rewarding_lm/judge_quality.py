@@ -101,7 +101,8 @@ def calibration_of_scores(items: Iterable[RankedScores]) -> Calibration | None:
             for item in items
             for (rank, score), (other_rank, other) in combinations(_known(item), 2)
             if rank != other_rank
-        ]
+        ],
+        dtype=float,
     )
     if not len(gaps):
         return None

@@ -33,7 +33,7 @@ def test_every_setting_is_there_with_its_default(pages):
     for owner in (it for it in owners if isinstance(it, type) and issubclass(it, Config)):
         for setting in settings_of(owner):
             assert re.search(rf"^`{setting.name}` \(", told, re.MULTILINE), (owner, setting.name)
-    assert "`dpo_beta` (`float`, above 0, default `0.1`)\n: beta of Eq. 7" in told
+    assert "`spin_lambda` (`float`, above 0, default `0.1`)\n: lambda of Eq. 4.7" in told
     assert "`num_candidate_responses` (`int`, at least 2, default `4`)" in told
 
 
