@@ -13,6 +13,7 @@ from self_rewarding_lm.judging import candidate_scores
 from self_rewarding_lm.pair_settings import PairingConfig
 from self_rewarding_lm.pairing import DropCounts, make_pairs
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.rehearsal import rehearse_stages
 from self_rewarding_lm.rollout import sample_candidates
 from self_rewarding_lm.stages.temporal import anchored, part_of
 from self_rewarding_lm.tokens import CallableTokenizer, Tokens
@@ -228,7 +229,9 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, judged, eva
 
 
 def test_a_stage_is_rehearsed_before_the_first_begins(tmp_path):
-    trainer_of(tmp_path, [sft(), temporal()], model64())()
+    trainer = trainer_of(tmp_path, [sft(), temporal()], model64())
+    assert rehearse_stages(trainer) == ["sft: well", "temporal: well"]
+    assert trainer().is_done("temporal")
 
 
 @pytest.mark.parametrize("name", ["later", "temporal"])
