@@ -14,7 +14,7 @@ test: $(VENV)/installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 	$(RUN) -m sphinx -W --keep-going -q docs docs/_build
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --dist loadfile
 
 slow: $(VENV)/installed-bench
 	$(RUN) -m pytest -m slow

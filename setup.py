@@ -14,6 +14,7 @@ EXAMPLES = [*NOTEBOOKS, "reasoning-gym>=0.1.25"]
 DOCS = ["matplotlib>=3.9", "sphinx>=9.0", "furo>=2025.9.25", "myst-parser>=5.0"]
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.6",  # a worker a core
     "scipy",
     "tensorboard",
     *HF,

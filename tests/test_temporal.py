@@ -248,7 +248,7 @@ def test_losers_of_a_model_that_there_is_not_are_refused(tmp_path, name):
         ({"pairing": PairingConfig(length_control=0.3)}, "leave out pairing.length_control"),
         ({"pick_paired_rewards_fn": lambda s: s}, "leave out pick_paired_rewards_fn"),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, dict) else value,
 )
 def test_pickers_beside_the_stages_own_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
