@@ -64,7 +64,6 @@ class JudgeAnchor:
         step = out.summary.get("steps", 0)
         out.log({"step": step, **metrics})
         out.summary["anchor"] = metrics
-        ctx.runtime.log({f"{ctx.stage}/{name}": value for name, value in metrics.items()}, step)
         logger.info(
             "%s: judges %d human-ranked rows with pairwise accuracy %s (ties as a half; 95 %% %s)",
             ctx.stage,

@@ -218,9 +218,7 @@ def smoothed(
         )
     else:
         metrics["consistency/tau_mean"] = 1 - 2 * mean
-    step = out.first_step
-    out.log({"step": step, **metrics})
-    ctx.runtime.log({f"{ctx.stage}/{name}": value for name, value in metrics.items()}, step)
+    out.log({"step": out.first_step, **metrics})
     out.summary["consistency"] = metrics
 
     def change(pair: PreferencePair) -> PreferencePair:

@@ -197,8 +197,7 @@ class Fit:
             with self.ctx.runtime.whole():
                 self.stopper.check(0)
         step = done
-        with self.ctx.runtime.progress(self.total, label, "step") as bar:
-            bar.update(done)
+        with self.ctx.runtime.progress(self.total, label, "step", done) as bar:
             for step, batch in enumerate(self._batches(done), done + 1):
                 metrics = self._step(module, optimizers, batch, step - 1)
                 self._log(metrics, step)
@@ -285,9 +284,7 @@ class Fit:
             self._log({f"eval/{name}": value for name, value in found.items()}, step)
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
-        step += self.first_step
-        self.out.log({"step": step, **metrics})
-        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, step)
+        self.out.log({"step": self.first_step + step, **metrics})
 
     def _not_finite(self, what: str, value: float, rows: list[int], step: int) -> None:
         raise not_finite(

@@ -91,7 +91,6 @@ def write_prompts(
     kept = writing.run()
     samples, metrics = writing.samples, writing.counts.metrics()
     out.log({"step": 0, **metrics})
-    ctx.runtime.log({f"{ctx.stage}/{name}": value for name, value in metrics.items()}, 0)
     out.summary["new_prompts"] = metrics
     report = f"left out: {writing.counts.in_words()}"
     logger.info("%s: %d new prompts from %d lists; %s", ctx.stage, len(kept), samples, report)

@@ -205,6 +205,19 @@ class ReferenceLogprobs:
 
 
 Record = TypeVar("Record")
+RECORD_TYPES = (
+    Prompt,
+    Candidate,
+    Judgement,
+    PreferencePair,
+    ReferenceLogprobs,
+    TrainingRow,
+    Demonstration,
+    RankedReplies,
+    Instruction,
+    MetaJudgement,
+)
+"""All kinds that a stage's folder holds."""
 
 
 def to_json(record: Any) -> dict[str, Any]:

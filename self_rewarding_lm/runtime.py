@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.progress import LogHandler, Progress
 from self_rewarding_lm.sharding import Sharded, whole
 from self_rewarding_lm.stopping import Stopping
 
@@ -43,7 +44,6 @@ class Runtime:
         self._sharded: Sharded | None = None
         self.stopping = Stopping()
         self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
-        self._has_trackers = False
         _set_up_logging(self.shows)
         if self.world > 1:
             atexit.unregister(_leave_siblings)
@@ -192,26 +192,39 @@ class Runtime:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """To the trackers of `accelerate_kwargs=dict(log_with=...)`, if there are any."""
-        if not self.accelerator.log_with:
-            return
-        if not self._has_trackers:
+    @property
+    def trackers(self) -> list[GeneralTracker]:
+        """Those of `accelerate_kwargs=dict(log_with=...)`, begun; on the main process alone."""
+        if self.is_main and self.accelerator.log_with and not self.accelerator.trackers:
             self.accelerator.init_trackers("self_rewarding_lm")
-            self._has_trackers = True
-        self.accelerator.log(dict(metrics), step=step)
+        return self.accelerator.trackers
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers to the trackers, if there are any."""
+        for tracker in self.trackers:
+            tracker.log(dict(metrics), step=step)
+
+    def log_table(
+        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+    ) -> None:
+        """A table of texts to the trackers that can show one: those of Accelerate or the user with
+        `log_table(table_name, columns, data, step=...)`, and TensorBoard, as Markdown."""
+        for tracker in self.trackers:
+            log_table = getattr(tracker, "log_table", None)
+            if log_table is not None:
+                log_table(name, list(columns), list(map(list, rows)), step=step)
+            elif getattr(tracker, "name", None) == "tensorboard":
+                tracker.log({name: _markdown(columns, rows)}, step=step)
 
     def end_trackers(self) -> None:
         """Flush and close the trackers."""
-        if self._has_trackers:
-            self.accelerator.end_training()
-            self._has_trackers = False
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
 
-    def progress(self, total: int | None, label: str, unit: str = "") -> tqdm:
-        """A progress bar on the main process, silent elsewhere."""
-        return tqdm(
-            total=total, desc=label, unit=unit, disable=not self.shows, leave=False, mininterval=0.5
-        )
+    def progress(self, total: int | None, label: str, unit: str, done: int = 0) -> Progress:
+        """A bar and then a line on the main process, silent elsewhere."""
+        return Progress(total, label, unit, shows=self.shows, done=done)
 
 
 @contextmanager
@@ -285,10 +298,17 @@ def _asks_for_fsdp(kwargs: Mapping[str, Any], world: int) -> bool:
     return True
 
 
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; nothing that stands in a cell can end it or be read as markup."""
+    marks = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]()<>#+-!|&~:"}
+    cells = [[" ".join(cell.split()).translate(marks) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+
+
 def _set_up_logging(shows: bool) -> None:
     logger = logging.getLogger("self_rewarding_lm")
     if not logger.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
+        handler = LogHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     if logger.level in (logging.NOTSET, logging.INFO, logging.WARNING):  # any other is the user's

@@ -29,20 +29,7 @@ from self_rewarding_lm.durable import LEDGER, check_file, delist, ledger, system
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.events import EVENTS, append_event
 from self_rewarding_lm.lines import append_lines, read_lines
-from self_rewarding_lm.records import (
-    Candidate,
-    Demonstration,
-    Instruction,
-    Judgement,
-    MetaJudgement,
-    PreferencePair,
-    Prompt,
-    RankedReplies,
-    Record,
-    ReferenceLogprobs,
-    TrainingRow,
-    to_json,
-)
+from self_rewarding_lm.records import RECORD_TYPES, Record, to_json
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.stored import Stored, merge_files, merged_file, record_files
 from self_rewarding_lm.weights import (
@@ -58,18 +45,6 @@ from self_rewarding_lm.weights import (
 
 logger = logging.getLogger(__name__)
 
-RECORD_TYPES = (
-    Prompt,
-    Candidate,
-    Judgement,
-    PreferencePair,
-    ReferenceLogprobs,
-    TrainingRow,
-    Demonstration,
-    RankedReplies,
-    Instruction,
-    MetaJudgement,
-)
 WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
 LIBRARY = "self_rewarding_lm"
 STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
@@ -119,15 +94,22 @@ class StageDir(StageFiles):
     """One stage's folder, as the stage writes it.
 
     runtime tells which process this is. beside: writes what belongs into a folder of weights
-    beside them, such as a tokenizer.
+    beside them, such as a tokenizer. steps_before: those that earlier stages trained; trackers get
+    steps of the whole run, for some of them drop what comes at an earlier step than the last.
     """
 
     def __init__(
-        self, path: Path, runtime: Runtime, beside: Callable[[Path], None] | None = None
+        self,
+        path: Path,
+        runtime: Runtime,
+        beside: Callable[[Path], None] | None = None,
+        *,
+        steps_before: int = 0,
     ) -> None:
         super().__init__(path)
         self.runtime = runtime
         self.beside = beside
+        self.steps_before = steps_before
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
         self.first_step = 0  # steps that earlier rounds of the stage have done
@@ -210,12 +192,15 @@ class StageDir(StageFiles):
         return (values["id"] for values in read_lines(merged_file(self.path, record_type.kind)))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl (main process).
+        """Append a line to metrics.jsonl, and its numbers to the trackers (main process).
 
         A stage that goes on says again what it said before training; such a line stays as it is.
         """
         if not self.runtime.is_main:
             return
+        name, step = self.path.name.partition("-")[2], metrics.get("step", 0) + self.steps_before
+        numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
+        self.runtime.log({f"{name}/{k}": v for k, v in numbers.items()}, step)
         metrics = {**metrics, **self.marks}
         if self._replayed[_line_name(metrics)] > 0:
             self._replayed[_line_name(metrics)] -= 1

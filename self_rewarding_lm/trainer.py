@@ -33,6 +33,7 @@ from self_rewarding_lm.lock import alone
 from self_rewarding_lm.recipes import paper_config_of
 from self_rewarding_lm.rehearsal import rehearse_stages
 from self_rewarding_lm.report import report_at_end
+from self_rewarding_lm.reporting.live import show_stage
 from self_rewarding_lm.run import INITIAL, Run, begin_run, save_initial
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.store import StageDir
@@ -213,7 +214,8 @@ class SelfRewardingTrainer:
         if stage.init_from != "previous":
             ctx.load(stage.init_from)
         beside = with_card(run, name, self.tokens.save)
-        out = StageDir(run.stage(place).path, self.runtime, beside)
+        before = sum(run.summary(i).get("steps", 0) for i in range(place))
+        out = StageDir(run.stage(place).path, self.runtime, beside, steps_before=before)
         out.begin(self._settings(stage))
         logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
         with ends_told(out.tell):
@@ -222,6 +224,7 @@ class SelfRewardingTrainer:
         tell_trained(self.callbacks, ctx, out)
         out.finish()
         if self.runtime.is_main:
+            show_stage(run, name, self.runtime, before + out.summary.get("steps", 0))
             tell_ended(self.callbacks, run, name, self.model)
         self.runtime.barrier()
 

@@ -32,7 +32,7 @@ from self_rewarding_lm import (
     weights,
 )
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.store import RECORD_TYPES
+from self_rewarding_lm.records import RECORD_TYPES
 from tests.processes import launched
 from tests.test_trainer import ROWS, SHORT, external, model64, self_reward, sft, trainer_of
 

@@ -16,7 +16,7 @@ LAYERS = [
     "loss_settings quality",
     "chat weights lines tally encoding judge_quality",
     "sharding",
-    "events",
+    "events progress",
     "runtime tokens files forms stored",
     "lock",
     "rows ranked contrasts",

@@ -28,6 +28,9 @@ HIDDEN = {
 }
 """Written by their number: what could end a script, ends a line or turns the order of letters."""
 
+SAMPLE = ("prompt", "response", "role", "score", "judge")
+"""Columns of `sample_rows`."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -66,13 +69,34 @@ def parts_of(runs: Sequence[Run], at_most: int) -> list[Part]:
 
 def example_lines(part: Part) -> Iterator[str]:
     """The part's examples, each as a line of JSON that may stand within a script element."""
-    for example in (_sampled if part.records.record_type is Prompt else _others)(part):
+    for example in _examples(part):
         yield in_script({"r": part.place, "s": part.stage, **example})
+
+
+def sample_rows(run: Run, stage: str, count: int) -> list[list[str]]:
+    """Some of a stage's examples, evenly spread, as rows of texts: one for each response."""
+    records = _records(run, stage)
+    part = Part(run, 0, stage, records, _spread(len(records), min(count, len(records))))
+    return [
+        [
+            example["p"],
+            answer["t"],
+            answer["l"] or "",
+            "" if answer["x"] is None else str(answer["x"]),
+            "\n".join(said["t"] or "" for said in answer["j"]),
+        ]
+        for example in _examples(part)
+        for answer in example["c"]
+    ]
 
 
 def in_script(value: Any) -> str:
     """A value as JSON in which nothing can end a script element or a line."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).translate(HIDDEN)
+
+
+def _examples(part: Part) -> Iterator[dict[str, Any]]:
+    return (_sampled if part.records.record_type is Prompt else _others)(part)
 
 
 def _records(run: Run, stage: str) -> Stored[Any]:

@@ -131,9 +131,7 @@ class ContrastMaker(PairMaker):
         found = super().make()
         counts = sum(self.ctx.runtime.gather([self.counts]), Counter[str]())
         metrics = metrics_of(counts, judged=self.config.is_judged)
-        step = self.out.first_step
-        self.out.log({"step": step, **metrics})
-        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, step)
+        self.out.log({"step": self.out.first_step, **metrics})
         self.out.summary["metrics"] |= metrics
         if counts["finished"] >= FIRST_LOOK:
             self.checker.see(

@@ -155,7 +155,6 @@ class Builder(ABC):
         if self.judgements:
             metrics |= judge_metrics(self.candidates, list(self.judgements.values()))
         metrics |= {"eft/too_long": len(found) - len(fitting), "eft/kept": len(taken)}
-        self.ctx.runtime.log({f"{self.ctx.stage}/{k}": v for k, v in metrics.items()}, 0)
         metrics |= {
             "eft/scores_before": self._histogram(fitting),
             "eft/scores_after": self._histogram(taken),

@@ -277,7 +277,6 @@ class JudgePairMaker(PairMaker):
         metrics |= {f"pairs/judge_dropped_{k}": n for k, n in sorted(self.dropped.items()) if n}
         stage, summary = self.ctx.stage, self.out.summary
         self.out.log({"step": 0, **metrics})
-        self.ctx.runtime.log({f"{stage}/{k}": v for k, v in metrics.items()}, 0)
         summary["metrics"] = {**summary.get("metrics", {}), **metrics}
         summary["judge_pairs"] = kept
         dropped = ", ".join(f"{n} {k}" for k, n in self.dropped.most_common() if n) or "none"

@@ -20,9 +20,7 @@ def report_made(maker: "PairMaker", drops: DropCounts, wanted: int | None) -> No
     ctx, out, noun = maker.ctx, maker.out, maker.noun
     tally = together(ctx.runtime.gather([maker.tally]))
     metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
-    step = out.first_step
-    out.log({"step": step, **metrics})
-    ctx.runtime.log({f"{ctx.stage}/{k}": v for k, v in metrics.items()}, step)
+    out.log({"step": out.first_step, **metrics})
     out.summary["metrics"] = metrics
     logger.info(
         "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",

@@ -94,7 +94,6 @@ class NextMaker(AnchoredMaker):
             out.merge(record_type)
         metrics = {"next/replaced": replaced, **drops.metrics()}
         out.log({"step": 0, **metrics})
-        ctx.runtime.log({f"{ctx.stage}/{name}": n for name, n in metrics.items()}, 0)
         out.summary["next_replaced"] = replaced
         if not kept:
             raise self._nothing_made(len(first), drops)
