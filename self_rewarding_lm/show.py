@@ -31,7 +31,7 @@ def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
     """
     names = run.stages if stage is None else [run.stages[_place(run, stage)]]
     table = [COLUMNS, *(_row(run, name) for name in names)]
-    lines = [*_heading(run), "", *_aligned(table)]
+    lines = [*_heading(run), "", *aligned(table)]
     for name in names:
         lines += _remarks(run, name)
     shown = stage if stage is not None else _last_sampled(run)
@@ -220,12 +220,12 @@ def _joined(text: str) -> str:
     return " ".join(text.split())
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns: the first two to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Rows in columns: the first `left` to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
+            cell.ljust(width) if place < left else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -271,7 +271,9 @@ def test_rows_of_several_datasets_are_named_by_their_own_place(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("dataset", [[], (), Listed([]), numbers(0)], ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize(
+    "dataset", [[], (), Listed([]), numbers(0)], ids=lambda d: type(d).__name__
+)
 def test_an_empty_dataset_is_an_error(dataset):
     with pytest.raises(DataError, match="train_dataset is empty"):
         list(opened(dataset).preview())

@@ -117,7 +117,12 @@ def test_each_stage_ends_with_the_table_of_its_numbers(tmp_path, caplog, monkeyp
     for name in run.stages:
         [table] = [words for words in shown(caplog) if words.startswith(f"{name}: done in data")]
         assert table == stage_table(run, name)
-        cells = {line.split()[0]: line.split()[1:] for line in table.splitlines()[2:]}
+        cells = {
+            key: numbers.split()
+            for key, numbers in re.findall(
+                r"([a-z_]+(?:/\S+)?)((?: +-?[\d.,e-]+)+)(?= |$)", table, re.M
+            )
+        }
         for key in {k for line in run.metrics(name) for k in line} - {"step"}:
             values = [line[key] for line in run.metrics(name) if key in line]
             assert float(cells[key][-1].replace(",", "")) == pytest.approx(values[-1], rel=1e-3)

@@ -4,12 +4,14 @@ They are the report's, under the names that metrics.jsonl has.
 """
 
 import logging
+from itertools import zip_longest
 
 from self_rewarding_lm.reporting.examples import SAMPLE, sample_rows
 from self_rewarding_lm.reporting.figures import StageFigures, stage_figures
 from self_rewarding_lm.reporting.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.run import Run
 from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.show import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +28,20 @@ def show_stage(run: Run, stage: str, runtime: Runtime, step: int) -> None:
 
 
 def stage_table(run: Run, stage: str) -> str:
-    """A stage in lines: what it took, then each number, of curves the first and the last.
-
-    In several rounds `first` is of the first one. Records are not read.
+    """A stage in lines: what it took; its data's numbers to the left, its curves' first and last
+    values to the right. In several rounds `first` is of the first one. Records are not read.
     """
     found = stage_figures(run, stage, records=False)
-    rows = [(key, "", _number(found.data[key])) for key in in_order(set(found.data), ROUNDS, "")]
+    data = [(key, _number(found.data[key])) for key in in_order(set(found.data), ROUNDS, "anchor/")]
+    curves = []
     for key in in_order(set(found.curves), CURVES, "\0"):
         values = [value for _, value in found.curves[key]]
         first = _number(values[0]) if len(values) > 1 else ""
-        rows.append((key, first, _number(values[-1])))
-    table = [("", "first", "last"), *rows] if rows else []
-    widths = [max((len(row[i]) for row in table), default=0) for i in range(3)]
-    lines = [f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in table]
+        curves.append((key, first, _number(values[-1])))
+    left = aligned(data, 1) if data else []
+    right = aligned([("", "first", "last"), *curves], 1) if curves else []
+    width = max(map(len, left), default=0)
+    lines = [f"  {a:{width}}    {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
     return "\n".join([_heading(found), *lines])
 
 
@@ -48,7 +51,7 @@ def _heading(found: StageFigures) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _time(seconds: float) -> str:
