@@ -1,6 +1,7 @@
 """What holds for any whole run: ids are unique, parents exist, pairs are ordered, all is counted."""
 
 import tempfile
+from itertools import combinations
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from self_rewarding_lm import RewardConfig, Run
 from self_rewarding_lm.errors import PairingError
+from self_rewarding_lm.judging import candidate_scores
 from self_rewarding_lm.stages import pair_maker
 from tests.mutants import over
 from tests.test_trainer import PROMPTS, model64, self_reward, trainer_of
@@ -56,6 +58,7 @@ def a_run_keeps_every_record_with_its_parents(pairing, case):
                 folder, [stage], model64(seed), seed=seed, self_reward_prompt_config=reward
             )()
         except PairingError:
+            _nothing_could_be_paired(Run.open(Path(folder)))
             return
         run = Run.open(Path(folder))
         prompts, candidates, judgements, pairs = (
@@ -76,6 +79,17 @@ def a_run_keeps_every_record_with_its_parents(pairing, case):
     assert 0 < len(pairs) <= options["num_generated_preference_pairs"]
     dropped = sum(n for name, n in last.items() if name.startswith("pairs/dropped"))
     assert last["pairs/kept"] + dropped == len(prompts) or last["pairs/kept"] > len(pairs)
+
+
+def _nothing_could_be_paired(run):
+    """Of each prompt's candidates that can be used, all that differ have one score."""
+    scores = candidate_scores(run.candidates(0), run.judgements(0))
+    for prompt in run.prompts(0):
+        own = [c for c in run.candidates(0) if c.prompt_id == prompt.id]
+        usable = [c for c in own if c.finished is not False and scores[c.id] is not None]
+        for one, other in combinations(usable, 2):
+            alike = one.ids == other.ids or one.text.strip() == other.text.strip()
+            assert scores[one.id] == scores[other.id] or alike
 
 
 def _unique(records):

@@ -33,6 +33,7 @@ from self_rewarding_lm import (
 )
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import RECORD_TYPES
+from self_rewarding_lm.run import REPORT
 from tests.processes import launched
 from tests.test_trainer import ROWS, SHORT, external, model64, self_reward, sft, trainer_of
 
@@ -242,9 +243,12 @@ def straight(tmp_path_factory):
     """An undisturbed run: its outcome, its moments, and how long it takes."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     events = events_of(folder)
-    began = time.monotonic()
-    assert ended(in_child(lambda: work(folder.with_name("again")))) == 0
-    return outcome(folder), events, time.monotonic() - began
+    times = []
+    for name in ("again", "once more"):  # the first one imports what is imported late
+        began = time.monotonic()
+        assert ended(in_child(lambda name=name: work(folder.with_name(name)))) == 0
+        times.append(time.monotonic() - began)
+    return outcome(folder), events, min(times)
 
 
 @pytest.mark.slow
@@ -289,7 +293,8 @@ def test_a_disk_that_is_full_is_said_and_the_run_goes_on_when_there_is_room(stra
         fault = refused if event[0] == "write" and event[1].endswith(".safetensors.tmp") else full
         told = disturbed(folder, place, when, fault)
         mismatches += [(*event, what) for what in gone_wrong(folder, before)]
-        if told != OUR_STATUS:
+        is_report = event[1].removesuffix(".tmp") == REPORT  # without it the run itself is whole
+        if told != (0 if is_report else OUR_STATUS):
             mismatches.append((*event, "in no words of ours"))
         shutil.rmtree(folder)
     print(f"{len(writing)} full disks, {len(mismatches)} mismatches")

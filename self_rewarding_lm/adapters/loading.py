@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +83,7 @@ def load_causal_lm(
     """
     require("transformers", "a model by name")
     path = Path(source)
-    name, gguf = str(source), {}
-    if path.suffix == ".gguf":
-        require("gguf", "a GGUF file")
-        if not path.is_file():
-            raise ConfigError(f"there is no file {str(source)!r}.")
-        name, gguf = str(path.parent), {"gguf_file": path.name}
+    name, gguf = gguf_of(source)
     options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map, **gguf}
     if load_in_4bit:
         options["quantization_config"] = _four_bit()
@@ -106,6 +102,17 @@ def load_causal_lm(
     return model, tokenizer_of([name, base] if base else [name], gguf)
 
 
+def gguf_of(source: str | Path) -> tuple[str, dict[str, str]]:
+    """What transformers calls a model, and beside it the name of a GGUF file where it is one."""
+    path = Path(source)
+    if path.suffix != ".gguf":
+        return str(source), {}
+    require("gguf", "a GGUF file")
+    if not path.is_file():
+        raise ConfigError(f"there is no file {str(source)!r}.")
+    return str(path.parent), {"gguf_file": path.name}
+
+
 def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Module:
     """A model with a new adapter of peft, the only part that is trained then.
 
@@ -119,7 +126,9 @@ def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Mod
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        with random_numbers_kept():
+        with random_numbers_kept(), warnings.catch_warnings():
+            # peft asks transformers by a name that is deprecated there
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             torch.manual_seed(seed)
             return get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:

@@ -3,21 +3,25 @@
 from collections.abc import Sequence
 from typing import Any
 
-from self_rewarding_lm.adapters.loading import require
+from self_rewarding_lm.adapters.loading import gguf_of, require
 from self_rewarding_lm.errors import ConfigError
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder or of a name on the hub. Raises ConfigError where there is none."""
+    """The tokenizer of a folder, a name on the hub or a GGUF file.
+
+    Raises ConfigError where there is none.
+    """
     require("transformers", "a tokenizer by name")
     from transformers import AutoTokenizer
 
+    name, gguf = gguf_of(source)
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(name, **gguf)
+    except Exception as error:  # of transformers, tokenizers or gguf, each with its own
         raise ConfigError(
             f"no tokenizer could be loaded from {source!r}: {error} A tokenizer is given as a "
-            "folder that save_pretrained wrote or a name on the hub."
+            "folder that save_pretrained wrote, a name on the hub or a .gguf file."
         ) from error
 
 

@@ -207,8 +207,6 @@ def _tokens(recipe: Recipe, shape: ModelShape) -> tuple[Tokens | None, str | Non
     try:
         if source is None and not isinstance(recipe.model, str):
             return None, "the recipe names no tokenizer"
-        if source is None and recipe.model.endswith(".gguf"):
-            return None, "the tokenizer is in the GGUF file, which is not unpacked here"
         if source is None or isinstance(source, str):
             source = load_tokenizer(source or recipe.model)
             if not set(source.encode("a", add_special_tokens=False)) - {*source.all_special_ids}:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from self_rewarding_lm.adapters.base import limit_of
-from self_rewarding_lm.adapters.loading import dtype_of, require, with_adapter
+from self_rewarding_lm.adapters.loading import dtype_of, gguf_of, require, with_adapter
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.planning.blocks import NotKnownError, block_of, layers_of, linears
 from self_rewarding_lm.planning.memory import Adapter, Block
@@ -106,11 +106,8 @@ def _named(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
     require("transformers", "a model by name")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path, adapter, gguf = Path(source), None, {}
-    name = source
-    if path.suffix == ".gguf":
-        require("gguf", "a GGUF file")
-        name, gguf = str(path.parent), {"gguf_file": path.name}
+    path, adapter = Path(source), None
+    name, gguf = gguf_of(source)
     try:
         if (path / "adapter_config.json").exists():
             require("peft", "a model with an adapter")
