@@ -3,7 +3,6 @@
 Nothing is fetched, neither when they are built nor when they are read: formulas are MathML.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,17 +43,6 @@ def block(translator: Any, node: Any) -> None:
     raise SkipNode
 
 
-def only_pages_that_are_there(_: Any, page: str, source: list[str]) -> None:
-    """Leave lines of the index that name no page out, so that a guide may be listed before it is
-    written."""
-    if page == "index":
-        lines = source[0].splitlines()
-        named = [HERE / f"{line}.md" for line in lines if re.fullmatch(r"\w+", line)]
-        gone = {it.stem for it in named if not it.exists()}
-        source[0] = "\n".join(line for line in lines if line not in gone)
-
-
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
-    app.connect("source-read", only_pages_that_are_there)
     app.connect("builder-inited", lambda _: reference_pages.write_pages(HERE / "reference"))

@@ -3,8 +3,8 @@
 Rules for a page:
 
 - `python` blocks of a page are run in their order, with one set of names, in a folder of their own. A page
-  imports what it uses. It finds there, without making them: the names `model` and `tokenizer` (a tiny causal LM
-  and its tokenizer), `rows`, `prompts`, `pairs`, `ranked` (lists of rows) and `stages` (one SFTConfig); the files
+  imports what it uses. It finds there, without making them: the names that getting_started.md makes, of which it says
+  which ones it uses; the files
   `ift.jsonl`, `rows.jsonl`, `prompts.jsonl`, `pairs.jsonl`, `ranked.jsonl`, `trees.jsonl`; and the tiny model
   under the hub's name `HuggingFaceTB/SmolLM2-135M-Instruct`, so that nothing is downloaded.
 - `<!-- slow: why -->` on the line before a block: it is run by `pytest -m slow` alone (over about 5 seconds).
@@ -34,7 +34,6 @@ import pytest
 import torch
 import yaml
 
-from self_rewarding_lm import SFTConfig
 from self_rewarding_lm.cli import _parser
 from self_rewarding_lm.closed import Config
 from self_rewarding_lm.recipe_file import read_recipe
@@ -56,6 +55,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+STARTED = ROOT / "docs" / "getting_started.md"
+GIVEN = ("model", "tokenizer", "rows", "prompts", "pairs", "ranked", "stages")
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(8)]
 PROMPTS = [f"Tell me something about the number {i}." for i in range(8)]
 PAIRS = [{"prompt": p, "chosen": "Yes, it is.", "rejected": "No."} for p in PROMPTS]
@@ -146,18 +147,11 @@ def folder(prepared, tmp_path, monkeypatch):
 
 
 def given() -> dict:
-    """What a page need not make."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return {
-        "model": AutoModelForCausalLM.from_pretrained(HUB_NAME),
-        "tokenizer": AutoTokenizer.from_pretrained(HUB_NAME),
-        "rows": ROWS,
-        "prompts": PROMPTS,
-        "pairs": PAIRS,
-        "ranked": RANKED,
-        "stages": [SFTConfig(train_dataset=ROWS, num_train_steps=1, max_seq_len=256)],
-    }
+    """What a page need not make, made as getting_started.md says."""
+    [block] = [b for b in blocks_of(STARTED) if "ranked = [" in b.text]
+    names: dict = {}
+    exec(compile(block.text, str(STARTED), "exec"), names)
+    return {name: names[name] for name in GIVEN}
 
 
 def run(page: Path, *, slow: bool) -> None:
@@ -177,6 +171,26 @@ def run(page: Path, *, slow: bool) -> None:
 @pytest.mark.parametrize("page", **names_of(having("python", *PAGES)))
 def test_the_python_blocks_of_a_page_run(page, folder):
     run(page, slow=False)
+
+
+@pytest.mark.parametrize("page", **names_of(having("python", *PAGES)))
+def test_a_page_says_where_the_names_come_from_that_it_does_not_make(page):
+    made, missing = set(), set()
+    for block in blocks_of(page):
+        if block.word != "python" or block.mark == "no-run":
+            continue
+        tree = ast.parse(block.text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                made.add(node.id)
+            elif isinstance(node, ast.arg):
+                made.add(node.arg)
+        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        missing |= {name for name in GIVEN if name in read - made}
+    said = re.search(
+        r"^In the code (.+) are those of \[getting started\]\(\S+\)\.$", page.read_text(), re.M
+    )
+    assert missing == set(re.findall(r"`(\w+)`", said[1]) if said else ())
 
 
 SLOW = [page for page in PAGES if any(block.mark == "slow" for block in blocks_of(page))]
