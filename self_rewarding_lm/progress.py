@@ -3,6 +3,7 @@
 Where the output is no terminal, such as a file of a cluster, a line now and then is the bar.
 """
 
+import io
 import logging
 import sys
 from typing import Any
@@ -31,6 +32,7 @@ class Progress(tqdm):
             unit=unit,
             initial=done,
             disable=not shows,
+            file=None if self.is_live else io.StringIO(),  # what tqdm draws is for terminals
             leave=False,
             mininterval=0.5 if self.is_live else EVERY,
             maxinterval=10.0 if self.is_live else EVERY,
@@ -48,7 +50,7 @@ class Progress(tqdm):
         """Take the bar away and say in a line what was done."""
         was_open = not self.disable
         super().close()
-        if was_open:
+        if was_open and self.n:
             logger.info("%s in %s", self._words(), self._took())
 
     def _words(self) -> str:

@@ -44,7 +44,12 @@ def rehearse_stages(trainer: Any, begun: Sequence[str] = ()) -> list[str]:
     """
     done = [StageFiles(trainer.folder / name).is_done for name in begun]
     some = list(zip(trainer.stages, trainer.contexts, strict=True))[done.count(True) :]
-    return [_rehearsed(stage, ctx) for stage, ctx in some]
+    told = []
+    with trainer.runtime.progress(len(some), "rehearsal", "stage") as bar:
+        for stage, ctx in some:
+            told.append(_rehearsed(stage, ctx))
+            bar.update()
+    return told
 
 
 def short(sampling: SamplingConfig, tokens: int = NEW_TOKENS) -> SamplingConfig:

@@ -223,8 +223,10 @@ def _exchange(form: Exchange, where: str, tokens: Tokens) -> _Sequence:
     if form.prompt is None:
         ids = _whole(form.completion, f"{where}: the text", tokens)
         return _Sequence(ids, (False,) * len(ids))
-    completion = _response(form.prompt, form.completion, f"{where}: the completion", tokens)
-    return _answered(_prompt(form.prompt, where, tokens), completion)
+    prompt = _prompt(form.prompt, where, tokens)
+    return _answered(
+        prompt, _response(form.prompt, form.completion, f"{where}: the completion", tokens)
+    )
 
 
 def _answered(prompt: PromptRow, completion: Ids) -> _Sequence:

@@ -188,7 +188,7 @@ def _naive_picks(sized, rules):
         "one.value <= low + span": "one.value <= low",
         "sign * one.length": "one.length",
         '"variance": one.variance': '"variance": 0',
-        "[: len(rated) // 2]": "[: len(rated)]",
+        "[: len(rated) // 2]": "[:1]",
         "key=lambda two: two[1].value - two[0].value": "key=lambda two: two[0].value - two[1].value",
         "score - penalty * length / 1000": "score",
         "chosen.score < least": "chosen.score <= least",

@@ -97,6 +97,21 @@ def test_a_file_gets_a_line_a_minute_and_no_bar(monkeypatch, caplog):
     assert all(re.fullmatch(r"x: \d+ of 30 pairs after 0\d:\d\d", line) for line in lines[:-1])
 
 
+def test_what_is_logged_beside_a_bar_in_a_file_is_one_line(monkeypatch):
+    """tqdm draws bars anew behind each such line; here that would be a line again."""
+    monkeypatch.setattr("sys.stderr", file := io.StringIO())
+    logger = logging.getLogger("self_rewarding_lm")
+    monkeypatch.setattr(logger, "handlers", [handler := LogHandler(file)])
+    assert handler.level == logging.NOTSET
+    logger.setLevel(logging.INFO)
+    with Progress(4, "x", "step", shows=True) as bar:
+        bar.update(2)
+        bar.refresh()
+        logger.warning("look here")
+    lines = [line.split(" in ")[0].split(" after ")[0] for line in file.getvalue().splitlines()]
+    assert lines == ["x: 2 of 4 steps", "look here", "x: 2 of 4 steps"]
+
+
 def test_a_line_of_the_log_stands_above_the_bar(monkeypatch):
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     logger = logging.getLogger("tests.above")
@@ -131,6 +146,7 @@ def test_each_stage_ends_with_the_table_of_its_numbers(tmp_path, caplog, monkeyp
                 assert first == pytest.approx(values[0], rel=1e-3, abs=1e-12)
     arrows = [words for words in shown(caplog) if re.search(r" in \d\d:\d\d$", words)]
     assert [words.split(" in ")[0] for words in arrows] == [
+        "rehearsal: 2 stages",
         "sft: training: 6 steps",
         "self_reward: pairs: 4 pairs",
         "reference log-probs: 4 pairs",
