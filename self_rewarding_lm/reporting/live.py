@@ -38,8 +38,8 @@ def stage_table(run: Run, stage: str) -> str:
         values = [value for _, value in found.curves[key]]
         first = _number(values[0]) if len(values) > 1 else ""
         curves.append((key, first, _number(values[-1])))
-    left = aligned(data, 1) if data else []
     right = aligned([("", "first", "last"), *curves], 1) if curves else []
+    left = aligned([("", ""), *data], 1)[0 if curves else 1 :]
     width = max(map(len, left), default=0)
     lines = [f"  {a:{width}}    {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
     return "\n".join([_heading(found), *lines])
