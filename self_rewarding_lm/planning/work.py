@@ -6,11 +6,13 @@ nothing of bytes or seconds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import singledispatchmethod
 from typing import Any
 
 from self_rewarding_lm.config import FinetuneConfig, RewardConfig, SamplingConfig, SelfInstruct
+from self_rewarding_lm.planning import kinds
 from self_rewarding_lm.planning import lengths as measures
 from self_rewarding_lm.planning.asking import NOTHING_ASKED, Asking, together
 from self_rewarding_lm.planning.lengths import Counted, Lengths, Measure, counted
@@ -25,15 +27,11 @@ from self_rewarding_lm.planning.trained import (
 )
 from self_rewarding_lm.stages import (
     BuildEFTConfig,
-    ContrastiveDPOConfig,
     DPOConfig,
     ExternalRewardDPOConfig,
-    MetaRewardDPOConfig,
     SelfPlayConfig,
     SelfRewardDPOConfig,
-    SelfRewardSFTConfig,
     SFTConfig,
-    TemporalDPOConfig,
 )
 from self_rewarding_lm.stages.base import TrainingConfig
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
@@ -41,7 +39,6 @@ from self_rewarding_lm.tokens import Tokens
 
 OBJECT = "its judge is an object, of which nothing is known here"
 OTHER = "another model judges: its memory and time are not in this plan"
-COMPARING = "comparing judgements is not counted, nor are their pairs; see docs/meta_rewarding.md"
 WRITING = "writing the new prompts is not counted, as it is not known how many lists that takes"
 
 
@@ -75,29 +72,35 @@ class Counting:
 
     def work(self, stage: FinetuneConfig, name: str) -> Work:
         """The work of the next stage."""
-        if isinstance(stage, BuildEFTConfig):
-            found = self._eft(stage)
-        elif isinstance(stage, SampledPreferenceConfig):
-            found = self._sampled(stage)
-        elif isinstance(stage, SelfPlayConfig):
-            found = self._self_play(stage)
-        elif isinstance(stage, SFTConfig | DPOConfig):
-            found = self._given(stage)
-        else:
-            found = Work(notes=(f"what a {type(stage).__name__} does is not known here",))
-            if isinstance(stage, TrainingConfig):
-                row = RowShape().capped(self._limit(stage))
-                found = replace(found, training=training_on(stage, UNKNOWN, row))
+        found = self._work(stage)
         self.made[name] = found.made
         return found
 
-    def _given(self, stage: SFTConfig | DPOConfig) -> Work:
+    @singledispatchmethod
+    def _work(self, stage: FinetuneConfig) -> Work:
+        return Work(notes=(f"what a {type(stage).__name__} does is not known here",))
+
+    @_work.register
+    def _training(self, stage: TrainingConfig) -> Work:
+        row = RowShape().capped(self._limit(stage))
+        notes = (f"what a {type(stage).__name__} does is not known here",)
+        return Work(training=training_on(stage, UNKNOWN, row), notes=notes)
+
+    @_work.register
+    def _sft(self, stage: SFTConfig) -> Work:
+        return self._given(stage, measures.supervised, 1)
+
+    @_work.register
+    def _dpo(self, stage: DPOConfig) -> Work:
+        return self._given(stage, measures.pair, 2)
+
+    def _given(self, stage: Any, measure: Measure, sides: int) -> Work:
         """Training on a dataset."""
-        pairs = isinstance(stage, DPOConfig)
-        data = self._data(stage.train_dataset, measures.pair if pairs else measures.supervised)
-        row = given_row(data.lengths, 2 if pairs else 1).capped(self._limit(stage))
+        data = self._data(stage.train_dataset, measure)
+        row = given_row(data.lengths, sides).capped(self._limit(stage))
         return Work(training=training_on(stage, data.rows, row), made=data.rows)
 
+    @_work.register
     def _self_play(self, stage: SelfPlayConfig) -> Work:
         data, limit = self._data(stage.train_dataset, measures.supervised), self._limit(stage)
         new, prompt = _new(stage.generation), _prompt(data.lengths, limit)
@@ -119,54 +122,50 @@ class Counting:
             made=own.times(stage.iterations),
         )
 
+    @_work.register
     def _sampled(self, stage: SampledPreferenceConfig) -> Work:
         data, limit = self._prompts(stage), self._limit(stage)
         each_round = _prompts_used(stage, data.rows)
         prompts, prompt = each_round.times(stage.rounds), _prompt(data.lengths, limit)
         each, new = stage.num_candidate_responses, _new(stage.generation)
-        ahead = isinstance(stage, TemporalDPOConfig) and stage.chosen_from_next
-        if isinstance(stage, TemporalDPOConfig):  # of several models
-            each *= 1 + (stage.rejected_from is not None) + ahead
+        each *= kinds.answering(stage)
         longest = _longest(stage, data.lengths, new)
         block = stage.prompts_per_block * each
         read = prompts.times(prompt)
-        if isinstance(stage, ContrastiveDPOConfig):  # each side reads a text of its own
-            added = self._contrasts(stage)
+        if texts := kinds.beside_prompts(stage):  # each candidate's prompt is read for itself
+            added = self._sizes(texts)
             read = prompts.times(each).times(prompt + added)
             longest = None if longest is None or added.most is None else longest + added.most
         candidates = Asking(prompts.times(each), new, read, longest, block)
         judgements, notes = self._judgements(stage, candidates, prompt)
         if isinstance(stage.prompt_dataset, SelfInstruct):
             notes = (*notes, WRITING)
-        if isinstance(stage, MetaRewardDPOConfig) and stage.train_judge:
-            notes = (*notes, COMPARING)
-        positive = isinstance(stage, SelfRewardSFTConfig)
+        notes = (*notes, *kinds.not_counted(stage))
         wanted = stage.num_generated_preference_pairs
-        most = each_round.times(each if positive else stage.pairing.pairs_per_prompt).most
+        most = each_round.times(kinds.made_of_prompt(stage)).most
         made = Range.of(wanted) if wanted else Range(0, most)
-        row = sampled_row(data.lengths, new, 1 if positive else 2).capped(limit)
+        row = sampled_row(data.lengths, new, kinds.sides(stage)).capped(limit)
         mixed = total(self.made.get(name, UNKNOWN) for name in stage.mix_pairs)
         training = training_on(stage, made + mixed, row)
-        if ahead:
+        for _ in range(1, kinds.trainings(stage)):
             first = training_on(stage, made, row)
             steps, tokens = first.steps + training.steps, first.tokens + training.tokens
             training = replace(training, steps=steps, tokens=tokens)
-        if isinstance(stage, SelfRewardSFTConfig) and stage.train_dataset is not None:
+        if kinds.mixed_in(stage) is not None:
             training = self._beside(stage, made, row)
         training, made = training.repeated(stage.rounds), made.times(stage.rounds)
         return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
 
-    def _contrasts(self, stage: ContrastiveDPOConfig) -> Range:
-        """Tokens of the text that is shown beside a prompt, those of the template left out."""
+    def _sizes(self, texts: Sequence[str]) -> Range:
+        """Tokens of texts that are shown beside a prompt, those of the template left out."""
         if self.tokens is None:
             return UNKNOWN
-        texts = [text for c in stage.pairs() for text in (c.positive, c.negative)]
         sizes = [len(self.tokens.encode_part(text)) for text in texts]
         return Range(min(sizes), max(sizes))
 
-    def _beside(self, stage: SelfRewardSFTConfig, made: Range, row: RowShape) -> Training:
-        """Training on top-scored responses and on a dataset's rows."""
-        data = self._data(stage.train_dataset, measures.supervised)
+    def _beside(self, stage: SampledPreferenceConfig, made: Range, row: RowShape) -> Training:
+        """Training on sampled responses and on a dataset's rows."""
+        data = self._data(kinds.mixed_in(stage), measures.supervised)
         other = given_row(data.lengths, 1).capped(self._limit(stage))
         whole = training_on(stage, made + data.rows, row.beside(other))
         if stage.num_train_steps is not None:
@@ -174,6 +173,7 @@ class Counting:
         parts = training_on(stage, made, row), training_on(stage, data.rows, other)
         return replace(whole, tokens=total(part.tokens for part in parts))
 
+    @_work.register
     def _eft(self, stage: BuildEFTConfig) -> Work:
         data = self._data(stage.ranked_dataset, measures.ranked)
         own, replies = data.lengths, Range(2 * data.rows.least)  # two at least
@@ -212,13 +212,22 @@ class Counting:
         self, stage: SampledPreferenceConfig, answers: Asking, prompt: Range
     ) -> tuple[Asking, tuple[str, ...]]:
         """The judgements of a stage, and words on what is not known of them."""
-        if isinstance(stage, ContrastiveDPOConfig) and not stage.is_judged:
+        if not kinds.is_judged(stage):
             return Asking(), ()
         if stage.judge is not None:
             return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
-        if isinstance(stage, ExternalRewardDPOConfig):
-            return Asking(answers.count, NOTHING, NOTHING, here=False), ()
-        assert isinstance(stage, SelfRewardDPOConfig)
+        return self._judged(stage, answers, prompt)
+
+    @singledispatchmethod
+    def _judged(
+        self, stage: ExternalRewardDPOConfig, answers: Asking, prompt: Range
+    ) -> tuple[Asking, tuple[str, ...]]:
+        return Asking(answers.count, NOTHING, NOTHING, here=False), ()
+
+    @_judged.register
+    def _judged_by_a_model(
+        self, stage: SelfRewardDPOConfig, answers: Asking, prompt: Range
+    ) -> tuple[Asking, tuple[str, ...]]:
         each, most = stage.num_candidate_responses, answers.new.most or 0
         comparison, longest = stage.comparison, answers.longest
         sides = 1 if comparison is None else 2
@@ -292,10 +301,7 @@ def _prompts_used(stage: SampledPreferenceConfig, rows: Range) -> Range:
         return Range(1 if wanted else stage.prompts_per_round, stage.prompts_per_round)
     if wanted is None:
         return rows.times(stage.max_prompt_passes or 1)
-    each = stage.pairing.pairs_per_prompt
-    if isinstance(stage, SelfRewardSFTConfig):
-        each = stage.num_candidate_responses
-    least = block * math.ceil(wanted / each / block)
+    least = block * math.ceil(wanted / kinds.made_of_prompt(stage) / block)
     if not rows.most:
         return Range(least)
     passes = stage.max_prompt_passes or 4 * math.ceil(wanted / rows.most)
