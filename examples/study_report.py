@@ -10,6 +10,9 @@ from statistics import mean, stdev
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t, two-sided 95 %, by degrees of freedom."""
 
+FEW_PAIRS = 30
+"""Of a seed; a setting with fewer hardly trained."""
+
 HEAD = """# A study of methods at toy size
 
 `python examples/study.py` repeats it: {settings} settings on the quickstart's task
@@ -29,7 +32,8 @@ Accuracy and what stands beside it: mean of the seeds behind the first round; ±
 % interval (Student's t), which is wide with {seeds} seeds. "Against plain" is the mean of the
 differences seed by seed, with its interval. "Pairs right": the share of pairs in which the
 checker rates the chosen answer above the rejected one (ties count half). Seconds are of a whole
-run with its measurements, two runs at a time on two cores.
+run with its measurements, beside others on the machine. Of so many comparisons at 95 % one in
+twenty is expected to look like more than chance where there is nothing.
 """
 
 LIMITS = """
@@ -137,7 +141,11 @@ def _reading(name: str, runs: list[dict], plain: dict[int, dict], first: dict[in
         gained = _differences(stages, plain)
         if gained:
             line += f"; {mean(gained):+.1f} against plain, {_verdict(gained)}"
-    return line + "."
+    pairs = [s["pairs"] for s in stages.values() if s.get("pairs")]
+    if pairs and mean(pairs) < FEW_PAIRS:
+        line += f", on {mean(pairs):.0f} pairs a seed"
+    ended = f" {len(errors)} of {len(runs)} runs ended with {errors[0]}" if errors else ""
+    return f"{line}.{ended}"
 
 
 def _signs(values: list[float]) -> str:

@@ -28,6 +28,7 @@ from self_rewarding_lm import (
     SelfPlayConfig,
     SelfRewardDPOConfig,
     SelfRewardSFTConfig,
+    SFTConfig,
     TemporalDPOConfig,
     VoteJudge,
 )
@@ -121,18 +122,26 @@ def contrastive(lab: Lab) -> list[FinetuneConfig]:
     return [ContrastiveDPOConfig(contrasts=[spoilt], **shared(lab, 1))]
 
 
-def self_play(lab: Lab) -> list[FinetuneConfig]:
-    settings = {k: v for k, v in shared(lab, 1).items() if k in ("name", "dropout", "generation")}
-    rows = lab.data.instruction_rows
+def right_answers(lab: Lab) -> list[dict[str, str]]:
+    """The round's prompts with right answers, which no other setting sees."""
+    rng = random.Random(lab.seed)
     return [
-        SelfPlayConfig(
-            train_dataset=rows,
-            spin_lambda=0.3,
-            nll_weight=0.5,
-            optim=LOW.model_copy(update={"epochs": 6}),
-            **settings,
-        )
+        {"prompt": text, "completion": task.perfect_response(task.Instruction.parse(text), rng)}
+        for text in lab.data.round_prompts[0]
     ]
+
+
+def self_play(rows: Callable[[Lab], list[dict[str, str]]]) -> Callable[[Lab], list[FinetuneConfig]]:
+    def stages(lab: Lab) -> list[FinetuneConfig]:
+        own = {k: v for k, v in shared(lab, 1).items() if k not in ("prompt_dataset", "dpo_beta")}
+        del own["prompts_per_block"]
+        return [SelfPlayConfig(train_dataset=rows(lab), spin_lambda=0.3, **own)]
+
+    return stages
+
+
+def supervised(lab: Lab) -> list[FinetuneConfig]:
+    return [SFTConfig(name="round-1", train_dataset=right_answers(lab), dropout=0, optim=LOW)]
 
 
 def temporal(lab: Lab) -> list[FinetuneConfig]:
@@ -188,8 +197,20 @@ SETTINGS = (
     ),
     Setting("cream", "label smoothing by agreement with M1 at half of its training", cream),
     Setting("meta", "Meta-Rewarding: judge pairs beside actor pairs, N = 4, 3 reviews", meta),
-    Setting("rlcd", "RLCD: worse answers from a spoilt prompt, nobody judges", contrastive),
-    Setting("spin", "SPIN on M1's instruction rows", self_play),
+    Setting(
+        "rlcd",
+        "RLCD: a blank against another instruction before the prompt; M1 was taught neither",
+        contrastive,
+    ),
+    Setting(
+        "spin", "SPIN on right answers to the prompts, which others lack", self_play(right_answers)
+    ),
+    Setting(
+        "spin_known",
+        "SPIN on M1's own instruction rows, which it knows",
+        self_play(lambda lab: lab.data.instruction_rows),
+    ),
+    Setting("sft", "SFT on the right answers that `spin` has", supervised),
     Setting("temporal", "worst of M1 at half of its training, best of the next model", temporal),
     Setting("votes", "ScPO: votes over the whole answer, threshold 0.5", votes),
     Setting("online_fixed", "five small rounds, the reference is M1", online("start")),

@@ -37,13 +37,17 @@ class Progress(tqdm):
             mininterval=0.5 if self.is_live else EVERY,
             maxinterval=10.0 if self.is_live else EVERY,
         )
+        self.told_at: float = getattr(self, "start_t", 0.0)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Draw the bar, or write where it stands; tqdm calls it where it is time."""
         if self.is_live:
             return super().display(msg, pos)
         if msg is None and self.initial < self.n != self.total:
-            logger.info("%s after %s", self._words(), self._took())
+            since = self._time() - self.told_at  # type: ignore[attr-defined]
+            if since >= EVERY:  # tqdm's watching thread asks out of turn
+                self.told_at += since
+                logger.info("%s after %s", self._words(), self._took())
         return None
 
     def close(self) -> None:

@@ -12,12 +12,11 @@ sys.path.insert(0, str(EXAMPLES))
 
 from study_report import T95, interval, report  # noqa: E402
 
+STAGE = {"length": 6.0, "judge_exact": 90.0, "pairs": 100, "pairs_right": 75.0}
+
 
 def result(setting, seed, *accuracies, **more):
-    stages = [
-        {"accuracy": a, "length": 6.0, "judge_exact": 90.0, "pairs": 100, "pairs_right": 75.0}
-        for a in accuracies
-    ]
+    stages = [{**STAGE, "accuracy": a} for a in accuracies]
     base = {"setting": setting, "seed": seed, "stages": stages, "seconds": 60.0}
     return {**base, "prompts": 500, "sft_steps": 700, **more}
 
@@ -28,8 +27,17 @@ RESULTS = [
     *(result("better", seed, accuracy) for seed, accuracy in enumerate((60.0, 68.5, 81.5))),
     *(result("mixed", seed, accuracy) for seed, accuracy in enumerate((40.0, 68.0, 72.0))),
     *(result("none", seed, error="PairingError: no pair\nmore") for seed in range(3)),
+    result("few", 0, 45.0, seconds=0.0) | {"stages": [{**STAGE, "accuracy": 45.0, "pairs": 2}]},
+    result("few", 1, error="NoPairError: nothing left", seconds=0.0),
 ]
-WORDS = {"plain": "the loop", "better": "adds", "mixed": "varies", "none": "x", "not_run": "y"}
+WORDS = {
+    "plain": "the loop",
+    "better": "adds",
+    "mixed": "varies",
+    "none": "x",
+    "few": "z",
+    "not_run": "y",
+}
 
 
 def test_half_an_interval_by_hand():
@@ -48,7 +56,7 @@ def test_the_page_by_hand():
     page = report(RESULTS, WORDS)
     rows = {line.split("`")[1]: line.split("|") for line in page.splitlines() if "| `" in line[:3]}
     table = page[: page.index("## Read plainly")]
-    assert "4 settings" in page and "3 seeds" in page and "not_run" not in page
+    assert "5 settings" in page and "3 seeds" in page and "not_run" not in page
     # M1: 40, 50, 60 have mean 50 and deviation 10; 4.303 * 10 / sqrt(3) = 24.8
     assert "M1: 50.0 % ± 24.8." in page
     # better - plain: 10, 10.5, 9.5; deviation 0.5; 4.303 * 0.5 / sqrt(3) = 1.2
@@ -62,6 +70,10 @@ def test_the_page_by_hand():
         "- `mixed`: +10.0 points on M1 (up with 2 of 3 seeds); +0.0 against plain, no diff" in page
     )
     assert "- `none`: no run came to a result. PairingError: no pair" in page
+    assert (
+        "- `few`: +5.0 points on M1 (up with 1 of 1 seeds); -5.0 against plain, one seed: nothing follows, on 2 "
+        "pairs a seed. 1 of 2 runs ended with NoPairError: nothing left" in page
+    )
     assert rows["plain"][2].strip() == "60.0 ± 27.7"  # of the second rounds' table
     assert "All runs together took 15 minutes of one core." in page
 
