@@ -151,7 +151,7 @@ def test_each_stage_ends_with_the_table_of_its_numbers(tmp_path, caplog, monkeyp
     assert [words.split(" in ")[0] for words in arrows] == [
         "rehearsal: 2 stages",
         "sft: training: 6 steps",
-        "self_reward: pairs: 4 pairs",
+        "self_reward: sampling and judging: 4 pairs",
         "reference log-probs: 4 pairs",
         "self_reward: training: 1 steps",
     ]

@@ -69,8 +69,8 @@ class PairMaker:
         total = len(ctx.rows["prompt_dataset"])
         passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
         end = position + (config.prompts_per_round or passes * total)
-        label = f"{ctx.stage}: {self.noun}s"
-        with ctx.runtime.progress(wanted or end - position, label, self.noun) as bar:
+        label, unit = f"{ctx.stage}: sampling and judging", self.noun if wanted else "prompt"
+        with ctx.runtime.progress(wanted or end - position, label, unit) as bar:
             while position < end and (wanted is None or len(kept) < wanted):
                 block = range(position, min(position + config.prompts_per_block, end))
                 found, dropped = self._block(block)
