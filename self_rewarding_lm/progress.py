@@ -59,8 +59,9 @@ class Progress(tqdm):
 
     def _words(self) -> str:
         whole = f" of {self.total:,}" if self.total is not None and self.n != self.total else ""
+        unit = self.unit if self.n == 1 and not whole else f"{self.unit}s"
         earlier = f" ({self.initial:,} of them earlier)" if self.initial else ""
-        return f"{self.desc.removesuffix(': ')}: {self.n:,}{whole} {self.unit}s{earlier}"
+        return f"{self.desc.removesuffix(': ')}: {self.n:,}{whole} {unit}{earlier}"
 
     def _took(self) -> str:
         return self.format_interval(self.format_dict["elapsed"])

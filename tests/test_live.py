@@ -153,7 +153,7 @@ def test_each_stage_ends_with_the_table_of_its_numbers(tmp_path, caplog, monkeyp
         "sft: training: 6 steps",
         "self_reward: sampling and judging: 4 pairs",
         "reference log-probs: 4 pairs",
-        "self_reward: training: 1 steps",
+        "self_reward: training: 1 step",
     ]
 
 
