@@ -244,6 +244,16 @@ def test_a_model_with_nothing_to_train_is_refused(tmp_path):
     check_trainable(Recurrent().requires_grad_(False))  # other modules are the user's business
 
 
+def test_a_model_that_transformers_cannot_save_is_refused_before_it_trains(tmp_path):
+    """Such as one that `from_pretrained(gguf_file=)` gave; its check is at the end of a stage."""
+    model = tiny("gpt2", VOCAB)
+    model.hf_quantizer = SimpleNamespace(is_serializable=lambda: False)
+    with pytest.raises(ConfigError, match=r"cannot save\. Give the \.gguf file by its path"):
+        trainer_of(model, tmp_path, tokenizer=word_tokenizer())
+    model.hf_quantizer = SimpleNamespace(is_serializable=lambda: True)
+    check_trainable(model)
+
+
 @pytest.mark.parametrize("package", ["transformers", "gguf"])
 def test_a_missing_package_is_named_with_the_pip_line(package, folder, tmp_path, monkeypatch):
     present = importlib.util.find_spec

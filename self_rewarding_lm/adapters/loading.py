@@ -153,6 +153,13 @@ def check_trainable(model: nn.Module) -> None:
             f"the {type(model).__name__} has no weights that require gradients, so nothing can be "
             "trained. An adapter is loaded with PeftModel.from_pretrained(..., is_trainable=True)."
         )
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not has_adapter(model) and not quantizer.is_serializable():
+        raise ConfigError(
+            f"the weights of the {type(model).__name__} are marked as quantised, in a form that "
+            'transformers cannot save. Give the .gguf file by its path (model="folder/some.gguf"), '
+            "which the library unpacks to plain weights; or train an adapter with peft_config."
+        )
     if getattr(model, "is_loaded_in_4bit", False) and not has_adapter(model):
         raise ConfigError(
             "weights in 4 bit cannot be trained themselves; give peft_config, so that an adapter "
