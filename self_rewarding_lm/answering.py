@@ -13,6 +13,7 @@ from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.datasets import Rows
 from self_rewarding_lm.errors import ConfigError, RunMismatchError
+from self_rewarding_lm.fingerprints import as_named_now
 from self_rewarding_lm.held_out import read_prompts
 from self_rewarding_lm.quality import Rate, ResponseMeasures, measure_responses
 from self_rewarding_lm.records import Candidate, Prompt
@@ -60,7 +61,7 @@ def kept_in(
         return None
     config, before = out / name / "config.json", None
     if runtime.from_main(config.exists()):
-        before = read_json(config)
+        before = as_named_now(read_json(config))
     if before is not None and before != settings:
         other = [key for key, value in settings.items() if before.get(key) != value]
         raise RunMismatchError(

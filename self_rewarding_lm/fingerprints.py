@@ -7,7 +7,9 @@ from typing import Any
 
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.datasets import FromStage
+from self_rewarding_lm.moved import without_module
 from self_rewarding_lm.records import to_json
+from self_rewarding_lm.store import LIBRARY
 
 FREE_SETTINGS = (
     *("micro_batch_tokens", "micro_batch_size", "checkpoint_every"),
@@ -20,7 +22,8 @@ def describe(value: Any) -> Any:
     """A setting as a JSON value that is the same in the next process.
 
     Files are named by their content's hash, datasets by type and length, functions and classes by
-    their qualified name, modules by their class.
+    their qualified name, modules by their class. Names of the library's own objects leave out the
+    module, so that a run goes on when a later version has them in another file.
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -40,12 +43,26 @@ def describe(value: Any) -> Any:
         return f"{type(value).__name__} sha256:{hashlib.sha256(content).hexdigest()[:16]}"
     name = getattr(value, "__qualname__", None)
     if name is not None:
-        return f"{getattr(value, '__module__', '?')}.{name}"
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return _qualified(getattr(value, "__module__", "?"), name)
+    kind = _qualified(type(value).__module__, type(value).__qualname__)
     try:
         return f"{kind}[{len(value)}]"
     except TypeError:  # no length
         return kind
+
+
+def as_named_now(value: Any) -> Any:
+    """Settings that version 0.1.0 wrote, with the library's own objects named as they are now."""
+    if isinstance(value, dict):
+        return {key: as_named_now(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_named_now(item) for item in value]
+    return without_module(value) if isinstance(value, str) else value
+
+
+def _qualified(module: str | None, name: str) -> str:
+    own = str(module).partition(".")[0] == LIBRARY
+    return f"{LIBRARY if own else module}.{name}"
 
 
 def _describe_text(value: str | Path) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from self_rewarding_lm.adapters import load_into
 from self_rewarding_lm.errors import RunMismatchError, StoreError
 from self_rewarding_lm.events import EVENTS
-from self_rewarding_lm.fingerprints import FREE_SETTINGS
+from self_rewarding_lm.fingerprints import FREE_SETTINGS, as_named_now
 from self_rewarding_lm.lines import Picked, read_lines
 from self_rewarding_lm.records import (
     Candidate,
@@ -297,7 +297,8 @@ def _compare(
 ) -> None:
     now = dict(zip(stages, settings, strict=True))
     for name in (n for n in old["stages"] if (folder / n / "config.json").exists()):
-        before, after = _bound(read_json(folder / name / "config.json")), now.get(name)
+        before = as_named_now(_bound(read_json(folder / name / "config.json")))
+        after = now.get(name)
         if before == json.loads(json.dumps(after)):
             continue
         difference = (

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "self_rewarding_lm"
 LAYERS = [
-    "errors",
+    "errors moved",
     "records rubrics closed controls durable stopping",
     "config checks pair_settings",
     "statements",
@@ -70,6 +70,7 @@ WITHIN_LAYER = {
     ("run", "store"),  # a run is stage folders
     ("run", "fingerprints"),  # by which it is compared
     ("fingerprints", "datasets"),  # from_stage is a setting
+    ("fingerprints", "store"),  # the library's name
     ("run", "adapters"),  # weights of adapters
     ("context", "engine"),
 }

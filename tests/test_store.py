@@ -11,7 +11,7 @@ from torch import nn
 
 from self_rewarding_lm.config import OptimConfig, RewardConfig, SamplingConfig
 from self_rewarding_lm.errors import RunMismatchError, StoreError
-from self_rewarding_lm.fingerprints import FREE_SETTINGS, describe
+from self_rewarding_lm.fingerprints import FREE_SETTINGS, as_named_now, describe
 from self_rewarding_lm.records import (
     Candidate,
     Judgement,
@@ -616,7 +616,7 @@ def test_a_long_text_of_one_line_describes_itself(length):
 
 def test_functions_and_classes_are_described_by_their_qualified_name():
     assert describe(best) == f"{__name__}.best"
-    assert describe(SamplingConfig) == "self_rewarding_lm.config.SamplingConfig"
+    assert describe(SamplingConfig) == "self_rewarding_lm.SamplingConfig"
 
 
 def best(scores):
@@ -657,3 +657,22 @@ def test_records_in_a_setting_are_named_by_their_content():
     one = RankedReplies("a", "q", ("x", "y"), (0.0, 1.0), "tree")
     assert describe([one]) == describe([RankedReplies("a", "q", ("x", "y"), (0.0, 1.0), "tree")])
     assert describe([one]) != describe([RankedReplies("a", "q", ("x", "z"), (0.0, 1.0), "tree")])
+
+
+def test_names_of_an_earlier_version_are_read_as_those_of_now():
+    """Whatever file an object of the library stood in when its run began."""
+    old = {
+        "judge": "self_rewarding_lm.votes.VoteJudge",
+        "dataset": "self_rewarding_lm.datasets.create_mock_dataset.<locals>.MockDataset[4]",
+        "adapter": ["self_rewarding_lm.adapters.plain.PlainModel", 1, None],
+        "other": "tests.fixtures.judges.vowels",
+        "text": "self_rewarding_lm is a library. It is.",
+    }
+    assert as_named_now(old) == {
+        "judge": "self_rewarding_lm.VoteJudge",
+        "dataset": "self_rewarding_lm.create_mock_dataset.<locals>.MockDataset[4]",
+        "adapter": ["self_rewarding_lm.PlainModel", 1, None],
+        "other": "tests.fixtures.judges.vowels",
+        "text": "self_rewarding_lm is a library. It is.",
+    }
+    assert as_named_now(as_named_now(old)) == as_named_now(old)
