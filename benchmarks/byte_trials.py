@@ -12,9 +12,10 @@ from workloads import Plain, as_bytes, build_x_transformer, decoding_of
 from x_transformers import TransformerWrapper
 
 from self_rewarding_lm import LocalEngine
-from self_rewarding_lm.adapters import TokenModel, adapt
-from self_rewarding_lm.engine import Request
-from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.generation.engine import Request
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.records import stable_hash
 
 
 @dataclass(frozen=True)

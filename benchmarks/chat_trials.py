@@ -12,14 +12,13 @@ from timing import Comparison, Side, Trial, Work, run_timed
 from workloads import Chat, decoding_of
 
 from self_rewarding_lm import PAPER_REWARD_CONFIG, LocalEngine, SamplingConfig, generate
-from self_rewarding_lm.adapters import adapt
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.engine import Request
-from self_rewarding_lm.expected import VerdictReader
-from self_rewarding_lm.judges import SelfJudge, form_of, score_parser
-from self_rewarding_lm.records import Candidate, Prompt
+from self_rewarding_lm.generation.engine import Request
+from self_rewarding_lm.judges.expected import VerdictReader
+from self_rewarding_lm.judges.self_judge import SelfJudge, form_of, score_parser
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.records import Candidate, Prompt, stable_hash
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.sampling import stable_hash
 
 EXPECTED = PAPER_REWARD_CONFIG.model_copy(
     update={"score_mode": "expected", "forced_ending": "at_once"}

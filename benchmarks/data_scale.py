@@ -41,7 +41,7 @@ from machine import describe_machine
 from torch import Tensor, nn
 
 from self_rewarding_lm import DPOConfig, ExternalRewardDPOConfig, OptimConfig, SelfRewardingTrainer
-from self_rewarding_lm.decoding import Completion, Decoding, Request
+from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 "
 VOCAB = len(LETTERS) + 1

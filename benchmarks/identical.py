@@ -15,9 +15,9 @@ import torch
 from x_transformers import Decoder, TransformerWrapper
 
 from self_rewarding_lm import LocalEngine
-from self_rewarding_lm.adapters import adapt
-from self_rewarding_lm.engine import Decoding, Request
-from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.generation.engine import Decoding, Request
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.records import stable_hash
 
 NEW_TOKENS = 64
 

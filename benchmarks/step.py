@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from workloads import smollm2_file
 
 from self_rewarding_lm import load_causal_lm
-from self_rewarding_lm.adapters import Plan, adapt
-from self_rewarding_lm.adapters.inference import WideProducts, inferring
-from self_rewarding_lm.sampling import sample_next
+from self_rewarding_lm.generation.sampling import sample_next
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.inference import WideProducts, inferring
+from self_rewarding_lm.models.interface import Plan
 
 SAMPLES = 4
 STEPS = 3

@@ -11,7 +11,7 @@ from torch import nn
 from training_rows import Pair
 from workloads import Chat
 
-from self_rewarding_lm.adapters.pretrained import save_pretrained
+from self_rewarding_lm.runs.pretrained import save_pretrained
 
 SMOLLM2, LLAMA = "smollm2", "llama128k"
 MODELS = (SMOLLM2, LLAMA)

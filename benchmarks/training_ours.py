@@ -14,17 +14,22 @@ from training_meter import Meter
 from training_request import BETA, DPO, WARM_RATE, Request
 from training_rows import Pair
 
-from self_rewarding_lm.adapters import Policy, adapt
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.engine import LocalEngine
-from self_rewarding_lm.fit import Fit
-from self_rewarding_lm.objectives import Objective, PreferenceObjective, SupervisedObjective
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.records import PreferencePair, TrainingRow
-from self_rewarding_lm.reference import StoredReference
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import Tokens
+from self_rewarding_lm.training.fit import Fit
+from self_rewarding_lm.training.objectives import (
+    Objective,
+    PreferenceObjective,
+    SupervisedObjective,
+)
+from self_rewarding_lm.training.reference import StoredReference
 
 
 class Ours:

@@ -11,8 +11,8 @@ from pathlib import Path
 from prompts import read_prompts
 from workloads import Chat
 
-from self_rewarding_lm.oasst import open_assistant
-from self_rewarding_lm.rows import preference_row
+from self_rewarding_lm.data.oasst import open_assistant
+from self_rewarding_lm.data.rows import preference_row
 
 SENTENCES = (
     "It depends on what you already have at home and on how much time you want to spend on it.",

@@ -14,10 +14,10 @@ from torch import nn
 from x_transformers import Decoder, TransformerWrapper
 
 from self_rewarding_lm import LocalEngine, SamplingConfig, generate, load_causal_lm
-from self_rewarding_lm.adapters import adapt
-from self_rewarding_lm.adapters.loading import end_ids_of
-from self_rewarding_lm.engine import Decoding
-from self_rewarding_lm.tokens import Tokens
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.generation.engine import Decoding
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.loading import end_ids_of
 
 BYTES = 256
 LONGEST_BYTES = 256

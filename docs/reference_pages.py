@@ -1,6 +1,6 @@
 """The reference pages, from the code's own words: every stage, setting, public name and command.
 
-`conf.py` calls `write_pages`. What settings say comes from `self_rewarding_lm.settings`, which the
+`conf.py` calls `write_pages`. What settings say comes from `self_rewarding_lm.describe`, which the
 example recipe is made of too; so neither falls behind the code.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 import self_rewarding_lm as library
 from self_rewarding_lm import cli
 from self_rewarding_lm.config import Config, FinetuneConfig, RewardConfig
-from self_rewarding_lm.recipe_settings import STAGE_KINDS, RecipeSettings
-from self_rewarding_lm.recipe_text import recipe_text
-from self_rewarding_lm.settings import REQUIRED, Setting, config_in, settings_of
+from self_rewarding_lm.describe import REQUIRED, Setting, config_in, settings_of
+from self_rewarding_lm.recipes.settings import STAGE_KINDS, RecipeSettings
+from self_rewarding_lm.recipes.settings_file import recipe_text
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 

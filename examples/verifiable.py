@@ -32,7 +32,7 @@ from self_rewarding_lm import (
     SFTConfig,
     generate,
 )
-from self_rewarding_lm.tokens import CallableTokenizer
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
 
 ALPHABET = string.digits + " +-="
 END = len(ALPHABET)

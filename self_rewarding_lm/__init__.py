@@ -4,11 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from self_rewarding_lm.adapters import load_causal_lm
-    from self_rewarding_lm.anchor import JudgeAnchor
-    from self_rewarding_lm.card import push_to_hub
     from self_rewarding_lm.checks import Check, ChecksConfig
-    from self_rewarding_lm.comparing import PairwiseJudge
     from self_rewarding_lm.config import (
         PAPER_REWARD_CONFIG,
         TEN_POINT_REWARD_CONFIG,
@@ -18,25 +14,34 @@ if TYPE_CHECKING:
         RewardConfig,
         SamplingConfig,
         SelfInstruct,
+        from_stage,
     )
-    from self_rewarding_lm.consistency import ConsistencyConfig
-    from self_rewarding_lm.contrasts import Contrast
-    from self_rewarding_lm.datasets import create_mock_dataset, from_stage
-    from self_rewarding_lm.engine import LocalEngine
-    from self_rewarding_lm.ensemble import EnsembleJudge
+    from self_rewarding_lm.data.datasets import create_mock_dataset
+    from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
     from self_rewarding_lm.errors import Interrupted, SelfRewardingError
-    from self_rewarding_lm.evaluate import JudgeEvaluation, evaluate_judge
-    from self_rewarding_lm.head_to_head import Comparison, compare
-    from self_rewarding_lm.held_out import HeldOutReward, VerifierAccuracy, WinRateOverLast
-    from self_rewarding_lm.implicit import ImplicitJudge
-    from self_rewarding_lm.judges import FunctionJudge, ModuleJudge, SelfJudge
-    from self_rewarding_lm.live_reference import EMAReference, MixedReference
-    from self_rewarding_lm.loss_settings import LossConfig
-    from self_rewarding_lm.losses import PairBatch, reads
-    from self_rewarding_lm.oasst import OpenAssistant, open_assistant
-    from self_rewarding_lm.pair_settings import PairingConfig
-    from self_rewarding_lm.quality import measure_responses
-    from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
+    from self_rewarding_lm.evaluation.anchor import JudgeAnchor
+    from self_rewarding_lm.evaluation.head_to_head import Comparison, compare
+    from self_rewarding_lm.evaluation.held_out import (
+        HeldOutReward,
+        VerifierAccuracy,
+        WinRateOverLast,
+    )
+    from self_rewarding_lm.evaluation.judge_quality import JudgeEvaluation, evaluate_judge
+    from self_rewarding_lm.evaluation.responses import measure_responses
+    from self_rewarding_lm.evaluation.verifying import reasoning_task
+    from self_rewarding_lm.generation.candidates import generate
+    from self_rewarding_lm.generation.local import LocalEngine
+    from self_rewarding_lm.generation.server.engine import ServerEngine
+    from self_rewarding_lm.judges.consistency import ConsistencyConfig
+    from self_rewarding_lm.judges.ensemble import EnsembleJudge
+    from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
+    from self_rewarding_lm.judges.implicit import ImplicitJudge
+    from self_rewarding_lm.judges.reward_model import RewardModelJudge
+    from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
+    from self_rewarding_lm.judges.server import ServerJudge
+    from self_rewarding_lm.judges.votes import VoteJudge
+    from self_rewarding_lm.models.loading import load_causal_lm
+    from self_rewarding_lm.recipes.paper import create_default_paper_config, paper_recipe
     from self_rewarding_lm.records import (
         Candidate,
         Demonstration,
@@ -46,30 +51,25 @@ if TYPE_CHECKING:
         Prompt,
         RankedReplies,
     )
-    from self_rewarding_lm.report import write_report
-    from self_rewarding_lm.reward_model import RewardModelJudge
-    from self_rewarding_lm.rollout import generate
-    from self_rewarding_lm.run import Run
-    from self_rewarding_lm.server.engine import ServerEngine
-    from self_rewarding_lm.server_judge import ServerJudge
-    from self_rewarding_lm.spin_trainer import SPINTrainer
-    from self_rewarding_lm.stages import (
-        BuildEFTConfig,
-        ContrastiveDPOConfig,
-        DPOConfig,
-        ExternalRewardDPOConfig,
-        MetaRewardDPOConfig,
-        SelfPlayConfig,
-        SelfRewardDPOConfig,
-        SelfRewardSFTConfig,
-        SFTConfig,
-        TemporalDPOConfig,
-    )
-    from self_rewarding_lm.stages.meta import MetaJudgingConfig
-    from self_rewarding_lm.trainer import SelfRewardingTrainer
-    from self_rewarding_lm.verifying import reasoning_task
-    from self_rewarding_lm.votes import VoteJudge
-    from self_rewarding_lm.weights import import_checkpoint
+    from self_rewarding_lm.report.card import push_to_hub
+    from self_rewarding_lm.report.page import write_report
+    from self_rewarding_lm.runs.run import Run
+    from self_rewarding_lm.runs.weights import import_checkpoint
+    from self_rewarding_lm.stages.contrastive import Contrast, ContrastiveDPOConfig
+    from self_rewarding_lm.stages.dpo import DPOConfig
+    from self_rewarding_lm.stages.eft import BuildEFTConfig
+    from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+    from self_rewarding_lm.stages.meta_rewarding import MetaJudgingConfig, MetaRewardDPOConfig
+    from self_rewarding_lm.stages.pairing import PairingConfig
+    from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+    from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
+    from self_rewarding_lm.stages.sft import SFTConfig
+    from self_rewarding_lm.stages.spin import SelfPlayConfig
+    from self_rewarding_lm.stages.temporal import TemporalDPOConfig
+    from self_rewarding_lm.trainer import SelfRewardingTrainer, SPINTrainer
+    from self_rewarding_lm.training.loss_config import LossConfig
+    from self_rewarding_lm.training.losses import PairBatch, reads
+    from self_rewarding_lm.training.reference import EMAReference, MixedReference
 
 __version__ = "0.1.0"
 
@@ -150,11 +150,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapters": ("load_causal_lm",),
-    "anchor": ("JudgeAnchor",),
-    "card": ("push_to_hub",),
     "checks": ("Check", "ChecksConfig"),
-    "comparing": ("PairwiseJudge",),
     "config": (
         "ComparisonConfig",
         "FinetuneConfig",
@@ -164,25 +160,30 @@ _HOMES = {
         "SamplingConfig",
         "SelfInstruct",
         "TEN_POINT_REWARD_CONFIG",
+        "from_stage",
     ),
-    "consistency": ("ConsistencyConfig",),
-    "contrasts": ("Contrast",),
-    "datasets": ("create_mock_dataset", "from_stage"),
-    "engine": ("LocalEngine",),
-    "ensemble": ("EnsembleJudge",),
+    "data.datasets": ("create_mock_dataset",),
+    "data.oasst": ("OpenAssistant", "open_assistant"),
     "errors": ("Interrupted", "SelfRewardingError"),
-    "evaluate": ("JudgeEvaluation", "evaluate_judge"),
-    "head_to_head": ("Comparison", "compare"),
-    "held_out": ("HeldOutReward", "VerifierAccuracy", "WinRateOverLast"),
-    "implicit": ("ImplicitJudge",),
-    "judges": ("FunctionJudge", "ModuleJudge", "SelfJudge"),
-    "live_reference": ("EMAReference", "MixedReference"),
-    "loss_settings": ("LossConfig",),
-    "losses": ("PairBatch", "reads"),
-    "oasst": ("OpenAssistant", "open_assistant"),
-    "pair_settings": ("PairingConfig",),
-    "quality": ("measure_responses",),
-    "recipes": ("create_default_paper_config", "paper_recipe"),
+    "evaluation.anchor": ("JudgeAnchor",),
+    "evaluation.head_to_head": ("Comparison", "compare"),
+    "evaluation.held_out": ("HeldOutReward", "VerifierAccuracy", "WinRateOverLast"),
+    "evaluation.judge_quality": ("JudgeEvaluation", "evaluate_judge"),
+    "evaluation.responses": ("measure_responses",),
+    "evaluation.verifying": ("reasoning_task",),
+    "generation.candidates": ("generate",),
+    "generation.local": ("LocalEngine",),
+    "generation.server.engine": ("ServerEngine",),
+    "judges.consistency": ("ConsistencyConfig",),
+    "judges.ensemble": ("EnsembleJudge",),
+    "judges.functions": ("FunctionJudge", "ModuleJudge"),
+    "judges.implicit": ("ImplicitJudge",),
+    "judges.reward_model": ("RewardModelJudge",),
+    "judges.self_judge": ("PairwiseJudge", "SelfJudge"),
+    "judges.server": ("ServerJudge",),
+    "judges.votes": ("VoteJudge",),
+    "models.loading": ("load_causal_lm",),
+    "recipes.paper": ("create_default_paper_config", "paper_recipe"),
     "records": (
         "Candidate",
         "Demonstration",
@@ -192,30 +193,25 @@ _HOMES = {
         "Prompt",
         "RankedReplies",
     ),
-    "report": ("write_report",),
-    "reward_model": ("RewardModelJudge",),
-    "rollout": ("generate",),
-    "run": ("Run",),
-    "server": ("ServerEngine",),
-    "server_judge": ("ServerJudge",),
-    "spin_trainer": ("SPINTrainer",),
-    "stages": (
-        "BuildEFTConfig",
-        "ContrastiveDPOConfig",
-        "DPOConfig",
-        "ExternalRewardDPOConfig",
-        "MetaRewardDPOConfig",
-        "SFTConfig",
-        "SelfPlayConfig",
-        "SelfRewardDPOConfig",
-        "SelfRewardSFTConfig",
-        "TemporalDPOConfig",
-    ),
-    "stages.meta": ("MetaJudgingConfig",),
-    "trainer": ("SelfRewardingTrainer",),
-    "verifying": ("reasoning_task",),
-    "votes": ("VoteJudge",),
-    "weights": ("import_checkpoint",),
+    "report.card": ("push_to_hub",),
+    "report.page": ("write_report",),
+    "runs.run": ("Run",),
+    "runs.weights": ("import_checkpoint",),
+    "stages.contrastive": ("Contrast", "ContrastiveDPOConfig"),
+    "stages.dpo": ("DPOConfig",),
+    "stages.eft": ("BuildEFTConfig",),
+    "stages.external": ("ExternalRewardDPOConfig",),
+    "stages.meta_rewarding": ("MetaJudgingConfig", "MetaRewardDPOConfig"),
+    "stages.pairing": ("PairingConfig",),
+    "stages.self_reward": ("SelfRewardDPOConfig",),
+    "stages.self_reward_sft": ("SelfRewardSFTConfig",),
+    "stages.sft": ("SFTConfig",),
+    "stages.spin": ("SelfPlayConfig",),
+    "stages.temporal": ("TemporalDPOConfig",),
+    "trainer": ("SPINTrainer", "SelfRewardingTrainer"),
+    "training.loss_config": ("LossConfig",),
+    "training.losses": ("PairBatch", "reads"),
+    "training.reference": ("EMAReference", "MixedReference"),
 }
 
 

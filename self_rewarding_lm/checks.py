@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from self_rewarding_lm.closed import Config
+from self_rewarding_lm.config import Config
 from self_rewarding_lm.errors import (
     DataError,
     JudgeError,
@@ -20,8 +20,13 @@ from self_rewarding_lm.errors import (
 
 logger = logging.getLogger(__name__)
 
+
 PAGE = "docs/troubleshooting.md"
+
+
 NAMED = 16  # records that an error names
+
+
 ALWAYS = {
     "not_finite": "logits, a loss, a gradient or a reference log-prob that is no finite number",
     "min_parse_rate": "the share of judgements with a score; a setting of its own",
@@ -91,8 +96,12 @@ class ChecksConfig(Config):
 
 
 _MAY_EXCEED_ONE = ("pairs_per_prompt", "loss_stuck", "both_fall")
+
+
 _UNDER = ("few_pairs", "pairs_per_prompt")
 """Those whose limit is a least value."""
+
+
 _ERRORS: dict[str, type[SelfRewardingError]] = {
     **dict.fromkeys(("scores_not_finite", "one_score", "ties", "meta_follows_scores"), JudgeError),
     **dict.fromkeys(

@@ -1,17 +1,19 @@
-"""Settings: frozen, closed, checked when they are written. Importing this needs no torch.
+"""Settings that several rooms share: frozen, closed, checked when they are written.
 
-Object fields (datasets, modules, functions) are taken as they are and checked when a trainer is
-built; configurations compare by identity and are never copied.
+Importing this needs no torch. Object fields (datasets, modules, functions) are taken as they are
+and checked when a trainer is built; configurations compare by identity and are never copied. The
+settings of one stage, judge or loss stand in its own file.
 """
 
+import difflib
 import math
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SkipValidation, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
 
-from self_rewarding_lm.closed import Config
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.rubrics import (
     COMPARISON_PROMPT,
@@ -20,8 +22,47 @@ from self_rewarding_lm.rubrics import (
     TEN_POINT_JUDGE_PROMPT,
 )
 
+
+class Config(BaseModel):
+    """What all settings share: frozen, closed, identity comparison, messages that help."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, populate_by_name=True
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_in_words(type(self), error)) from None
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _in_words(cls: type[Config], error: ValidationError) -> str:
+    lines = []
+    names = list(cls.model_fields)
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            lines.append(f"{where!r} is no setting; {hint}It has: {', '.join(names)}.")
+        elif item["type"] == "missing":
+            lines.append(f"{where!r} is required.")
+        else:
+            came = f"; got {item['input']!r:.200}" if where else ""
+            lines.append(f"{where + ': ' if where else ''}{item['msg']}{came}.")
+    return f"{cls.__name__}: " + " ".join(lines).replace("Value error, ", "")
+
+
 Object = SkipValidation[Any]
 """A dataset, module or function: taken as it is."""
+
 
 MAX_NUMBERS = 1001
 """Allowed numbers whose probabilities are computed, at most: 0 to 1000."""
@@ -304,7 +345,11 @@ def _scored(prompt_template: str, highest: int) -> RewardConfig:
 
 
 DEFAULT_REWARD_CONFIG = _scored(DEFAULT_JUDGE_PROMPT, 5)
+
+
 PAPER_REWARD_CONFIG = _scored(PAPER_LENGTH_JUDGE_PROMPT, 5)
+
+
 TEN_POINT_REWARD_CONFIG = _scored(TEN_POINT_JUDGE_PROMPT, 10)
 
 
@@ -348,3 +393,29 @@ class FinetuneConfig(Config):
         """The datasets by field name: the fields that end in `_dataset` and are given."""
         names = [name for name in type(self).model_fields if name.endswith("_dataset")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class FromStage:
+    """The records of an earlier stage as a dataset."""
+
+    stage: str
+
+
+def from_stage(stage: str) -> FromStage:
+    """What the stage of that name made, as a dataset for a later stage.
+
+    Of a preference stage its pairs: a DPO stage trains on them again, an SFT stage on the chosen
+    responses alone. Of an EFT stage its demonstrations, for an SFT stage.
+    """
+    return FromStage(stage)
+
+
+NEW_TOKENS = 2  # of a response
+
+
+def short(sampling: SamplingConfig, tokens: int = NEW_TOKENS) -> SamplingConfig:
+    """The same, for a few tokens."""
+    new = min(tokens, sampling.max_new_tokens)
+    least = min(new, sampling.min_new_tokens)
+    return sampling.model_copy(update={"max_new_tokens": new, "min_new_tokens": least})

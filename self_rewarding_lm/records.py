@@ -9,6 +9,8 @@ trained on; text is for people and judges. A value that is not known is None.
 Knows nothing of models, tensors or files.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -205,6 +207,8 @@ class ReferenceLogprobs:
 
 
 Record = TypeVar("Record")
+
+
 RECORD_TYPES = (
     Prompt,
     Candidate,
@@ -261,3 +265,9 @@ def from_json(record_type: type[Record], values: Mapping[str, Any]) -> Record:
 def _names(record_type: type) -> dict[str, None]:
     """The names of a record's fields, in their order."""
     return dict.fromkeys(field.name for field in fields(record_type))
+
+
+def stable_hash(*parts: str | int) -> int:
+    """A 63-bit number that is the same on every machine and in every process."""
+    text = json.dumps(parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

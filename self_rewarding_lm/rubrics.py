@@ -1,4 +1,4 @@
-"""The library's own judge prompts, as texts. How they are rendered and read is in `judging`."""
+"""The library's own judge prompts, as texts. How they are rendered and read is in `judges/`."""
 
 DEFAULT_JUDGE_PROMPT = """\
 Rate the response to the user's request on an additive scale from 0 to 5. Start at 0 and add one
@@ -17,6 +17,7 @@ Response: {{ response }}
 
 Review:"""
 
+
 TEN_POINT_JUDGE_PROMPT = """\
 Grade the response to the user's request with a whole number from 0 to 10:
 - 0: empty, unreadable or harmful.
@@ -34,6 +35,7 @@ Request: {{ prompt }}
 Response: {{ response }}
 
 Review:"""
+
 
 PAPER_LENGTH_JUDGE_PROMPT = """\
 You are given a question of a user and a response to it. Judge the response with the additive
@@ -64,6 +66,7 @@ Keep the point of view of an AI assistant, and draw on what a web search would t
 helps. Go through the criteria one after the other and let the total follow from them.
 """
 
+
 COMPARISON_PROMPT = """\
 Two responses to one request of a user are shown, A and B. Decide which of them serves the user
 better: which is more helpful, more correct and more to the point. Their order does not count, nor
@@ -77,6 +80,7 @@ Response A: {{ response_a }}
 Response B: {{ response_b }}
 
 Review:"""
+
 
 META_JUDGE_PROMPT = """\
 A judge was given a task: to rate a response to a user's request by a rubric. The task is shown

@@ -1,15 +1,24 @@
-"""Processes and devices. The only file that imports accelerate; nothing else knows ranks.
+"""Processes, devices, signals and progress. The only file that imports accelerate.
 
-Also the one place that sets up logging and progress bars, because only one process shows them.
+Nothing else knows ranks. Logging and progress bars are set up here, because only one process shows
+them: a bar while an arrow runs, one line when it ends; in a file, where a bar cannot be drawn, a
+line now and then takes its place. The first signal lets the record or step at hand be finished, the
+second does not.
 """
 
 import atexit
+import io
 import logging
 import math
 import os
 import random
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -19,15 +28,142 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 
-from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.progress import LogHandler, Progress
+from self_rewarding_lm.errors import ConfigError, Interrupted
 from self_rewarding_lm.sharding import Sharded, whole
-from self_rewarding_lm.stopping import Stopping
 
-QUIET_VARIABLE = "SELF_REWARDING_LM_QUIET"
+logger = logging.getLogger(__name__)
+
+
+EVERY = 60.0
+"""Seconds between two lines in a file."""
+
+
+class Progress(tqdm):
+    """Counts what is done of `total` (None: nobody knows); shows nothing where it is not to.
+
+    done: how much of it an earlier attempt did.
+    """
+
+    def __init__(
+        self, total: int | None, label: str, unit: str, *, shows: bool, done: int = 0
+    ) -> None:
+        self.is_live = sys.stderr.isatty()
+        super().__init__(
+            total=total,
+            desc=label,
+            unit=unit,
+            initial=done,
+            disable=not shows,
+            file=None if self.is_live else io.StringIO(),  # what tqdm draws is for terminals
+            leave=False,
+            mininterval=0.5 if self.is_live else EVERY,
+            maxinterval=10.0 if self.is_live else EVERY,
+        )
+        self.told_at: float = getattr(self, "start_t", 0.0)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Draw the bar, or write where it stands; tqdm calls it where it is time."""
+        if self.is_live:
+            return super().display(msg, pos)
+        if msg is None and self.initial < self.n != self.total:
+            since = self._time() - self.told_at  # type: ignore[attr-defined]
+            if since >= EVERY:  # tqdm's watching thread asks out of turn
+                self.told_at += since
+                logger.info("%s after %s", self._words(), self._took())
+        return None
+
+    def close(self) -> None:
+        """Take the bar away and say in a line what was done."""
+        was_open = not self.disable
+        super().close()
+        if was_open and self.n:
+            logger.info("%s in %s", self._words(), self._took())
+
+    def _words(self) -> str:
+        whole = f" of {self.total:,}" if self.total is not None and self.n != self.total else ""
+        unit = self.unit if self.n == 1 and not whole else f"{self.unit}s"
+        earlier = f" ({self.initial:,} of them earlier)" if self.initial else ""
+        return f"{self.desc.removesuffix(': ')}: {self.n:,}{whole} {unit}{earlier}"
+
+    def _took(self) -> str:
+        return self.format_interval(self.format_dict["elapsed"])
+
+
+class LogHandler(logging.StreamHandler):
+    """Writes lines of the log above the bars that are drawn, not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what clusters send before they take a node
+
+
+ONE = 1.0  # seconds within which signals are one: launchers hand on what the terminal sends, too
+
 
 T = TypeVar("T")
+
+
+class Stopping:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        """The signal's name."""
+        self._heard_at = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, signals are heeded; in the main thread alone, where Python can take them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.asked = None
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            for number, handler in before.items():
+                if handler is not signal.SIG_IGN and handler is not None:
+                    signal.signal(number, self._heard)
+            yield
+        except Interrupted:
+            logger.warning(
+                "Stopped. Everything until here is on disk: run the same again to go on."
+            )
+            raise
+        finally:
+            for number, handler in before.items():
+                if handler is not None:
+                    signal.signal(number, handler)
+
+    def heed(self) -> None:
+        """Raise Interrupted where a signal came."""
+        if self.asked:
+            raise Interrupted(self.asked)
+
+    def between(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; where a signal came, none after the one at hand."""
+        for item in items:
+            yield item
+            self.heed()
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        now = time.monotonic()
+        if self.asked:
+            if now - self._heard_at > ONE:
+                raise Interrupted(name)
+            return
+        self.asked, self._heard_at = name, now
+        logger.warning(
+            "%s: finishing the record or step at hand, then saving. Once more stops at once.", name
+        )
+
+
+QUIET_VARIABLE = "SELF_REWARDING_LM_QUIET"
 
 
 class Runtime:

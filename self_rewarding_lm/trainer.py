@@ -1,17 +1,35 @@
-"""The trainer: order, resume, checkpoints. It asks no stage what kind it is."""
+"""The trainer: order of stages, resume, checkpoints, and the callbacks it calls between stages.
+
+It asks no stage what kind it is. `SPINTrainer` is the trainer for self-play alone.
+"""
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from self_rewarding_lm.adapters import Policy, TokenModel, adapt
-from self_rewarding_lm.adapters.loading import (
+from self_rewarding_lm.config import (
+    DEFAULT_REWARD_CONFIG,
+    FinetuneConfig,
+    FromStage,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+)
+from self_rewarding_lm.context import Context, check_weights_named
+from self_rewarding_lm.data.datasets import Rows, check_sources
+from self_rewarding_lm.data.tokenizers import CallableTokenizer, Tokenizer
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.errors import ConfigError, StoreError, typed
+from self_rewarding_lm.generation.engine import Engine
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.models.loading import (
     Loading,
     check_placement,
     check_trainable,
@@ -20,29 +38,66 @@ from self_rewarding_lm.adapters.loading import (
     merged,
     open_model,
 )
-from self_rewarding_lm.callbacks import Callback, StageCallback, tell_ended, tell_trained
-from self_rewarding_lm.card import with_card
-from self_rewarding_lm.config import DEFAULT_REWARD_CONFIG, FinetuneConfig, RewardConfig
-from self_rewarding_lm.context import Context, check_weights_named
-from self_rewarding_lm.datasets import FromStage, Rows, check_sources
-from self_rewarding_lm.engine import Engine, LocalEngine
-from self_rewarding_lm.errors import ConfigError, StoreError, typed
-from self_rewarding_lm.events import ends_told
-from self_rewarding_lm.fingerprints import describe
-from self_rewarding_lm.lock import alone
-from self_rewarding_lm.recipes import paper_config_of
-from self_rewarding_lm.rehearsal import rehearse_stages
-from self_rewarding_lm.report import report_at_end
-from self_rewarding_lm.reporting.live import show_stage
-from self_rewarding_lm.run import INITIAL, Run, begin_run, save_initial
+from self_rewarding_lm.models.policy import Policy
+from self_rewarding_lm.recipes.paper import paper_config_of
+from self_rewarding_lm.report.card import with_card
+from self_rewarding_lm.report.page import report_at_end
+from self_rewarding_lm.report.terminal import show_stage
+from self_rewarding_lm.runs.fingerprint import describe
+from self_rewarding_lm.runs.lock import alone
+from self_rewarding_lm.runs.resume import begin_run, save_initial
+from self_rewarding_lm.runs.run import INITIAL, Run
+from self_rewarding_lm.runs.stage_folder import StageDir, ends_told
+from self_rewarding_lm.runs.weights import save_folder, write_weights
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import CallableTokenizer, Tokenizer, Tokens
-from self_rewarding_lm.weights import save_folder, write_weights
+from self_rewarding_lm.stages.base import stage_names
+from self_rewarding_lm.stages.rehearsal import rehearse_stages
+from self_rewarding_lm.stages.spin import SelfPlayConfig
+
+
+@runtime_checkable
+class Callback(Protocol):
+    """Called on the main process."""
+
+    def on_stage_end(self, run: Run, stage: str, model: nn.Module) -> None:
+        """The stage's weights are in `model` and on disk."""
+        ...
+
+
+@runtime_checkable
+class StageCallback(Protocol):
+    """Called on all processes, with what the stage could reach."""
+
+    def check(self, ctx: Context) -> None:
+        """Raise where something is wrong that can be known before stage 1; asked of each stage."""
+        ...
+
+    def on_stage_trained(self, ctx: Context, out: StageDir) -> None:
+        """The stage's weights are in the model and on disk; the stage is not yet done, so that
+        metrics and `out.summary` are still its own. Called again where a run stops in it."""
+        ...
+
+
+def tell_trained(callbacks: Iterable[object], ctx: Context, out: StageDir) -> None:
+    """Call those that work with a stage's context."""
+    for callback in callbacks:
+        if isinstance(callback, StageCallback):
+            callback.on_stage_trained(ctx, out)
+
+
+def tell_ended(callbacks: Iterable[object], run: Run, stage: str, model: nn.Module) -> None:
+    """Call those that look at a stage that is done; for the main process."""
+    for callback in callbacks:
+        if isinstance(callback, Callback):
+            callback.on_stage_end(run, stage, model)
+
 
 logger = logging.getLogger(__name__)
 
+
 OVERWRITE_VARIABLE = "SELF_REWARDING_LM_OVERWRITE"
+
+
 MERGED = "merged"
 
 
@@ -301,20 +356,6 @@ class SelfRewardingTrainer:
             )
 
 
-def stage_names(stages: Sequence[FinetuneConfig]) -> list[str]:
-    """The stages' names: `name=`, or the kind, with -2, -3 where it comes again."""
-    seen: Counter[str] = Counter()
-    names = []
-    for stage in stages:
-        kind = stage.name or type(stage).folder_name
-        seen[kind] += 1
-        names.append(kind if seen[kind] == 1 else f"{kind}-{seen[kind]}")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ConfigError(f"two stages are named {twice[0]!r}; give them different names.")
-    return names
-
-
 def _rewards(given: RewardConfig | Mapping[str, RewardConfig] | None) -> dict[str, RewardConfig]:
     if given is None:
         return {"default": DEFAULT_REWARD_CONFIG}
@@ -337,3 +378,76 @@ def _tokenizer(
 
 def _same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, str | Path) and str(one) == str(other))
+
+
+class SPINTrainer(SelfRewardingTrainer):
+    """A trainer of one SPIN stage (arXiv:2401.01335).
+
+    train_sft_dataset: rows with a prompt and a completion, as for SFT. spin_lambda, or
+    spin_kwargs=dict(λ=...): lambda of Eq. 4.7. checkpoint_every: steps between copies of the
+    weights. checkpoint_folder is the run directory; the other arguments are those of
+    SelfRewardingTrainer and OptimConfig.
+    """
+
+    @typed
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        train_sft_dataset: Any,
+        valid_sft_dataset: Any = None,
+        max_seq_len: int | None = None,
+        spin_lambda: float = 0.1,
+        spin_kwargs: Mapping[str, float] = {},
+        iterations: int = 1,
+        mix_previous: bool = False,
+        epochs: int | None = None,
+        num_train_steps: int | None = None,
+        batch_size: int = 16,
+        learning_rate: float | None = None,
+        dropout: float = 0.0,
+        generation: SamplingConfig | None = None,
+        checkpoint_every: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        tokenizer_encode: Callable[[str], Any] | None = None,
+        tokenizer_decode: Callable[[Tensor], str] | None = None,
+        eos_id: int | None = None,
+        seed: int = 0,
+        checkpoint_folder: str | Path = "./spin-checkpoints",
+        accelerate_kwargs: Mapping[str, Any] = {},
+        quiet: bool = False,
+    ) -> None:
+        unknown = set(spin_kwargs) - {"λ", "spin_lambda"}
+        if unknown:
+            raise ConfigError(
+                f"spin_kwargs knows 'λ' (or 'spin_lambda'); got {', '.join(sorted(unknown))}."
+            )
+        stage = SelfPlayConfig(
+            train_dataset=train_sft_dataset,
+            valid_dataset=valid_sft_dataset,
+            max_seq_len=max_seq_len,
+            spin_lambda=next(iter(spin_kwargs.values()), spin_lambda),
+            iterations=iterations,
+            mix_previous=mix_previous,
+            num_train_steps=num_train_steps,
+            dropout=dropout,
+            generation=generation or SamplingConfig(),
+            optim=OptimConfig(
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                checkpoint_every=checkpoint_every,
+            ),
+        )
+        super().__init__(
+            model,
+            finetune_configs=[stage],
+            tokenizer=tokenizer,
+            tokenizer_encode=tokenizer_encode,
+            tokenizer_decode=tokenizer_decode,
+            eos_id=eos_id,
+            seed=seed,
+            checkpoints_folder=checkpoint_folder,
+            accelerate_kwargs=accelerate_kwargs,
+            quiet=quiet,
+        )

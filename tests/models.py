@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-from self_rewarding_lm.adapters import Plan, Policy, Session, TokenModel, adapt
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.engine import LocalEngine
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.interface import Plan, Session, TokenModel
+from self_rewarding_lm.models.policy import Policy
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 
 VOCAB = 17
 LIMIT = 24

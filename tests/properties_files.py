@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from self_rewarding_lm.data.files import JsonLines
 from self_rewarding_lm.errors import ConfigError, DataError, StoreError
-from self_rewarding_lm.files import JsonLines
 from self_rewarding_lm.records import Candidate, Judgement, to_json
 from tests.mutants import over
 

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from self_rewarding_lm.adapters import Policy, adapt, policy
-from self_rewarding_lm.batching import pad_rows
-from self_rewarding_lm.pair_settings import PairingConfig
+from self_rewarding_lm.models import policy
+from self_rewarding_lm.models.batching import pad_rows
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.records import Candidate, Prompt
+from self_rewarding_lm.stages.pairing import PairingConfig
 from tests.models import VOCAB, transformer64
 from tests.mutants import over
 

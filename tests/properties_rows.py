@@ -6,9 +6,10 @@ from unittest.mock import patch
 
 from hypothesis import strategies as st
 
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError, TokenizerError
 from self_rewarding_lm.records import PreferencePair, from_json, to_json
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 from tests.mutants import over
 
 VOCAB = 30

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from self_rewarding_lm import RewardConfig, Run
 from self_rewarding_lm.errors import PairingError
-from self_rewarding_lm.judging import candidate_scores
+from self_rewarding_lm.scores import candidate_scores
 from self_rewarding_lm.stages import pair_maker
 from tests.mutants import over
 from tests.test_trainer import PROMPTS, model64, self_reward, trainer_of

@@ -7,10 +7,10 @@ from itertools import permutations
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from self_rewarding_lm.chat import TEMPLATES
+from self_rewarding_lm.data.chat import TEMPLATES
 from self_rewarding_lm.errors import ConfigError, DataError
-from self_rewarding_lm.instruct.filters import FilterCounts
 from self_rewarding_lm.records import Candidate, Judgement
+from self_rewarding_lm.stages.self_instruct.filters import FilterCounts
 from tests.mutants import over
 
 ANY_TEXT = st.text(st.characters(), max_size=40)

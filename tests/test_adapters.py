@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from x_transformers import AutoregressiveWrapper, Encoder, TransformerWrapper
 
-from self_rewarding_lm.adapters import Plan, Policy, adapt, base
-from self_rewarding_lm.adapters.inference import evaluating
-from self_rewarding_lm.adapters.policy import dropout_set
 from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.models import trial as base
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.inference import evaluating
+from self_rewarding_lm.models.interface import Plan
+from self_rewarding_lm.models.policy import Policy, dropout_set
 from tests.models import (
     KINDS,
     KINDS64,

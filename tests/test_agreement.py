@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from self_rewarding_lm.agreement import (
+from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.evaluation.agreement import (
     PairCounts,
     RankedScores,
     agreeing,
     agreement,
     bootstrap_interval,
-    kendall_tau_b,
     orders_agree,
     pair_counts,
     pairwise_interval,
-    spearman,
 )
-from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.stats import kendall_tau_b, spearman
 
 
 def item(ranks, scores, *, group="tree", best=None):

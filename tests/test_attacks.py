@@ -17,34 +17,35 @@ import pytest
 import torch
 
 from self_rewarding_lm import import_checkpoint
-from self_rewarding_lm.chat import TEMPLATES, renderer
-from self_rewarding_lm.comparing import PairwiseJudge
 from self_rewarding_lm.config import ComparisonConfig, RewardConfig, SamplingConfig
-from self_rewarding_lm.controls import Controls, fill, from_data
-from self_rewarding_lm.engine import Completion, LocalEngine
+from self_rewarding_lm.data.chat import TEMPLATES, renderer
+from self_rewarding_lm.data.control_tokens import Controls, fill, from_data
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, StoreError
-from self_rewarding_lm.instruct import (
-    Example,
-    few_shot_prompt,
-    instruction_problem,
-    parse_instructions,
-)
-from self_rewarding_lm.judges import SelfJudge
-from self_rewarding_lm.judging import (
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.generation.score_trie import NodeChances
+from self_rewarding_lm.judges.parsing import (
     comparison_form,
+    score_form,
+    score_pattern,
+    verdict_pattern,
+)
+from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
+from self_rewarding_lm.judges.templates import (
     compile_comparison_template,
     compile_prompt_template,
-    score_form,
     template_parts,
 )
 from self_rewarding_lm.records import Candidate, Prompt
-from self_rewarding_lm.run import Run, begin_run
+from self_rewarding_lm.runs.resume import begin_run
+from self_rewarding_lm.runs.run import Run
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.score_trie import NodeChances
-from self_rewarding_lm.stages import SFTConfig
-from self_rewarding_lm.statements import score_pattern, verdict_pattern
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.tokens import Tokens
+from self_rewarding_lm.stages.self_instruct.few_shot import Example, few_shot_prompt
+from self_rewarding_lm.stages.self_instruct.filters import instruction_problem
+from self_rewarding_lm.stages.self_instruct.reading import parse_instructions
+from self_rewarding_lm.stages.sft import SFTConfig
 from tests.models import Successor, context
 
 transformers = pytest.importorskip("transformers")

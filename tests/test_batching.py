@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
-from self_rewarding_lm.batching import micro_batches, pad_masks, pad_rows, unpad
+from self_rewarding_lm.models.batching import micro_batches, pad_masks, pad_rows, unpad
 
 ROWS = [[5, 0, 3], [0], [2, 2, 2, 0]]  # token 0 is a token, and the default pad as well
 LENGTHS = [12, 3, 3, 40, 7, 1, 12, 5, 9, 26]

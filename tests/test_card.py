@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from self_rewarding_lm import DPOConfig, Run, push_to_hub
-from self_rewarding_lm.card import card_text
-from self_rewarding_lm.durable import ledger
 from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.report.card import card_text
+from self_rewarding_lm.runs.atomic import ledger
 from tests.test_report import made_run, two_rounds
 from tests.test_trainer import sft, trainer_of
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from self_rewarding_lm.chat import (
+from self_rewarding_lm.data.chat import (
     TEMPLATES,
     is_messages,
     messages_of,

@@ -13,8 +13,6 @@ import torch
 from self_rewarding_lm import Run, SamplingConfig, SelfPlayConfig
 from self_rewarding_lm.checks import ALWAYS, OFF, Check, Checker, ChecksConfig
 from self_rewarding_lm.config import OptimConfig
-from self_rewarding_lm.decoding import Decoding, Request
-from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import (
     AdapterError,
     ConfigError,
@@ -23,15 +21,17 @@ from self_rewarding_lm.errors import (
     PairingError,
     TrainingError,
 )
-from self_rewarding_lm.fit import Fit
-from self_rewarding_lm.judging import score_of
-from self_rewarding_lm.objectives import PreferenceObjective, SupervisedObjective
+from self_rewarding_lm.generation.candidates import generate
+from self_rewarding_lm.generation.engine import Decoding, Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.tally import JudgeTally, JudgeWatcher
 from self_rewarding_lm.records import Judgement, PreferencePair, TrainingRow
-from self_rewarding_lm.reference import PairSums
-from self_rewarding_lm.rollout import generate
-from self_rewarding_lm.stages import DPOConfig
-from self_rewarding_lm.tally import JudgeTally
-from self_rewarding_lm.watching import WINDOW, JudgeWatcher, Watcher
+from self_rewarding_lm.scores import score_of
+from self_rewarding_lm.stages.dpo import DPOConfig
+from self_rewarding_lm.training.fit import Fit
+from self_rewarding_lm.training.objectives import PreferenceObjective, SupervisedObjective
+from self_rewarding_lm.training.reference import PairSums
+from self_rewarding_lm.training.watch import WINDOW, Watcher
 from tests.models import TEXT_VOCAB, VOCAB, Recurrent, adapt, context, stage_dir
 from tests.test_trainer import QUICK, external, model64, same, sft, trainer_of, weights_of
 

@@ -17,12 +17,12 @@ from self_rewarding_lm.records import (
     TrainingRow,
     to_json,
 )
-from self_rewarding_lm.run import Run
+from self_rewarding_lm.runs.run import Run
 from tests.hf_models import tiny, word_tokenizer
 
 OBJECTS = """\
 from pathlib import Path
-from self_rewarding_lm.judges import FunctionJudge
+from self_rewarding_lm.judges.functions import FunctionJudge
 
 STOP = Path(__file__).parent / "stop"
 
@@ -215,7 +215,7 @@ def test_overwrite_starts_anew(folder, capsys):
 
 
 def test_all_settings_are_printed_as_a_recipe(capsys):
-    from self_rewarding_lm.recipe_text import recipe_text
+    from self_rewarding_lm.recipes.settings_file import recipe_text
 
     assert main(["run", "--settings"]) == 0
     assert capsys.readouterr().out == recipe_text()
@@ -595,8 +595,8 @@ def test_trl_reads_the_columns(done, tmp_path):
 
 def test_records_of_ids_alone_are_exported_as_ids():
     """Without a tokenizer there are no texts."""
-    from self_rewarding_lm.export import _demonstration, _supervised
     from self_rewarding_lm.records import columns_of
+    from self_rewarding_lm.report.export import _demonstration, _supervised
 
     pair = PreferencePair("a/0/0", (1, 2), (3,), (4,))
     assert columns_of(pair) == {"prompt": (1, 2), "chosen": (3,), "rejected": (4,)}

@@ -7,7 +7,7 @@ import pytest
 
 from self_rewarding_lm import RewardConfig, SamplingConfig, evaluate_judge
 from self_rewarding_lm.cli import main
-from self_rewarding_lm.evaluate import read_ranked
+from self_rewarding_lm.evaluation.judge_quality import read_ranked
 from tests.hf_models import tiny, word_tokenizer
 from tests.test_cli import write_lines
 

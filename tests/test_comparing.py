@@ -4,13 +4,14 @@ from itertools import permutations
 
 import pytest
 
-from self_rewarding_lm.comparing import PairwiseJudge, check_comparison
 from self_rewarding_lm.config import ComparisonConfig, SamplingConfig
 from self_rewarding_lm.errors import ConfigError, JudgeError
-from self_rewarding_lm.judges import MIN_ANSWER_TOKENS, Judge
-from self_rewarding_lm.judging import candidate_scores
-from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.tally import judge_metrics
+from self_rewarding_lm.judges.asking import MIN_ANSWER_TOKENS
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.self_judge import PairwiseJudge, check_comparison
+from self_rewarding_lm.judges.tally import judge_metrics
+from self_rewarding_lm.records import stable_hash
+from self_rewarding_lm.scores import candidate_scores
 from tests.models import ALPHABET, TEXT_VOCAB, Recurrent, ids_of, last_logits, lively, text_tokens
 from tests.test_judges import Scripted, asked, judging_context
 

@@ -17,14 +17,12 @@ from self_rewarding_lm.config import (
     SamplingConfig,
 )
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError
-from self_rewarding_lm.optimizers import learning_rate_at
-from self_rewarding_lm.stages import (
-    DPOConfig,
-    ExternalRewardDPOConfig,
-    SelfPlayConfig,
-    SelfRewardDPOConfig,
-    SFTConfig,
-)
+from self_rewarding_lm.stages.dpo import DPOConfig
+from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.sft import SFTConfig
+from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.training.optimizers import learning_rate_at
 
 ROWS = [([1, 2], 1)]
 STAGES = [

@@ -16,12 +16,12 @@ from self_rewarding_lm import (
     Run,
     VoteJudge,
 )
-from self_rewarding_lm.agreement import kendall_tau_b
-from self_rewarding_lm.consistency import ComparingJudge, smoothed
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.objectives import PreferenceObjective
+from self_rewarding_lm.judges.consistency import ComparingJudge, smoothed
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair
-from self_rewarding_lm.reference import PairSums
+from self_rewarding_lm.stats import kendall_tau_b
+from self_rewarding_lm.training.objectives import PreferenceObjective
+from self_rewarding_lm.training.reference import PairSums
 from tests.models import Successor, context, stage_dir
 from tests.processes import two
 from tests.test_ensemble import naive

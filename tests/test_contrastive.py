@@ -17,14 +17,15 @@ from self_rewarding_lm import (
     SamplingConfig,
 )
 from self_rewarding_lm.checks import Check, ChecksConfig
-from self_rewarding_lm.contrasts import GROUPS, shown_prompts
-from self_rewarding_lm.controls import from_data
-from self_rewarding_lm.engine import Completion, LocalEngine
+from self_rewarding_lm.data.control_tokens import from_data
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, PairingError
-from self_rewarding_lm.judges import FunctionJudge
-from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.stages.contrastive import counted, metrics_of
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.functions import FunctionJudge
+from self_rewarding_lm.records import stable_hash
+from self_rewarding_lm.stages.contrastive import GROUPS, counted, metrics_of, shown_prompts
 from tests.models import ALPHABET, END, TEXT_VOCAB, encode, ids_of, text_tokens
 from tests.processes import two
 from tests.test_trainer import PROMPTS, QUICK, SHORT, decode, model64, trainer_of

@@ -15,20 +15,15 @@ from torch import tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from self_rewarding_lm import DPOConfig, Run, SelfPlayConfig
-from self_rewarding_lm.datasets import (
-    BadRows,
-    FromStage,
-    Rows,
-    create_mock_dataset,
-    from_stage,
-    read_prompt,
-)
+from self_rewarding_lm.config import FromStage, from_stage
+from self_rewarding_lm.data.datasets import BadRows, Rows, create_mock_dataset, read_prompt
+from self_rewarding_lm.data.files import SUFFIXES
+from self_rewarding_lm.data.rows import prompt_of, training_row
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
-from self_rewarding_lm.files import SUFFIXES
 from self_rewarding_lm.records import Prompt, RankedReplies, TrainingRow
-from self_rewarding_lm.rows import prompt_of, training_row
 from self_rewarding_lm.stages.base import read_once
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 from tests.models import Successor, context, stage_dir
 from tests.processes import two
 from tests.test_rows import CHAT, EOS, TOKENS, WITHOUT_TEXT, letters, text_of
@@ -311,7 +306,7 @@ def test_a_bad_line_of_a_file_is_named_by_its_number(tmp_path):
 def test_lines_that_are_no_json_are_looked_at_before_the_run_however_far_they_are(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("self_rewarding_lm.datasets.PREVIEWED_ROWS", 2)
+    monkeypatch.setattr("self_rewarding_lm.data.datasets.PREVIEWED_ROWS", 2)
     path = tmp_path / "rows.jsonl"
     path.write_text('"a"\n"b"\n"c"\n{\n"e"\n')
     assert list(opened(path).preview()) == [0, 1, 3]

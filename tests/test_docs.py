@@ -35,10 +35,10 @@ import torch
 import yaml
 
 from self_rewarding_lm.cli import _parser
-from self_rewarding_lm.closed import Config
-from self_rewarding_lm.recipe_file import read_recipe
-from self_rewarding_lm.recipe_settings import STAGE_KINDS, RecipeSettings
-from self_rewarding_lm.recipe_yaml import read_yaml
+from self_rewarding_lm.config import Config
+from self_rewarding_lm.recipes.reader import read_recipe
+from self_rewarding_lm.recipes.settings import STAGE_KINDS, RecipeSettings
+from self_rewarding_lm.recipes.yaml_nodes import read_yaml
 from tests.hf_models import VOCAB, word_tokenizer
 from tests.test_recipe_file import tree, write_lines
 

@@ -18,16 +18,11 @@ from self_rewarding_lm import (
     SFTConfig,
     from_stage,
 )
-from self_rewarding_lm.engine import Completion, LocalEngine
 from self_rewarding_lm.errors import ConfigError, DataError, JudgeError
-from self_rewarding_lm.records import Demonstration, RankedReplies
-from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.stages.targets import (
-    first_agreeing,
-    score_targets,
-    scores_of_ranks,
-    thinned,
-)
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.records import Demonstration, RankedReplies, stable_hash
+from self_rewarding_lm.stages.eft import first_agreeing, score_targets, scores_of_ranks, thinned
 from tests.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode, ids_of, lively, untrained
 from tests.processes import two
 

@@ -16,11 +16,11 @@ from self_rewarding_lm import (
     SelfRewardDPOConfig,
     from_stage,
 )
-from self_rewarding_lm.engine import LocalEngine
+from self_rewarding_lm.data.ranked import ranked_row
 from self_rewarding_lm.errors import ConfigError, DataError, JudgeError
-from self_rewarding_lm.ranked import ranked_row
-from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.stages.targets import thinned
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.records import stable_hash
+from self_rewarding_lm.stages.eft import thinned
 from tests.models import END, ids_of
 from tests.processes import two
 from tests.test_eft import IFT, QUICK, Told, counted, model64, sft, trainer_of

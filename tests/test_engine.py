@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from self_rewarding_lm.adapters import adapt
 from self_rewarding_lm.config import SamplingConfig
-from self_rewarding_lm.engine import Completion, Decoding, LocalEngine, Request
+from self_rewarding_lm.context import rollout
 from self_rewarding_lm.errors import AdapterError, ConfigError, DataError, TokenizerError
+from self_rewarding_lm.generation.candidates import generate, sample_candidates
+from self_rewarding_lm.generation.engine import Completion, Decoding, Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.generation.sampling import sample_next, uniforms
+from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.records import Prompt
-from self_rewarding_lm.rollout import generate, rollout, sample_candidates
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.sampling import sample_next, uniforms
 from tests.models import (
     ALPHABET,
     CHARACTERS,

@@ -14,9 +14,9 @@ from self_rewarding_lm import (
     VoteJudge,
 )
 from self_rewarding_lm.errors import ConfigError, JudgeError
-from self_rewarding_lm.judges import judged_scores
+from self_rewarding_lm.judges.base import judged_scores
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
-from self_rewarding_lm.show import show_run
+from self_rewarding_lm.report.terminal import show_run
 from tests.models import Recurrent, Successor, context, lively
 from tests.test_trainer import external, model64, same, sft, trainer_of, weights_of
 

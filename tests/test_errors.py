@@ -55,10 +55,10 @@ from self_rewarding_lm import (
     reasoning_task,
 )
 from self_rewarding_lm.errors import SelfRewardingError
-from self_rewarding_lm.export import export_stage
-from self_rewarding_lm.lock import locked
-from self_rewarding_lm.recipe_file import read_recipe
-from self_rewarding_lm.recipe_yaml import parse_yaml
+from self_rewarding_lm.recipes.reader import read_recipe
+from self_rewarding_lm.recipes.yaml_nodes import parse_yaml
+from self_rewarding_lm.report.export import export_stage
+from self_rewarding_lm.runs.lock import locked
 from tests.models import ALPHABET, TEXT_VOCAB, Recurrent, encode, lively
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
@@ -86,7 +86,7 @@ the first stage (marked so). `FOLDER` stands for a folder of yours.
 
 `trainer()` tries every stage that is not done before the first one begins; so does
 `self-rewarding-lm run`. `self-rewarding-lm check recipe.yaml`, or
-`self_rewarding_lm.rehearsal.rehearse_stages(trainer)`, does that alone and says of each stage what
+`self_rewarding_lm.stages.rehearsal.rehearse_stages(trainer)`, does that alone and says of each stage what
 was tried. In a temporary folder a stage reads the first rows it can use (eight of each dataset),
 samples two candidates of two tokens to the shortest of its prompts, has them judged, makes a pair of
 them, and computes reference log-probs and one loss with its gradient. No step is taken, and nothing

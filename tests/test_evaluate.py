@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from self_rewarding_lm import RewardConfig, SamplingConfig, evaluate_judge
-from self_rewarding_lm.engine import Completion, LocalEngine
+from self_rewarding_lm.data.ranked import as_candidates
 from self_rewarding_lm.errors import ConfigError, DataError
-from self_rewarding_lm.evaluate import as_candidates, judge_ranked, top_score_of
-from self_rewarding_lm.judges import FunctionJudge, SelfJudge
-from self_rewarding_lm.records import RankedReplies
-from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.evaluation.judge_quality import judge_ranked
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.functions import FunctionJudge
+from self_rewarding_lm.judges.make import top_score_of
+from self_rewarding_lm.judges.self_judge import SelfJudge
+from self_rewarding_lm.records import RankedReplies, stable_hash
 from tests.models import (
     ALPHABET,
     CHARACTERS,

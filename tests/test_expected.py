@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from self_rewarding_lm import TEN_POINT_REWARD_CONFIG
-from self_rewarding_lm.adapters import adapt
-from self_rewarding_lm.engine import LocalEngine
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.expected import VerdictReader, expected_scores
-from self_rewarding_lm.judges import form_of
-from self_rewarding_lm.judging import comparison_form, score_form
-from self_rewarding_lm.tokens import CallableTokenizer, Rendered, Tokens
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.expected import VerdictReader, expected_scores
+from self_rewarding_lm.judges.parsing import comparison_form, score_form
+from self_rewarding_lm.judges.self_judge import form_of
+from self_rewarding_lm.models.families import adapt
 from tests.hf_models import tiny, word_tokenizer
 from tests.models import Fixed, Recurrent, last_logits, lively, transformer64
 

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from self_rewarding_lm.data.files import UnreadableLine, read_rows
 from self_rewarding_lm.errors import DataError
-from self_rewarding_lm.files import UnreadableLine, read_rows, write_rows
+from self_rewarding_lm.report.export import write_rows
 
 ROWS = [{"prompt": f"ü {i}", "n": i} for i in range(50)]
 
@@ -38,7 +39,7 @@ def test_a_line_is_parsed_when_it_is_asked_for(tmp_path, monkeypatch):
             parsed.append(json.loads(line)["n"])
             return ROWS[parsed[-1]]
 
-    monkeypatch.setattr("self_rewarding_lm.files.json", Parser())
+    monkeypatch.setattr("self_rewarding_lm.data.files.json", Parser())
     rows = read_rows(path, "data")
     assert len(rows) == 50 and parsed == []
     assert rows[7] == ROWS[7] and rows[3:5] == ROWS[3:5]
@@ -85,7 +86,7 @@ def test_a_file_may_be_replaced_by_another_one_meanwhile(tmp_path):
 def test_parquet_rows_are_made_a_few_at_a_time(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("self_rewarding_lm.files.ROWS_AT_ONCE", 8)
+    monkeypatch.setattr("self_rewarding_lm.data.files.ROWS_AT_ONCE", 8)
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=5)
     rows = read_rows(path, "data")
@@ -110,7 +111,7 @@ def test_parquet_is_written_in_pieces_of_one_schema(rows, piece, tmp_path, monke
     """As all at once, though the first piece does not show what the second holds."""
     pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("self_rewarding_lm.files.ROWS_WRITTEN", piece)
+    monkeypatch.setattr("self_rewarding_lm.report.export.ROWS_WRITTEN", piece)
     write_rows(tmp_path / "rows.parquet", rows)
     table = parquet.read_table(tmp_path / "rows.parquet")
 

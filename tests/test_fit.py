@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from self_rewarding_lm.adapters.inference import evaluating
 from self_rewarding_lm.config import OptimConfig
-from self_rewarding_lm.early_stopping import EarlyStopping
 from self_rewarding_lm.errors import ConfigError, TrainingError
-from self_rewarding_lm.fit import Fit
-from self_rewarding_lm.lines import read_lines
-from self_rewarding_lm.objectives import PreferenceObjective, SupervisedObjective
+from self_rewarding_lm.models.inference import evaluating
+from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, TrainingRow
-from self_rewarding_lm.reference import PairSums, StoredReference, response_logprobs
+from self_rewarding_lm.runs.lines import read_lines
+from self_rewarding_lm.runs.weights import read_weights
 from self_rewarding_lm.runtime import Runtime, random_numbers_kept
-from self_rewarding_lm.weights import read_weights
+from self_rewarding_lm.training.early_stopping import EarlyStopping
+from self_rewarding_lm.training.fit import Fit
+from self_rewarding_lm.training.objectives import PreferenceObjective, SupervisedObjective
+from self_rewarding_lm.training.reference import PairSums, StoredReference
 from tests.models import (
     VOCAB,
     Recurrent,

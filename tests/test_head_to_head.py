@@ -20,8 +20,8 @@ from self_rewarding_lm.errors import (
     RunMismatchError,
     StoreError,
 )
-from self_rewarding_lm.run import Run
-from self_rewarding_lm.verifying import Verifier
+from self_rewarding_lm.evaluation.verifying import Verifier
+from self_rewarding_lm.runs.run import Run
 from tests.models import CHARACTERS, END, TEXT_VOCAB, Fixed, Recurrent, lively
 from tests.test_trainer import sft, trainer_of
 

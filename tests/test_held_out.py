@@ -15,12 +15,13 @@ from self_rewarding_lm import (
     VerifierAccuracy,
     WinRateOverLast,
 )
-from self_rewarding_lm.engine import Completion, LocalEngine
 from self_rewarding_lm.errors import ConfigError, DataError, JudgeError
-from self_rewarding_lm.evaluate import judge_ranked
-from self_rewarding_lm.making_judges import make_judge
+from self_rewarding_lm.evaluation.judge_quality import judge_ranked
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.records import Judgement
-from self_rewarding_lm.weights import weights_hash
+from self_rewarding_lm.runs.weights import weights_hash
 from tests.models import END, TEXT_VOCAB, Recurrent, context, ids_of, text_tokens
 from tests.processes import two
 from tests.test_resume import Killed

@@ -26,7 +26,7 @@ from self_rewarding_lm import (
     SFTConfig,
     from_stage,
 )
-from self_rewarding_lm.chat import TEMPLATES
+from self_rewarding_lm.data.chat import TEMPLATES
 from self_rewarding_lm.errors import DataError
 from tests.hf_models import VOCAB, only_letters, tiny, word_tokenizer
 from tests.processes import two

@@ -13,12 +13,14 @@ pytest.importorskip("transformers")
 import transformers
 
 from self_rewarding_lm import SamplingConfig, generate
-from self_rewarding_lm.adapters import adapt, load_into
-from self_rewarding_lm.adapters.inference import evaluating
-from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import AdapterError, StoreError
-from self_rewarding_lm.sampling import stable_hash, uniforms
-from self_rewarding_lm.weights import MODEL_FILE, save_folder
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.generation.sampling import uniforms
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.inference import evaluating
+from self_rewarding_lm.records import stable_hash
+from self_rewarding_lm.runs.pretrained import load_into
+from self_rewarding_lm.runs.weights import MODEL_FILE, save_folder
 from tests.hf_models import KINDS, SLIDING_WINDOW, tiny
 from tests.models import started
 

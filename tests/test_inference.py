@@ -12,14 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("transformers")
 
-from self_rewarding_lm.adapters import Plan, adapt, inference
-from self_rewarding_lm.adapters.inference import (
-    WideProducts,
-    inferring,
-    is_slow,
-    product_dtype,
-)
-from self_rewarding_lm.engine import Decoding, LocalEngine, Request
+from self_rewarding_lm.generation.engine import Decoding, Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models import inference
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.inference import WideProducts, inferring, is_slow, product_dtype
+from self_rewarding_lm.models.interface import Plan
 from tests.hf_models import tiny
 from tests.models import Recurrent, last_logits
 

@@ -7,15 +7,14 @@ from collections import Counter
 import pytest
 
 from self_rewarding_lm.errors import ConfigError, DataError
-from self_rewarding_lm.instruct import (
-    Example,
+from self_rewarding_lm.stages.self_instruct.few_shot import Example, few_shot_prompt
+from self_rewarding_lm.stages.self_instruct.filters import (
     FilterCounts,
     InstructionPool,
-    few_shot_prompt,
     instruction_problem,
-    parse_instructions,
     rouge_l,
 )
+from self_rewarding_lm.stages.self_instruct.reading import parse_instructions
 
 SEEDS = [Example(f"seed/{i}", f"Seed task number {i}") for i in range(10)]
 OWN = [Example(f"own/{i}", f"Own task number {i}") for i in range(5)]

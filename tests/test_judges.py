@@ -6,25 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from self_rewarding_lm.adapters import adapt
 from self_rewarding_lm.config import RewardConfig, SamplingConfig
-from self_rewarding_lm.engine import Completion, LocalEngine, Request
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, JudgeError
-from self_rewarding_lm.judges import (
-    FIRST_LOOK,
-    MIN_ANSWER_TOKENS,
-    FunctionJudge,
-    ModuleJudge,
-    SelfJudge,
-    SeveralJudges,
-    check_judge_prompt,
-    judge_of,
-    reward_scores,
-)
-from self_rewarding_lm.judging import candidate_scores
-from self_rewarding_lm.records import Candidate, Prompt
-from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
+from self_rewarding_lm.generation.engine import Completion, Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.asking import FIRST_LOOK, MIN_ANSWER_TOKENS
+from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge, judge_of, reward_scores
+from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges, check_judge_prompt
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.records import Candidate, Prompt, stable_hash
+from self_rewarding_lm.scores import candidate_scores
 from tests.models import (
     ALPHABET,
     CHARACTERS,

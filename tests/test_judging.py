@@ -18,21 +18,19 @@ from self_rewarding_lm.config import (
     RewardConfig,
 )
 from self_rewarding_lm.errors import ConfigError, JudgeError
-from self_rewarding_lm.judging import (
+from self_rewarding_lm.judges.parsing import (
+    PARSED_CHARACTERS,
     call_parse_reward,
-    candidate_scores,
     comparison_form,
-    compile_comparison_template,
-    compile_prompt_template,
     compile_score_pattern,
-    mean_score,
+    find_score,
     parse_score,
     score_form,
-    score_of,
 )
+from self_rewarding_lm.judges.tally import judge_metrics
+from self_rewarding_lm.judges.templates import compile_comparison_template, compile_prompt_template
 from self_rewarding_lm.records import Candidate, Judgement
-from self_rewarding_lm.statements import PARSED_CHARACTERS, find_score
-from self_rewarding_lm.tally import judge_metrics
+from self_rewarding_lm.scores import candidate_scores, mean_score, score_of
 
 # Texts of a judge who was asked to end with "Score: <points>", from 0 to 5, and the score that a
 # person would read in each; None where a person would say that none is stated.

@@ -26,14 +26,13 @@ from self_rewarding_lm import (
     OptimConfig,
     Run,
     SelfPlayConfig,
-    durable,
-    lines,
-    store,
-    weights,
 )
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import RECORD_TYPES
-from self_rewarding_lm.run import REPORT
+from self_rewarding_lm.runs import atomic as durable
+from self_rewarding_lm.runs import lines, weights
+from self_rewarding_lm.runs import stage_folder as store
+from self_rewarding_lm.runs.run import REPORT
 from tests.processes import launched
 from tests.test_trainer import ROWS, SHORT, external, model64, self_reward, sft, trainer_of
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from self_rewarding_lm.lines import Joined, LineFile, Picked
+from self_rewarding_lm.runs.lines import Joined, LineFile, Picked
 
 
 class Counting:

@@ -9,11 +9,11 @@ from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
 from self_rewarding_lm import Run
-from self_rewarding_lm.callbacks import Callback
-from self_rewarding_lm.judging import candidate_scores
-from self_rewarding_lm.progress import LogHandler, Progress
-from self_rewarding_lm.reporting.examples import SAMPLE
-from self_rewarding_lm.reporting.live import stage_table
+from self_rewarding_lm.report.examples import SAMPLE
+from self_rewarding_lm.report.terminal import stage_table
+from self_rewarding_lm.runtime import LogHandler, Progress
+from self_rewarding_lm.scores import candidate_scores
+from self_rewarding_lm.trainer import Callback
 from tests.test_trainer import external, self_reward, sft, trainer_of
 
 

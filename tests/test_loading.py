@@ -12,19 +12,20 @@ pytest.importorskip("transformers")
 import transformers
 
 from self_rewarding_lm import SelfRewardingTrainer, SFTConfig
-from self_rewarding_lm.adapters import load_causal_lm, loading
-from self_rewarding_lm.adapters.loading import (
+from self_rewarding_lm.data.chat import TEMPLATES
+from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.models import loading
+from self_rewarding_lm.models.loading import (
     Loading,
     check_placement,
     check_trainable,
     dtype_of,
     end_ids_of,
     is_placed,
+    load_causal_lm,
     open_model,
     warn_of_low_precision,
 )
-from self_rewarding_lm.chat import TEMPLATES
-from self_rewarding_lm.errors import ConfigError
 from tests.hf_models import VOCAB, tiny, word_tokenizer
 from tests.models import Recurrent
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from self_rewarding_lm.logprobs import Head, label_logprobs, masked_sum, token_logprobs
+from self_rewarding_lm.models.logprobs import Head, label_logprobs, masked_sum, token_logprobs
 
 RAGGED = [[3, 0, 6, 2, 1, 5], [4, 4, 0], [2]]  # vocabulary of 7
 LONGEST = max(map(len, RAGGED))

@@ -7,9 +7,9 @@ import torch
 from torch import tensor
 
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.logprobs import token_logprobs
-from self_rewarding_lm.loss_settings import LossConfig, losses_in, read_by
-from self_rewarding_lm.losses import (
+from self_rewarding_lm.models.logprobs import token_logprobs
+from self_rewarding_lm.training.loss_config import LossConfig, losses_in, read_by
+from self_rewarding_lm.training.losses import (
     PAIR_LOSSES,
     LossResult,
     PairBatch,

@@ -6,7 +6,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from self_rewarding_lm.meta import (
+from self_rewarding_lm.stages.meta_rewarding import (
     battles,
     best_and_worst,
     most_varied,

@@ -17,11 +17,11 @@ from self_rewarding_lm import (
     SamplingConfig,
     SelfRewardDPOConfig,
 )
-from self_rewarding_lm.decoding import Completion
-from self_rewarding_lm.engine import LocalEngine
 from self_rewarding_lm.errors import ConfigError, JudgeError
-from self_rewarding_lm.meta import battles, strengths
-from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.records import stable_hash
+from self_rewarding_lm.stages.meta_rewarding import battles, strengths
 from tests import test_trainer
 from tests.models import END, Recurrent, decode, ids_of, last_logits
 from tests.processes import two

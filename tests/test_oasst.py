@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from self_rewarding_lm.data.oasst import open_assistant
 from self_rewarding_lm.errors import ConfigError, DataError
-from self_rewarding_lm.oasst import open_assistant
 from self_rewarding_lm.records import RankedReplies
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "oasst_en_100_trees.jsonl"

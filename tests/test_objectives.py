@@ -6,18 +6,20 @@ import pytest
 import torch
 from torch import tensor
 
-from self_rewarding_lm.batching import pad_masks, pad_rows
+from self_rewarding_lm.data.rows import preference_row
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError
-from self_rewarding_lm.loss_settings import LossConfig
-from self_rewarding_lm.losses import PAIR_LOSSES, reads
-from self_rewarding_lm.objectives import PreferenceObjective
-from self_rewarding_lm.recipe_reader import Reader
-from self_rewarding_lm.recipe_yaml import parse_yaml
+from self_rewarding_lm.models.batching import pad_masks, pad_rows
+from self_rewarding_lm.models.policy import response_logprobs
+from self_rewarding_lm.recipes.reader import Reader
+from self_rewarding_lm.recipes.yaml_nodes import parse_yaml
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, from_json, to_json
-from self_rewarding_lm.reference import PairSums, response_logprobs
-from self_rewarding_lm.rows import preference_row
-from self_rewarding_lm.stages import DPOConfig, SelfPlayConfig
-from self_rewarding_lm.tokens import Tokens
+from self_rewarding_lm.stages.dpo import DPOConfig
+from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.training.loss_config import LossConfig
+from self_rewarding_lm.training.losses import PAIR_LOSSES, reads
+from self_rewarding_lm.training.objectives import PreferenceObjective
+from self_rewarding_lm.training.reference import PairSums
 from tests.models import Recurrent, context, stage_dir
 
 IDS = [  # (prompt, chosen, rejected)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.optimizers import (
+from self_rewarding_lm.training.optimizers import (
     LOOKED_AT,
     check_optimizer,
     learning_rate_at,

@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from x_transformers import AutoregressiveWrapper
 
-from self_rewarding_lm.adapters import Policy, adapt
-from self_rewarding_lm.adapters.packing import Packing, packed_length, shared_beginnings
-from self_rewarding_lm.adapters.policy import dropout_set
-from self_rewarding_lm.adapters.training import grouped
-from self_rewarding_lm.batching import pad_rows
 from self_rewarding_lm.errors import AdapterError
-from self_rewarding_lm.logprobs import token_logprobs
+from self_rewarding_lm.models.batching import grouped, pad_rows
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.logprobs import token_logprobs
+from self_rewarding_lm.models.packing import Packing, packed_length, shared_beginnings
+from self_rewarding_lm.models.policy import Policy, dropout_set
 from tests.hf_models import KINDS, tiny
 from tests.models import KINDS64, VOCAB, Recurrent, transformer, transformer64
 

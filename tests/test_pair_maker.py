@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from self_rewarding_lm import PairingConfig, RewardConfig, Run, SamplingConfig
-from self_rewarding_lm.comparing import PairwiseJudge
 from self_rewarding_lm.config import ComparisonConfig
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import SelfJudge, SeveralJudges
-from self_rewarding_lm.judging import candidate_scores
+from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge, SeveralJudges
+from self_rewarding_lm.scores import candidate_scores
 from tests.models import ALPHABET, END
 from tests.test_trainer import JUDGE, SHORT, encode, external, model64, self_reward, trainer_of
 

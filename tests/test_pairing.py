@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.pair_settings import PairingConfig
-from self_rewarding_lm.pairing import DropCounts, make_pairs, score_variances
-from self_rewarding_lm.records import Candidate, Judgement, Prompt
-from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
+from self_rewarding_lm.stages.pairing import DropCounts, PairingConfig, make_pairs, score_variances
 
 PROMPT = Prompt("sr/3/0", row=3, ids=(7, 0), text="Say something")
 

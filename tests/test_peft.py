@@ -16,12 +16,13 @@ from self_rewarding_lm import (
     SelfRewardingTrainer,
     SFTConfig,
 )
-from self_rewarding_lm.adapters import adapt, load_into
-from self_rewarding_lm.adapters.loading import Loading, open_model, with_adapter
-from self_rewarding_lm.chat import TEMPLATES
+from self_rewarding_lm.data.chat import TEMPLATES
 from self_rewarding_lm.errors import ConfigError, StoreError
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.loading import Loading, open_model, with_adapter
 from self_rewarding_lm.records import PreferencePair
-from self_rewarding_lm.weights import ADAPTER_FILE, MODEL_FILE, save_folder
+from self_rewarding_lm.runs.pretrained import load_into
+from self_rewarding_lm.runs.weights import ADAPTER_FILE, MODEL_FILE, save_folder
 from tests.hf_models import VOCAB, tiny, word_tokenizer
 from tests.models import Recurrent
 from tests.test_hugging_face import ragged_error

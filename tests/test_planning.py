@@ -18,9 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers")
 import transformers
 
-from self_rewarding_lm.adapters import Policy, adapt
-from self_rewarding_lm.adapters.policy import dropout_set
-from self_rewarding_lm.adapters.sessions import Plan as SessionPlan
 from self_rewarding_lm.config import (
     PAPER_REWARD_CONFIG,
     ComparisonConfig,
@@ -29,17 +26,19 @@ from self_rewarding_lm.config import (
     RewardConfig,
     SamplingConfig,
     SelfInstruct,
+    from_stage,
 )
-from self_rewarding_lm.contrasts import Contrast
-from self_rewarding_lm.datasets import create_mock_dataset, from_stage
-from self_rewarding_lm.engine import LocalEngine
+from self_rewarding_lm.data.datasets import create_mock_dataset
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.optimizers import make_optimizers
-from self_rewarding_lm.pair_settings import PairingConfig
-from self_rewarding_lm.planning.asking import Asking
-from self_rewarding_lm.planning.disk import RunDisk, StageDisk, records, run_disk, stage_disk
-from self_rewarding_lm.planning.machine import UTILISATION, Machine, measure
-from self_rewarding_lm.planning.memory import (
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.interface import Plan as SessionPlan
+from self_rewarding_lm.models.policy import Policy, dropout_set
+from self_rewarding_lm.recipes.plan.disk import RunDisk, StageDisk, records, run_disk, stage_disk
+from self_rewarding_lm.recipes.plan.machine import UTILISATION, Machine, measure
+from self_rewarding_lm.recipes.plan.memory import (
     Block,
     Micro,
     Types,
@@ -47,32 +46,30 @@ from self_rewarding_lm.planning.memory import (
     key_value_bytes,
     layer_bytes,
     logits_bytes,
+    state_bytes,
 )
-from self_rewarding_lm.planning.phases import (
+from self_rewarding_lm.recipes.plan.model import FOUR_BIT_BYTES, read_shape
+from self_rewarding_lm.recipes.plan.phases import (
     Device,
     fitting_tokens,
     micro_batch,
     sampling_phase,
     training_phases,
 )
-from self_rewarding_lm.planning.ranges import NOTHING, UNKNOWN, Range, total
-from self_rewarding_lm.planning.shape import FOUR_BIT_BYTES, read_shape
-from self_rewarding_lm.planning.states import state_bytes
-from self_rewarding_lm.planning.table import bytes_of
-from self_rewarding_lm.planning.trained import RowShape, Training
-from self_rewarding_lm.planning.work import Counting, Work
-from self_rewarding_lm.stages import (
-    BuildEFTConfig,
-    ContrastiveDPOConfig,
-    DPOConfig,
-    ExternalRewardDPOConfig,
-    SelfPlayConfig,
-    SelfRewardDPOConfig,
-    SelfRewardSFTConfig,
-    SFTConfig,
-    TemporalDPOConfig,
-)
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
+from self_rewarding_lm.recipes.plan.ranges import NOTHING, UNKNOWN, Range, total
+from self_rewarding_lm.recipes.plan.table import bytes_of
+from self_rewarding_lm.recipes.plan.work import Asking, Counting, RowShape, Training, Work
+from self_rewarding_lm.stages.contrastive import Contrast, ContrastiveDPOConfig
+from self_rewarding_lm.stages.dpo import DPOConfig
+from self_rewarding_lm.stages.eft import BuildEFTConfig
+from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.pairing import PairingConfig
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
+from self_rewarding_lm.stages.sft import SFTConfig
+from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.stages.temporal import TemporalDPOConfig
+from self_rewarding_lm.training.optimizers import make_optimizers
 from tests.hf_models import tiny
 from tests.models import transformer
 

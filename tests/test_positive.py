@@ -3,14 +3,19 @@
 import pytest
 import torch
 
-from self_rewarding_lm.config import ComparisonConfig, OptimConfig, RewardConfig, SamplingConfig
-from self_rewarding_lm.datasets import from_stage
+from self_rewarding_lm.config import (
+    ComparisonConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+    from_stage,
+)
 from self_rewarding_lm.errors import ConfigError, PairingError
-from self_rewarding_lm.judges import FunctionJudge
-from self_rewarding_lm.pairing import DropCounts
+from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.records import Candidate
-from self_rewarding_lm.stages import SelfRewardSFTConfig, SFTConfig
-from self_rewarding_lm.stages.positive import top_scored
+from self_rewarding_lm.stages.pairing import DropCounts
+from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig, top_scored
+from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.trainer import SelfRewardingTrainer
 from tests.models import ALPHABET, CHARACTERS, TEXT_VOCAB, transformer
 

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from self_rewarding_lm.errors import ConfigError, TrainingError
-from self_rewarding_lm.fit import Fit
-from self_rewarding_lm.objectives import PreferenceObjective, SupervisedObjective
+from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import PreferencePair, TrainingRow
-from self_rewarding_lm.reference import PairSums, StoredReference, response_logprobs
 from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.training.fit import Fit
+from self_rewarding_lm.training.objectives import PreferenceObjective, SupervisedObjective
+from self_rewarding_lm.training.reference import PairSums, StoredReference
 from tests.hf_models import tiny
 from tests.models import VOCAB, Recurrent, context, stage_dir, transformer
 from tests.test_fit import (

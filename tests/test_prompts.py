@@ -29,14 +29,15 @@ from self_rewarding_lm import (
     SFTConfig,
     from_stage,
 )
-from self_rewarding_lm.chat import TEMPLATES
-from self_rewarding_lm.engine import Completion, LocalEngine
+from self_rewarding_lm.data.chat import TEMPLATES
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, RunMismatchError, TokenizerError
-from self_rewarding_lm.instruct import DEFAULT_KEYWORDS, Example, few_shot_prompt
-from self_rewarding_lm.prompts import write_prompts
-from self_rewarding_lm.records import Instruction
-from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.tokens import Tokens
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.records import Instruction, stable_hash
+from self_rewarding_lm.stages.self_instruct.few_shot import Example, few_shot_prompt
+from self_rewarding_lm.stages.self_instruct.filters import DEFAULT_KEYWORDS
+from self_rewarding_lm.stages.self_instruct.write import write_prompts
 from tests.models import Recurrent, context, lively, stage_dir
 from tests.processes import two
 

@@ -7,29 +7,27 @@ import numpy as np
 import pytest
 
 from self_rewarding_lm import measure_responses
-from self_rewarding_lm.agreement import RankedScores, agreement, bootstrap_interval
-from self_rewarding_lm.agreement import pairwise_interval as of_pairs
 from self_rewarding_lm.errors import ConfigError, DataError
-from self_rewarding_lm.judge_quality import (
+from self_rewarding_lm.evaluation.agreement import RankedScores, agreement, bootstrap_interval
+from self_rewarding_lm.evaluation.agreement import pairwise_interval as of_pairs
+from self_rewarding_lm.evaluation.judge_quality import (
     agreement_intervals,
     calibration,
     calibration_of_scores,
     calibration_of_verdicts,
     position_bias,
 )
-from self_rewarding_lm.quality import (
+from self_rewarding_lm.evaluation.responses import (
     distinct_n,
-    fit_logistic,
     length_controlled,
     outcome,
     pass_at_k,
-    ratio_interval,
     repetition,
-    wilson_interval,
     win_rates,
 )
+from self_rewarding_lm.evaluation.verifying import accuracy, pass_at
 from self_rewarding_lm.records import Judgement
-from self_rewarding_lm.verifying import accuracy, pass_at
+from self_rewarding_lm.stats import fit_logistic, ratio_interval, wilson_interval
 
 
 def test_distinct_and_repeated_ngrams_are_those_a_reader_counts():

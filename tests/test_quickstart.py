@@ -17,7 +17,8 @@ import quickstart  # noqa: E402
 import quickstart_task as task  # noqa: E402
 
 from self_rewarding_lm import SelfRewardingTrainer  # noqa: E402
-from self_rewarding_lm.judging import compile_prompt_template, compile_score_pattern, parse_score  # noqa: E402
+from self_rewarding_lm.judges.parsing import compile_score_pattern, parse_score  # noqa: E402
+from self_rewarding_lm.judges.templates import compile_prompt_template  # noqa: E402
 
 
 @pytest.fixture(scope="module")

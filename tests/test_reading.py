@@ -8,17 +8,18 @@ from dataclasses import replace
 import pytest
 
 from self_rewarding_lm import DPOConfig, Run, SelfPlayConfig
-from self_rewarding_lm.engine import LocalEngine
+from self_rewarding_lm.context import rollout
 from self_rewarding_lm.errors import DataError, PairingError
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import Candidate, PreferencePair, Prompt, TrainingRow
-from self_rewarding_lm.reference import StoredReference, response_logprobs
-from self_rewarding_lm.rollout import rollout
+from self_rewarding_lm.runs.stored import Stored
 from self_rewarding_lm.stages import preference
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.preference import cut_pairs
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
-from self_rewarding_lm.stored import Stored
+from self_rewarding_lm.training.reference import StoredReference
 from tests.models import Recurrent, Successor, context, stage_dir
 from tests.test_datasets import lines, opened
 from tests.test_trainer import (
@@ -133,7 +134,7 @@ def test_pairs_that_need_no_cut_are_taken_as_they_are(tmp_path):
 
 
 def test_reference_log_probs_of_many_pairs_are_computed_some_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("self_rewarding_lm.reference.PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr("self_rewarding_lm.training.reference.PAIRS_AT_ONCE", 2)
     ctx, out = stage_of(tmp_path, Recurrent().double())
     forwards = []
     ctx.policy.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
@@ -170,7 +171,7 @@ def test_many_prompts_are_sampled_some_at_a_time_and_give_what_all_at_once_give(
     prompts = [Prompt(f"stage/{i}/0", i, (i % 7 + 1,)) for i in range(7)]
     found = []
     for at_once in (100, 3):
-        monkeypatch.setattr("self_rewarding_lm.rollout.PROMPTS_AT_ONCE", at_once)
+        monkeypatch.setattr("self_rewarding_lm.generation.candidates.PROMPTS_AT_ONCE", at_once)
         ctx = context(Recurrent().double(), engine=Noting())
         found.append({c.id: c for c in rollout(ctx, prompts, SHORT, 2)})
         assert ctx.engine.requests == {100: [14], 3: [6, 6, 2]}[at_once]

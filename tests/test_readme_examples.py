@@ -124,7 +124,7 @@ class ScriptedEngine(LocalEngine):
         self.verdict, self.local, self.prompts = verdict, LocalEngine(), []
 
     def generate(self, model, requests, decoding):
-        from self_rewarding_lm.engine import Completion
+        from self_rewarding_lm.generation.engine import Completion
 
         texts = [decode_tokens(torch.tensor(r.ids)) for r in requests]
         self.prompts += texts

@@ -8,21 +8,17 @@ from pathlib import Path
 import pytest
 
 from self_rewarding_lm import stages
-from self_rewarding_lm.config import Config, RewardConfig, SelfInstruct
-from self_rewarding_lm.datasets import FromStage
+from self_rewarding_lm.config import Config, FromStage, RewardConfig, SelfInstruct
+from self_rewarding_lm.describe import REQUIRED, settings_of
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.recipe_file import Recipe, read_recipe
-from self_rewarding_lm.recipe_settings import (
-    RUBRICS,
-    STAGE_KINDS,
-    LoraSettings,
-    RecipeSettings,
-)
-from self_rewarding_lm.recipe_text import STAGES_MARK, recipe_text, uncommented
-from self_rewarding_lm.recipe_yaml import Node, parse_yaml, read_yaml
-from self_rewarding_lm.recipes import paper_recipe
-from self_rewarding_lm.settings import REQUIRED, settings_of
-from self_rewarding_lm.stages import SelfRewardDPOConfig, SelfRewardSFTConfig, SFTConfig
+from self_rewarding_lm.recipes.paper import paper_recipe
+from self_rewarding_lm.recipes.reader import Recipe, read_recipe
+from self_rewarding_lm.recipes.settings import RUBRICS, STAGE_KINDS, LoraSettings, RecipeSettings
+from self_rewarding_lm.recipes.settings_file import STAGES_MARK, recipe_text, uncommented
+from self_rewarding_lm.recipes.yaml_nodes import Node, parse_yaml, read_yaml
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
+from self_rewarding_lm.stages.sft import SFTConfig
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "recipe.yaml"
 

@@ -4,17 +4,14 @@ import inspect
 
 import pytest
 
-from self_rewarding_lm.config import OptimConfig, SamplingConfig, SelfInstruct
-from self_rewarding_lm.datasets import FromStage
+from self_rewarding_lm.config import FromStage, OptimConfig, SamplingConfig, SelfInstruct
+from self_rewarding_lm.describe import REQUIRED, settings_of
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.recipes import create_default_paper_config, paper_recipe
-from self_rewarding_lm.settings import REQUIRED, settings_of
-from self_rewarding_lm.stages import (
-    BuildEFTConfig,
-    SelfRewardDPOConfig,
-    SelfRewardSFTConfig,
-    SFTConfig,
-)
+from self_rewarding_lm.recipes.paper import create_default_paper_config, paper_recipe
+from self_rewarding_lm.stages.eft import BuildEFTConfig
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
+from self_rewarding_lm.stages.sft import SFTConfig
 
 IFT = [{"prompt": "say 1", "completion": "1"}]
 RANKED = [{"prompt": "say 1", "replies": ["1", "2"]}]

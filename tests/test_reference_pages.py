@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import self_rewarding_lm
-from self_rewarding_lm.closed import Config
-from self_rewarding_lm.settings import settings_of
+from self_rewarding_lm.config import Config
+from self_rewarding_lm.describe import settings_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 

@@ -8,12 +8,12 @@ import torch
 from torch.nn.functional import softplus
 
 from self_rewarding_lm import DPOConfig, EMAReference, MixedReference, OptimConfig, Run
-from self_rewarding_lm.adapters import Policy, adapt
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.live_reference import LiveReference
-from self_rewarding_lm.objectives import PreferenceObjective
-from self_rewarding_lm.reference import response_logprobs
-from self_rewarding_lm.weights import weights_hash
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.policy import Policy, response_logprobs
+from self_rewarding_lm.runs.weights import weights_hash
+from self_rewarding_lm.training.objectives import PreferenceObjective
+from self_rewarding_lm.training.reference import LiveReference
 from tests.models import Recurrent
 from tests.test_fit import PAIRS, fit, logged, logprob, optim, pairs, plain64
 from tests.test_resume import Killed, StopsAt, kill

@@ -28,7 +28,7 @@ from self_rewarding_lm import (
     from_stage,
 )
 from self_rewarding_lm.errors import ConfigError, JudgeError, RehearsalError, TrainingError
-from self_rewarding_lm.rehearsal import rehearse_stages
+from self_rewarding_lm.stages.rehearsal import rehearse_stages
 from tests.models import ALPHABET, TEXT_VOCAB, Recurrent, encode, lively
 from tests.processes import FSDP, two
 

@@ -22,12 +22,12 @@ from self_rewarding_lm.records import (
     TrainingRow,
     to_json,
 )
-from self_rewarding_lm.report import report_at_end, write_report
-from self_rewarding_lm.reporting.charts import ticks
-from self_rewarding_lm.reporting.examples import parts_of
-from self_rewarding_lm.reporting.figures import histogram, run_figures, thinned
-from self_rewarding_lm.reporting.markup import duration, number, safe, tag
-from self_rewarding_lm.run import REPORT
+from self_rewarding_lm.report.charts import ticks
+from self_rewarding_lm.report.examples import parts_of
+from self_rewarding_lm.report.figures import histogram, run_figures, thinned
+from self_rewarding_lm.report.markup import duration, number, safe, tag
+from self_rewarding_lm.report.page import report_at_end, write_report
+from self_rewarding_lm.runs.run import REPORT
 from tests.test_trainer import self_reward, sft, trainer_of
 
 HOSTILE = (
@@ -278,7 +278,7 @@ def test_the_page_asks_for_nothing_and_lets_only_its_own_script_run(tmp_path):
         assert attributes.get("href", "#").startswith("#"), (name, attributes)
     policy = next(a["content"] for _, a in page.tags if a.get("http-equiv"))
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
-    own = "".join(files("self_rewarding_lm.reporting").joinpath(f"report.{k}").read_text() for k in ("css", "js"))  # fmt: skip
+    own = "".join(files("self_rewarding_lm.report").joinpath(f"report.{k}").read_text() for k in ("css", "js"))  # fmt: skip
     assert not re.search(r"https?:|//[a-z]|@import|url\(|innerHTML|insertAdjacent|eval|fetch", own)
 
 
@@ -493,7 +493,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_colours_can_be_told_from_their_ground():
     assert contrast("#000", "#ffffff") == pytest.approx(21)
-    style = files("self_rewarding_lm.reporting").joinpath("report.css").read_text()
+    style = files("self_rewarding_lm.report").joinpath("report.css").read_text()
     themes = [dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r"\{[^{}]*--paper:[^{}]*\}", style)]  # fmt: skip
     light, dark, chosen, _ = themes
     assert dark == chosen

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from self_rewarding_lm.report import write_report
+from self_rewarding_lm.report.page import write_report
 from tests.browser import PROGRAM, Browser
 from tests.test_report import HOSTILE, made_run, sampled, two_rounds
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from accelerate.utils import GradScalerKwargs
 
-from self_rewarding_lm import OptimConfig, Run, SelfPlayConfig, durable
+from self_rewarding_lm import OptimConfig, Run, SelfPlayConfig
 from self_rewarding_lm.errors import Interrupted, StoreError
-from self_rewarding_lm.lock import locked
-from self_rewarding_lm.weights import read_tensors, weights_hash
+from self_rewarding_lm.runs import atomic as durable
+from self_rewarding_lm.runs.lock import locked
+from self_rewarding_lm.runs.weights import read_tensors, weights_hash
 from tests.hf_models import tiny
 from tests.test_trainer import (
     ROWS,
@@ -165,7 +166,7 @@ def test_a_press_while_responses_are_sampled_keeps_all_of_them(tmp_path):
 
 
 def test_a_second_press_stops_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("self_rewarding_lm.stopping.ONE", 0.0)
+    monkeypatch.setattr("self_rewarding_lm.runtime.ONE", 0.0)
 
     def twice():
         press()

@@ -7,14 +7,15 @@ import torch
 from torch.nn.functional import softplus
 
 from self_rewarding_lm import ExternalRewardDPOConfig, MixedReference, OptimConfig
-from self_rewarding_lm.adapters import adapt
-from self_rewarding_lm.engine import LocalEngine
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, PairingError, StoreError
-from self_rewarding_lm.losses import dpo_loss
-from self_rewarding_lm.rollout import sample_candidates
+from self_rewarding_lm.generation.candidates import sample_candidates
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.runs.weights import weights_hash
 from self_rewarding_lm.stages.pair_maker import PairMaker
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
-from self_rewarding_lm.weights import weights_hash
+from self_rewarding_lm.training.losses import dpo_loss
 from tests.models import TEXT_VOCAB, encode
 from tests.test_fit import logprob
 from tests.test_resume import Killed

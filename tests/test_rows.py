@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from torch import tensor
 
-from self_rewarding_lm.chat import TEMPLATES
-from self_rewarding_lm.errors import DataError, TokenizerError
-from self_rewarding_lm.ranked import ranked_row
-from self_rewarding_lm.records import Demonstration, PreferencePair, RankedReplies
-from self_rewarding_lm.rows import (
+from self_rewarding_lm.data.chat import TEMPLATES
+from self_rewarding_lm.data.ranked import ranked_row
+from self_rewarding_lm.data.rows import (
     PromptRow,
     preference_row,
     prompt_and_completion,
@@ -21,7 +19,10 @@ from self_rewarding_lm.rows import (
     training_row,
     truncated,
 )
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.errors import DataError, TokenizerError
+from self_rewarding_lm.records import Demonstration, PreferencePair, RankedReplies
 from tests.hf_models import word_tokenizer
 
 EOS = 0

@@ -14,14 +14,14 @@ from scipy import stats
 from torch import tensor
 
 import self_rewarding_lm
-from self_rewarding_lm import sampling
-from self_rewarding_lm.sampling import (
+from self_rewarding_lm.generation import sampling
+from self_rewarding_lm.generation.sampling import (
     inverse_cdf,
     penalise_repetition,
     sample_next,
-    stable_hash,
     uniforms,
 )
+from self_rewarding_lm.records import stable_hash
 
 DRAWS = 20_000
 LEAST_P = 1e-4
@@ -351,7 +351,7 @@ def test_neighbouring_numbers_of_a_key_are_uncorrelated():
 
 def test_stable_hash_is_a_constant_whatever_pythons_hash_seed():
     program = (
-        "from self_rewarding_lm.sampling import stable_hash as h; "
+        "from self_rewarding_lm.records import stable_hash as h; "
         "print(h('a', 1), h(0, 'sft', 'self_reward/12/0/3'))"
     )
     root = str(Path(self_rewarding_lm.__file__).parents[1])

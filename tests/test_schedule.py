@@ -21,11 +21,14 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from self_rewarding_lm.adapters import KeyValues, TokenModel, adapt, sessions
-from self_rewarding_lm.adapters.sessions import Plan
-from self_rewarding_lm.engine import Completion, Decoding, LocalEngine, Request
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.schedule import Group, plans
+from self_rewarding_lm.generation.engine import Completion, Decoding, Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.generation.schedule import Group, plans
+from self_rewarding_lm.models import sessions
+from self_rewarding_lm.models.attention import KeyValues
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.interface import Plan, TokenModel
 from tests.hf_models import tiny
 from tests.models import Recurrent, transformer64
 from tests.test_engine import oracle

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.score_trie import (
+from self_rewarding_lm.generation.score_trie import (
     MIN_SCORE_MASS,
     NodeChances,
     build_trie,

@@ -32,15 +32,15 @@ from self_rewarding_lm import (
     ServerJudge,
     generate,
 )
-from self_rewarding_lm.adapters import adapt
-from self_rewarding_lm.engine import Completion, Decoding, Request
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, ServerError
-from self_rewarding_lm.judges import SelfJudge
+from self_rewarding_lm.generation.engine import Completion, Decoding, Request
+from self_rewarding_lm.generation.score_trie import build_trie, expected_score, score_probabilities
+from self_rewarding_lm.generation.server.client import HttpClient, _Problem
+from self_rewarding_lm.generation.server.completions import prompt_text
+from self_rewarding_lm.judges.self_judge import SelfJudge
+from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.records import Candidate, Prompt
-from self_rewarding_lm.score_trie import build_trie, expected_score, score_probabilities
-from self_rewarding_lm.server.completions import prompt_text
-from self_rewarding_lm.server.http_client import HttpClient, _Problem
-from self_rewarding_lm.tokens import Tokens
 from tests import fake_server
 from tests.fake_server import ALPHABET, MOST_TOKENS, FakeServer, distribution, reply_ids
 from tests.models import ALPHABET as MODELS_ALPHABET
@@ -635,7 +635,7 @@ def test_a_server_is_stopped_when_the_work_raises(tmp_path, error):
 def test_a_server_is_stopped_when_the_interpreter_ends(tmp_path):
     program = (
         "import sys; from pathlib import Path; "
-        "from self_rewarding_lm.server.process import LaunchedServer; "
+        "from self_rewarding_lm.generation.server.process import LaunchedServer; "
         f"folder = Path({str(tmp_path)!r}) / 'a' / 'model'; folder.mkdir(parents=True); "
         f"server = LaunchedServer({PROGRAM!r}, folder, start_timeout=30, stop_timeout=5); "
         "server.start()"
@@ -723,7 +723,7 @@ def test_a_stage_with_transformers_serve_on_the_weights_that_it_saved(tmp_path):
     """Greedy answers are those of the local engine; then a stage samples, pairs and trains."""
     for name in ("transformers", "fastapi", "uvicorn"):
         pytest.importorskip(name)
-    from self_rewarding_lm.chat import TEMPLATES
+    from self_rewarding_lm.data.chat import TEMPLATES
     from tests.hf_models import VOCAB, tiny, word_tokenizer
 
     tokenizer = word_tokenizer(TEMPLATES["chatml"])

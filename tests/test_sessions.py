@@ -21,10 +21,12 @@ import peft
 import transformers
 
 from self_rewarding_lm import SamplingConfig, generate
-from self_rewarding_lm.adapters import Plan, TokenModel, adapt
-from self_rewarding_lm.adapters.inference import inferring
-from self_rewarding_lm.engine import Decoding, LocalEngine, Request
-from self_rewarding_lm.score_trie import build_trie
+from self_rewarding_lm.generation.engine import Decoding, Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.generation.score_trie import build_trie
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.inference import inferring
+from self_rewarding_lm.models.interface import Plan, TokenModel
 from tests.hf_models import KINDS, SLIDING_WINDOW, tiny
 from tests.models import (
     IN_FLOAT64,

@@ -17,16 +17,16 @@ from self_rewarding_lm import (
     SFTConfig,
     generate,
 )
-from self_rewarding_lm.adapters import adapt, load_causal_lm
-from self_rewarding_lm.adapters.inference import evaluating
-from self_rewarding_lm.adapters.loading import end_ids_of
-from self_rewarding_lm.planning.plan import plan_recipe
-from self_rewarding_lm.planning.ranges import Range
-from self_rewarding_lm.recipe_file import read_recipe
-from self_rewarding_lm.recipe_yaml import read_yaml
-from self_rewarding_lm.rows import training_row
-from self_rewarding_lm.tokens import Tokens
-from self_rewarding_lm.weights import save_folder
+from self_rewarding_lm.data.rows import training_row
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.inference import evaluating
+from self_rewarding_lm.models.loading import end_ids_of, load_causal_lm
+from self_rewarding_lm.recipes.plan.plan import plan_recipe
+from self_rewarding_lm.recipes.plan.ranges import Range
+from self_rewarding_lm.recipes.reader import read_recipe
+from self_rewarding_lm.recipes.yaml_nodes import read_yaml
+from self_rewarding_lm.runs.weights import save_folder
 
 
 def gguf_file() -> Path | None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from self_rewarding_lm.config import OptimConfig, RewardConfig, SamplingConfig
 from self_rewarding_lm.errors import RunMismatchError, StoreError
-from self_rewarding_lm.fingerprints import FREE_SETTINGS, as_named_now, describe
 from self_rewarding_lm.records import (
     Candidate,
     Judgement,
@@ -22,20 +21,13 @@ from self_rewarding_lm.records import (
     TrainingRow,
     to_json,
 )
-from self_rewarding_lm.run import (
-    Run,
-    begin_run,
-    save_initial,
-)
+from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now, describe
+from self_rewarding_lm.runs.resume import begin_run, save_initial
+from self_rewarding_lm.runs.run import Run
+from self_rewarding_lm.runs.stage_folder import StageDir, read_json, remove_stage, write_json
+from self_rewarding_lm.runs.stored import id_order
+from self_rewarding_lm.runs.weights import read_weights, weights_hash, write_weights
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import (
-    StageDir,
-    read_json,
-    remove_stage,
-    write_json,
-)
-from self_rewarding_lm.stored import id_order
-from self_rewarding_lm.weights import read_weights, weights_hash, write_weights
 
 
 class Saved:

@@ -8,11 +8,11 @@ from random import Random
 import pytest
 
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.lines import LineFile, Picked
 from self_rewarding_lm.records import Candidate, Prompt, from_json, to_json
+from self_rewarding_lm.runs.lines import LineFile, Picked
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stored import Groups, Stored, id_order, merge_files, record_files
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.stored import Groups, Stored, id_order, merge_files, record_files
 
 KIND = Candidate.kind
 
@@ -75,7 +75,7 @@ def scattered(folder, seed, *, merged):
 @pytest.mark.parametrize("run", [1, 7, 1 << 16], ids="sorted {} at once".format)
 @pytest.mark.parametrize("merged", [False, True], ids=["first merge", "merged before"])
 def test_a_merge_is_what_sorting_all_lines_in_memory_gives(tmp_path, run, merged, monkeypatch):
-    monkeypatch.setattr("self_rewarding_lm.stored.RUN", run)
+    monkeypatch.setattr("self_rewarding_lm.runs.stored.RUN", run)
     for seed in range(10):
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -92,7 +92,7 @@ def test_a_merge_is_what_sorting_all_lines_in_memory_gives(tmp_path, run, merged
 @pytest.mark.parametrize("merged", [False, True], ids=["ranks", "merged and ranks"])
 def test_what_is_read_is_the_first_record_of_each_id(tmp_path, merged, hashed, monkeypatch):
     """Also where different ids have the same hash."""
-    monkeypatch.setattr("self_rewarding_lm.stored.hash", hashed, raising=False)
+    monkeypatch.setattr("self_rewarding_lm.runs.stored.hash", hashed, raising=False)
     for seed in range(5):
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -107,7 +107,7 @@ def test_what_is_read_is_the_first_record_of_each_id(tmp_path, merged, hashed, m
 
 @pytest.mark.parametrize("hashed", [hash, lambda key: 0], ids=["hash", "one for all"])
 def test_groups_are_those_of_a_dict(tmp_path, hashed, monkeypatch):
-    monkeypatch.setattr("self_rewarding_lm.stored.hash", hashed, raising=False)
+    monkeypatch.setattr("self_rewarding_lm.runs.stored.hash", hashed, raising=False)
     scattered(tmp_path, 3, merged=True)
     stored = Stored(Candidate, tmp_path)
     expected = {}
@@ -175,7 +175,7 @@ def test_a_batch_that_is_looked_at_again_is_not_parsed_again(tmp_path, monkeypat
         parsed.append(values["id"])
         return from_json(record_type, values)
 
-    monkeypatch.setattr("self_rewarding_lm.stored.from_json", counting)
+    monkeypatch.setattr("self_rewarding_lm.records.from_json", counting)
     write(tmp_path / f"{KIND}.jsonl", [candidate(f"a/{i}") for i in range(1000)])
     stored = Stored(Candidate, tmp_path)
     for _ in range(3):
@@ -290,7 +290,7 @@ def test_records_of_which_one_cannot_be_made_are_not_there(tmp_path):
 def test_a_torn_line_longer_than_what_is_looked_through_at_once_is_cut_off(
     tmp_path, length, monkeypatch
 ):
-    monkeypatch.setattr("self_rewarding_lm.lines.BLOCK", 6)
+    monkeypatch.setattr("self_rewarding_lm.runs.lines.BLOCK", 6)
     stage = stage_dir(tmp_path)
     path = tmp_path / f"{KIND}.0.jsonl"
     for held in ([], [candidate("a/0")]):

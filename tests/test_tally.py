@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from self_rewarding_lm.judging import candidate_scores
+from self_rewarding_lm.judges.tally import JudgeTally, StageTally, judge_metrics, together
 from self_rewarding_lm.records import Candidate, Judgement
-from self_rewarding_lm.tally import JudgeTally, StageTally, judge_metrics, together
+from self_rewarding_lm.scores import candidate_scores
 
 KINDS = ["rated", "two judges", "compared", "forced", "weighed", "unread"]
 

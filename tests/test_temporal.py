@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from self_rewarding_lm import DPOConfig, OptimConfig, Run, TemporalDPOConfig
-from self_rewarding_lm.adapters import adapt
-from self_rewarding_lm.engine import LocalEngine
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judging import candidate_scores
-from self_rewarding_lm.pair_settings import PairingConfig
-from self_rewarding_lm.pairing import DropCounts, make_pairs
+from self_rewarding_lm.generation.candidates import sample_candidates
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
-from self_rewarding_lm.rehearsal import rehearse_stages
-from self_rewarding_lm.rollout import sample_candidates
+from self_rewarding_lm.scores import candidate_scores
+from self_rewarding_lm.stages.pairing import DropCounts, PairingConfig, make_pairs
+from self_rewarding_lm.stages.rehearsal import rehearse_stages
 from self_rewarding_lm.stages.temporal import anchored, part_of
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 from tests.models import TEXT_VOCAB, encode
 from tests.processes import two
 from tests.test_trainer import (

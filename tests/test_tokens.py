@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from self_rewarding_lm import SamplingConfig, generate
-from self_rewarding_lm.chat import TEMPLATES
+from self_rewarding_lm.data.chat import TEMPLATES
+from self_rewarding_lm.data.rows import training_row
+from self_rewarding_lm.data.tokenizers import CallableTokenizer
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
-from self_rewarding_lm.rows import training_row
-from self_rewarding_lm.tokens import CallableTokenizer, Tokens
 from tests.hf_models import VOCAB, only_letters, tiny, word_tokenizer
 from tests.models import ALPHABET, END, TEXT_VOCAB, decode, encode, ids_of, text_tokens
 from tests.test_chat import PICKY, THINKING, said

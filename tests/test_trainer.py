@@ -27,8 +27,6 @@ from self_rewarding_lm import (
     create_mock_dataset,
     from_stage,
 )
-from self_rewarding_lm.adapters import adapt
-from self_rewarding_lm.engine import LocalEngine, Request
 from self_rewarding_lm.errors import (
     AdapterError,
     ConfigError,
@@ -40,8 +38,11 @@ from self_rewarding_lm.errors import (
     TokenizerError,
     TrainingError,
 )
-from self_rewarding_lm.rollout import decoding_of
-from self_rewarding_lm.sampling import stable_hash
+from self_rewarding_lm.generation.candidates import decoding_of
+from self_rewarding_lm.generation.engine import Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.records import stable_hash
 from tests.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode, lively
 
 QUICK = OptimConfig(batch_size=4, learning_rate=1e-2)

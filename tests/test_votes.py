@@ -7,8 +7,8 @@ import pytest
 
 from self_rewarding_lm import VoteJudge
 from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.judges.votes import last_choice, last_number
 from self_rewarding_lm.records import Candidate, Prompt
-from self_rewarding_lm.votes import last_choice, last_number
 from tests.models import Successor, context
 
 NUMBERS = {

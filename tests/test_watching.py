@@ -6,7 +6,7 @@ import math
 import pytest
 
 from self_rewarding_lm.checks import Checker
-from self_rewarding_lm.watching import LEAST_PAIRS, WINDOW, Watcher
+from self_rewarding_lm.training.watch import LEAST_PAIRS, WINDOW, Watcher
 
 
 def metrics(chosen: float, rejected: float, accuracy: float = 0.5) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,24 +11,19 @@ from pydantic import Field, model_validator
 from self_rewarding_lm.checks import Checker, ChecksConfig
 from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import BadRows, OnBadRow, Rows
-from self_rewarding_lm.early_stopping import EarlyStopping, StageEvaluation
-from self_rewarding_lm.errors import (
-    ConfigError,
-    DataError,
-    SelfRewardingError,
-    TokenizerError,
-)
-from self_rewarding_lm.fit import Fit
-from self_rewarding_lm.objectives import Objective
-from self_rewarding_lm.optimizers import check_optimizer
+from self_rewarding_lm.data.datasets import BadRows, OnBadRow, Rows
+from self_rewarding_lm.errors import ConfigError, DataError, SelfRewardingError, TokenizerError
 from self_rewarding_lm.records import Candidate, Record
-from self_rewarding_lm.rehearsal import Trial
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.stored import Stored
-from self_rewarding_lm.training_state import Kept
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stored import Stored
+from self_rewarding_lm.training.early_stopping import EarlyStopping, StageEvaluation
+from self_rewarding_lm.training.fit import Fit, Trial
+from self_rewarding_lm.training.objectives import Objective
+from self_rewarding_lm.training.optimizers import check_optimizer
+from self_rewarding_lm.training.state import Kept
 
 logger = logging.getLogger(__name__)
+
 
 Ids = tuple[int, ...]
 
@@ -244,3 +239,17 @@ def see_cut(checker: Checker, cut: int, sequences: int, limit: int | None) -> No
         "cut at the end; they lost their end token, so an end is not learnt from them. Raise "
         "max_seq_len, or leave long rows out.",
     )
+
+
+def stage_names(stages: Sequence[FinetuneConfig]) -> list[str]:
+    """The stages' names: `name=`, or the kind, with -2, -3 where it comes again."""
+    seen: Counter[str] = Counter()
+    names = []
+    for stage in stages:
+        kind = stage.name or type(stage).folder_name
+        seen[kind] += 1
+        names.append(kind if seen[kind] == 1 else f"{kind}-{seen[kind]}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigError(f"two stages are named {twice[0]!r}; give them different names.")
+    return names

@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows
+from self_rewarding_lm.data.datasets import Rows
+from self_rewarding_lm.data.rows import preference_row, truncated
 from self_rewarding_lm.records import PreferencePair
-from self_rewarding_lm.rows import preference_row, truncated
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.preference import PreferenceConfig
-from self_rewarding_lm.store import StageDir
 
 
 class DPOConfig(PreferenceConfig):

@@ -7,7 +7,8 @@ from pydantic import Field
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import FunctionJudge, Judge, judge_of
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.functions import FunctionJudge, judge_of
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
 

@@ -1,33 +1,32 @@
-"""The pairs of a stage that makes its own: prompts sampled, judged and paired, block by block.
+"""Prompts become pairs: sampled, judged and paired, block by block, each record on disk.
 
-Knows nothing of training; what the settings mean is in `sampled`.
+Knows nothing of training; what the settings mean is in `sampled.py`.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from self_rewarding_lm.batching import batched
 from self_rewarding_lm.checks import Checker
-from self_rewarding_lm.consistency import ComparingJudge
-from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import BadRows, read_prompt
+from self_rewarding_lm.context import Context, rollout
+from self_rewarding_lm.data.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, NoPairError
-from self_rewarding_lm.judges import FIRST_LOOK, filtered_out, judged_scores
-from self_rewarding_lm.pairing import DropCounts, Picker, make_pairs, score_variances
-from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
-from self_rewarding_lm.rollout import rollout
-from self_rewarding_lm.sampling import stable_hash
-from self_rewarding_lm.stages.pair_report import report_made
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.stored import Groups, IdOrder, id_order
-from self_rewarding_lm.tally import StageTally
-from self_rewarding_lm.watching import JudgeWatcher
+from self_rewarding_lm.judges.asking import FIRST_LOOK
+from self_rewarding_lm.judges.base import filtered_out, judged_scores
+from self_rewarding_lm.judges.consistency import ComparingJudge
+from self_rewarding_lm.judges.tally import JudgeWatcher, StageTally, together
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt, stable_hash
+from self_rewarding_lm.runs.lines import batched
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stored import Groups, IdOrder, id_order
+from self_rewarding_lm.stages.pairing import DropCounts, Picker, make_pairs, score_variances
 
 if TYPE_CHECKING:
     from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+
 
 PROMPT_PARTS = 3  # of ids: stage, row, pass
 
@@ -344,3 +343,45 @@ def _finite(judgement: Judgement) -> Judgement:
     if judgement.score is None or math.isfinite(judgement.score):
         return judgement
     return replace(judgement, score=None, reason="not_finite")
+
+
+logger = logging.getLogger(__name__)
+
+
+def report_made(maker: "PairMaker", drops: DropCounts, wanted: int | None) -> None:
+    """Log what all processes sampled, judged, kept and dropped.
+
+    wanted: how many were asked for, None for all. Raises the maker's error where nothing was made.
+    """
+    ctx, out, noun = maker.ctx, maker.out, maker.noun
+    tally = together(ctx.runtime.gather([maker.tally]))
+    metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
+    out.log({"step": out.first_step, **metrics})
+    out.summary["metrics"] = metrics
+    logger.info(
+        "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",
+        ctx.stage,
+        tally.prompts,
+        tally.candidates,
+        tally.judgements,
+        drops.kept,
+        noun,
+        drops.in_words(),
+    )
+    if drops.kept == 0:
+        raise maker._nothing_made(tally.prompts, drops)
+    made = drops.kept + drops.prompts["surplus"]
+    maker.checker.see(
+        "pairs_per_prompt",
+        made / max(1, tally.prompts),
+        f"{tally.prompts} prompts gave {made} {noun}s; dropped: {drops.in_words()}. The most "
+        "frequent reason says what to change.",
+    )
+    if wanted is not None:
+        maker.checker.see(
+            "few_pairs",
+            drops.kept / wanted,
+            f"{drops.kept} {noun}s instead of {wanted} after max_prompt_passes over the "
+            f"prompts; dropped: {drops.in_words()}. Give more prompts or passes, or change "
+            "what the most frequent reason says; training goes on with these by default.",
+        )

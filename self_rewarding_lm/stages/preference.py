@@ -11,19 +11,28 @@ from pydantic import Field, field_validator, model_validator
 from self_rewarding_lm.checks import Checker, ChecksConfig
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import START, Context
+from self_rewarding_lm.data.rows import truncated
 from self_rewarding_lm.errors import ConfigError, NoPairError
-from self_rewarding_lm.lines import Picked
-from self_rewarding_lm.live_reference import EMAReference, MixedReference, Moving
-from self_rewarding_lm.loss_settings import losses_in, read_by
-from self_rewarding_lm.objectives import PreferenceObjective
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
-from self_rewarding_lm.reference import PairSums, StoredReference
-from self_rewarding_lm.rows import truncated
+from self_rewarding_lm.runs.lines import Picked
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import TrainingConfig, see_cut
-from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.training.loss_config import losses_in, read_by
+from self_rewarding_lm.training.objectives import PreferenceObjective
+from self_rewarding_lm.training.reference import (
+    EMAReference,
+    MixedReference,
+    Moving,
+    PairSums,
+    StoredReference,
+)
 
 Ids = tuple[int, ...]
+
+
 NO_REFERENCE, OF_ROUND = "none", "round"
+
+
 OWN = (START, OF_ROUND, NO_REFERENCE)
 """References that name no other weights."""
 

@@ -1,35 +1,44 @@
-"""Stages that make their own pairs: sample, judge, pair, then train."""
+"""Stages that make their own pairs: sample, judge, pair, then train, once or in rounds.
+
+Online DPO and OAIF (arXiv:2402.04792) are this with few prompts a round. Optimisers, a moving
+reference and the schedule of the learning rate go through all rounds as if they were one training.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
-from self_rewarding_lm.config import Object, SamplingConfig, SelfInstruct
-from self_rewarding_lm.consistency import ConsistencyConfig, check_consistency, smoothed
-from self_rewarding_lm.context import Context
-from self_rewarding_lm.controls import from_data
-from self_rewarding_lm.datasets import FromStage, Rows
-from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import Judge, weights_of_judge
-from self_rewarding_lm.lines import Joined
-from self_rewarding_lm.loss_settings import losses_in, read_by
-from self_rewarding_lm.pair_settings import PairingConfig
-from self_rewarding_lm.pairing import Picker, Rated
-from self_rewarding_lm.prompts import CURRENT, SEED, check_self_instruct, seed_text, write_prompts
+from self_rewarding_lm.config import FromStage, Object, SamplingConfig, SelfInstruct, short
+from self_rewarding_lm.context import Context, Need, check_before, local_engine, served
+from self_rewarding_lm.data.control_tokens import from_data
+from self_rewarding_lm.data.datasets import Rows
+from self_rewarding_lm.data.rows import check_prompt, prompt_of
+from self_rewarding_lm.errors import ConfigError, NoPairError, StoreError
+from self_rewarding_lm.generation.candidates import decoding_of
+from self_rewarding_lm.judges.base import Judge, weights_of_judge
+from self_rewarding_lm.judges.consistency import ConsistencyConfig, check_consistency, smoothed
 from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Prompt
-from self_rewarding_lm.rehearsal import short
-from self_rewarding_lm.rollout import decoding_of
-from self_rewarding_lm.rows import check_prompt, prompt_of
-from self_rewarding_lm.serving import Need, check_before, local_engine, served
+from self_rewarding_lm.runs.lines import Joined
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.pairing import PairingConfig, Picker, Rated
 from self_rewarding_lm.stages.preference import PreferenceConfig
-from self_rewarding_lm.stages.rounds import work_rounds
-from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.stages.self_instruct.write import (
+    CURRENT,
+    SEED,
+    check_self_instruct,
+    seed_text,
+    write_prompts,
+)
+from self_rewarding_lm.training.loss_config import losses_in, read_by
+from self_rewarding_lm.training.state import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -282,3 +291,84 @@ class SampledPreferenceConfig(PreferenceConfig):
 
 def no_stage(source: FromStage) -> Sequence[Any]:
     raise AssertionError(f"new prompts are of no stage: {source}")
+
+
+def work_rounds(stage: "SampledPreferenceConfig", ctx: Context, out: StageDir) -> None:
+    """All rounds of a stage.
+
+    A stage that was stopped in the training of a round goes on from its state: what earlier rounds
+    made is read from disk. Without a state all rounds are trained again, from their records. Raises
+    NoPairError where no round has a pair.
+    """
+    kept, pairs, steps, empty = Kept(stage.rounds), 0, 0, list[int]()
+    if stage.rounds > 1 and stage.reference_from_start():
+        ctx = replace(ctx, start=ctx.model.state())
+    state = out.state_words() if stage.rounds > 1 else None
+    standing, place = 0 if state is None else state["round"], ctx.first_prompt
+    for round in range(stage.rounds):
+        now = stage.for_round(round)
+        out.first_step = steps
+        out.marks = {"round": round} if stage.rounds > 1 else {}
+        here = replace(ctx, first_prompt=place)
+        if 0 < round <= standing:  # the model has not the weights of this round
+            here = replace(here, engine=_Nobody(), policy=_NoPolicy())
+        try:
+            made = _made(now, here, out, round)
+            objective = now.objective(here, out, made, round=round)
+        except NoPairError as error:
+            empty.append(round)
+            if len(empty) == stage.rounds:
+                raise
+            words = "%s: round %d of %d is left out: %s"
+            logger.warning(words, ctx.stage, round + 1, stage.rounds, error)
+            continue
+        finally:
+            place = out.summary.get("next_prompt", place)
+        pairs += len(made)
+        if round < standing:
+            steps += now.planned_steps(len(objective))
+        else:
+            steps += now.fit(ctx, out, objective, round=round, first_step=steps, kept=kept)
+    out.summary |= {"pairs": pairs, "steps": steps}
+    if stage.rounds > 1:
+        out.summary |= {"rounds": stage.rounds, "rounds_without_pairs": len(empty)}
+
+
+def _made(
+    stage: "SampledPreferenceConfig", ctx: Context, out: StageDir, round: int
+) -> Sequence[PreferencePair]:
+    """The pairs of a round."""
+    pairs = stage.trained(ctx, out, stage.made(stage.maker, ctx, out))
+    if stage.rounds > 1:
+        found = out.summary["metrics"]
+        words = [f"{len(pairs)} pairs"]
+        for name, label in (("judge/score_mean", "score"), ("completions/mean_length", "length")):
+            if found.get(name) is not None:
+                words.append(f"mean {label} {found[name]:.4g}")
+        said = ", ".join(words)
+        logger.info("%s: round %d of %d: %s", ctx.stage, round + 1, stage.rounds, said)
+    return pairs
+
+
+def _gone(*_: Any, **__: Any) -> NoReturn:
+    raise StoreError(
+        "records of a round that was trained are not there any more, and the weights that made "
+        "them are gone. Put the files back, or delete state.safetensors in the stage's folder to "
+        "train it again from its start."
+    )
+
+
+class _Nobody:
+    """The engine of a round that was trained: all of its records are there."""
+
+    generate = chances = staticmethod(_gone)
+
+    def serving(self, save: Any, tokens: Any) -> Any:
+        return nullcontext()
+
+
+class _NoPolicy(nn.Module):
+    """Its policy."""
+
+    def forward(self, *_: Any) -> NoReturn:
+        _gone()

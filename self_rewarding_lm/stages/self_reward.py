@@ -5,22 +5,21 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import nn
 
-from self_rewarding_lm.adapters import TokenModel
-from self_rewarding_lm.comparing import PairwiseJudge, check_comparison
-from self_rewarding_lm.config import ComparisonConfig, Object, RewardConfig, SamplingConfig
-from self_rewarding_lm.context import Context
+from self_rewarding_lm.config import ComparisonConfig, Object, RewardConfig, SamplingConfig, short
+from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges import (
-    MIN_ANSWER_TOKENS,
-    Judge,
+from self_rewarding_lm.generation.candidates import decoding_of
+from self_rewarding_lm.judges.asking import MIN_ANSWER_TOKENS
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.self_judge import (
+    PairwiseJudge,
     SelfJudge,
     SeveralJudges,
+    check_comparison,
     check_judge_prompt,
 )
-from self_rewarding_lm.rehearsal import short
-from self_rewarding_lm.rollout import decoding_of
-from self_rewarding_lm.server_judge import ServerJudge
-from self_rewarding_lm.serving import Need
+from self_rewarding_lm.judges.server import ServerJudge
+from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
 DEFAULT = "default"

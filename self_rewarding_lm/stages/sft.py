@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows
-from self_rewarding_lm.objectives import SupervisedObjective
+from self_rewarding_lm.data.datasets import Rows
+from self_rewarding_lm.data.rows import training_row, truncated
 from self_rewarding_lm.records import TrainingRow
-from self_rewarding_lm.rows import training_row, truncated
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import TrainingConfig, read_once, see_cut
-from self_rewarding_lm.store import StageDir
+from self_rewarding_lm.training.objectives import SupervisedObjective
 
 
 class SFTConfig(TrainingConfig):

@@ -7,18 +7,16 @@ from typing import Any, ClassVar
 from pydantic import AliasChoices, Field
 
 from self_rewarding_lm.checks import Checker
-from self_rewarding_lm.config import Object, SamplingConfig
-from self_rewarding_lm.context import Context
-from self_rewarding_lm.datasets import Rows
-from self_rewarding_lm.lines import Joined, Picked
+from self_rewarding_lm.config import Object, SamplingConfig, short
+from self_rewarding_lm.context import Context, rollout
+from self_rewarding_lm.data.datasets import Rows
+from self_rewarding_lm.data.rows import PromptRow, prompt_and_completion, truncated
 from self_rewarding_lm.records import Candidate, PreferencePair, Prompt
-from self_rewarding_lm.rehearsal import short
-from self_rewarding_lm.rollout import rollout
-from self_rewarding_lm.rows import PromptRow, prompt_and_completion, truncated
+from self_rewarding_lm.runs.lines import Joined, Picked
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stored import Groups, Stored
 from self_rewarding_lm.stages.base import read_once, report_unanswered
 from self_rewarding_lm.stages.preference import PreferenceConfig
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.stored import Groups, Stored
 
 
 class SelfPlayConfig(PreferenceConfig):

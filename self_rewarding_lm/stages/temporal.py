@@ -11,20 +11,21 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from self_rewarding_lm.context import Context
-from self_rewarding_lm.judges import SelfJudge, SeveralJudges
-from self_rewarding_lm.pairing import DropCounts, Picker, Rated, ranked
+from self_rewarding_lm.context import Context, local_engine, served
+from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges
 from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, Prompt
-from self_rewarding_lm.run import INITIAL
-from self_rewarding_lm.serving import local_engine, served
+from self_rewarding_lm.runs.run import INITIAL
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.pair_maker import PairMaker, prompt_id_of
+from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, ranked
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
-from self_rewarding_lm.store import StageDir
-from self_rewarding_lm.stored import Groups
 
 ANCHOR, NEXT = "anchor", "next"
 """In ids of candidates, <prompt id>/anchor/<k>: whose they are. Those of the stage's start have no
 such word."""
+
+
 AHEAD = "iteration-0"
 """The folder of the next weights; it goes when the stage is done."""
 

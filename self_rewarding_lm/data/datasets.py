@@ -1,0 +1,304 @@
+"""Rows in: what counts as a dataset, opened for a stage.
+
+A dataset is a torch Dataset or `datasets.Dataset` (or anything with `len` and `[i]`), a list, an
+iterable, a .jsonl, .json (both also .gz) or .parquet file, `from_stage(...)`, or a list of those,
+which stands for them one after the other. Rows of a .jsonl file and of an earlier stage are read
+when they are needed. Iterables are read once, into memory, and the rows that a stage used are
+stored by it; an endless one is not supported. Rows are checked as they are read; a DataError names
+the dataset or file, the row or line, and what is wrong. What a row may look like is in `rows`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch.utils.data import Dataset, IterableDataset
+
+from self_rewarding_lm.config import FromStage
+from self_rewarding_lm.data.files import (
+    SUFFIXES,
+    SUFFIXES_IN_WORDS,
+    FileRows,
+    UnreadableLine,
+    check_file,
+    place_in,
+    read_rows,
+)
+from self_rewarding_lm.data.forms import is_conversation
+from self_rewarding_lm.data.rows import check_prompt, prompt_of
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
+from self_rewarding_lm.records import Demonstration, PreferencePair, Prompt, RankedReplies
+
+logger = logging.getLogger(__name__)
+
+
+OnBadRow = Literal["raise", "skip"]
+
+
+PREVIEWED_ROWS = 10_000  # of lists and files, checked before the first stage begins
+
+
+SHOWN_REASONS = 3  # of rows that were left out
+
+
+ROWS = (str, Mapping, tuple, PreferencePair, Demonstration, RankedReplies)
+"""Types of rows by which a list within a list is known to be a dataset."""
+
+
+def check_sources(dataset: Any, stage: str, earlier: Sequence[str]) -> None:
+    """Raise ConfigError where a dataset of a stage is of one that does not come before it."""
+    for item in dataset if isinstance(dataset, list) else [dataset]:
+        if isinstance(item, FromStage) and item.stage not in earlier:
+            raise ConfigError(
+                f"{stage}: from_stage({item.stage!r}) must name an earlier stage; before it come: "
+                f"{', '.join(earlier) or 'none'}."
+            )
+
+
+def create_mock_dataset(length: int, output: Any) -> Dataset:
+    """A dataset of `length` rows: each is `output()` where that is a function, else `output`."""
+
+    class MockDataset(Dataset):
+        def __len__(self) -> int:
+            return length
+
+        def __getitem__(self, index: int) -> Any:
+            if not 0 <= index < length:
+                raise IndexError(index)
+            return output() if callable(output) else output
+
+    return MockDataset()
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """Rows that are read by their place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Rows:
+    """A dataset opened for one stage: each row is read once.
+
+    resolve: the records of an earlier stage. Raises DataError where `dataset` is none.
+    """
+
+    def __init__(self, dataset: Any, name: str, resolve: Callable[[FromStage], Sequence]) -> None:
+        self.name = name
+        self._resolve = resolve
+        self._parts: list[Indexed] | None = None
+        self._first: list[Any] = []
+        self._datasets = dataset if is_concatenation(dataset) else [dataset]
+        for part in self._datasets:
+            _check_dataset(part, name)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._opened()))
+
+    def read(self, index: int) -> Any:
+        """The row at `index`, as the dataset gives it; DataError for a line that is no JSON."""
+        if index == 0 and self._first:
+            return self._first.pop()
+        part, place = self._located(index)
+        row = self._opened()[part][place]
+        if isinstance(row, UnreadableLine):
+            raise DataError(f"{self.where(index)}, is no JSON: {row.reason}")
+        return row
+
+    def preview(self) -> Iterator[int]:
+        """Places of rows that can be looked at before the run, by `peek`.
+
+        Of lists, files and `datasets.Dataset` all (up to PREVIEWED_ROWS, and every line that is no
+        JSON); of other datasets, whose rows may be read once only, the first; none that an earlier
+        stage will make. Raises DataError for an empty dataset.
+        """
+        if any(isinstance(part, FromStage) for part in self._datasets):
+            return
+        if len(self) == 0:
+            raise DataError(f"{self.name} is empty; it needs at least one row.")
+        if not self._is_repeatable():
+            yield 0
+            return
+        yield from range(min(len(self), PREVIEWED_ROWS))
+        start = 0
+        for part in self._opened():
+            for place, row in enumerate(part if isinstance(part, FileRows) else (), start):
+                if place >= PREVIEWED_ROWS and isinstance(row, UnreadableLine):
+                    yield place
+            start += len(part)
+
+    def peek(self, index: int) -> Any:
+        """A row that `preview` named; `read` gives the same one afterwards."""
+        if self._is_repeatable():
+            return self.read(index)
+        if not self._first:
+            self._first.append(self.read(0))
+        return self._first[0]
+
+    def forget_stages(self) -> None:
+        """Read the rows of earlier stages anew: those stages may have run again."""
+        if any(isinstance(part, FromStage) for part in self._datasets):
+            self._parts = None
+
+    def where(self, index: int) -> str:
+        """Words that name a row in an error: its file and line, or its dataset and number."""
+        part, place = self._located(index)
+        dataset = self._datasets[part]
+        if isinstance(dataset, str | Path):
+            return place_in(dataset, place)
+        if len(self._datasets) == 1:
+            return f"{self.name}, row {place}"
+        source = f" (from_stage({dataset.stage!r}))" if isinstance(dataset, FromStage) else ""
+        return f"{self.name}, part {part}{source}, row {place}"
+
+    def _located(self, index: int) -> tuple[int, int]:
+        """The part that holds a row, and the row's place in it."""
+        place = index
+        for number, part in enumerate(self._opened()):
+            if 0 <= place < len(part):
+                return number, place
+            place -= len(part)
+        raise IndexError(index)
+
+    def _is_repeatable(self) -> bool:
+        """Whether every row is known to be the same each time it is read."""
+        return all(isinstance(part, list | FileRows) or _is_fixed(part) for part in self._opened())
+
+    def _opened(self) -> list[Indexed]:
+        if self._parts is None:
+            self._parts = [self._open(part) for part in self._datasets]
+        return self._parts
+
+    def _open(self, dataset: Any) -> Indexed:
+        if isinstance(dataset, FromStage):
+            return self._resolve(dataset)
+        if isinstance(dataset, str | Path):
+            return read_rows(dataset, self.name)
+        by_place = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        return list(dataset) if isinstance(dataset, IterableDataset) or not by_place else dataset
+
+
+class BadRows:
+    """Rows that cannot be used: an error at the first, or left out and counted."""
+
+    def __init__(self, on_bad_row: OnBadRow) -> None:
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.count = 0
+        self.reasons: list[str] = []
+        """Of the first few, each once."""
+
+    @contextmanager
+    def tolerated(self, where: str) -> Iterator[None]:
+        """A DataError or TokenizerError within goes on as it is, or is counted for the row."""
+        try:
+            yield
+        except (DataError, TokenizerError) as error:
+            if self.on_bad_row == "raise":
+                raise
+            self.count += 1
+            reason = str(error) if where in str(error) else f"{where}: {error}"
+            if len(self.reasons) < SHOWN_REASONS and reason not in self.reasons:
+                self.reasons.append(reason)
+
+    def together(self, parts: "Iterable[BadRows]") -> "BadRows":
+        """What all processes counted."""
+        every = BadRows(self.on_bad_row)
+        for part in parts:
+            every.count += part.count
+            every.reasons += [reason for reason in part.reasons if reason not in every.reasons]
+        every.reasons = every.reasons[:SHOWN_REASONS]
+        return every
+
+    def report(self, name: str, total: int, *, warn: bool = True) -> None:
+        """One warning of the rows left out; DataError where these are all. total: rows in all."""
+        reasons = "\n".join(f"  {reason}" for reason in self.reasons)
+        if 0 < total <= self.count:
+            raise DataError(
+                f"{name}: none of {total} rows can be used. The first reasons:\n{reasons}"
+            )
+        if self.count and warn:
+            logger.warning(
+                "%s: %d of %d rows cannot be used and were left out. The first reasons:\n%s",
+                name,
+                self.count,
+                total,
+                reasons,
+            )
+
+
+def read_prompt(
+    rows: Rows, index: int, prompt_id: str, tokens: Tokens, limit: int | None
+) -> Prompt:
+    """The prompt at a row; DataError where it leaves no room for a response in `limit` tokens."""
+    where = rows.where(index)
+    found = prompt_of(rows.read(index), where, tokens)
+    check_prompt(found.ids, where, limit)
+    return Prompt(prompt_id, index, found.ids, found.text, found.columns, messages=found.messages)
+
+
+def read_prompt_texts(rows: Rows, tokens: Tokens, on_bad_row: OnBadRow) -> list[str]:
+    """The texts of all prompts, without bad rows where those are skipped."""
+    bad, texts = BadRows(on_bad_row), []
+    for index in range(len(rows)):
+        where = rows.where(index)
+        with bad.tolerated(where):
+            texts.append(prompt_of(rows.read(index), where, tokens).text or "")
+    bad.report(rows.name, len(rows))
+    return texts
+
+
+def _check_dataset(dataset: Any, name: str) -> None:
+    """Raise DataError where something cannot be read as a dataset."""
+    kinds = (
+        f"a torch Dataset, a datasets.Dataset, a list, an iterable, a {SUFFIXES_IN_WORDS} file or "
+        "from_stage(...)"
+    )
+    if isinstance(dataset, str | Path):
+        check_file(dataset, name)
+    elif isinstance(dataset, Mapping):
+        held = ", ".join(map(repr, list(dataset)[:10]))
+        told = (
+            f"has the splits {held}; give one of them, for example ...[{next(iter(dataset), '')!r}]"
+            if _is_hugging_face(dataset)
+            else f"is one row or a table with {held}; give a list of rows"
+        )
+        raise DataError(f"{name}: a {type(dataset).__name__} {told}.")
+    elif isinstance(dataset, FromStage | Iterable):
+        return
+    elif not hasattr(dataset, "__getitem__"):
+        raise DataError(f"{name} must be {kinds}; got {type(dataset).__name__}.")
+    elif not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"{name}: {type(dataset).__name__} has __getitem__ but neither __len__ nor __iter__, "
+            "so where it ends is not known. Give it a __len__."
+        )
+
+
+def is_concatenation(dataset: Any) -> bool:
+    return isinstance(dataset, list) and bool(dataset) and all(map(_is_dataset, dataset))
+
+
+def _is_dataset(item: Any) -> bool:
+    """Whether an item of a list is a dataset itself: rows are texts, dicts, tuples and ids."""
+    if isinstance(item, str):
+        return item.endswith(SUFFIXES) and not set(item) & set(" \n")
+    if isinstance(item, list):
+        is_row = is_conversation(item)
+        return bool(item) and not is_row and isinstance(item[0], ROWS)
+    return isinstance(item, FromStage | Dataset | Path) or _is_hugging_face(item)
+
+
+def _is_hugging_face(dataset: Any) -> bool:
+    """Whether this is of the package `datasets`: a dataset, or a dict of its splits."""
+    return type(dataset).__module__.partition(".")[0] == "datasets"
+
+
+def _is_fixed(dataset: Any) -> bool:
+    """Whether this is a `datasets.Dataset` without a function over its rows."""
+    form = getattr(dataset, "format", None) if _is_hugging_face(dataset) else None
+    return isinstance(form, Mapping) and form.get("type") != "custom"

@@ -1,0 +1,304 @@
+"""One row of a dataset as token ids: prompts, supervised rows, preferences.
+
+All texts and messages go through `Tokens`, which generation uses too, so what is generated from is
+what is trained on. Which columns hold what is in `forms`, ranked replies are in `ranked`, and where
+rows come from is in `datasets`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from self_rewarding_lm.data.chat import is_messages
+from self_rewarding_lm.data.forms import (
+    SUPERVISED,
+    Exchange,
+    PromptPart,
+    in_words,
+    is_conversation,
+    open_messages,
+    preference_form,
+    prompt_form,
+    shape_of,
+    supervised_form,
+)
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.errors import DataError
+from self_rewarding_lm.records import Demonstration, PreferencePair, RankedReplies
+
+Ids = tuple[int, ...]
+
+
+PAIR_NUMBERS = {
+    "weight": math.inf,
+    "win_probability": 1.0,
+    "rejected_win_probability": 1.0,
+    "label_smoothing": 1.0,
+}
+"""Columns of a preference row that losses read, and the greatest number in each."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt as it is generated from.
+
+    text: for people and judges; None where only ids were given and there is no tokenizer.
+    messages: what a chat template rendered, None where it rendered nothing. columns: the row's
+    other columns that can be kept in a record.
+    """
+
+    ids: Ids
+    text: str | None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    columns: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Ids and whether each belongs to the prompt. prompt: the prompt alone, where one is known."""
+
+    ids: Ids
+    is_prompt: tuple[bool, ...]
+    prompt: PromptRow | None = None
+
+
+def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
+    """The prompt of a row and its other plain columns.
+
+    A text, a list of messages, ids, `{"prompt": one of these}`, or a row of any other form that
+    has a prompt part: `{"messages"}` and `{"conversations"}` (without the last message where that
+    is the assistant's), `{"instruction", "input"}`, `{"question", "choices"}`, `{"chosen",
+    "rejected"}` with a shared beginning, `{"input", "output_1", "output_2"}`; records of earlier
+    stages. Raises DataError for any other row and for an empty prompt.
+    """
+    if isinstance(row, PreferencePair):
+        return PromptRow(row.prompt_ids, row.prompt, row.messages)
+    if isinstance(row, Demonstration):
+        return PromptRow(row.prompt_ids, row.prompt)
+    part, columns = PromptPart(row), None
+    if isinstance(row, RankedReplies):
+        part = PromptPart(row.prompt)
+    elif isinstance(row, Mapping) or is_conversation(row):
+        row = row if isinstance(row, Mapping) else {"messages": row}
+        part = prompt_form(row, where)
+        kept = {k: v for k, v in row.items() if k not in part.columns and _is_plain(v)}
+        columns = kept or None
+    prompt = _prompt(part.prompt, where, tokens)
+    if not prompt.ids or (isinstance(part.prompt, str) and not part.prompt):
+        raise DataError(f"{where}: the prompt is empty; it must have at least one token.")
+    return PromptRow(prompt.ids, prompt.text, prompt.messages, columns)
+
+
+def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool, ...]]:
+    """Ids and targets of a supervised row.
+
+    Ids are taken as they are: `(ids, prompt_len)`, `(ids, prompt_mask)` (True on the prompt), and
+    ids in the places of texts below; so are records of earlier stages, of which the completion
+    (the chosen one) is learnt. Texts and messages become ids as in generation, and responses get
+    the end token behind them:
+
+    - `{"prompt": text or messages, "completion": text or one message of the assistant}`
+    - `{"messages": [...]}`, or that list alone: the last message, which must be the assistant's,
+      is learnt; all before it is the prompt. Earlier answers are read, not learnt.
+    - `{"conversations": [{"from": "human", "value": ...}, ...]}` (ShareGPT): the same; from is
+      human, user, gpt, assistant or system.
+    - `{"instruction", "input", "output"}` (Alpaca): the prompt is the instruction, a blank line
+      and the input; the input may be missing or empty.
+    - `{"question", "choices", "answer"}`: the prompt is the question with its choices behind A.,
+      B., ...; the completion is the right one, as `B. text`. answer is its place from 0, its
+      letter or its text.
+    - `{"text"}`: learnt from its second token on, through no template.
+
+    Raises DataError for any other row, and where nothing is left to learn.
+    """
+    sequence = _sequence(row, where, tokens)
+    targets = tuple(i > 0 and not p for i, p in enumerate(sequence.is_prompt))
+    if not any(targets):
+        raise DataError(
+            f"{where}: nothing to learn: the prompt takes all {len(sequence.ids)} tokens of the "
+            "row."
+        )
+    return sequence.ids, targets
+
+
+def prompt_and_completion(row: Any, where: str, tokens: Tokens) -> tuple[PromptRow, Ids]:
+    """The two parts of a supervised row whose prompt stands before its completion.
+
+    Raises DataError where the row has no prompt, or one that is not a beginning.
+    """
+    sequence = _sequence(row, where, tokens)
+    flags, length = sequence.is_prompt, sum(sequence.is_prompt)
+    if not 0 < length < len(flags) or not all(flags[:length]):
+        raise DataError(
+            f"{where}: a prompt followed by a completion is needed here, to sample an answer to "
+            f"the same prompt; got {shape_of(row)}."
+        )
+    ids = sequence.ids[:length]
+    return sequence.prompt or PromptRow(ids, tokens.decode(ids)), sequence.ids[length:]
+
+
+def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
+    """A preference pair, without an id.
+
+    `{"prompt", "chosen", "rejected"}` with texts, ids, or messages (the responses: one of the
+    assistant each); or `{"chosen", "rejected"}`, two lists of messages that share all but their
+    last. Columns of numbers are taken with it where a row has them: weight (0 or more),
+    win_probability, rejected_win_probability, label_smoothing (0 to 1). A pair of an earlier stage
+    is taken as it is. Raises DataError for any other row, for such a column that is no such number,
+    and where both responses are the same.
+    """
+    if isinstance(row, PreferencePair):
+        return row
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f'{where}: a preference row is {{"prompt", "chosen", "rejected"}}; got {shape_of(row)}.'
+        )
+    form = preference_form(row, where)
+    prompt = _prompt(form.prompt, where, tokens)
+    sides = {"chosen": form.chosen, "rejected": form.rejected}
+    ids = {
+        name: _response(form.prompt, side, f"{where}: {name}", tokens)
+        for name, side in sides.items()
+    }
+    if ids["chosen"] == ids["rejected"]:
+        raise DataError(f"{where}: chosen and rejected are the same; nothing is preferred.")
+    given_as_text = isinstance(form.prompt, str) or is_messages(form.prompt)
+    weight, wins, rejected_wins, smoothing = (_number(row, n, where) for n in PAIR_NUMBERS)
+    return PreferencePair(
+        id="",
+        prompt_ids=prompt.ids,
+        chosen_ids=ids["chosen"],
+        rejected_ids=ids["rejected"],
+        prompt=prompt.text if given_as_text else None,
+        chosen=form.chosen if isinstance(form.chosen, str) else None,
+        rejected=form.rejected if isinstance(form.rejected, str) else None,
+        messages=prompt.messages,
+        weight=weight,
+        win_probability=wins,
+        rejected_win_probability=rejected_wins,
+        label_smoothing=smoothing,
+    )
+
+
+def truncated(ids: Ids, prompt_len: int, limit: int | None, where: str) -> tuple[Ids, bool]:
+    """Ids cut at the end to `limit` tokens, and whether they were; a prompt must leave room."""
+    if limit is None or len(ids) <= limit:
+        return ids, False
+    if prompt_len >= limit:
+        raise DataError(
+            f"{where}: the prompt alone has {prompt_len} tokens, and max_seq_len is {limit}: no "
+            "room for a response. Shorten the prompt or raise max_seq_len."
+        )
+    return ids[:limit], True
+
+
+def check_prompt(ids: Ids, where: str, limit: int | None) -> None:
+    """Raise DataError where a prompt leaves no room for a response in `limit` tokens."""
+    if limit is not None and len(ids) >= limit:
+        raise DataError(
+            f"{where}: the prompt has {len(ids)} tokens, and prompt and response together may "
+            f"have {limit}. Shorten it or raise max_seq_len."
+        )
+
+
+def _sequence(row: Any, where: str, tokens: Tokens) -> _Sequence:
+    if isinstance(row, PreferencePair):
+        prompt = PromptRow(row.prompt_ids, row.prompt, row.messages)
+        return _answered(prompt, row.chosen_ids)
+    if isinstance(row, Demonstration):
+        return _answered(PromptRow(row.prompt_ids, row.prompt), row.completion_ids)
+    if isinstance(row, Mapping) or is_conversation(row):
+        row = row if isinstance(row, Mapping) else {"messages": row}
+        return _exchange(supervised_form(row, where), where, tokens)
+    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 2:
+        ids = _ids(row[0], f"{where}: the ids", tokens)
+        return _Sequence(ids, _prompt_part(row[1], ids, where))
+    raise DataError(
+        f"{where}: a supervised row is (ids, prompt_len), (ids, prompt_mask), a list of messages, "
+        f"{in_words(SUPERVISED)}; got {shape_of(row)}."
+    )
+
+
+def _exchange(form: Exchange, where: str, tokens: Tokens) -> _Sequence:
+    if form.prompt is None:
+        ids = _whole(form.completion, f"{where}: the text", tokens)
+        return _Sequence(ids, (False,) * len(ids))
+    prompt = _prompt(form.prompt, where, tokens)
+    return _answered(
+        prompt, _response(form.prompt, form.completion, f"{where}: the completion", tokens)
+    )
+
+
+def _answered(prompt: PromptRow, completion: Ids) -> _Sequence:
+    flags = (True,) * len(prompt.ids) + (False,) * len(completion)
+    return _Sequence((*prompt.ids, *completion), flags, prompt)
+
+
+def _prompt(value: Any, where: str, tokens: Tokens) -> PromptRow:
+    """A text or messages as they are generated from; ids as they are."""
+    if isinstance(value, str) or is_messages(value):
+        prompt = value if isinstance(value, str) else open_messages(value, where)
+        rendered = tokens.prompt(prompt, f"{where}: the prompt")
+        return PromptRow(rendered.ids, rendered.text, rendered.messages)
+    ids = tokens.checked(value, f"({where}: the prompt)")
+    return PromptRow(ids, tokens.decode(ids))
+
+
+def _response(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
+    """A response's ids behind its prompt: a text ends in the end token, ids are as they are."""
+    if not isinstance(value, str):
+        ids = tokens.checked(value, f"({whose})")
+    elif isinstance(prompt, str) or is_messages(prompt):
+        ids = tokens.response(prompt, value, whose)
+    else:
+        ids = tokens.ended(tokens.encode_part(value))
+    if not ids:
+        raise DataError(f"{whose} is empty; it must have at least one token.")
+    return ids
+
+
+def _whole(text: Any, whose: str, tokens: Tokens) -> Ids:
+    """Ids with the end token; a rendered text may have one already, with blanks behind it."""
+    ids = _ids(text, whose, tokens)
+    last = max((i for i, token in enumerate(ids) if token in tokens.end_ids), default=None)
+    if tokens.renders and last is not None and not (tokens.decode(ids[last:]) or "").strip():
+        return ids
+    return tokens.ended(ids)
+
+
+def _ids(value: Any, whose: str, tokens: Tokens) -> Ids:
+    return tokens.encode(value) if isinstance(value, str) else tokens.checked(value, f"({whose})")
+
+
+def _prompt_part(value: Any, ids: Ids, where: str) -> tuple[bool, ...]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor, an array, a scalar
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 0 <= value <= len(ids):
+            return tuple(i < value for i in range(len(ids)))
+    elif isinstance(value, Sequence) and all(isinstance(flag, bool) for flag in value):
+        if len(value) == len(ids):
+            return tuple(value)
+    raise DataError(
+        f"{where}: beside {len(ids)} ids there must be prompt_len, an int from 0 to {len(ids)}, "
+        f"or prompt_mask, {len(ids)} booleans; got {str(value)[:80]}."
+    )
+
+
+def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
+    """A number that losses of pairs read, None where the row does not say it."""
+    value, most = row.get(name), PAIR_NUMBERS[name]
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= most or value == math.inf:
+        bounds = "0 or more" if most == math.inf else f"from 0 to {most:g}"
+        raise DataError(f"{where}: {name} must be a number {bounds}; got {str(value)[:80]}.")
+    return float(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a column's value can be kept in a record."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)

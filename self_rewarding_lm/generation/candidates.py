@@ -1,0 +1,185 @@
+"""Prompts to candidates, and the public `generate`."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from self_rewarding_lm.config import SamplingConfig
+from self_rewarding_lm.data.chat import is_messages
+from self_rewarding_lm.data.tokenizers import Tokenizer
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.errors import ConfigError, DataError, typed
+from self_rewarding_lm.generation.engine import Decoding, Engine, Request
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.batching import unpad
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.models.loading import end_ids_of
+from self_rewarding_lm.records import Candidate, Prompt, stable_hash
+from self_rewarding_lm.runs.weights import save_folder
+
+PROMPTS_AT_ONCE = 4096  # whose requests are in memory together
+
+
+BYTES_PER_CHARACTER = 4  # at most: how many tokens one character of a stop text may take
+
+
+def sample_candidates(
+    model: TokenModel,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    num_samples: int,
+    *,
+    engine: Engine,
+    tokens: Tokens,
+    seed: int,
+    limit: int | None,
+    known: Collection[str] = (),
+) -> Iterator[Candidate]:
+    """The same of any model; `limit`: tokens of prompt and response together.
+
+    Of prompts beyond PROMPTS_AT_ONCE the engine is asked when it is through with those before.
+    """
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        requests, owners = [], []
+        for prompt in prompts[start : start + PROMPTS_AT_ONCE]:
+            room = sampling.max_new_tokens if limit is None else limit - len(prompt.ids)
+            new = min(sampling.max_new_tokens, room)
+            ids = (f"{prompt.id}/{sample}" for sample in range(num_samples))
+            for candidate_id in ids:
+                if candidate_id in known:
+                    continue
+                owners.append((prompt, candidate_id))
+                key = stable_hash(seed, candidate_id)
+                requests.append(Request(prompt.ids, key, new, candidate_id))
+        for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
+            prompt, candidate_id = owners[index]
+            yield Candidate(
+                id=candidate_id,
+                prompt_id=prompt.id,
+                ids=done.ids,
+                text=tokens.decode(done.ids) if done.reason is None else None,
+                finished=done.finished,
+                max_new_tokens=requests[index].max_new_tokens,
+                tokens=done.tokens,
+                reason=done.reason,
+            )
+
+
+def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
+    """A SamplingConfig as the engine's plain values."""
+    return Decoding(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        min_new_tokens=sampling.min_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        filter_fn=sampling.filter_fn,
+        end_ids=tokens.end_ids,
+        is_stop=_stop_check(sampling.stop, tokens),
+        stop=tuple(sampling.stop),
+    )
+
+
+@typed
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Any] | Tensor,
+    *,
+    mask: Tensor | None = None,
+    sampling: SamplingConfig | None = None,
+    num_samples: int = 1,
+    tokenizer: Tokenizer | None = None,
+    chat_template: str | None = None,
+    eos_id: int | None = None,
+    seed: int = 0,
+    engine: Engine | None = None,
+) -> list[list[Candidate]]:
+    """Sample from a model: for each prompt a list of `num_samples` candidates.
+
+    prompts: 1-D id tensors; or texts or message lists with a tokenizer; or a padded batch (b, t) of
+    ids with its boolean `mask` (b, t), True on tokens, padded on either side. Texts and messages
+    are rendered as the trainer does: chat_template is a name, jinja text or "raw", default a
+    Hugging Face tokenizer's own. eos_id: the end token, default all that the tokenizer, its
+    template and a Hugging Face model's generation config name. The same seed gives the same
+    candidates for any batch size. Modes and gradients of the model are afterwards as before.
+
+    Raises DataError for a prompt that is empty or leaves no room in the model, TokenizerError for
+    ids the model does not know, AdapterError for a model that gives no logits.
+    """
+    token_model = adapt(model)
+    tokens = Tokens(
+        tokenizer,
+        eos_id=eos_id,
+        vocab=token_model.vocab,
+        chat_template=chat_template,
+        end_ids=end_ids_of(model) if eos_id is None else (),
+    )
+    rows = _prompt_rows(prompts, mask)
+    records = [_prompt(i, row, tokens, token_model.max_len) for i, row in enumerate(rows)]
+    engine = engine or LocalEngine()
+
+    def save(folder: Path) -> None:
+        save_folder(token_model, folder, tokens.save)
+
+    with engine.serving(save, tokens):
+        found = sample_candidates(
+            token_model,
+            records,
+            sampling or SamplingConfig(),
+            num_samples,
+            engine=engine,
+            tokens=tokens,
+            seed=seed,
+            limit=token_model.max_len,
+        )
+        by_id = {candidate.id: candidate for candidate in found}
+    return [[by_id[f"{p.id}/{s}"] for s in range(num_samples)] for p in records]
+
+
+def _prompt_rows(prompts: Sequence | Tensor, mask: Tensor | None) -> Sequence:
+    if isinstance(prompts, str):
+        raise DataError(f"prompts must be a list; got one text. Write [{prompts!r:.60}].")
+    if not isinstance(prompts, Tensor):
+        if mask is not None:
+            raise ConfigError("mask goes with a padded batch of ids (b, t), not with a list.")
+        return prompts
+    if prompts.ndim != 2 or (mask is not None and mask.shape != prompts.shape):
+        raise DataError(
+            "a batch of prompts is ids (b, t) and mask (b, t); got "
+            f"{tuple(prompts.shape)} and {None if mask is None else tuple(mask.shape)}."
+        )
+    return list(prompts) if mask is None else unpad(prompts, mask)
+
+
+def _prompt(row: int, prompt: Any, tokens: Tokens, limit: int | None) -> Prompt:
+    text = messages = None
+    if isinstance(prompt, str) or is_messages(prompt):
+        rendered = tokens.prompt(prompt, f"prompt {row}")
+        ids, text, messages = rendered.ids, rendered.text, rendered.messages
+    else:
+        ids = tokens.checked(prompt, f"of prompt {row}")
+    if not ids or (limit is not None and len(ids) >= limit):
+        raise DataError(
+            f"prompt {row} has {len(ids)} tokens; it must have at least 1 and fewer than the "
+            f"{limit} that the model takes."
+        )
+    return Prompt(f"generate/{row}", row, ids, text, messages=messages)
+
+
+def _stop_check(stop: Sequence[str], tokens: Tokens) -> Callable[[Sequence[int]], bool] | None:
+    if not stop:
+        return None
+    if tokens.tokenizer is None:
+        raise ConfigError(f"stop texts {list(stop)} need a tokenizer, to see them in the tokens.")
+
+    window = BYTES_PER_CHARACTER * max(map(len, stop))
+
+    def is_stop(new: Sequence[int]) -> bool:
+        tail = tokens.decode(new[-window:]) or ""
+        return any(text in tail for text in stop)
+
+    return is_stop

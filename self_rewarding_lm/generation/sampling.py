@@ -1,0 +1,156 @@
+"""From logits to a token: filters, noise, inverse CDF.
+
+The noise of a sample belongs to the sample, not to the batch: one uniform number a token, a
+function of (seed, stage, record id, position) alone. It is turned into a token by the inverse of
+the cumulative distribution in vocabulary order, so the same numbers give the same tokens for any
+batch size and any order of the rows, up to the rounding of the logits.
+
+Filters apply in the order top-k, top-p, min-p, after the temperature, as in the field's common
+samplers; tokens that tie with the last kept one are kept too, so that the result does not depend
+on how a sort breaks ties.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+HEAD_SIZES = (64, 1024)  # the slices that are tried before a whole vocabulary is sorted
+
+
+Filters = dict[str, Any]
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def uniforms(keys: Int[np.ndarray, " r"], count: int) -> Float[np.ndarray, "r n"]:
+    """`count` numbers in [0, 1) for each key: SplitMix64 (Steele et al., OOPSLA 2014) as a counter.
+
+    Number i of a key depends on the key and i alone.
+    """
+    counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    z = _mix(_mix(keys.astype(np.uint64))[:, None] + counter[None, :])
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def keep_threshold(
+    scores: Float[Tensor, "r n"],
+    log_total: Float[Tensor, "r 1"],
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Float[Tensor, "r 1"]:
+    """The least score that survives the filters; `scores` may be the head of a larger row.
+
+    log_total: log-sum-exp of the whole row. top_p: the smallest set of likeliest tokens whose mass
+    reaches p (arXiv:1904.09751). min_p: p >= min_p * max p (arXiv:2407.01082).
+    """
+    threshold = torch.full_like(log_total, -math.inf)
+    ordered = scores.sort(dim=-1, descending=True).values
+    if top_k is not None:
+        threshold = ordered[:, min(top_k, ordered.shape[-1]) - 1, None]
+        ordered = ordered.masked_fill(ordered < threshold, -math.inf)
+        log_total = ordered.logsumexp(dim=-1, keepdim=True)
+    if top_p is not None and top_p < 1.0:
+        mass = (ordered - log_total).exp()
+        before = mass.cumsum(dim=-1) - mass
+        kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+        threshold = torch.maximum(threshold, ordered.gather(-1, kept - 1))
+    if min_p is not None and min_p > 0.0:
+        threshold = torch.maximum(threshold, ordered[:, :1] + math.log(min_p))
+    return threshold
+
+
+def inverse_cdf(scores: Float[Tensor, "r n"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
+    """The first column where the cumulative probability exceeds `uniform`; -inf has none.
+
+    Scores that are not finite give n, which is no column.
+    """
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = uniform[:, None].to(total.dtype) * total
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def sample_next(
+    logits: Float[Tensor, "r v"],
+    uniform: Float[Tensor, " r"],
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Int[Tensor, " r"]:
+    """One token a row; temperature 0 is the argmax. A row that is not finite gives v, no token."""
+    if temperature == 0:
+        best = logits.max(dim=-1)
+        return best.indices.masked_fill(~best.values.isfinite(), logits.shape[-1])
+    filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    tokens = torch.full(uniform.shape, logits.shape[-1], device=logits.device)
+    left = torch.arange(len(logits), device=logits.device)  # rows without a token
+    for size in HEAD_SIZES if _filters_anything(top_k, top_p, min_p) else ():
+        if len(left) and logits.shape[-1] > 4 * size:
+            some = logits if len(left) == len(logits) else logits[left]
+            found, whole = _sample_head(some, uniform[left], size, temperature, filters)
+            tokens[left] = found
+            left = left[whole]
+    if len(left):
+        tokens[left] = _sample_whole(_scores(logits[left], temperature), uniform[left], filters)
+    return tokens
+
+
+def _sample_head(
+    logits: Tensor, uniform: Tensor, size: int, temperature: float, filters: Filters
+) -> tuple[Tensor, Tensor]:
+    """A token a row of its likeliest ones, and for which rows these may not be all that count."""
+    raw, columns = logits.topk(size, dim=-1)
+    head, top_k = _scores(raw, temperature), filters["top_k"]
+    if top_k is None:  # top-p is a share of the mass of all
+        log_total = _scores(logits, temperature).logsumexp(dim=-1, keepdim=True)
+    else:
+        log_total = head.logsumexp(dim=-1, keepdim=True)  # of those it keeps, see keep_threshold
+    threshold = keep_threshold(head, log_total, **filters)
+    short = threshold[:, 0] <= head[:, -1]  # tokens outside the head may survive
+    if top_k is not None:  # or belong to the mass that top-p is a share of
+        short |= head[:, min(int(top_k), size) - 1] <= head[:, -1]
+    columns, order = columns.sort(dim=-1)  # vocabulary order
+    head = head.gather(-1, order)
+    picked = inverse_cdf(head.masked_fill(head < threshold, -math.inf), uniform)
+    tokens = columns.gather(-1, picked[:, None].clamp(max=size - 1)).squeeze(-1)
+    tokens[picked == size] = logits.shape[-1]
+    return tokens, short
+
+
+def _scores(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
+def _filters_anything(top_k: int | None, top_p: float | None, min_p: float | None) -> bool:
+    return top_k is not None or (top_p is not None and top_p < 1.0) or bool(min_p)
+
+
+def _sample_whole(scores: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
+    log_total = scores.logsumexp(dim=-1, keepdim=True)
+    threshold = keep_threshold(scores, log_total, **filters)
+    return inverse_cdf(scores.masked_fill(scores < threshold, -math.inf), uniform)
+
+
+def penalise_repetition(
+    logits: Float[Tensor, "r v"], seen: Bool[Tensor, "r v"], penalty: float
+) -> Float[Tensor, "r v"]:
+    """Logits of tokens that occurred already, made less likely (arXiv:1909.05858, section 4.1)."""
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)

@@ -1,0 +1,185 @@
+"""A server that runs as a child of this process, from a folder of weights.
+
+Knows processes, ports and whether a server is healthy; nothing of what is asked of it.
+"""
+
+import atexit
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from contextlib import closing, suppress
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from self_rewarding_lm.errors import ConfigError, ServerError
+
+logger = logging.getLogger(__name__)
+
+
+HOST = "127.0.0.1"
+
+
+PLACES = ("{checkpoint}", "{port}")
+
+
+SHOWN_LINES = 30
+"""Lines of a server's log that an error shows."""
+
+
+LOOK_SECONDS = 0.1
+
+
+LOOK_TIMEOUT = 5.0
+
+
+AFTER_KILL_SECONDS = 10.0
+
+
+def check_command(command: str) -> None:
+    """ConfigError where a command has no place for the checkpoint or the port."""
+    missing = [place for place in PLACES if place not in command]
+    if missing:
+        raise ConfigError(
+            "launch is the command that serves a folder of weights, such as "
+            f"'vllm serve {{checkpoint}} --port {{port}}'; {' and '.join(missing)} is missing in "
+            f"{command!r}."
+        )
+
+
+class LaunchedServer:
+    """One server process, in a process group of its own. Its log is a file beside the checkpoint.
+
+    start_timeout: seconds until it must answer. stop_timeout: seconds that it has to end by itself.
+    """
+
+    def __init__(
+        self, command: str, checkpoint: Path, *, start_timeout: float, stop_timeout: float
+    ) -> None:
+        check_command(command)
+        self.command, self.checkpoint = command, checkpoint
+        self.start_timeout, self.stop_timeout = start_timeout, stop_timeout
+        self.port = _free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.log: Any = None
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it is healthy.
+
+        Raises ConfigError where there is no such command; ServerError, which shows the end of the
+        server's log, where it ends or is not healthy in time.
+        """
+        self.log = NamedTemporaryFile(  # noqa: SIM115
+            dir=self.checkpoint.parent, prefix="server-", suffix=".log", delete=False
+        )
+        values = dict(zip(PLACES, (str(self.checkpoint), str(self.port)), strict=True))
+        arguments = shlex.split(self.command)
+        for place, value in values.items():
+            arguments = [argument.replace(place, value) for argument in arguments]
+        logger.info("starting %s (log: %s)", shlex.join(arguments), self.log.name)
+        atexit.register(self.stop)
+        try:
+            self.process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._wait()
+        except OSError as error:
+            self.stop()
+            raise ConfigError(f"launch={self.command!r} cannot be started: {error}") from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End it and all its children, and wait until they are gone."""
+        process = self.process
+        if process is not None:
+            self._signal(signal.SIGTERM)
+            if not self._gone_within(self.stop_timeout):
+                logger.warning(
+                    "the server (process %d) goes on %g seconds after SIGTERM; it is killed",
+                    process.pid,
+                    self.stop_timeout,
+                )
+                self._signal(signal.SIGKILL)
+                if not self._gone_within(AFTER_KILL_SECONDS):
+                    logger.warning("children of the server %d are still there", process.pid)
+            self.process = None
+        if self.log is not None:
+            self.log.close()
+        atexit.unregister(self.stop)
+
+    def _wait(self) -> None:
+        assert self.process is not None
+        began = time.monotonic()
+        while True:
+            code = self.process.poll()
+            if code is not None:
+                raise ServerError(self._failed(f"ended with exit code {code}"))
+            if _is_healthy(self.port):
+                logger.info("%s is healthy after %.0f s", self.url, time.monotonic() - began)
+                return
+            if time.monotonic() - began > self.start_timeout:
+                waited = f"was not healthy after {self.start_timeout:g} seconds (start_timeout)"
+                raise ServerError(self._failed(waited))
+            time.sleep(LOOK_SECONDS)
+
+    def _failed(self, how: str) -> str:
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").splitlines()
+        shown = "\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]) or "  (nothing)"
+        return (
+            f"the server of launch={self.command!r} {how}. The last lines of its log "
+            f"({self.log.name}):\n{shown}"
+        )
+
+    def _signal(self, number: int) -> None:
+        assert self.process is not None
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+    def _gone_within(self, seconds: float) -> bool:
+        """Whether the process and its group end in time."""
+        assert self.process is not None
+        until = time.monotonic() + seconds
+        while True:
+            self.process.poll()  # takes its exit status, else it stays in the table
+            try:
+                os.killpg(self.process.pid, 0)
+            except (ProcessLookupError, PermissionError):
+                return True
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOOK_SECONDS)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return found.getsockname()[1]
+
+
+def _is_healthy(port: int) -> bool:
+    """Whether GET /health says so; where there is no such path, whether GET /v1/models does."""
+    status = _status(port, "/health")
+    return status == 200 or (status in (404, 405) and _status(port, "/v1/models") == 200)
+
+
+def _status(port: int, path: str) -> int | None:
+    """The status of a GET; None where nobody answers."""
+    with closing(HTTPConnection(HOST, port, timeout=LOOK_TIMEOUT)) as connection:
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except (OSError, HTTPException):
+            return None

@@ -1,0 +1,233 @@
+"""How far a model and an earlier one rank the same responses alike, as label smoothing of the loss.
+
+arXiv:2410.12735 (CREAM), Algorithm 1: c = (tau + 1) / 2 of Kendall's tau between the rankings, and
+the loss c L(chosen, rejected) + (1 - c) L(rejected, chosen). Knows judges and whose weights they
+ask; nothing of how pairs are picked.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from self_rewarding_lm.config import Config
+from self_rewarding_lm.context import Context, local_engine
+from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.judges.base import (
+    Judge,
+    filtered_out,
+    ids_of_judgements,
+    judged_scores,
+    weights_of_judge,
+)
+from self_rewarding_lm.judges.ensemble import Member
+from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
+from self_rewarding_lm.judges.implicit import CURRENT, ImplicitJudge, implicit_judgements
+from self_rewarding_lm.judges.reward_model import RewardModelJudge
+from self_rewarding_lm.judges.server import ServerAsker, ServerJudge
+from self_rewarding_lm.judges.votes import VoteJudge
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.runs.lines import Picked
+from self_rewarding_lm.runs.run import INITIAL
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.scores import label_of
+from self_rewarding_lm.stats import kendall_tau_b, spearman
+
+logger = logging.getLogger(__name__)
+
+
+MEASURES = {"kendall": kendall_tau_b, "spearman": spearman}
+
+
+class ConsistencyConfig(Config):
+    """Pairs count by how far an earlier model ranks the candidates as the present one does."""
+
+    previous: str | Path = INITIAL
+    """Weights of the earlier model: "initial", an earlier stage's name or a path."""
+    by: Literal["judge", "implicit"] = "judge"
+    """What ranks: the stage's own judge, asked once more with the earlier weights in the model; or
+    log pi(y|x) - log pi_initial(y|x) of each, summed (of initial weights, where that is 0, the mean
+    log pi_initial of a token; Algorithm 1)."""
+    over: Literal["prompt", "mean"] = "mean"
+    """Whether all pairs have the mean over the prompts (the paper's), or each prompt its own."""
+    measure: Literal["kendall", "spearman"] = "kendall"
+    """The rank correlation; of Kendall's it is tau-b, which allows for ties."""
+
+
+class ComparingJudge:
+    """A stage's judge, and beside it the rankings that are compared.
+
+    The judge's own judgements are what they were without; those of the earlier model are called
+    `<candidate id>/previous/...`, the present model's implicit rewards `<candidate id>/current/...`
+    where the stage's judge is no ImplicitJudge. Rankings are joined by candidate.
+    """
+
+    def __init__(self, judge: Judge, config: ConsistencyConfig) -> None:
+        self.inner, self.config = judge, config
+        self.name = getattr(judge, "name", type(judge).__name__)
+        which = str(config.previous)
+        self.current: Any = judge
+        if config.by == "judge":
+            self.previous = Member(EarlierJudge(judge, which), "previous")
+        else:
+            if not isinstance(judge, ImplicitJudge):
+                self.current = Member(ImplicitJudge(), "current")
+            reference = None if which == INITIAL else INITIAL
+            earlier = ImplicitJudge(weights=which, reference=reference)
+            self.previous = Member(earlier, "previous")
+        own = [] if self.current is judge else [self.current]
+        self.added: list[Member] = [*own, self.previous]
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterator[Judgement]:
+        yield from self.inner.judge(ctx, prompts, candidates_PG)
+        if self.config.by == "judge":
+            yield from self.previous.judge(ctx, prompts, candidates_PG)
+            return
+        several = [member.inner for member in self.added]
+        found = implicit_judgements(ctx, several, prompts, candidates_PG)  # type: ignore[arg-type]
+        for member, judgements in zip(self.added, found, strict=True):
+            yield from member.labelled(judgements)
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Ids of all judgements of one prompt's candidates."""
+        more = [i for member in self.added for i in member.judgement_ids(candidates)]
+        return [*ids_of_judgements(self.inner, candidates), *more]
+
+    def weights_used(self) -> set[str]:
+        return set().union(*map(weights_of_judge, (self.inner, *(m.inner for m in self.added))))
+
+    def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
+        """Those of the stage's judge itself."""
+        labels = {member.label for member in self.added}
+        return [j for j in judgements if label_of(j) not in labels]
+
+    def scores(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        """The stage's judge's scores of one prompt's candidates."""
+        return judged_scores(self.inner, candidates, self.own(judgements))
+
+    def filtered(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> set[str]:
+        """Ids of those that the stage's judge lets through to no pair."""
+        return filtered_out(self.inner, candidates, self.own(judgements))
+
+    def smoothing(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> float | None:
+        """1 - c of a prompt's candidates; None where the correlation is undefined.
+
+        That is where fewer than two have a score by both models, or all have the same by one.
+        """
+        judgements = list(judgements)
+        own = self.own(judgements) if self.current is self.inner else judgements
+        now = judged_scores(self.current, candidates, own)
+        before = self.previous.scores(candidates, judgements)
+        both = [(now[c.id], before[c.id]) for c in candidates]
+        known = [(a, b) for a, b in both if a is not None and b is not None]
+        tau = MEASURES[self.config.measure]([a for a, _ in known], [b for _, b in known])
+        return None if tau is None else (1 - tau) / 2
+
+
+class EarlierJudge:
+    """A judge asked with earlier weights in the model, in this process: a server holds others.
+
+    With equal weights it says the same, for it has the same noise.
+    """
+
+    def __init__(self, judge: Judge, which: str) -> None:
+        self.inner, self.which = judge, which
+        self.name = getattr(judge, "name", type(judge).__name__)
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> list[Judgement]:
+        local = replace(ctx, engine=local_engine(ctx))
+        with ctx.weights(self.which):  # a list: nobody is to see these weights in between
+            judged = self.inner.judge(local, prompts, candidates_PG)
+            return list(ctx.runtime.stopping.between(judged))
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        return ids_of_judgements(self.inner, candidates)
+
+    def weights_used(self) -> set[str]:
+        return {self.which} | weights_of_judge(self.inner)
+
+    def scores(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        return judged_scores(self.inner, candidates, judgements)
+
+
+def check_consistency(stage: str, config: ConsistencyConfig, judge: Judge) -> None:
+    """Raise ConfigError where two rankings would always be the same, or of equal scores."""
+    if config.by == "judge" and _is_fixed(judge):
+        raise ConfigError(
+            f"{stage}: consistency by='judge' asks the stage's judge with earlier weights in the "
+            f"model, and {getattr(judge, 'name', type(judge).__name__)!r} does not ask the model: "
+            "both rankings would be the same. Take by='implicit'."
+        )
+    if config.by == "judge" and isinstance(judge, ImplicitJudge):
+        if judge.reference == str(config.previous) and judge.weights == CURRENT:
+            raise ConfigError(
+                f"{stage}: with the weights {judge.reference!r} in the model an ImplicitJudge that "
+                "refers to them gives all candidates 0. Take consistency by='implicit'."
+            )
+
+
+def _is_fixed(judge: Any) -> bool:
+    """Whether a judge is known to say the same whatever weights the model has."""
+    parts = getattr(judge, "judges", None) or [m.inner for m in getattr(judge, "members", ())]
+    if parts:
+        return all(map(_is_fixed, parts))
+    asker = getattr(judge, "asker", None)
+    other = isinstance(asker, ServerAsker) or getattr(asker, "model", None) is not None
+    fixed = FunctionJudge | ModuleJudge | RewardModelJudge | ServerJudge | VoteJudge
+    return other or isinstance(judge, fixed)
+
+
+def smoothed(
+    ctx: Context, out: StageDir, pairs: Sequence[PreferencePair], config: ConsistencyConfig
+) -> Sequence[PreferencePair]:
+    """Pairs with the label smoothing that they are trained with, given that of each prompt.
+
+    Where a prompt has none it is the mean, and with over="mean" everywhere. The mean is over the
+    prompts; where none has any, pairs are trained as they are, with a warning.
+    """
+    of_prompts = [
+        next(own).label_smoothing for _, own in groupby(pairs, key=lambda p: _prompt_id_of(p))
+    ]
+    known = [value for value in of_prompts if value is not None]
+    mean = math.fsum(known) / len(known) if known else None
+    metrics = {"consistency/undefined_share": 1 - len(known) / max(1, len(of_prompts))}
+    if mean is None:
+        logger.warning(
+            "%s: of no prompt with a pair do the present and the earlier model (%s) both rank "
+            "the candidates: one of them gives all the same score, or none. The pairs are trained "
+            "without a label smoothing; a judge with finer scores (score_mode='expected') or "
+            "by='implicit' would tell.",
+            ctx.stage,
+            config.previous,
+        )
+    else:
+        metrics["consistency/tau_mean"] = 1 - 2 * mean
+    out.log({"step": out.first_step, **metrics})
+    out.summary["consistency"] = metrics
+
+    def change(pair: PreferencePair) -> PreferencePair:
+        if config.over == "prompt" and pair.label_smoothing is not None:
+            return pair
+        return replace(pair, label_smoothing=mean)
+
+    return Picked(pairs, change=change)
+
+
+def _prompt_id_of(pair: PreferencePair) -> str:
+    """Of a pair, or of its candidate: <stage>/<row>/<pass>, whatever stands behind."""
+    return "/".join((pair.chosen_id or pair.id).split("/")[:3])

@@ -1,0 +1,157 @@
+"""Several judges of any kind as one: a weighted mean, and judges that only let candidates pass.
+
+Knows judgements and their ids; nothing of how a member comes to its own.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.judges.base import Judge, ids_of_judgements, judged_scores, weights_of_judge
+from self_rewarding_lm.judges.functions import judge_of
+from self_rewarding_lm.records import Candidate, Judgement, Prompt
+from self_rewarding_lm.scores import label_of
+
+
+class Member:
+    """A judge whose judgements stand among others' under a label, of which it knows nothing.
+
+    What it calls `<candidate id>/j0` is `<candidate id>/<label>/j0` on disk, by `<label>:<judge>`.
+    It is asked as it would be alone: with the same noise, and its own way to make scores.
+    """
+
+    def __init__(self, judge: Judge, label: str) -> None:
+        self.inner, self.label = judge, label
+        self.name = f"{label}:{getattr(judge, 'name', type(judge).__name__)}"
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterator[Judgement]:
+        return self.labelled(self.inner.judge(ctx, prompts, candidates_PG))
+
+    def labelled(self, judgements: Iterable[Judgement]) -> Iterator[Judgement]:
+        """The inner judge's judgements under the label.
+
+        Raises JudgeError for an id that does not begin with its (first) candidate's.
+        """
+        for judgement in judgements:
+            head, judge = judgement.candidate_ids[0], f"{self.label}:{judgement.judge}"
+            if not judgement.id.startswith(f"{head}/"):
+                raise JudgeError(
+                    f"a judgement's id must be its candidate's with something behind it, such as "
+                    f"{head}/j0; {type(self.inner).__name__} gave {judgement.id!r}."
+                )
+            yield replace(judgement, id=self._named(judgement.id, head), judge=judge)
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Ids of all judgements of one prompt's candidates."""
+        heads = [candidate.id for candidate in candidates]
+        found = ids_of_judgements(self.inner, candidates)
+        return [self._named(i, next(h for h in heads if i.startswith(f"{h}/"))) for i in found]
+
+    def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
+        """Those of its label, as the inner judge made them."""
+        return [
+            replace(
+                j,
+                id=j.id.replace(f"/{self.label}/", "/", 1),
+                judge=j.judge.removeprefix(f"{self.label}:"),
+            )
+            for j in judgements
+            if label_of(j) == self.label
+        ]
+
+    def scores(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        """The inner judge's scores of one prompt's candidates."""
+        return judged_scores(self.inner, candidates, self.own(judgements))
+
+    def _named(self, record_id: str, head: str) -> str:
+        return f"{head}/{self.label}/{record_id[len(head) + 1 :]}"
+
+
+class EnsembleJudge:
+    """Any judges: the weighted mean of what each comes to is a candidate's score.
+
+    judges: judges, or (judge, weight) with a weight over 0 (default 1); scales should be alike.
+    What `reward_model` takes is a judge too. filters: (judge, least score): a candidate that such
+    a judge gives less, or no score, gets none and is counted as `filtered`. A candidate has no
+    score either where one of `judges` gives it none: a mean over fewer is no measure of the same
+    thing. A judge that is named twice is asked once. Each judgement is kept under its member's
+    label, m0, m1, ... in the order of first naming.
+    """
+
+    def __init__(self, judges: Sequence[Any], *, filters: Sequence[Any] = ()) -> None:
+        pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in judges]
+        self._check(pairs, filters)
+        different = {id(judge): judge for judge, _ in (*pairs, *filters)}
+        members = {
+            key: Member(judge_of(judge), f"m{i}")
+            for i, (key, judge) in enumerate(different.items())
+        }
+        self.members = tuple(members.values())
+        self.weighted = [(members[id(judge)], float(weight)) for judge, weight in pairs]
+        self.filters = [(members[id(judge)], float(least)) for judge, least in filters]
+        self.name = ", ".join(member.name for member in self.members)
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterator[Judgement]:
+        for member in self.members:
+            yield from member.judge(ctx, prompts, candidates_PG)
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Ids of all judgements of one prompt's candidates."""
+        return [i for member in self.members for i in member.judgement_ids(candidates)]
+
+    def weights_used(self) -> set[str]:
+        return set().union(*(weights_of_judge(member.inner) for member in self.members))
+
+    def scores(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        """The score of each of one prompt's candidates."""
+        judgements = list(judgements)
+        out = self.filtered(candidates, judgements)
+        found = [(m.scores(candidates, judgements), weight) for m, weight in self.weighted]
+        return {c.id: None if c.id in out else _mean(found, c.id) for c in candidates}
+
+    def filtered(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> set[str]:
+        """Ids of the candidates that a filter keeps out."""
+        judgements, out = list(judgements), set[str]()
+        for member, least in self.filters:
+            scores = member.scores(candidates, judgements)
+            out |= {i for i, score in scores.items() if score is None or score < least}
+        return out
+
+    def _check(self, pairs: Sequence[Any], filters: Sequence[Any]) -> None:
+        if not pairs:
+            raise JudgeError("an EnsembleJudge needs a judge that scores; filters alone do not.")
+        for what, given in (("judges", pairs), ("filters", filters)):
+            for one in given:
+                good = isinstance(one, tuple) and len(one) == 2 and _is_number(one[1])
+                good = good and (hasattr(one[0], "judge") or callable(one[0]))
+                if not good or (what == "judges" and one[1] <= 0):
+                    form = "(judge, weight over 0)" if what == "judges" else "(judge, least score)"
+                    raise JudgeError(
+                        f"EnsembleJudge: {what} are given as {form}; got {one!r:.200}."
+                    )
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _mean(found: Sequence[tuple[dict[str, float | None], float]], name: str) -> float | None:
+    """The weighted mean of what members give a candidate; None where one gives nothing."""
+    known = [(score, w) for scores, w in found if (score := scores[name]) is not None]
+    if len(known) < len(found):
+        return None
+    return math.fsum(score * w for score, w in known) / math.fsum(w for _, w in known)

@@ -1,0 +1,165 @@
+"""Scores as expectations: where a judge states one, and how probable each allowed one is there.
+
+Knows tokens, the forms of verdicts and the model; nothing of prompts, candidates and records.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from self_rewarding_lm.data.tokens import Rendered, Tokens
+from self_rewarding_lm.generation.engine import Engine
+from self_rewarding_lm.generation.score_trie import (
+    Expected,
+    Ids,
+    ScoreTrie,
+    build_trie,
+    expected_score,
+    score_probabilities,
+)
+from self_rewarding_lm.judges.parsing import VerdictForm
+from self_rewarding_lm.models.interface import TokenModel
+
+DIGITS = "0123456789"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a score stands: all ids before it, and the paths of those that may follow."""
+
+    ids: Ids
+    trie: ScoreTrie
+
+
+class VerdictReader:
+    """Finds the places in a tokenizer's ids where verdicts of a form stand."""
+
+    def __init__(self, form: VerdictForm, tokens: Tokens) -> None:
+        self.form, self.tokens = form, tokens
+        self._tries: dict[tuple[str, bool], ScoreTrie] = {}
+
+    def stated(self, prompt: Ids, answer: Ids) -> Place | None:
+        """The place of the last statement in an answer; None where no token begins there.
+
+        Which number the judge took at that place does not matter. None comes where its tokens
+        divide the text otherwise than the paths do: where no beginning of the answer's ids decodes
+        to the text before the paths' first token.
+        """
+        body = [i for i in answer if i not in self.tokens.end_ids]
+        text = self._decode(body)
+        found = self.form.find(text)
+        if found is None:
+            return None
+        opens = found.start == len(found.before)
+        trie = self._trie(found.before, opens=opens)
+        start = max(0, found.start - self._lead(trie, opens))
+        count = bisect_right(range(len(body) + 1), start, key=lambda n: self._length(body[:n])) - 1
+        if self._decode(body[:count]) != text[:start]:
+            return None
+        return Place((*prompt, *body[:count]), trie)
+
+    def forced(self, prompt: Rendered, answer: Ids) -> Place:
+        """The place behind an answer that is closed and has the form's words behind it.
+
+        End tokens at its end are taken off and a line break follows. Without an answer the words
+        begin the turn of the assistant; where no chat template opened one, they begin a line.
+        """
+        end = len(answer)
+        while end and answer[end - 1] in self.tokens.end_ids:
+            end -= 1
+        text = self._decode(answer[:end])
+        if not text:
+            text = "" if prompt.messages is not None else prompt.text
+        is_open = not text or text[-1].isspace()
+        trie = self._trie(self.form.prefix if is_open else f"\n{self.form.prefix}", opens=is_open)
+        return Place((*prompt.ids, *answer[:end], *trie.context), trie)
+
+    @cached_property
+    def forced_length(self) -> int:
+        """Tokens at most that a forced ending takes, the last of a number's not counted."""
+        words = self.form.prefix
+        tries = (self._trie(words, opens=True), self._trie(f"\n{words}", opens=False))
+        return max(len(trie.context) + len(trie.levels()) - 1 for trie in tries)
+
+    @property
+    def path_length(self) -> int:
+        """Tokens of the longest number behind the form's own words."""
+        return len(self._trie(self.form.prefix, opens=True).levels())
+
+    def longer(self, trie: ScoreTrie, vocab: int) -> frozenset[int]:
+        """The tokens that make another number of one that could end: those that begin a digit.
+
+        A token begins with a digit if the text of ids that end in a digit goes on with a digit once
+        it is put behind them. Empty where no score ends at an inner node of the trie.
+        """
+        endings = trie.endings() if self.form.numeric else []
+        if not endings:
+            return frozenset()
+        if self._digits is None or self._digits[0] != vocab:
+            before = (*trie.context, *endings[0])
+            self._digits = vocab, _digit_tokens(before, vocab, self.tokens)
+        return self._digits[1]
+
+    _digits: tuple[int, frozenset[int]] | None = None
+
+    def _trie(self, before: str, *, opens: bool) -> ScoreTrie:
+        """The paths behind some words. opens: the words begin a text."""
+        if (before, opens) not in self._tries:
+            others = DIGITS if self.form.numeric else ""
+            self._tries[before, opens] = build_trie(
+                {v: self._encode(before + said, opens) for said, v in self.form.values.items()},
+                [self._encode(before + digit, opens) for digit in others],
+            )
+        return self._tries[before, opens]
+
+    def _encode(self, text: str, opens: bool) -> Ids:
+        """Ids of a text; of one that goes on, without what tokenizers put before a beginning."""
+        if opens:
+            return self.tokens.encode_part(text)
+        head, whole = (self.tokens.encode_part(DIGITS[0] + t) for t in ("", text))
+        is_part = whole[: len(head)] == head
+        return whole[len(head) :] if is_part else self.tokens.encode_part(text)
+
+    def _lead(self, trie: ScoreTrie, opens: bool) -> int:
+        """Characters of a path before its number: 1 where a token joins the space to it."""
+        value, path = trie.paths[0]
+        said = next(text for text, v in self.form.values.items() if v == value)
+        before = (*(() if opens else self.tokens.encode_part(DIGITS[0])), *trie.context)
+        return self._length((*before, *path)) - self._length(before) - len(said)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return (self.tokens.decode(ids) or "") if len(ids) else ""
+
+    def _length(self, ids: Sequence[int]) -> int:
+        return len(self._decode(ids))
+
+
+def _digit_tokens(before: Ids, vocab: int, tokens: Tokens) -> frozenset[int]:
+    """The ids whose text begins with a digit behind `before`, which ends in one."""
+    text = tokens.decode(before) or ""
+
+    def begins_with_digit(token: int) -> bool:
+        try:
+            longer = tokens.decode((*before, token)) or ""
+        except Exception:  # an id that the model has and the tokenizer does not know
+            return False
+        return longer.startswith(text) and longer[len(text) : len(text) + 1].isdecimal()
+
+    return frozenset(filter(begins_with_digit, range(vocab)))
+
+
+def expected_scores(
+    model: TokenModel, places: Sequence[Place], reader: VerdictReader, engine: Engine
+) -> Iterator[tuple[int, Expected]]:
+    """The expected score at each place, with its index, as they are computed.
+
+    Probabilities are those of the model as it is: no temperature.
+    """
+    by_trie: dict[ScoreTrie, list[int]] = {}
+    for i, place in enumerate(places):
+        by_trie.setdefault(place.trie, []).append(i)
+    for trie, members in by_trie.items():
+        longer = reader.longer(trie, model.vocab)
+        for i, found in engine.chances(model, [places[m].ids for m in members], trie, longer):
+            yield members[i], expected_score(score_probabilities(trie, found))

@@ -1,0 +1,110 @@
+"""A reward model of transformers as the judge: a sequence classifier with a tokenizer of its own.
+
+Knows conversations and their scores; nothing of the policy's tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.data.tokenizers import Ids
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.judges.functions import reward_scores
+from self_rewarding_lm.models.batching import micro_batches, pad_rows
+from self_rewarding_lm.models.inference import inferring
+from self_rewarding_lm.models.interface import device_of
+from self_rewarding_lm.models.loading import load_classifier, longest_input
+from self_rewarding_lm.records import Candidate, Judgement, Prompt
+from self_rewarding_lm.scores import score_of
+
+
+class RewardModelJudge:
+    """A sequence-classification model that reads prompt and response as a conversation.
+
+    model: a folder, a name on the hub or a module. tokenizer: default the one beside the model.
+    chat_template: a name, jinja text; default the tokenizer's own. torch_dtype: default the
+    checkpoint's ("auto"). One output is the score; of several classes it is the expected class
+    number under their softmax, as for ModuleJudge. A conversation longer than the model takes has
+    no score (`too_long`), it is never cut. micro_batch_tokens: that go through the model at once.
+
+    The candidates of a prompt go through the model together and with no others; one by one where
+    the model's config has no pad_token_id, because the score is then read at a wrong token.
+    Raises ConfigError for what cannot be loaded, JudgeError without a template.
+    """
+
+    num_judgements = 1
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        tokenizer: Any = None,
+        *,
+        chat_template: str | None = None,
+        torch_dtype: str | torch.dtype = "auto",
+        micro_batch_tokens: int = 16_384,
+    ) -> None:
+        self.module, found = load_classifier(model, torch_dtype=torch_dtype)
+        source = found if tokenizer is None else tokenizer
+        if source is None or not (chat_template or getattr(source, "chat_template", None)):
+            raise JudgeError(
+                "a RewardModelJudge renders prompt and response with its own tokenizer's chat "
+                f"template; there is no {'tokenizer' if source is None else 'template'}. Give "
+                "tokenizer= (transformers.AutoTokenizer.from_pretrained(...)) or chat_template=."
+            )
+        config: Any = getattr(self.module, "config", None)
+        self.tokens = Tokens(source, eos_id=None, vocab=None, chat_template=chat_template)
+        self.limit = longest_input(self.module, source)
+        self.pad_id: int | None = getattr(config, "pad_token_id", None)
+        self.micro_batch_tokens = micro_batch_tokens
+        self.name = str(getattr(config, "_name_or_path", "") or type(self.module).__name__)
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterator[Judgement]:
+        self.module.to(ctx.runtime.device)
+        for prompt, candidates in zip(prompts, candidates_PG, strict=True):
+            rows = [self.conversation(prompt, candidate) for candidate in candidates]
+            fits = [i for i, row in enumerate(rows) if self.limit is None or len(row) <= self.limit]
+            for i in sorted({*range(len(rows))} - {*fits}):
+                yield self._judgement(candidates[i], None, "too_long")
+            groups = micro_batches(
+                [len(rows[i]) for i in fits],
+                token_budget=self.micro_batch_tokens,
+                max_rows=1 if self.pad_id is None else None,
+            )
+            for group in groups:
+                places = [fits[k] for k in group]
+                scores = self._scores([rows[i] for i in places])
+                for i, score in zip(places, scores, strict=True):
+                    parsed = score_of(score)
+                    yield self._judgement(candidates[i], parsed.score, parsed.reason)
+
+    def conversation(self, prompt: Prompt, candidate: Candidate) -> Ids:
+        """What the reward model reads: the prompt's messages and the response, rendered."""
+        if prompt.text is None or candidate.text is None:
+            raise JudgeError(
+                "a RewardModelJudge reads texts, so the trainer needs tokenizer_encode and "
+                "tokenizer_decode, or tokenizer."
+            )
+        asked = prompt.messages or ({"role": "user", "content": prompt.text},)
+        answer = {"role": "assistant", "content": candidate.text}
+        return self.tokens.conversation([*asked, answer], candidate.id)
+
+    @torch.no_grad()
+    def _scores(self, rows: list[Ids]) -> list[float]:
+        ids, lengths = pad_rows(rows, self.pad_id or 0)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        device = device_of(self.module)
+        with inferring(self.module):
+            output = self.module(ids.to(device), attention_mask=mask.long().to(device))
+        return reward_scores(output, len(rows))
+
+    def _judgement(
+        self, candidate: Candidate, score: float | None, reason: str | None
+    ) -> Judgement:
+        return Judgement(f"{candidate.id}/j0", (candidate.id,), self.name, score, reason)

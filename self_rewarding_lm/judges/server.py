@@ -1,0 +1,198 @@
+"""A judge behind an address: another, larger model that is asked in words.
+
+It reads texts, so it may have any tokenizer. Knows judge prompts and how their answers are read;
+nothing of the policy's weights.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from self_rewarding_lm.config import (
+    DEFAULT_REWARD_CONFIG,
+    ComparisonConfig,
+    RewardConfig,
+    SamplingConfig,
+)
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.errors import ConfigError, typed
+from self_rewarding_lm.generation.server.client import Body, HttpClient, Refusal
+from self_rewarding_lm.generation.server.completions import SEED_BITS, first_choice
+from self_rewarding_lm.judges.asking import Question
+from self_rewarding_lm.judges.parsing import VerdictForm
+from self_rewarding_lm.judges.self_judge import (
+    PairwiseJudge,
+    SelfJudge,
+    form_of,
+    form_of_comparison,
+)
+from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
+
+PATH = "/chat/completions"
+
+
+class ServerJudge:
+    """A model at an OpenAI-compatible address as the judge (the LLM annotator of arXiv:2402.04792).
+
+    As `rewarding_model` of a self-reward stage it takes the stage's reward prompts (or comparison),
+    `judging` and number of judgements. As `judge=` of any stage it takes those given here.
+
+    model: its name there; default the first that the server lists. reward: default the library's.
+    sampling: default temperature 0.7, top-p 0.9; top_k, min_p, min_new_tokens and
+    repetition_penalty are sent, by vLLM's names, where they are set. num_judgements of each
+    candidate, each with a seed of its own. extra: fields that are put into every request in place
+    of others; one that is None is left out. name: of its judgements, default the model's.
+    api_key: default OPENAI_API_KEY. max_in_flight, timeout, max_retries: as for ServerEngine.
+
+    Scores are read in what it says. Raises ConfigError for expected and forced scores, which need
+    the policy's own tokens, and for filter_fn.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        url: str,
+        model: str | None = None,
+        reward: RewardConfig | None = None,
+        sampling: SamplingConfig | None = None,
+        num_judgements: int = 1,
+        name: str | None = None,
+        api_key: str | None = None,
+        max_in_flight: int = 64,
+        timeout: float = 600.0,
+        max_retries: int = 8,
+        extra: Mapping[str, Any] = {},
+    ) -> None:
+        if num_judgements < 1:
+            raise ConfigError(f"num_judgements must be 1 or more; got {num_judgements}.")
+        self.client = HttpClient(
+            url,
+            api_key=api_key,
+            max_in_flight=max_in_flight,
+            timeout=timeout,
+            max_retries=max_retries,
+        )
+        self.model, self.extra = model, dict(extra)
+        self.name = name or model or "server"
+        self.num_judgements = num_judgements
+        reward = reward or DEFAULT_REWARD_CONFIG
+        self._own = self.scoring(reward, sampling or SamplingConfig(), num_judgements)
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterable[Judgement]:
+        return self._own.judge(ctx, prompts, candidates_PG)
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Ids of all judgements of one prompt's candidates."""
+        return self._own.judgement_ids(candidates)
+
+    def scoring(
+        self,
+        reward: RewardConfig,
+        sampling: SamplingConfig,
+        num_judgements: int,
+        *,
+        name: str | None = None,
+        first: int = 0,
+    ) -> SelfJudge:
+        """The judge of a reward prompt; ConfigError where its scores cannot be had so."""
+        _check(reward, sampling)
+        name = name or self.name
+        asker = ServerAsker(self, form_of(reward), sampling, name=name)
+        return SelfJudge(reward, sampling, num_judgements, name=name, first=first, asker=asker)
+
+    def comparing(self, comparison: ComparisonConfig, sampling: SamplingConfig) -> PairwiseJudge:
+        """The judge of a comparison; ConfigError as above."""
+        _check(comparison, sampling)
+        form = form_of_comparison(comparison)
+        asker = ServerAsker(self, form, sampling, name=self.name, source="compared")
+        return PairwiseJudge(comparison, sampling, name=self.name, asker=asker)
+
+
+class ServerAsker:
+    """Asks the model of a ServerJudge. form: how it says what it decides."""
+
+    def __init__(
+        self,
+        server: ServerJudge,
+        form: VerdictForm,
+        sampling: SamplingConfig,
+        *,
+        name: str,
+        source: str = "sampled",
+    ) -> None:
+        self.server, self.form, self.sampling = server, form, sampling
+        self.name, self.source = name, source
+
+    def ask(self, ctx: Context, questions: Sequence[Question]) -> Iterator[Judgement]:
+        """A judgement for each question, as they come; None with its reason where none does."""
+        if not questions:
+            return
+        model = self._model()
+        bodies = (self._body(question, model, ctx.seed) for question in questions)
+        for place, answer in self.server.client.ask(PATH, bodies):
+            yield self._judgement(questions[place], answer)
+
+    def _model(self) -> str:
+        server = self.server
+        if server.model is None:
+            found = server.client.models()
+            if not found:
+                raise ConfigError(f"{server.client.url} lists no model; give ServerJudge(model=).")
+            server.model = found[0]
+        return server.model
+
+    def _body(self, question: Question, model: str, seed: int) -> Body:
+        s = self.sampling
+        asked = {
+            "stop": list(s.stop) or None,
+            "top_k": s.top_k,
+            "min_p": s.min_p,
+            "min_tokens": s.min_new_tokens or None,
+            "repetition_penalty": None if s.repetition_penalty == 1.0 else s.repetition_penalty,
+        }
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": question.text}],
+            "max_tokens": s.max_new_tokens,
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "seed": stable_hash(seed, question.id) & (2**SEED_BITS - 1),
+            **asked,
+            **self.server.extra,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _judgement(self, question: Question, answer: Body | Refusal) -> Judgement:
+        text, score, reason = None, None, None
+        if isinstance(answer, Refusal):
+            reason = answer.reason
+        else:
+            said = (first_choice(answer) or {}).get("message") or {}
+            text = said.get("content") if isinstance(said, Mapping) else None
+            if isinstance(text, str) and text:
+                read = self.form.read(text)
+                score, reason = read.score, read.reason
+            else:
+                text, reason = None, "empty"
+        return Judgement(
+            id=question.id,
+            candidate_ids=question.candidate_ids,
+            judge=self.name,
+            score=score,
+            reason=reason,
+            text=text,
+            source=self.source,
+        )
+
+
+def _check(asked: RewardConfig | ComparisonConfig, sampling: SamplingConfig) -> None:
+    if asked.score_mode == "expected" or asked.forced_ending:
+        raise ConfigError(
+            "a ServerJudge reads what the model says; its tokens are not the policy's, so expected "
+            "and forced scores are not to be had. Use score_mode='sampled' without forced_ending "
+            "(several judgements make a mean), or ServerEngine for the policy's own judging."
+        )
+    if sampling.filter_fn is not None:
+        raise ConfigError("filter_fn is a Python function of logits, which no server can run.")

@@ -1,0 +1,254 @@
+"""What a stage's candidates and judgements come to, counted prompt by prompt.
+
+Nothing of a prompt is kept but numbers, and sums are exact, so that neither the order of the
+prompts nor the number of processes changes a measure. While they come in, the checks look at
+them.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from itertools import combinations
+from typing import Any
+
+from self_rewarding_lm.checks import PAGE, Checker
+from self_rewarding_lm.judges.asking import FIRST_LOOK
+from self_rewarding_lm.records import Candidate, Judgement, MetaJudgement
+from self_rewarding_lm.scores import both_orders, candidate_scores
+
+
+@dataclass
+class Share:
+    """A part of a whole."""
+
+    part: Any = 0
+    whole: int = 0
+
+    def add(self, part: float, whole: int) -> None:
+        exact = isinstance(part, float) and math.isfinite(part)
+        self.part += Fraction(part) if exact else part
+        self.whole += whole
+
+
+@dataclass
+class JudgeTally:
+    """How a judge did; all judgements of a prompt's candidates are added at once."""
+
+    parsed: Share = field(default_factory=Share)
+    score: Share = field(default_factory=Share)
+    self_agreement: Share = field(default_factory=Share)
+    position_agreement: Share = field(default_factory=Share)
+    tie: Share = field(default_factory=Share)
+    mass: Share = field(default_factory=Share)
+    forced: Share = field(default_factory=Share)
+    rounded: Counter[float] = field(default_factory=Counter)
+
+    def add(
+        self,
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+        scores: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Count one or more prompts. scores: of the candidates; default `candidate_scores`."""
+        self._add_singles(judgements)
+        known = candidate_scores(candidates, judgements) if scores is None else scores
+        by_prompt: dict[str, list[float]] = {}
+        for candidate in candidates:
+            if (score := known[candidate.id]) is not None:
+                by_prompt.setdefault(candidate.prompt_id, []).append(score)
+        ranked = [own for own in by_prompt.values() if len(own) >= 2]
+        self.tie.add(sum(max(own) == min(own) for own in ranked), len(ranked))
+        compared = both_orders(j for j in judgements if len(j.candidate_ids) == 2).values()
+        orders = [(there, back) for there, back in compared if None not in (there, back)]
+        self.position_agreement.add(sum(a == b for a, b in orders), len(orders))
+        self.parsed.add(sum(j.score is not None for j in judgements), len(judgements))
+        masses = [j.score_mass for j in judgements if j.score_mass is not None]
+        self.mass.add(math.fsum(masses), len(masses))
+        self.forced.add(sum(j.source == "forced" for j in judgements), len(judgements))
+
+    def _add_singles(self, judgements: Sequence[Judgement]) -> None:
+        """Judgements of one candidate by one judge, and how far they agree."""
+        singles: dict[tuple[str, str], list[float]] = {}
+        for j in judgements:
+            if j.score is not None and len(j.candidate_ids) == 1:
+                singles.setdefault((j.candidate_ids[0], j.judge), []).append(j.score)
+        for own in singles.values():
+            self.score.add(math.fsum(own), len(own))
+            rounded = [round(score, 1) for score in own]
+            self.rounded.update(rounded)
+            twos = list(combinations(rounded, 2))
+            self.self_agreement.add(sum(a == b for a, b in twos), len(twos))
+
+    def metrics(self) -> dict[str, float]:
+        """The measures of `judge_metrics`."""
+        modal = Share(max(self.rounded.values(), default=0), self.score.whole)
+        shares = {
+            "judge/parse_rate": self.parsed,
+            "judge/score_mean": self.score,
+            "judge/modal_share": modal,
+            "judge/self_agreement": self.self_agreement,
+            "judge/position_agreement": self.position_agreement,
+            "judge/tie_rate": self.tie,
+            "judge/score_mass": self.mass,
+            "judge/forced_share": self.forced if self.forced.part else Share(),
+        }
+        return {name: float(s.part / s.whole) for name, s in shares.items() if s.whole}
+
+
+@dataclass
+class StageTally:
+    """A stage's prompts, candidates and judgements. Tallies of processes can be added."""
+
+    prompts: int = 0
+    candidates: int = 0
+    judgements: int = 0
+    answered: int = 0
+    tokens: int = 0
+    clipped: int = 0
+    encoded: int = 0
+    judge: JudgeTally = field(default_factory=JudgeTally)
+
+    def add(
+        self,
+        candidates: Sequence[Candidate],
+        judgements: Sequence[Judgement],
+        scores: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Count one prompt; scores as for a JudgeTally."""
+        self.prompts += 1
+        self.candidates += len(candidates)
+        self.judgements += len(judgements)
+        lengths = [len(c.ids) for c in candidates if c.reason is None]
+        self.answered += len(lengths)
+        self.tokens += sum(lengths)
+        self.clipped += sum(c.finished is False for c in candidates)
+        self.encoded += sum(c.tokens is not None for c in candidates)
+        self.judge.add(candidates, judgements, scores)
+
+    def metrics(self) -> dict[str, float]:
+        """`completions/...` and `judge/...`; completions/re_encoded only where there are any."""
+        return {
+            "completions/mean_length": self.tokens / max(1, self.answered),
+            "completions/clipped_ratio": self.clipped / max(1, self.answered),
+            **({"completions/re_encoded": self.encoded} if self.encoded else {}),
+            **self.judge.metrics(),
+        }
+
+
+def together(tallies: Sequence[Any]) -> Any:
+    """One tally of several of a kind."""
+    first = tallies[0]
+    if not isinstance(first, JudgeTally | StageTally | Share):
+        return sum(tallies[1:], first)
+    names = [f.name for f in fields(first)]
+    return type(first)(**{n: together([getattr(t, n) for t in tallies]) for n in names})
+
+
+def judge_metrics(
+    candidates: Sequence[Candidate], judgements: Sequence[Judgement]
+) -> dict[str, float]:
+    """How a judge did on a stage's candidates.
+
+    judge/parse_rate: judgements with a score. Of judgements of one candidate, scores rounded to
+    one decimal: judge/score_mean; judge/modal_share, the commonest score's share (1.0 for a judge
+    that always says the same); judge/self_agreement, of pairs of judgements of a candidate by one
+    judge those with the same score. Of judgements of two: judge/position_agreement, of comparisons
+    known in both orders those with the same verdict. judge/tie_rate: of prompts with two scored
+    candidates, those where the best and the worst have the same score. judge/score_mass: its mean
+    where it was looked at. judge/forced_share: judgements whose ending was forced, where any was.
+    A measure that nothing is known of is left out.
+    """
+    tally = JudgeTally()
+    tally.add(candidates, judgements)
+    return tally.metrics()
+
+
+SHOWN = 3  # texts of a judge that cannot be read, in the error
+
+
+ADVICE = (
+    "Change one of these: train the model on judge examples first (an SFT stage); make the "
+    "reward prompt's reward_regex_template, score_range or parse_reward fit what the judge "
+    "writes; set its forced_ending, which takes a score where none is written; raise "
+    "judging.max_new_tokens if its texts are cut off; use another "
+    "rewarding_model; or lower min_parse_rate."
+)
+
+
+class JudgeWatcher:
+    """Sees the judgements of a stage on one of `world` processes.
+
+    Its methods give the words of an error, or None: all processes have to raise together.
+    """
+
+    def __init__(self, checker: Checker, *, min_parse_rate: float, world: int = 1) -> None:
+        self.checker, self.min_parse_rate = checker, min_parse_rate
+        self.look = math.ceil(FIRST_LOOK / world)
+        self.scored = self.judged = self.not_finite = 0
+        self.unread: list[Judgement | MetaJudgement] = []
+        """The first without a score, to show."""
+
+    def count(self, judgements: Sequence[Judgement | MetaJudgement]) -> None:
+        """Count judgements, new ones or those of an attempt before."""
+        self.judged += len(judgements)
+        without = [j for j in judgements if j.score is None]
+        self.scored += len(judgements) - len(without)
+        self.not_finite += sum(j.reason == "not_finite" for j in without)
+        self.unread += without[: SHOWN - len(self.unread)]
+
+    def see_new(self, judgements: Sequence[Judgement]) -> str | None:
+        """Check `scores_not_finite`: of judgements that were counted and are not stored yet."""
+        found = [j.id for j in judgements if j.reason == "not_finite"]
+        if not found:
+            return None
+        return self.checker.failing(
+            "scores_not_finite",
+            self.not_finite / self.judged,
+            f"{self.not_finite} of {self.judged} judgements gave NaN or infinity, such as "
+            f"{', '.join(found[:8])}. A reward function or module has to give finite numbers, or "
+            "None where there is no score; with a judging model its logits are not finite: the "
+            "training before has diverged, or its type is too narrow. The last ones are not "
+            "stored and will be judged again.",
+        )
+
+    def see_parsed(
+        self, stage: str, where: object, *, noun: str = "judgements", advice: str = ADVICE
+    ) -> str | None:
+        """Check `min_parse_rate`. where: the stage's folder. noun: what was counted."""
+        if self.judged < self.look or self.scored >= self.min_parse_rate * self.judged:
+            return None
+        texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in self.unread)
+        return (
+            f"{stage}: only {self.scored} of {self.judged} {noun} "
+            f"({self.scored / self.judged:.0%}) gave a score; at least "
+            f"{self.min_parse_rate:.0%} must. Three of the judge's texts:\n{texts}\n"
+            f"{advice} All records made so far are kept in {where}. "
+            f"(check min_parse_rate, told in {PAGE}.)"
+        )
+
+    def see_scores(self, tally: JudgeTally) -> str | None:
+        """Checks `one_score` and `ties`, of all that was judged so far."""
+        found, failure = tally.metrics(), None
+        if tally.score.whole >= self.look:
+            commonest, count = tally.rounded.most_common(1)[0]
+            failure = self.checker.failing(
+                "one_score",
+                found["judge/modal_share"],
+                f"{count} of {tally.score.whole} scores are {commonest:g} (rounded to one decimal; "
+                "judge/modal_share): the judge does not tell responses apart, and what is left are "
+                "ties and noise. Take score_mode='expected', a comparison, another reward prompt "
+                "or rewarding_model, or train it on judge examples first. Where scores differ by "
+                "less than 0.1 on purpose, switch this check off.",
+            )
+        if failure is None and tally.tie.whole >= self.look:
+            failure = self.checker.failing(
+                "ties",
+                found["judge/tie_rate"],
+                f"of {tally.tie.whole} prompts {found['judge/tie_rate']:.0%} have the same score "
+                "for their best and their worst response (judge/tie_rate) and give no pair. Take "
+                "score_mode='expected', more num_sampled_reward_responses, a higher "
+                "generation.temperature or another judge.",
+            )
+        return failure

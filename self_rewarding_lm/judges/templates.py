@@ -1,0 +1,115 @@
+"""Judge prompts: templates of one response, of two, and of judgements, compiled and checked."""
+
+import re
+from collections.abc import Callable
+from textwrap import dedent
+
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from self_rewarding_lm.data.control_tokens import Filled, fill
+from self_rewarding_lm.errors import ConfigError
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # around what is put into a template; no text has them
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    autoescape=False,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,  # what the sandbox refuses would be rendered as nothing
+    finalize=lambda put: f"{_OPEN}{put}{_CLOSE}",
+)
+
+
+def compile_prompt_template(template: str, *, auto_dedent: bool) -> Callable[[str, str], Filled]:
+    """The function (prompt, response) -> judge prompt of a jinja2 template.
+
+    The judge prompt knows which of its characters the template put in. Raises ConfigError where
+    `prompt` or `response` is missing or another variable is asked for.
+    """
+    return _compiled(template, ("prompt", "response"), auto_dedent)
+
+
+def compile_comparison_template(
+    template: str, *, auto_dedent: bool
+) -> Callable[[str, str, str], Filled]:
+    """The function (prompt, response_a, response_b) -> judge prompt; errors as above."""
+    return _compiled(template, ("prompt", "response_a", "response_b"), auto_dedent)
+
+
+def compile_meta_template(template: str, *, auto_dedent: bool) -> Callable[[str, str, str], Filled]:
+    """The function (judge prompt, judgement a, judgement b) -> meta-judge prompt; errors as above.
+
+    All three are data in it, the judge prompt too.
+    """
+    return _compiled(template, ("judge_prompt", "judgement_a", "judgement_b"), auto_dedent)
+
+
+def template_parts(template: str) -> tuple[str, str]:
+    """The texts before and behind {{ reward }}; ConfigError where it is not there once."""
+    names = _variables(template, "reward_regex_template")
+    if names != {"reward"}:
+        raise ConfigError(
+            "a reward_regex_template needs exactly the variable {{ reward }}, for example "
+            f"'Score: {{{{ reward }}}}'; it has {_braced(names)}."
+        )
+    parts = re.split(r"\{\{\s*reward\s*\}\}", template.strip())
+    if len(parts) != 2 or any(mark in "".join(parts) for mark in ("{{", "{#", "{%")):
+        raise ConfigError(
+            "a reward_regex_template is plain text with {{ reward }} in it once; "
+            f"got {template.strip()!r}."
+        )
+    return parts[0], parts[1]
+
+
+def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Callable[..., Filled]:
+    names = _variables(template, "prompt_template")
+    if names != set(wanted):
+        braced = [f"{{{{ {name} }}}}" for name in wanted]
+        raise ConfigError(
+            f"a judge's prompt_template needs exactly the variables {', '.join(braced[:-1])} and "
+            f"{braced[-1]}; it has {_braced(names)}."
+        )
+    text = dedent(template).strip("\n") if auto_dedent else template
+
+    def render(*texts: str) -> Filled:
+        data = (re.sub(f"[{_OPEN}{_CLOSE}]", "\ufffd", str(text)) for text in texts)
+        try:  # a template may divide by zero, or by the length of a text
+            return _filled(compiled.render(**dict(zip(wanted, data, strict=True))))
+        except Exception as error:
+            raise _unrenderable(error) from error
+
+    try:
+        compiled = _ENVIRONMENT.from_string(text)  # here filters are looked up
+    except TemplateError as error:
+        raise _unrenderable(error) from error
+    render(*wanted)
+    return render
+
+
+def _filled(marked: str) -> Filled:
+    """A rendering without the marks around what was put in; they may stand within each other."""
+    parts, depth = [], 0
+    for part in re.split(f"([{_OPEN}{_CLOSE}])", marked):
+        if part in (_OPEN, _CLOSE):
+            depth += 1 if part == _OPEN else -1
+        else:
+            parts.append((part, depth > 0))
+    return fill(parts)
+
+
+def _unrenderable(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"prompt_template cannot be rendered with texts: {type(error).__name__}: {error}"
+    )
+
+
+def _variables(template: str, name: str) -> set[str]:
+    try:
+        return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
+    except TemplateError as error:
+        raise ConfigError(f"{name} is no valid jinja2 template: {error}") from error
+
+
+def _braced(names: set[str]) -> str:
+    return ", ".join(f"{{{{ {name} }}}}" for name in sorted(names)) or "none"

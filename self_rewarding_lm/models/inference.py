@@ -1,0 +1,95 @@
+"""How forwards without gradients run: the mode of the module, and products in narrow types.
+
+A CPU without instructions for bfloat16 multiplies bfloat16 matrices several times slower than
+float32 ones. There a linear layer's weights are widened piece by piece while they are used, and
+attention is computed and kept in float32; no second copy of the weights is made, and sums are more
+exact for it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+WIDENED_AT_ONCE = 4_194_304  # numbers: 16 MiB in float32
+
+
+NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Each submodule is afterwards in training or evaluation mode as before."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode, and as before afterwards."""
+    with modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def inferring(module: nn.Module) -> Iterator[None]:
+    """Forwards without gradients and dropout, products as this machine does them best."""
+    slow = any(is_slow(p.dtype, p.device) for p in module.parameters())
+    with torch.no_grad(), evaluating(module), WideProducts() if slow else nullcontext():
+        yield
+
+
+@cache
+def _lacks(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no instructions for products of a narrow type (x86 alone is known)."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
+    if dtype not in NATIVE or known.get("architecture") != "x86_64":
+        return False
+    return not any(known.get(name) for name in NATIVE[dtype])
+
+
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of a type are done faster in float32."""
+    return device.type == "cpu" and _lacks(dtype)
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which products of a tensor are computed."""
+    return torch.float32 if is_slow(tensor.dtype, tensor.device) else tensor.dtype
+
+
+class WideProducts(TorchFunctionMode):
+    """Linear layers in a narrow type whose products are computed in float32."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and _is_narrow(args[1]):
+            return _linear(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    is_matrix = weight.ndim == 2 and weight.numel() > 0
+    return is_matrix and is_slow(weight.dtype, weight.device)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
+    wide, out = x.float(), []
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            added = None if bias is None else bias[part].float()
+            out.append(F.linear(wide, weight[part].float(), added).to(x.dtype))
+    return out[0] if len(out) == 1 else torch.cat(out, dim=-1)

@@ -1,0 +1,410 @@
+"""Models, tokenizers and classifiers by name: a folder, a hub name or a GGUF file; adapters."""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.runs.pretrained import has_adapter, is_hugging_face
+from self_rewarding_lm.runtime import random_numbers_kept
+
+logger = logging.getLogger(__name__)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+DTYPES |= {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, and the adapter that is put on it; seed: of its first weights."""
+
+    torch_dtype: str | torch.dtype | None = None
+    device_map: Any = None
+    load_in_4bit: bool = False
+    peft_config: Any = None
+    merge_adapter: bool = False
+    seed: int = 0
+
+
+def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Module, Any]:
+    """A module as it is or loaded by name, with its adapter; and a tokenizer that came with it.
+
+    Raises ConfigError for options that do not go together.
+    """
+    tokenizer = None
+    if options.load_in_4bit and options.merge_adapter:
+        raise ConfigError(
+            "merge_adapter does not go with load_in_4bit: merged weights would be rounded to 4 "
+            "bit. Merge after training: load the base model in full, put the adapter on it with "
+            "peft.PeftModel.from_pretrained and call merge_and_unload."
+        )
+    if isinstance(model, nn.Module):
+        given = (options.torch_dtype, options.device_map, options.load_in_4bit or None)
+        if any(option is not None for option in given):
+            raise ConfigError(
+                "torch_dtype, device_map and load_in_4bit say how a model is loaded by name; this "
+                f"one is loaded already (a {type(model).__name__}). Load it so, or leave them out."
+            )
+    else:
+        model, tokenizer = load_causal_lm(
+            model,
+            torch_dtype=options.torch_dtype,
+            device_map=options.device_map,
+            load_in_4bit=options.load_in_4bit,
+        )
+    if options.peft_config is not None:
+        model = with_adapter(model, options.peft_config, seed=options.seed)
+    if options.merge_adapter and not has_adapter(model):
+        raise ConfigError("merge_adapter needs a model with an adapter; give peft_config.")
+    warn_of_low_precision(model)
+    return model, tokenizer
+
+
+def load_causal_lm(
+    source: str | Path,
+    *,
+    torch_dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    load_in_4bit: bool = False,
+) -> tuple[nn.Module, Any]:
+    """A causal LM and its tokenizer from a folder, a hub name or a GGUF file.
+
+    A folder may hold an adapter of peft: its base model is loaded and the adapter is trained on.
+    torch_dtype: default float32, in which small learning rates are not rounded away. The tokenizer
+    is None where there is none. Raises ConfigError for what cannot be found or read.
+    """
+    require("transformers", "a model by name")
+    path = Path(source)
+    name, gguf = gguf_of(source)
+    options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map, **gguf}
+    if load_in_4bit:
+        options["quantization_config"] = _four_bit()
+    if (path / "adapter_config.json").exists():
+        require("peft", "a model with an adapter")
+    try:
+        model, base = _read(name, options)
+    except Exception as error:  # of transformers, peft, safetensors or gguf, each with its own
+        raise ConfigError(
+            f"no causal LM could be loaded from {str(source)!r}. A model is given as an object, "
+            "a folder that save_pretrained wrote, a name on the hub, or a .gguf file. What was "
+            f"wrong here: {type(error).__name__}: {error!s:.500}"
+        ) from error
+    if gguf:
+        model = _unpacked(model)
+    return model, tokenizer_of([name, base] if base else [name], gguf)
+
+
+def gguf_of(source: str | Path) -> tuple[str, dict[str, str]]:
+    """What transformers calls a model, and beside it the name of a GGUF file where it is one."""
+    path = Path(source)
+    if path.suffix != ".gguf":
+        return str(source), {}
+    require("gguf", "a GGUF file")
+    if not path.is_file():
+        raise ConfigError(f"there is no file {str(source)!r}.")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Module:
+    """A model with a new adapter of peft, the only part that is trained then.
+
+    seed: of the adapter's first weights, so that a run can be begun again with the same ones.
+    Raises ConfigError for a configuration that does not fit.
+    """
+    require("peft", "peft_config")
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    _check_adapter(model, peft_config)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        with random_numbers_kept(), warnings.catch_warnings():
+            # peft asks transformers by a name that is deprecated there
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            torch.manual_seed(seed)
+            return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"peft_config does not fit the model: {error}") from error
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ConfigError where a Hugging Face model has nothing that can be trained and saved."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "the model holds an adapter that transformers loaded, beside its own weights. Put it "
+            "on with peft.PeftModel.from_pretrained(base, folder, is_trainable=True), or give the "
+            "adapter's folder as the model."
+        )
+    if has_adapter(model) and set(model.peft_config) != {"default"}:  # type: ignore[arg-type]
+        raise ConfigError(
+            "a model with an adapter must have one, named 'default' (peft's own name for the "
+            f"first); got {', '.join(model.peft_config)}."  # type: ignore[arg-type]
+        )
+    if is_hugging_face(model) and not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            f"the {type(model).__name__} has no weights that require gradients, so nothing can be "
+            "trained. An adapter is loaded with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not has_adapter(model) and not quantizer.is_serializable():
+        raise ConfigError(
+            f"the weights of the {type(model).__name__} are marked as quantised, in a form that "
+            'transformers cannot save. Give the .gguf file by its path (model="folder/some.gguf"), '
+            "which the library unpacks to plain weights; or train an adapter with peft_config."
+        )
+    if getattr(model, "is_loaded_in_4bit", False) and not has_adapter(model):
+        raise ConfigError(
+            "weights in 4 bit cannot be trained themselves; give peft_config, so that an adapter "
+            "is trained on them."
+        )
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of a model with its adapter merged into the weights."""
+    return deepcopy(model).merge_and_unload()  # type: ignore[operator]
+
+
+def check_placement(model: nn.Module | str | Path, device_map: Any, processes: int) -> None:
+    """Raise ConfigError where a model is spread over devices though several processes run."""
+    spread = getattr(model, "hf_device_map", None) or {}
+    if processes > 1 and (device_map is not None or len(set(spread.values())) > 1):
+        shown = device_map if device_map is not None else sorted(set(map(str, spread.values())))
+        raise ConfigError(
+            f"device_map ({shown}) spreads one model over devices that a process sees, and "
+            f"{processes} processes run, which would each do so on the same devices. Load it "
+            "without device_map (each process then holds the model on its own device), or start "
+            "one process."
+        )
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Whether a model's tensors must stay where they are: spread over devices, or quantised."""
+    return bool(getattr(model, "hf_device_map", None)) or bool(
+        getattr(model, "is_loaded_in_4bit", False)
+    )
+
+
+def end_ids_of(model: nn.Module) -> tuple[int, ...]:
+    """The end tokens that a Hugging Face model's generation config names."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (found,)
+
+
+def warn_of_low_precision(model: nn.Module) -> None:
+    """A word on weights that round small updates away."""
+    low = [p for p in model.parameters() if p.requires_grad and p.dtype in _LOW]
+    if low:
+        logger.warning(
+            "the trained weights are %s: updates of a learning rate such as 1e-6 are rounded "
+            "away. Load the model in float32 (and set accelerate_kwargs=dict(mixed_precision="
+            "'bf16') for speed), or train an adapter with peft_config.",
+            low[0].dtype,
+        )
+
+
+def dtype_of(torch_dtype: str | torch.dtype | None) -> torch.dtype | str:
+    """A dtype by name; float32 for None. "auto" is the checkpoint's own."""
+    if torch_dtype is None:
+        return torch.float32
+    if isinstance(torch_dtype, torch.dtype) or torch_dtype == "auto":
+        return torch_dtype
+    name = torch_dtype.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(
+            f"torch_dtype must be auto, {', '.join(DTYPES)} or a torch.dtype; got {torch_dtype!r}."
+        )
+    return DTYPES[name]
+
+
+def require(package: str, what: str) -> None:
+    """Raise ConfigError with the pip line where a package of the [hf] extra is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{what} needs the package {package}, which is not installed: "
+            'pip install "self-rewarding-lm[hf]"'
+        )
+
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def _read(name: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
+    """A model; and the name of its base model where it is an adapter."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if importlib.util.find_spec("peft") is None or find_adapter_config_file(name) is None:
+        return AutoModelForCausalLM.from_pretrained(name, **options), None
+    from peft import AutoPeftModelForCausalLM, PeftConfig
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            "its adapter_config.json names no base model. Load that, put the adapter on it with "
+            "peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and give the object."
+        )
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), base
+
+
+def _check_adapter(model: nn.Module, peft_config: Any) -> None:
+    """Raise ConfigError where peft_config is none for this model."""
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            "peft_config must be a configuration of peft, for example LoraConfig(r=16, "
+            f"target_modules='all-linear', task_type='CAUSAL_LM'); got {peft_config!r:.100}."
+        )
+    if not is_hugging_face(model):
+        raise ConfigError(
+            f"peft_config needs a Hugging Face causal LM; the model is a {type(model).__name__}."
+        )
+    if has_adapter(model):
+        raise ConfigError("the model has an adapter already; leave peft_config out.")
+    if peft_config.is_prompt_learning or peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            "peft_config must be of a kind that changes layers, such as LoraConfig, with "
+            f"task_type 'CAUSAL_LM'; got {type(peft_config).__name__} with task_type "
+            f"{str(peft_config.task_type)!r}."
+        )
+
+
+def _four_bit() -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "load_in_4bit needs the package bitsandbytes, which is not installed: "
+            "pip install bitsandbytes"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """A model read from GGUF without its marks of quantisation: the weights are plain tensors."""
+    config: Any = model.config
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    plain = type(model)(config).to(next(model.parameters()).dtype)  # type: ignore[call-arg]
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config  # type: ignore[assignment]
+    return plain
+
+
+def tokenizer_of(names: list[str], gguf: dict[str, str]) -> Any:
+    """The tokenizer of the first name that has one; None where none has."""
+    from transformers import AutoTokenizer
+
+    reason: object = None
+    for name in names:
+        try:
+            found = AutoTokenizer.from_pretrained(name, **gguf)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = error
+            continue
+        if set(found.encode("a", add_special_tokens=False)) - set(found.all_special_ids):
+            return found
+        reason = "no vocabulary is there"  # transformers makes an empty one of the model's kind
+    logger.warning("no tokenizer could be loaded from %s (%.200s)", " or ".join(names), reason)
+    return None
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder, a name on the hub or a GGUF file.
+
+    Raises ConfigError where there is none.
+    """
+    require("transformers", "a tokenizer by name")
+    from transformers import AutoTokenizer
+
+    name, gguf = gguf_of(source)
+    try:
+        return AutoTokenizer.from_pretrained(name, **gguf)
+    except Exception as error:  # of transformers, tokenizers or gguf, each with its own
+        raise ConfigError(
+            f"no tokenizer could be loaded from {source!r}: {error} A tokenizer is given as a "
+            "folder that save_pretrained wrote, a name on the hub or a .gguf file."
+        ) from error
+
+
+def lora_config(
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    target_modules: str | Sequence[str],
+    modules_to_save: Sequence[str] = (),
+    use_rslora: bool = False,
+) -> Any:
+    """peft's LoraConfig for a causal LM; the arguments are peft's."""
+    require("peft", "a LoRA adapter")
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora_dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        modules_to_save=list(modules_to_save) or None,
+        use_rslora=use_rslora,
+        task_type="CAUSAL_LM",
+    )
+
+
+ENDLESS = 1_000_000
+"""From here on a tokenizer's model_max_length says that it knows of no limit."""
+
+
+def load_classifier(
+    source: nn.Module | str | Path, *, torch_dtype: str | torch.dtype = "auto"
+) -> tuple[nn.Module, Any]:
+    """A sequence classifier and its tokenizer, from a folder or a name on the hub.
+
+    A module is taken as it is, without a tokenizer; None too where none is beside the model.
+    Raises ConfigError for what cannot be found or read.
+    """
+    if isinstance(source, nn.Module):
+        return source, None
+    require("transformers", "a reward model by name")
+    from transformers import AutoModelForSequenceClassification
+
+    name = str(source)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=dtype_of(torch_dtype)
+        )
+    except Exception as error:  # of transformers or safetensors, each with its own
+        raise ConfigError(
+            f"no sequence-classification model could be loaded from {name!r}. A reward model is "
+            "given as a module, a folder that save_pretrained wrote, or a name on the hub. What "
+            f"was wrong here: {type(error).__name__}: {error!s:.500}"
+        ) from error
+    return model, tokenizer_of([name], {})
+
+
+def longest_input(model: nn.Module, tokenizer: Any) -> int | None:
+    """Tokens that a model of transformers takes at most, as it or its tokenizer says."""
+    config: Any = getattr(model, "config", None)
+    said = [getattr(config, "max_position_embeddings", None)]
+    said.append(getattr(tokenizer, "model_max_length", None))
+    known = [int(n) for n in said if n is not None and 0 < n < ENDLESS]
+    return min(known) if known else None

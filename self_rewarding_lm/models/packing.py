@@ -1,0 +1,139 @@
+"""Rows of a training forward, one behind the other: nothing is padded, and what a row begins with
+as an earlier one does is computed once (chosen and rejected have one prompt).
+
+All layers but attention work on each token alone; attention layers turn to `Packing` as they turn
+to `KeyValues` in a session, and each row sees itself and the beginning it shares.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from self_rewarding_lm.models.attention import seen, whole_attention
+
+LEAST_SHARED = 8
+"""Tokens in common from which on they are shared: fewer are not worth a mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A row's own tokens, and before them the first `shared` tokens of the part `leader`."""
+
+    count: int
+    leader: int
+    shared: int
+
+
+class Packing:
+    """Right-padded rows (b, t) of `lengths`, without their padding.
+
+    ids, positions (n // width, width): the packed tokens and their places in their rows; a few
+    tokens of padding fill the last line. where (b, t): the packed place of each token of a row.
+    width: tokens in a line at most, for models that take no more; None: any number.
+    """
+
+    def __init__(
+        self,
+        ids: Int[Tensor, "b t"],
+        lengths: Int[Tensor, " b"],
+        device: torch.device,
+        *,
+        width: int | None = None,
+        least_shared: int = LEAST_SHARED,
+    ) -> None:
+        self.parts: list[_Part] = []
+        where = torch.zeros_like(ids)
+        tokens, positions = [], []
+        count = part = 0
+        shares = shared_beginnings(ids, lengths, least_shared)
+        for row, ((leader, shared), length) in enumerate(
+            zip(shares, lengths.tolist(), strict=True)
+        ):
+            if leader == row:
+                part = len(self.parts)  # of the rows that follow and begin like this one
+            own = length - shared
+            where[row, :shared] = where[leader, :shared]
+            where[row, shared:length] = torch.arange(count, count + own)
+            tokens.append(ids[row, shared:length])
+            positions.append(torch.arange(shared, length))
+            count += own
+            if own:
+                self.parts.append(_Part(own, part, shared))
+        lines = 1 if width is None else -(-count // width)
+        self.count, self.filled = count, -(-count // lines) * lines - count
+        filling = [torch.zeros(self.filled, dtype=torch.long)]
+        self.ids = torch.cat(tokens + filling).view(lines, -1).to(device)
+        self.positions = torch.cat(positions + filling).view(lines, -1).to(device)
+        self.where = where.to(device)
+        self.layers: set[int] = set()
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "b h n d"],
+        key: Float[Tensor, "b g n d"],
+        value: Float[Tensor, "b g n e"],
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        dropout: float = 0.0,
+    ) -> Float[Tensor, "b h n e"]:
+        """Causal attention of each token to its row, as `KeyValues.attend`; nothing is kept."""
+        self.layers.add(layer)
+        counts = [part.count for part in self.parts] + [self.filled] * bool(self.filled)
+        q, k, v = (
+            t.transpose(0, 1).flatten(1, 2).split(counts, dim=1) for t in (query, key, value)
+        )
+        out = []
+        for part, own, keys, values in zip(
+            self.parts, q, k, v, strict=False
+        ):  # the filling is last
+            if part.shared:
+                keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)
+                values = torch.cat([v[part.leader][:, : part.shared], values], dim=1)
+            mask = self._mask(part, window, own)
+            out.append(whole_attention(own, keys, values, mask, scale=scale, dropout=dropout))
+        if self.filled:
+            out.append(query.new_zeros(query.shape[1], self.filled, value.shape[-1]))
+        return torch.cat(out, dim=1).unflatten(1, (query.shape[0], query.shape[2])).transpose(0, 1)
+
+    def _mask(self, part: _Part, window: int | None, like: Tensor) -> Tensor | None:
+        """What is added to the scores: -inf for what a token must not see. None: all before it."""
+        length = part.shared + part.count
+        if not part.shared and (window is None or window >= length):
+            return None
+        name = (part.count, length, window)
+        if name not in self._masks:
+            hidden = ~seen(part.count, length, window, like.device)
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self._masks[name] = mask.masked_fill_(hidden, -torch.inf)
+        return self._masks[name]
+
+
+def shared_beginnings(
+    ids: Int[Tensor, "b t"], lengths: Int[Tensor, " b"], least: int = LEAST_SHARED
+) -> list[tuple[int, int]]:
+    """For each row an earlier row, and how many tokens they begin with alike; itself and 0 where
+    those are fewer than `least`. Rows that share follow each other."""
+    found: list[tuple[int, int]] = []
+    leader = 0
+    for row, length in enumerate(lengths.tolist()):
+        most = min(length, int(lengths[leader]))
+        alike = (ids[row, :most] == ids[leader, :most]).long().cumprod(0)
+        shared = int(alike.sum()) if row else 0
+        if shared < least:
+            leader, shared = row, 0
+        found.append((leader, shared))
+    return found
+
+
+def packed_length(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that go through the model for rows that follow each other."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return int(lengths.sum()) - sum(shared for _, shared in shared_beginnings(ids, lengths))

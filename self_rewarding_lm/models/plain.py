@@ -1,0 +1,133 @@
+"""Any module ids (b, t) -> logits (b, t, v), and one that offers a cache by our protocol.
+
+Without a cache each token costs a whole forward. A module offers one by a forward of the form
+forward(ids, positions=None, cache=None), see docs/adapters.md.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from copy import copy
+from inspect import signature
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from self_rewarding_lm.models.attention import KeyValues
+from self_rewarding_lm.models.batching import pad_rows
+from self_rewarding_lm.models.interface import (
+    Cache,
+    Plan,
+    Session,
+    TokenModel,
+    Training,
+    copied,
+    device_of,
+    limit_of,
+    logits_of,
+    not_checkpointed,
+)
+from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
+from self_rewarding_lm.models.trial import cache_agrees, check_causal, probe_vocab
+from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
+
+logger = logging.getLogger(__name__)
+
+
+class PlainModel:
+    """A module as it is; rows are padded on the right, which a causal model does not see."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.max_len = limit_of(module)
+        self.vocab = probe_vocab(module)
+        self.bytes_per_token = 0
+        self.training: Training | None = None
+        check_causal(self)
+        self.caches = {"positions", "cache"} <= set(signature(module.forward).parameters)
+        self.refresh()
+
+    def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        return logits_of(self.module(ids), *ids.shape)
+
+    def checkpointing(self) -> AbstractContextManager[None]:
+        raise not_checkpointed(self.module)
+
+    def refresh(self) -> None:
+        """Try whether a cache of the module's own is right with the present weights.
+
+        A branch that starts at zero hides what a cache gets wrong until it is trained.
+        """
+        if self.caches and not cache_agrees(self):
+            self.caches = False
+            logger.warning(
+                "%s.forward takes positions and a cache, but its logits with a cache are not those "
+                "without one: it is decoded without, and each token costs a whole forward. See "
+                "docs/adapters.md.",
+                type(self.module).__name__,
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        return copied(self.module.state_dict())
+
+    def save(self, folder: Path) -> None:
+        write_weights(self.module, folder / MODEL_FILE)
+
+    def load(self, file: Path) -> None:
+        read_weights(self.module, file)
+
+    def session(self, plan: Plan) -> Session:
+        device = device_of(self.module)
+        if self.caches:
+            return AttendingSession(self._attending, plan, device)
+        return recomputing(self, plan)
+
+    def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
+        output = self.module(ids, positions=positions, cache=cache)
+        self.bytes_per_token = cache.bytes_per_token
+        count = ids.shape[1] if cache.wanted is None else len(cache.wanted)
+        return logits_of(output, 1, count)
+
+
+def recomputing(model: TokenModel, plan: Plan) -> BatchSession:
+    """A session that computes whole rows anew for each token.
+
+    Rows are not joined: a batch of rows of one age has the least padding.
+    """
+
+    def start(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
+        cache = RecomputedRows(model, rows)
+        return cache.last_logits(), cache
+
+    return BatchSession(start, max_rows=plan.max_rows, device=device_of(model.module))
+
+
+class RecomputedRows:
+    """The stand-in for a cache: it holds the rows and computes them anew for each token."""
+
+    def __init__(self, model: TokenModel, rows: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        ids, lengths = pad_rows(rows)
+        device = device_of(model.module)
+        self.ids, self.lengths = ids.to(device), lengths.to(device)
+
+    def last_logits(self) -> Float[Tensor, "r v"]:
+        rows = torch.arange(len(self.lengths), device=self.ids.device)
+        return self.model.logits(self.ids)[rows, self.lengths - 1]
+
+    def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
+        longest = int(self.lengths.max())
+        if longest == self.ids.shape[1]:
+            self.ids = torch.nn.functional.pad(self.ids, (0, 1))
+        self.ids = self.ids.scatter(1, self.lengths[:, None], tokens[:, None])
+        self.lengths = self.lengths + 1
+        return self.last_logits()
+
+    def copy(self) -> Cache:
+        return copy(self)
+
+    def select(self, rows: Int[Tensor, " n"]) -> None:
+        self.lengths = self.lengths[rows]
+        self.ids = self.ids[rows, : int(self.lengths.max())]

@@ -1,0 +1,231 @@
+"""TransformerWrapper of x-transformers, with its key-value cache."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from x_transformers import AutoregressiveWrapper, TransformerWrapper
+from x_transformers.attend import Attend
+
+from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.models.attention import KeyValues
+from self_rewarding_lm.models.interface import (
+    Cache,
+    Plan,
+    Session,
+    Training,
+    copied,
+    device_of,
+    limit_of,
+    logits_of,
+    not_checkpointed,
+)
+from self_rewarding_lm.models.logprobs import Head
+from self_rewarding_lm.models.packing import Packing
+from self_rewarding_lm.models.plain import recomputing
+from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
+from self_rewarding_lm.models.trial import cache_agrees, check_causal, probe_vocab, tried
+from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
+
+logger = logging.getLogger(__name__)
+
+
+COPIES = 3
+"""Times that keys and values are held at most: x-transformers makes its cache longer by copying it,
+and the rows of prompts that are ready are copied out of theirs."""
+
+
+def unwrapped(model: nn.Module) -> TransformerWrapper | None:
+    """The TransformerWrapper in a model, an AutoregressiveWrapper taken off; None if it is none."""
+    inner = model.net if isinstance(model, AutoregressiveWrapper) else model
+    return inner if isinstance(inner, TransformerWrapper) else None
+
+
+class XTransformersModel:
+    """Rows are padded on the right for training, on the left for cached decoding."""
+
+    def __init__(self, module: nn.Module, transformer: TransformerWrapper) -> None:
+        self.module = module
+        self.transformer = transformer
+        self.max_len = limit_of(transformer)
+        self.vocab = probe_vocab(transformer)
+        self.bytes_per_token = 0
+        self.training: Training | None = None
+        if not transformer.attn_layers.causal:
+            raise AdapterError("the model is not causal: build it with Decoder, not Encoder.")
+        check_causal(self)
+        self._warned = False
+        self.refresh()
+
+    def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        return logits_of(self.transformer(ids), *ids.shape)
+
+    def checkpointing(self) -> AbstractContextManager[None]:
+        raise not_checkpointed(self.module)
+
+    def state(self) -> dict[str, Tensor]:
+        return copied(self.module.state_dict())
+
+    def save(self, folder: Path) -> None:
+        write_weights(self.module, folder / MODEL_FILE)
+
+    def load(self, file: Path) -> None:
+        read_weights(self.module, file)
+
+    def session(self, plan: Plan) -> Session:
+        device = device_of(self.module)
+        if self.attends and plan.max_rows <= self.transformer.max_seq_len:  # a step's packed row
+            most = self.transformer.max_seq_len
+            return AttendingSession(self._attending, plan, device, max_packed=most)
+        if not self.caches:
+            return recomputing(self, plan)
+        return BatchSession(self.start, max_rows=plan.max_rows, device=device)
+
+    def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
+        with attending(self.transformer, cache):
+            logits = self.transformer(ids, pos=positions)
+        self.bytes_per_token = cache.bytes_per_token
+        return logits if cache.wanted is None else logits[:, cache.wanted]
+
+    def _hidden(self, ids: Tensor, packing: Packing | None) -> Tensor:
+        if packing is None:
+            return self.transformer(ids, return_embeddings=True)
+        with attending(self.transformer, packing):
+            return self.transformer(ids, pos=packing.positions, return_embeddings=True)
+
+    def _head(self) -> Head:
+        project: Any = self.transformer.to_logits
+        if type(project) is nn.Linear:
+            return Head(project, project.weight, project.bias)
+        scale = getattr(self.transformer, "tie_embedding_scale", None)
+        if scale is None:
+            return Head(project)
+        embedding: Any = self.transformer.token_emb
+        return Head(project, embedding.emb.weight, scale=float(scale))
+
+    def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
+        cache = KeyValueRows(self.transformer, rows)
+        self.bytes_per_token = COPIES * cache.bytes_per_token
+        return cache.logits, cache
+
+    def refresh(self) -> None:
+        """Try whether cached decoding and packed rows are right with the present weights.
+
+        A branch that starts at zero hides what a cache gets wrong until it is trained.
+        """
+        self.attends, self.caches = True, False  # `session` shall do so while it is tried
+        self.attends = cache_agrees(self)
+        self.caches = self.attends or bool(self.transformer.can_cache_kv)
+        self.caches = self.attends or (self.caches and cache_agrees(self))
+        width = self.transformer.max_seq_len
+        self.training = tried(self, Training(self._hidden, self._head, self.attends, width))
+        if self.attends or self._warned:
+            return
+        self._warned = True
+        if self.caches:
+            logger.warning(
+                "this x-transformers model is decoded with its own cache, which is copied at each "
+                "token (its attention or positions cannot use ours): prompts share nothing, and a "
+                "batch ends before the next one begins."
+            )
+        else:
+            logger.warning(
+                "this x-transformers model cannot be decoded with a cache (its options do not "
+                "allow it, or the cached logits differ): each token costs a whole forward."
+            )
+
+
+@contextmanager
+def attending(transformer: TransformerWrapper, cache: KeyValues | Packing) -> Iterator[None]:
+    """Attention of x-transformers' layers over our keys and values, by hooks on its own.
+
+    The hook before hides all but one token from it, so that it costs nothing; the hook after gives
+    ours in place of what it made of that. Attention that is more than causal and scaled is an
+    AdapterError inside: masks, biases, memories, and what comes from other layers.
+    """
+    parts = [part for part in transformer.attn_layers.modules() if isinstance(part, Attend)]
+    ours: dict[nn.Module, Tensor] = {}
+
+    def before(part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        q, k, v = args
+        others = {name for name, value in kwargs.items() if isinstance(value, Tensor)}
+        if others or not part.causal or kwargs.get("causal") is False or q.shape[2] != k.shape[2]:
+            raise AdapterError("this kind of attention is not known here")
+        dropout = part.dropout if part.training else 0.0
+        ours[part] = cache.attend(parts.index(part), q, k, v, scale=part.scale, dropout=dropout)
+        return tuple(t[:, :, :1] for t in args), kwargs
+
+    def after(part: nn.Module, args: tuple, output: tuple) -> tuple:
+        return ours.pop(part), output[1]
+
+    handles = [part.register_forward_pre_hook(before, with_kwargs=True) for part in parts]
+    handles += [part.register_forward_hook(after) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class KeyValueRows:
+    """Left-padded rows and their keys and values; x-transformers appends to these by copying."""
+
+    def __init__(self, module: TransformerWrapper, rows: Sequence[Sequence[int]]) -> None:
+        self.module = module
+        longest = max(len(row) for row in rows)
+        device = device_of(module)
+        padded = [[0] * (longest - len(row)) + list(row) for row in rows]
+        self.starts = torch.tensor([longest - len(row) for row in rows], device=device)
+        self.state: Any = None
+        self.logits = self._forward(torch.tensor(padded, device=device))
+
+    @property
+    def bytes_per_token(self) -> int:
+        kept = [t for layer in self.state.attn_intermediates for t in layer.cached_kv]
+        return sum(t.shape[1] * t.shape[-1] * t.element_size() for t in kept)
+
+    def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
+        return self._forward(tokens[:, None])
+
+    def select(self, rows: Int[Tensor, " n"]) -> None:
+        trim = int(self.starts[rows].min())  # columns that pad every row that is left
+        self.starts = self.starts[rows] - trim
+        layers = [
+            replace(layer, cached_kv=tuple(t[rows][..., trim:, :] for t in layer.cached_kv))
+            for layer in self.state.attn_intermediates
+        ]
+        self.state = replace(
+            self.state, attn_intermediates=layers, cache_length=self.state.cache_length - trim
+        )
+
+    def copy(self) -> Cache:
+        return copy(self)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        logits, state = self.module(
+            ids,
+            return_intermediates=True,
+            seq_start_pos=self.starts,
+            cache=self.state,
+            input_not_include_cache=True,
+        )
+        # only what the next step reads is kept: the rest holds every layer's hidden states
+        layers = [
+            replace(
+                layer,
+                qk_similarities=None,
+                pre_softmax_attn=None,
+                post_softmax_attn=None,
+                values=None,
+            )
+            for layer in state.attn_intermediates
+        ]
+        self.state = type(state)(attn_intermediates=layers, cache_length=state.cache_length)
+        return logits[:, -1]

@@ -1,0 +1,245 @@
+"""A plan as text for a terminal, and as JSON values. Sizes are decimal: 1 GB is 10^9 bytes."""
+
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.recipes.plan.machine import UTILISATION
+from self_rewarding_lm.recipes.plan.phases import GENERATING, JUDGING, Phase
+from self_rewarding_lm.recipes.plan.plan import Fitting, RunPlan, StagePlan
+from self_rewarding_lm.recipes.plan.ranges import NOTHING, Range
+
+WIDTH = 100
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "peak")
+
+
+HEADS = ("weights", "gradients", "optimiser", "activations", "logits", "cache", "peak")
+
+
+def bytes_of(text: str) -> int:
+    """A size in words, such as 24GB, 80GiB or 512 MB; ConfigError for what is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None or (found[3] and not found[2]) or float(found[1]) == 0:
+        raise ConfigError(f"a size of memory is a number with a unit, such as 24GB; got {text!r}.")
+    units = BINARY_UNITS if found[3] else UNITS
+    return round(float(found[1]) * units[found[2].lower()])
+
+
+def plan_json(plan: RunPlan) -> dict[str, Any]:
+    """The plan as JSON values. Bytes and seconds are numbers; null is what is not known; a range is
+    {"least", "most"}, with most null where no bound is known."""
+    values = _plain(plan)
+    for stage, found in zip(plan.stages, values["stages"], strict=True):
+        found["peak"] = None if stage.peak is None else stage.peak.peak
+        for name in ("candidates", "judgements"):
+            found["work"][name]["written"] = _plain(getattr(stage.work, name).written)
+    peak = plan.peak
+    values["peak"] = None
+    if peak is not None:
+        values["peak"] = {"bytes": peak[1].peak, "stage": peak[0].name, "phase": peak[1].name}
+    values["disk"]["total"] = _plain(plan.disk.total)
+    values["utilisation"] = UTILISATION
+    return values
+
+
+def plan_text(plan: RunPlan) -> str:
+    """The plan in lines of at most 100 characters; the last two are peak memory and disk."""
+    lines = [*_heading(plan)]
+    for place, stage in enumerate(plan.stages, 1):
+        lines += ["", f"stage {place} of {len(plan.stages)}: {stage.name} ({stage.kind})"]
+        lines += [f"  {line}".rstrip() for line in _stage(plan, stage)]
+    return "\n".join([*lines, "", *_totals(plan)])
+
+
+def _heading(plan: RunPlan) -> Iterator[str]:
+    model, device, machine = plan.model, plan.device, plan.machine
+    trained = "all" if model.trainable == model.parameters else f"{model.trainable:,}"
+    kind = str(model.dtype).removeprefix("torch.")
+    mixed = ", mixed precision" if device.types.mixed else ""
+    yield from _wrapped(
+        f"{model.name}: {model.parameters:,} parameters, {trained} trained, {kind}{mixed}; "
+        f"planned for {'a GPU' if device.kind == 'cuda' else 'the CPU'}, for each process."
+    )
+    if model.reason is not None:
+        yield from _wrapped(f"Activations and cache are unknown: {model.reason}.")
+    if plan.texts is not None:
+        yield from _wrapped(f"Lengths of rows are unknown ({plan.texts}): limits stand for them.")
+    if machine is not None:
+        yield from _wrapped(
+            f"Times are of this machine: {machine.rate / 1e9:,.0f} GFLOP/s and "
+            f"{machine.bandwidth / 1e9:,.0f} GB/s measured, of which {UTILISATION:.0%} are assumed "
+            "to be reached."
+        )
+
+
+def _stage(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
+    if stage.phases:
+        yield from _table(stage.phases)
+    yield from _work(stage)
+    for phase in stage.phases:
+        if phase.is_used and phase.scores:
+            yield from _wrapped(
+                f"attention keeps its scores, {_size(phase.scores)} of the activations, because it "
+                "has dropout on a CPU (dropout: 0 needs none)"
+            )
+    for note in stage.work.notes:
+        yield from _wrapped(f"not counted: {note}")
+    if stage.seconds:
+        told = [f"{name} {_range(time, _time)}" for name, time in stage.seconds.items()]
+        yield from _wrapped(f"time: {', '.join(told)}")
+    disk = stage.disk
+    told = [f"weights {_size(disk.weights)}", f"records {_range(disk.records, _size)}"]
+    if disk.meanwhile != NOTHING:
+        told.append(f"further weights while it trains {_range(disk.meanwhile, _size)}")
+    yield from _wrapped(f"disk: {', '.join(told)}")
+    if stage.fitting is not None:
+        yield from _wrapped(_fits(stage, plan.device.memory or 0, stage.fitting))
+
+
+def _table(phases: Sequence[Phase]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("memory", *HEADS)]
+    for phase in phases:
+        name = phase.name if phase.is_used else f"({phase.name})"
+        rows.append((name, *(_cell(getattr(phase, column)) for column in COLUMNS)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _work(stage: StagePlan) -> Iterator[str]:
+    work, training = stage.work, stage.work.training
+    asked = [
+        (name, each)
+        for name, each in (("candidates", work.candidates), ("judgements", work.judgements))
+        if each.count != NOTHING
+    ]
+    if asked:
+        told = [f"prompts {_range(work.prompts, _number)}"] if work.prompts != NOTHING else []
+        for name, each in asked:
+            words = f"{name} {_range(each.count, _number)}"
+            if each.here:
+                words += f" of {_range(each.new, _number)} tokens"
+            told.append(words)
+        written = [each.written for _, each in asked if each.here]
+        told.append(f"tokens to generate {_range(sum(written, NOTHING), _number)}")
+        yield from _wrapped("; ".join(told))
+    if training is not None:
+        noun = "pairs" if training.pairs else "rows"
+        micro = next((p.tokens for p in stage.phases if p.is_used and p.gradients), None)
+        yield from _wrapped(
+            f"{noun} {_range(training.rows, _number)} of {_range(training.row.tokens, _number)} "
+            f"tokens; steps {_range(training.steps, _number)}; tokens to train "
+            f"{_range(training.tokens, _number)}; in micro-batches of {_number(micro or 0)} tokens"
+        )
+
+
+def _fits(stage: StagePlan, memory: int, fitting: Fitting) -> str:
+    """Whether a stage fits the device, and what to change where it does not."""
+    peak = stage.peak
+    if peak is None or peak.peak is None:
+        return f"device: whether it fits into {_size(memory)} is unknown"
+    words = f"device: fits into {_size(memory)}"
+    if peak.peak > memory:
+        words = f"device: {peak.name} does not fit into {_size(memory)}"
+        if peak.name in (GENERATING, JUDGING):
+            return (
+                f"{words}; narrower weights (torch_dtype) or a server on other devices are needed"
+            )
+    if fitting.plain is None or fitting.checkpointing is None:
+        return words
+    if fitting.checkpointing == fitting.plain == 0:
+        return (
+            f"{words}; no micro_batch_tokens would: fewer trained weights (peft), narrower ones "
+            "(torch_dtype) or several processes that share them (FSDP) are needed"
+        )
+    return (
+        f"{words}; largest optim.micro_batch_tokens: {_number(fitting.plain)}, with "
+        f"gradient_checkpointing {_number(fitting.checkpointing)}"
+    )
+
+
+def _totals(plan: RunPlan) -> Iterator[str]:
+    peak, disk = plan.peak, plan.disk
+    if peak is None:
+        yield "Peak memory: unknown."
+    else:
+        stage, phase = peak
+        yield f"Peak memory: {_size(phase.peak or 0)}, stage {stage.name}, {phase.name}."
+    weights = disk.weights + Range.of(disk.initial)
+    parts = [f"weights {_range(weights, _size)}", f"records {_range(disk.records, _size)}"]
+    if disk.meanwhile != NOTHING:
+        parts.append(f"training {_range(disk.meanwhile, _size)}")
+    yield f"Disk: {_range(disk.total, _size)} ({', '.join(parts)})."
+
+
+def _cell(value: int | None) -> str:
+    return "unknown" if value is None else "-" if value == 0 else _size(value)
+
+
+def _range(value: Range, form: Callable[[int], str]) -> str:
+    if value.is_unknown:
+        return "unknown"
+    if value.most is None:
+        return f"at least {form(value.least)}"
+    least, most = form(value.least), form(value.most)
+    if least == most:
+        return least
+    return f"at most {most}" if value.least == 0 or form(0) == least else f"{least} to {most}"
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+def _size(value: float) -> str:
+    """Bytes with three digits."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if value >= 0.9995 * unit:
+            return f"{_digits(value / unit)} {name}"
+    return f"{value:.0f} B"
+
+
+def _time(seconds: float) -> str:
+    for unit, name in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{_digits(seconds / unit)} {name}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _plain(value: Any) -> Any:
+    """Records as dicts; modules are left out, types are named."""
+    if is_dataclass(value):
+        named = ((field.name, getattr(value, field.name)) for field in fields(value))
+        return {name: _plain(each) for name, each in named if not isinstance(each, nn.Module)}
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -1,0 +1,125 @@
+"""What may stand in a recipe, with defaults and words. Knows nothing of files."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from self_rewarding_lm.config import (
+    DEFAULT_REWARD_CONFIG,
+    PAPER_REWARD_CONFIG,
+    Config,
+    FinetuneConfig,
+    Object,
+    RewardConfig,
+)
+from self_rewarding_lm.models.loading import dtype_of
+from self_rewarding_lm.stages.contrastive import ContrastiveDPOConfig
+from self_rewarding_lm.stages.dpo import DPOConfig
+from self_rewarding_lm.stages.eft import BuildEFTConfig
+from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.meta_rewarding import MetaRewardDPOConfig
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
+from self_rewarding_lm.stages.sft import SFTConfig
+from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.stages.temporal import TemporalDPOConfig
+
+RUBRICS = {"paper": PAPER_REWARD_CONFIG, "short": DEFAULT_REWARD_CONFIG}
+
+
+STAGE_KINDS: dict[str, type[FinetuneConfig]] = {
+    kind.folder_name: kind
+    for kind in (
+        SFTConfig,
+        BuildEFTConfig,
+        SelfRewardDPOConfig,
+        SelfRewardSFTConfig,
+        MetaRewardDPOConfig,
+        ExternalRewardDPOConfig,
+        ContrastiveDPOConfig,
+        DPOConfig,
+        SelfPlayConfig,
+        TemporalDPOConfig,
+    )
+}
+"""The stages by the name that they have in a recipe."""
+
+
+class LoraSettings(Config):
+    """A LoRA adapter, in peft's words."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank."""
+    lora_alpha: float = Field(default=32, gt=0)
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the adapter's input."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names of the layers that get an adapter; "all-linear" is all but the output layer."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of layers that are trained in full and saved with the adapter."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+
+
+class RecipeSettings(Config):
+    """What stands at the top of a recipe."""
+
+    model: str
+    """M0: a folder that save_pretrained wrote, a name on the hub, a .gguf file, or
+    package.module:attribute (a torch module, or a function without arguments that makes one)."""
+    out: str = "checkpoints"
+    """The run's folder. The same recipe with the same folder goes on where it was stopped."""
+    paper: Object = None
+    """The paper's stages; the settings are those of paper_recipe."""
+    stages: Object = None
+    """In place of `paper`: a list of stages of your own."""
+    reward_prompts: Object = None
+    """How responses are judged, by name; stages judge by `default` unless they name another."""
+    tokenizer: str | None = None
+    """A folder, a name on the hub or package.module:attribute. null: the model's own."""
+    chat_template: str | None = None
+    """plain, chatml, llama-3, gemma, zephyr, jinja text, or raw (texts as they are). null: the
+    tokenizer's own, plain where it has none."""
+    torch_dtype: str | None = None
+    """Of a model that is loaded by name: auto, float32, bfloat16 (bf16), float16, float64. null:
+    float32, in which small learning rates are not rounded away."""
+    device_map: str | dict[str, int | str] | None = None
+    """Where the parts of a model are put (transformers), for one process alone."""
+    load_in_4bit: bool = False
+    """Load the model in 4 bits (bitsandbytes); with `peft`."""
+    peft: LoraSettings | None = None
+    """Train a LoRA adapter in place of all weights; {} takes its defaults."""
+    merge_adapter: bool = False
+    """Write the model with the adapter merged to <out>/merged after the last stage."""
+    keep_stages: int | None = Field(default=None, ge=1)
+    """How many of the stages that are done keep their weights on disk, the last ones. null: all."""
+    report: bool = True
+    """Write report.html into the run's folder when the run is done."""
+    eos_id: int | None = Field(default=None, ge=0)
+    """The token that ends a response. null: the tokenizer's and the model's own."""
+    seed: int = 0
+    """Of sampling, of the order of rows and of dropout."""
+    accelerate: dict[str, Any] = Field(default={})
+    """Arguments of accelerate.Accelerator, for example {mixed_precision: bf16}."""
+
+    @field_validator("torch_dtype")
+    @classmethod
+    def _dtype_known(cls, name: str | None) -> str | None:
+        dtype_of(name)
+        return name
+
+
+class RubricSettings(RewardConfig):
+    """A reward prompt that begins with one of the library's own."""
+
+    rubric: Literal["paper", "short"] = "paper"
+    """Where the settings that are not given come from: `paper` is the paper-length additive
+    rubric, `short` the one of 700 characters for models with little room."""
+
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+NESTED = ("paper", "stages", "reward_prompts")

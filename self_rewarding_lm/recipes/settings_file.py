@@ -1,0 +1,190 @@
+"""The recipe that documents itself: every setting with its default and its words, as YAML.
+
+The text is made from the classes and functions that read it, so it cannot fall behind them.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from self_rewarding_lm.config import Config, SelfInstruct
+from self_rewarding_lm.data.oasst import open_assistant
+from self_rewarding_lm.describe import REQUIRED, Setting, settings_of
+from self_rewarding_lm.recipes.paper import paper_recipe
+from self_rewarding_lm.recipes.settings import RUBRICS, STAGE_KINDS, RecipeSettings, RubricSettings
+
+WIDTH = 100
+
+
+HEAD = """\
+A recipe: the whole of Self-Rewarding Language Models (arXiv:2401.10020), from M0 to M3.
+
+  self-rewarding-lm run recipe.yaml
+
+`self-rewarding-lm run --settings` prints this file. Lines that begin with two marks say what a
+setting is; lines that begin with one hold a setting at its default: take the mark and the space
+behind it away to change it. Everything is checked before any work. Relative paths start at this
+file's folder. Flags (`self-rewarding-lm run --help`) stand above what the file says.
+
+A dataset is one of:
+  a file             rows.jsonl, .json (both also .gz) or .parquet
+  an object          package.module:attribute, a torch Dataset, a list, a datasets.Dataset
+  a stage's records  {from_stage: name}
+  Open Assistant     {open_assistant: trees.jsonl.gz, part: ift}, further settings below
+  new prompts        {self_instruct: {seed_dataset: prompts.jsonl, num_prompts: 5000}}, where
+                     prompts are wanted; further settings below
+  several            [one, another], one after the other
+  one a round        {rounds: [one, another]}, for the prompts of `paper`
+Functions, modules and classes are named package.module:attribute. None, in what is said here, is
+null in the file.
+"""
+
+
+EXAMPLES = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "out": "runs/paper",
+    "ift": "{open_assistant: trees.jsonl, part: ift}",
+    "ranked": "{open_assistant: trees.jsonl, part: eft_train}",
+    "prompts": "prompts.jsonl",
+    "train_dataset": "rows.jsonl",
+    "prompt_dataset": "prompts.jsonl",
+    "ranked_dataset": "{open_assistant: trees.jsonl, part: eft_train}",
+    "reward_model": "my_rewards:score",
+}
+"""What stands for a setting that must be given, or that the example gives."""
+
+
+LINES_IN_WORDS = "[first, behind the last]: lines of the file, counted from 0, such as [0, 70]."
+
+
+STAGES_MARK = "In place of `paper`: stages of your own"
+
+
+def recipe_text() -> str:
+    """A recipe with every setting: those that must be given, the others behind a mark."""
+    lines = [*_words(0, HEAD), ""]
+    nested = ("paper", "stages", "reward_prompts")
+    top = {setting.name: setting for setting in settings_of(RecipeSettings)}
+    for name in ("model", "out"):
+        lines += [*_given(0, top[name]), ""]
+    lines += [*_words(0, top["paper"].words), "paper:"]
+    settings = settings_of(paper_recipe)
+    for setting in sorted(settings, key=lambda s: s.name not in ("ift", "ranked", "prompts")):
+        known = setting.name in ("ift", "ranked", "prompts")
+        lines += _given(1, setting) if known else _commented(1, setting)
+    for setting in top.values():
+        if setting.name not in ("model", "out", *nested):
+            lines += ["", *_commented(0, setting)]
+    lines += ["", *_rewards(top["reward_prompts"]), "", *_dataset_words()]
+    lines += ["", *_stages()]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def uncommented(text: str) -> str:
+    """The text with all settings in force; words stay comments."""
+    return re.sub(r"^( *)#(?: (.*))?$", r"\1\2", text, flags=re.MULTILINE)
+
+
+def _rewards(setting: Setting) -> Iterator[str]:
+    yield from _words(0, setting.words)
+    yield from ("# reward_prompts:", "#   default:")
+    base = RUBRICS["paper"]
+    for inner in settings_of(RubricSettings):
+        if inner.name == "prompt_template":
+            told = "Given, it takes the place of a rubric, and all that it needs is said with it."
+            yield from _words(0, f"prompt_template: {inner.words} {told}", inset=4)
+        else:
+            value = getattr(base, inner.name, inner.default)
+            yield from _commented(0, inner, depth=2, value=value)
+
+
+def _dataset_words() -> Iterator[str]:
+    for name, owner in (("open_assistant", open_assistant), ("self_instruct", SelfInstruct)):
+        yield from _words(0, f"Further settings of {name}:")
+        for setting in settings_of(owner):
+            default = "" if setting.default is REQUIRED else f"{_yaml(setting.default)}  "
+            words = LINES_IN_WORDS if setting.name == "trees" else _all_words(setting)
+            if setting.name != "path":  # said by the key itself
+                yield from _words(0, f"{setting.name}: {default}{words}", inset=2)
+
+
+def _stages() -> Iterator[str]:
+    """The kinds of stages as a list behind marks; a setting that comes again is only named."""
+    yield from _words(
+        0,
+        f"{STAGES_MARK}, one after the other; a stage may also be package.module:Class. Each kind "
+        "with its settings:",
+    )
+    yield "# stages:"
+    seen: set[tuple[str, str, str]] = set()
+    for kind, cls in STAGE_KINDS.items():
+        yield from _words(0, (cls.__doc__ or "").split("\n\n")[0], inset=2)
+        yield f"#   - stage: {kind}"
+        again = []
+        for setting in settings_of(cls):
+            key = (setting.name, _yaml(setting.default), setting.words)
+            if setting.default is REQUIRED or key not in seen:
+                yield from _commented(0, setting, depth=2)
+            else:
+                again.append(setting.name)
+            seen.add(key)
+        if again:
+            yield from _words(0, f"also, as above: {', '.join(again)}", inset=4)
+
+
+def _given(base: int, setting: Setting) -> Iterator[str]:
+    yield from _words(base, _all_words(setting))
+    yield f"{'  ' * base}{setting.name}: {EXAMPLES[setting.name]}"
+
+
+def _commented(
+    base: int, setting: Setting, *, depth: int = 0, value: Any = REQUIRED
+) -> Iterator[str]:
+    """A setting behind a mark. base: where the mark stands; depth: how far behind it."""
+    inset = 2 * depth
+    mark = f"{'  ' * base}# {' ' * inset}"
+    value = setting.default if value is REQUIRED else value
+    if isinstance(value, str) and "\n" in value:  # a prompt of the library's own
+        yield from _words(base, f"{setting.name}: {_all_words(setting)}", inset=inset)
+        return
+    yield from _words(base, _all_words(setting), inset=inset)
+    if isinstance(value, Config):
+        yield f"{mark}{setting.name}:"
+        for inner in settings_of(type(value)):
+            own = getattr(value, inner.name)
+            yield from _commented(base, inner, depth=depth + 1, value=own)
+        return
+    text = EXAMPLES[setting.name] if value is REQUIRED else _yaml(value)
+    yield f"{mark}{setting.name}: {text}"
+    if value is None and setting.nested is not None:
+        for inner in settings_of(setting.nested):
+            words = f"{inner.name}: {_yaml(inner.default)}  {_all_words(inner)}"
+            yield from _words(base, words, inset=inset + 2)
+
+
+def _words(base: int, text: str, *, inset: int = 0) -> list[str]:
+    """Words behind two marks, in lines of at most 100 characters."""
+    mark = f"{'  ' * base}## {' ' * inset}"
+    lines: list[str] = []
+    for line in text.splitlines() if "\n" in text else [text]:
+        lines += textwrap.wrap(line, WIDTH - len(mark), break_on_hyphens=False) or [""]
+    return [f"{mark}{line}" for line in lines if text]
+
+
+def _all_words(setting: Setting) -> str:
+    allowed = ", ".join(map(str, setting.allowed))
+    return f"{setting.words} One of: {allowed}.".strip() if allowed else setting.words
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line of YAML."""
+    if value is REQUIRED:
+        return ""
+    if isinstance(value, Config):
+        return "{...}"
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+    return re.sub(r"e-0(\d)", r"e-\1", text.removesuffix("...\n").strip())

@@ -1,0 +1,174 @@
+"""YAML text as values that know where they stand.
+
+Knows nothing of recipes. Words and numbers are read as YAML 1.2 does: `true` and `false` are the
+only booleans (`no`, `on` are words), `1e-6` is a number, `010` and `1:30` are none of the octal and
+base-60 numbers that older readers make of them, dates are words.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from self_rewarding_lm.errors import ConfigError
+
+MERGE = "<<"
+
+
+_NUMBER_STARTS = list("-+0123456789.")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and its place. value: a scalar, a dict of Nodes by str, or a list of Nodes.
+
+    place: words that name it in an error, "recipe.yaml, line 3". folder: where a relative path in
+    it starts.
+    """
+
+    value: Any
+    place: str
+    folder: Path
+
+    def plain(self) -> Any:
+        """The value without its places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def at(self, path: tuple[Any, ...]) -> "Node":
+        """The node at a path of keys and places, or the nearest above it that there is."""
+        if not path:
+            return self
+        key, rest = path[0], path[1:]
+        if isinstance(self.value, dict) and key in self.value:
+            return self.value[key].at(rest)
+        if isinstance(self.value, list) and isinstance(key, int) and key < len(self.value):
+            return self.value[key].at(rest)
+        return self
+
+    def replaced(self, changes: Mapping[tuple[str, ...], "Node"]) -> "Node":
+        """The same with other nodes at some paths of keys."""
+        node = self
+        for path, new in changes.items():
+            node = _replaced(node, path, new)
+        return node
+
+
+def read_yaml(path: Path) -> Node:
+    """The nodes of a YAML file; relative paths in it start at its folder.
+
+    Raises ConfigError, with the line, where it is no YAML or has a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return parse_yaml(text, str(path), path.resolve().parent)
+
+
+def parse_yaml(text: str, source: str, folder: Path, *, lines: bool = True) -> Node:
+    """The nodes of a YAML text. source: its name; with `lines`, places tell the line too."""
+
+    def place(mark: Any) -> str:
+        return f"{source}, line {mark.line + 1}" if lines and mark is not None else source
+
+    try:
+        found = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        words = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ConfigError(f"{place(mark)}: this is no YAML: {words}.") from error
+    except RecursionError as error:
+        raise _too_deep(source) from error
+    if found is None:
+        raise ConfigError(f"{source} is empty.")
+    try:
+        return _node(found, place, folder, frozenset())
+    except RecursionError as error:
+        raise _too_deep(source) from error
+
+
+def _too_deep(source: str) -> ConfigError:
+    return ConfigError(f"{source}: there are too many lists or mappings within each other.")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the words and numbers of YAML 1.2's core schema."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+
+
+for _tag, _pattern, _starts in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", _NUMBER_STARTS),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9_]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN)",
+        _NUMBER_STARTS,
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _starts
+    )
+
+
+def _node(found: yaml.Node, place: Any, folder: Path, above: frozenset[int]) -> Node:
+    where = place(found.start_mark)
+    if id(found) in above:
+        raise ConfigError(f"{where}: an alias stands within what it names.")
+    above |= {id(found)}
+    if isinstance(found, yaml.MappingNode):
+        return Node(_mapping(found, place, folder, above), where, folder)
+    if isinstance(found, yaml.SequenceNode):
+        return Node([_node(item, place, folder, above) for item in found.value], where, folder)
+    try:
+        value = _Loader("").construct_object(found)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # "!!bool maybe"
+        words = getattr(error, "problem", None) or error
+        raise ConfigError(f"{where}: {found.value!r} cannot be read: {words}.") from error
+    return Node(value, where, folder)
+
+
+def _mapping(
+    found: yaml.MappingNode, place: Any, folder: Path, above: frozenset[int]
+) -> dict[str, Node]:
+    values: dict[str, Node] = {}
+    for key, child in found.value:
+        where = place(key.start_mark)
+        name = key.value if isinstance(key, yaml.ScalarNode) else None
+        if name is None:
+            raise ConfigError(f"{where}: a key must be a word; got a {key.id}.")
+        if name in values:
+            raise ConfigError(
+                f"{where}: the key {name!r} is there twice (also {values[name].place})."
+            )
+        node = _node(child, place, folder, above)
+        values[name] = Node(node.value, where, folder)  # an error is looked for at its key
+    return _merged(values.pop(MERGE), values) if MERGE in values else values
+
+
+def _merged(sources: Node, values: dict[str, Node]) -> dict[str, Node]:
+    """`<<`: the keys of one mapping or several, under those that the mapping has itself."""
+    parts = sources.value if isinstance(sources.value, list) else [sources]
+    if not all(isinstance(part.value, dict) for part in parts):
+        raise ConfigError(f"{sources.place}: {MERGE} takes a mapping, such as *an_alias.")
+    inherited = {k: node for part in reversed(parts) for k, node in part.value.items()}
+    return {**inherited, **values}
+
+
+def _replaced(node: Node, path: tuple[str, ...], new: Node) -> Node:
+    key, rest = path[0], path[1:]
+    values = dict(node.value) if isinstance(node.value, dict) else {}
+    if rest:
+        new = _replaced(values.get(key, Node({}, new.place, new.folder)), rest, new)
+    values[key] = new
+    return Node(values, node.place, node.folder)

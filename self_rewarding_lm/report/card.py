@@ -1,0 +1,276 @@
+"""The model card beside saved weights, and the way of both to the Hugging Face hub.
+
+The card says what the run's folder says: settings, metrics, what kind of weights these are. It does
+not guess what nobody wrote down (licences, languages, who may use the weights).
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.report.figures import StageFigures, stage_figures
+from self_rewarding_lm.report.markup import number
+from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order, words_of
+from self_rewarding_lm.runs.run import Run
+from self_rewarding_lm.runs.stage_folder import read_json
+from self_rewarding_lm.runs.weights import CARD
+from self_rewarding_lm.training.losses import PAIR_LOSSES
+
+
+def upload_folder(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a folder as a model; its address. The repository is made where it is not there yet.
+
+    Logging in is huggingface_hub's business. Raises AdapterError where it is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise AdapterError(
+            "uploading needs huggingface_hub: pip install 'self-rewarding-lm[hf]'."
+        ) from error
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
+
+
+logger = logging.getLogger(__name__)
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+LONGEST = 120  # characters of a setting in the table
+
+
+CITATIONS = {
+    "2401.10020": ("yuan2024self", "Self-Rewarding Language Models", "Yuan, Weizhe and others"),
+    "2305.18290": (
+        "rafailov2023direct",
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "Rafailov, Rafael and others",
+    ),
+    "2401.01335": (
+        "chen2024spin",
+        "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models",
+        "Chen, Zixiang and others",
+    ),
+    "2404.19733": (
+        "pang2024iterative",
+        "Iterative Reasoning Preference Optimization",
+        "Pang, Richard Yuanzhe and others",
+    ),
+}
+"""BibTeX key, title and authors by arXiv number."""
+
+
+LIBRARY_ENTRY = """\
+@software{self_rewarding_lm,
+  title = {self_rewarding_lm},
+  author = {{The self_rewarding_lm authors}},
+  license = {MIT}
+}"""
+
+
+LIMITS = """\
+- Numbers of training and scores that a model gives to its own answers do not show that it answers
+  better: compare it with an earlier stage on prompts that were not trained on.
+- A judge may prefer long answers, or those of its own kind; look at the lengths above.
+- Nothing here was checked for safety, for facts or for bias.
+- The licences of the first model and of the data hold for these weights. They are not recorded.
+"""
+
+
+def with_card(run: Run, stage: str, save: Callable[[Path], None]) -> Callable[[Path], None]:
+    """What writes beside a stage's weights: what `save` writes, and the card."""
+
+    def write(folder: Path) -> None:
+        save(folder)
+        try:
+            text = card_text(run, stage, folder)
+        except Exception as error:  # weights without a card are better than none
+            logger.warning("%s: no model card (%s: %s)", stage, type(error).__name__, error)
+        else:
+            (folder / CARD).write_text(text, encoding="utf-8", errors="replace")
+
+    return write
+
+
+def card_text(run: Run, stage: str, folder: Path) -> str:
+    """The card of a stage's weights in Markdown, behind the fields that the hub reads.
+
+    folder: where the weights lie, whose config.json tells their kind. It is the same wherever and
+    whenever the run was.
+    """
+    last = run.stages.index(stage) + 1
+    stages = [stage_figures(run, name, records=False) for name in run.stages[:last]]
+    model = run.info.get("model", {})
+    kind, size = str(model.get("class", "unknown")).rpartition(".")[2], model.get("parameters")
+    told = f"{kind} with {number(size)} parameters" if isinstance(size, int) else kind
+    parts = [
+        *(_head(folder, stages), f"# Stage {_plain(stage)}"),
+        f"A {told}, trained with self_rewarding_lm in {last} of {len(run.stages)} stages, seed "
+        f"{run.info.get('seed', 'unknown')}. `report.html` in the run's folder shows the run.",
+        "## Stages so far",
+        _table(["stage", "kind", "starts from", "data", "steps"], map(_row, stages)),
+        "## Numbers of the run",
+        _numbers(stages),
+        "## Limits",
+        LIMITS.strip(),
+        "## Loading it",
+        f"```python\n{_loading(folder, stage)}\n```",
+        "## Citation",
+        f"```bibtex\n{_citations(stages)}\n```",
+        _sources(stages),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def push_to_hub(
+    run: Run,
+    stage: str | int,
+    repo_id: str,
+    *,
+    private: bool = True,
+    upload: Callable[[Path, str, bool], str] = upload_folder,
+) -> str:
+    """Upload a stage's folder of weights with its card to the Hugging Face hub; its address.
+
+    repo_id: owner/name. upload: what does it, given the folder, the name and `private`. Raises
+    StoreError where the weights are not there or were changed after they were written.
+    """
+    return upload(run.weights(stage).parent, repo_id, private)
+
+
+def _head(folder: Path, stages: list[StageFigures]) -> str:
+    """The YAML between dashes; JSON strings are YAML."""
+    library, base = _library(folder)
+    lines = [f"library_name: {library}"]
+    if base is not None:
+        lines.append(f"base_model: {json.dumps(base)}")
+    if library != "pytorch":
+        lines.append("pipeline_tag: text-generation")
+    methods = ["self-rewarding" for s in stages if s.kind.startswith("SelfReward")]
+    methods += ["dpo" for s in stages if "dpo_beta" in _settings(s)]
+    methods += ["spin" for s in stages if s.kind == "SelfPlayConfig"]
+    tags = ["self-rewarding-lm", *dict.fromkeys(methods)]
+    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _library(folder: Path) -> tuple[str, str | None]:
+    """Which library loads the folder, and the base model's name on the hub where it is known."""
+    for file, library, key in (
+        ("adapter_config.json", "peft", "base_model_name_or_path"),
+        ("config.json", "transformers", "_name_or_path"),
+    ):
+        if (folder / file).exists():
+            name = str(read_json(folder / file).get(key) or "")
+            is_known = HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+            return library, name if is_known else None
+    return "pytorch", None
+
+
+def _settings(stage: StageFigures) -> dict[str, Any]:
+    return stage.settings.get("settings") or {}
+
+
+def _row(stage: StageFigures) -> list[str]:
+    data = [
+        f"{name}: {_short(value)}"
+        for name, value in _settings(stage).items()
+        if name.endswith("_dataset") and value is not None
+    ]
+    steps = stage.counts.get("steps")
+    return [stage.name, stage.kind, stage.start, "; ".join(data), number(steps) if steps else ""]
+
+
+def _numbers(stages: list[StageFigures]) -> str:
+    """The last value of each curve, and the numbers of the data, of each stage that has any."""
+    known = {**ROUNDS, **CURVES}
+    found = [{**{k: p[-1][1] for k, p in s.curves.items()}, **s.data} for s in stages]
+    keys = {key for one in found for key in one if key in known or key.startswith("anchor/")}
+    rows = [
+        [words_of(key), *(number(one[key]) if key in one else "" for one in found)]
+        for key in in_order(keys, known, "anchor/")
+    ]
+    words = "Of training: the last step's. Of data: all of the stage's."
+    head = ["number", *(stage.name for stage in stages)]
+    return f"{words}\n\n{_table(head, rows)}" if rows else "None was recorded."
+
+
+def _loading(folder: Path, stage: str) -> str:
+    library, _ = _library(folder)
+    if library == "transformers":
+        return (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)  # where it was saved with one"
+        )
+    if library == "peft":
+        return (
+            "from peft import AutoPeftModelForCausalLM\n\n"
+            "model = AutoPeftModelForCausalLM.from_pretrained(folder)"
+        )
+    return (
+        "from self_rewarding_lm import Run\n\n"
+        f"Run.open(run_folder).load_weights(model, {stage!r})  # into a model of the same shape"
+    )
+
+
+def _cited(stages: list[StageFigures]) -> Iterator[str]:
+    """The arXiv numbers of what was used."""
+    yield "2401.10020"
+    for stage in stages:
+        settings = _settings(stage)
+        if stage.kind == "SelfPlayConfig":
+            yield "2401.01335"
+        if "dpo_beta" in settings or stage.kind == "SelfPlayConfig":
+            yield from _of_losses(settings.get("loss", "dpo"))
+        if settings.get("nll_weight"):
+            yield "2404.19733"
+
+
+def _of_losses(loss: Any) -> Iterator[str]:
+    """The papers that the named losses' own words cite."""
+    for one in loss if isinstance(loss, list) else [loss]:
+        name = one.get("name") if isinstance(one, dict) else one
+        function = PAIR_LOSSES.get(name) if isinstance(name, str) else None
+        if name == "dpo":
+            yield "2305.18290"
+        elif function is not None:
+            yield from re.findall(r"arXiv:(\d{4}\.\d{5})", function.__doc__ or "")
+
+
+def _citations(stages: list[StageFigures]) -> str:
+    entries = [LIBRARY_ENTRY]
+    for paper in dict.fromkeys(_cited(stages)):
+        if paper in CITATIONS:
+            key, title, authors = CITATIONS[paper]
+            entries.append(
+                f"@article{{{key},\n  title = {{{title}}},\n  author = {{{authors}}},\n"
+                f"  journal = {{arXiv:{paper}}},\n  year = {{20{paper[:2]}}}\n}}"
+            )
+    return "\n\n".join(entries)
+
+
+def _sources(stages: list[StageFigures]) -> str:
+    others = [paper for paper in dict.fromkeys(_cited(stages)) if paper not in CITATIONS]
+    return f"Losses from: {', '.join(f'arXiv:{paper}' for paper in others)}." if others else ""
+
+
+def _table(head: list[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
+
+
+def _short(value: Any) -> str:
+    text = f"{len(value)} rows given in place" if isinstance(value, list) else str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _plain(text: str) -> str:
+    """A text on one line in which Markdown sees neither a table's border nor HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

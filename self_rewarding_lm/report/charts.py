@@ -1,0 +1,223 @@
+"""Charts as inline SVG, each with a title, a description in words and a table of its numbers.
+
+Lines differ by dashes and marks, not by colour alone: class `s0`, `s1`, ... gives both. Knows
+nothing of runs.
+"""
+
+import math
+from collections.abc import Sequence
+
+from self_rewarding_lm.report.markup import Safe, details, number, safe, table, tag
+
+WIDTH, HEIGHT = 360, 200
+
+
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 30
+
+
+STYLES = 6
+"""Styles of lines that differ; the seventh is the first again."""
+
+
+MARKS = 6
+"""Marks along a line."""
+
+
+ROWS = 12
+"""Rows of a chart's table, evenly picked."""
+
+
+Points = Sequence[tuple[float, float]]
+
+
+def line_chart(
+    key: str,
+    title: str,
+    lines: Sequence[tuple[str, int, Points]],
+    *,
+    across: str,
+    names: Sequence[str] = (),
+    share: bool = False,
+) -> Safe:
+    """Lines over numbers, or over names at 0, 1, ....
+
+    key: an id that no other chart has. lines: (name, style, points); those without points are left
+    out, and "" comes where none is left. share: the axis goes from 0 to 1.
+    """
+    lines = [line for line in lines if line[2]]
+    if not lines:
+        return Safe("")
+    every = [point for _, _, points in lines for point in points]
+    xs, ys = ([p[i] for p in every] for i in (0, 1))
+    across_ticks = [float(i) for i in range(len(names))] if names else ticks(min(xs), max(xs), 4)
+    up_ticks = ticks(0, 1, 4) if share else ticks(min(ys), max(ys), 4)
+    x_of = _scale((*across_ticks[:: max(1, len(across_ticks) - 1)], *xs), LEFT, WIDTH - RIGHT)
+    if names:
+        x_of = _scale((-0.3, len(names) - 0.7), LEFT, WIDTH - RIGHT)
+    y_of = _scale((*up_ticks, *ys), HEIGHT - BOTTOM, TOP)
+    labels = [_short(name) for name in names] if names else [number(x) for x in across_ticks]
+    parts = [_up_axis(up_ticks, y_of)]
+    parts += [_label(x_of(x), text) for x, text in zip(across_ticks, labels, strict=True)]
+    parts += [_line(name, style, points, x_of, y_of, names) for name, style, points in lines]
+    words = "; ".join(_told(name, points, across, names) for name, _, points in lines)
+    head = [across, *(name for name, _, _ in lines)]
+    return _figure(key, title, words, parts, table(title, head, _rows(lines, names)))
+
+
+def bar_chart(key: str, title: str, bars: Sequence[tuple[str, float]], *, across: str) -> Safe:
+    """Bars, each with its name; "" where there are none."""
+    if not bars:
+        return Safe("")
+    up_ticks = ticks(0, max(count for _, count in bars), 4)
+    y_of = _scale((0, *up_ticks, *(count for _, count in bars)), HEIGHT - BOTTOM, TOP)
+    width = (WIDTH - LEFT - RIGHT) / len(bars)
+    every = math.ceil(len(bars) / 8)
+    parts = [_up_axis(up_ticks, y_of)]
+    for place, (name, count) in enumerate(bars):
+        x, y = LEFT + place * width, y_of(count)
+        hint = tag("title", f"{name}: {number(count)}")
+        parts.append(
+            tag(
+                "rect", hint, class_="bar", x=_at(x + 0.1 * width), y=_at(y),
+                width=_at(0.8 * width), height=_at(y_of(0) - y),
+            )
+        )  # fmt: skip
+        if place % every == 0:
+            parts.append(_label(x + width / 2, _short(name)))
+    most = max(bars, key=lambda bar: bar[1])
+    words = f"{len(bars)} bars; the highest is {most[0]} with {number(most[1])}"
+    rows = [(name, number(count)) for name, count in bars]
+    return _figure(key, title, words, parts, table(title, [across, "count"], rows))
+
+
+def legend(names: Sequence[str]) -> Safe:
+    """Which line is whose; nothing where there is one."""
+    if len(names) < 2:
+        return Safe("")
+    items = []
+    for style, name in enumerate(names):
+        shown = f"s{style % STYLES}"
+        line = tag("line", class_=f"line {shown}", x1=2, y1=8, x2=42, y2=8)
+        swatch = tag(
+            "svg",
+            line,
+            _mark(22, 8, style),
+            class_="swatch",
+            viewBox="0 0 44 16",
+            aria_hidden="true",
+        )
+        items.append(tag("li", swatch, name))
+    return tag("ul", *items, class_="legend", aria_label="Lines")
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers from below `low` to above `high`, about so many, 1, 2 or 5 apart times ten."""
+    if low == high:
+        room = abs(low) / 2 or 0.5
+        low, high = low - room, high + room
+    power = 10.0 ** math.floor(math.log10((high - low) / about))
+    step = next(f * power for f in (1, 2, 5, 10) if f * power * about >= high - low - 1e-12)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _scale(values: Sequence[float], start: float, end: float):
+    low, high = min(values), max(values)
+    return lambda value: (
+        start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
+    )
+
+
+def _figure(key: str, title: str, words: str, parts: Sequence[Safe], numbers: Safe) -> Safe:
+    svg = tag(
+        "svg",
+        tag("title", title, id=f"{key}-t"),
+        tag("desc", words, id=f"{key}-d"),
+        *parts,
+        role="img",
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        aria_labelledby=f"{key}-t {key}-d",
+    )
+    return tag("figure", tag("figcaption", title), svg, details("Numbers", numbers))
+
+
+def _up_axis(values: Sequence[float], y_of) -> Safe:
+    parts = []
+    for value in values:
+        y = y_of(value)
+        parts.append(tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=_at(y), y2=_at(y)))
+        text = tag("text", _tick(value), x=LEFT - 6, y=_at(y + 4), text_anchor="end")
+        parts.append(text)
+    return tag("g", *parts, aria_hidden="true")
+
+
+def _label(x: float, text: str) -> Safe:
+    return tag(
+        "text", text, x=_at(x), y=HEIGHT - BOTTOM + 18, text_anchor="middle", aria_hidden="true"
+    )
+
+
+def _line(name: str, style: int, points: Points, x_of, y_of, names: Sequence[str]) -> Safe:
+    shown = f"s{style % STYLES}"
+    places = " ".join(f"{_at(x_of(x))},{_at(y_of(y))}" for x, y in points)
+    parts = [tag("polyline", class_=f"line {shown}", points=places)]
+    every = math.ceil(len(points) / MARKS)
+    offset = (style * every // STYLES) if len(points) > MARKS else 0
+    for x, y in [*points[offset::every]]:
+        where = names[int(x)] if names else number(x)
+        parts.append(_mark(x_of(x), y_of(y), style, f"{name}, {where}: {number(y)}"))
+    return tag("g", *parts)
+
+
+def _mark(x: float, y: float, style: int, hint: str | None = None) -> Safe:
+    """A disc, square, triangle, diamond, cross or ring."""
+    x, y = round(x, 1), round(y, 1)
+    shape = (
+        f"M{x - 3},{y}a3,3 0 1,0 6,0a3,3 0 1,0 -6,0z",
+        f"M{x - 3},{y - 3}h6v6h-6z",
+        f"M{x},{y - 4}l4,7h-8z",
+        f"M{x},{y - 4}l4,4l-4,4l-4,-4z",
+        f"M{x - 3},{y - 3}l6,6m0,-6l-6,6",
+        f"M{x - 3.5},{y}a3.5,3.5 0 1,0 7,0a3.5,3.5 0 1,0 -7,0z",
+    )[style % STYLES]
+    title = tag("title", hint) if hint else Safe("")
+    return tag("path", title, class_=f"mark s{style % STYLES}", d=shape)
+
+
+def _told(name: str, points: Points, across: str, names: Sequence[str]) -> str:
+    """A line in words."""
+    ys = [y for _, y in points]
+    ends = [
+        names[int(x)] if names else f"{across} {number(x)}" for x in (points[0][0], points[-1][0])
+    ]
+    words = f"{name}: {number(ys[0])} at {ends[0]}"
+    if len(points) == 1:
+        return words
+    words += f", {number(ys[-1])} at {ends[1]}"
+    return f"{words}, lowest {number(min(ys))}, highest {number(max(ys))}"
+
+
+def _rows(lines: Sequence[tuple[str, int, Points]], names: Sequence[str]) -> list[list[object]]:
+    found = [dict(points) for _, _, points in lines]
+    every = sorted({x for points in found for x in points})
+    if len(every) > ROWS:
+        every = [every[round(i * (len(every) - 1) / (ROWS - 1))] for i in range(ROWS)]
+    return [
+        [
+            names[int(x)] if names else number(x),
+            *("" if x not in p else number(p[x]) for p in found),
+        ]
+        for x in every
+    ]
+
+
+def _short(text: str) -> Safe:
+    return safe(text if len(text) <= 12 else f"{text[:11]}…")
+
+
+def _tick(value: float) -> str:
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _at(value: float) -> str:
+    return f"{value:.1f}"

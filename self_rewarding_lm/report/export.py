@@ -1,0 +1,108 @@
+"""What a stage trained on, as a file in TRL's columns.
+
+Pairs: `prompt, chosen, rejected`. Demonstrations: `prompt, completion`. Both are message lists
+where a chat template rendered the prompts (TRL renders them again), else texts. Supervised rows are
+token ids as they were trained, in the columns of a dataset that is tokenised already: `input_ids`
+and `completion_mask`, 1 where a token is learnt.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from self_rewarding_lm.errors import ConfigError, StoreError
+from self_rewarding_lm.records import Demonstration, TrainingRow, is_trained
+from self_rewarding_lm.runs.lines import Picked
+from self_rewarding_lm.runs.run import Run
+
+WRITTEN = (".jsonl", ".parquet")
+
+
+ROWS_WRITTEN = 16_384  # of a parquet file in one piece
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows to a .jsonl or .parquet file, by rename.
+
+    Raises ConfigError for other files, and for parquet without pyarrow.
+    """
+    if path.suffix not in WRITTEN:
+        raise ConfigError(f"the file must end in {' or '.join(WRITTEN)}; got {str(path)!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.tmp")
+    if path.suffix == ".parquet":
+        _write_parquet(draft, rows)
+    else:
+        with draft.open("w", encoding="utf-8", errors="replace") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    draft.replace(path)
+
+
+def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """In pieces, of one schema that all of them fit."""
+    try:
+        from pyarrow import Table, parquet, unify_schemas
+    except ImportError as error:
+        raise ConfigError(
+            f"{path} needs the package pyarrow: "
+            'pip install "self-rewarding-lm[data]", or write .jsonl.'
+        ) from error
+
+    def pieces() -> Iterator[list[Mapping[str, Any]]]:
+        for start in range(0, max(1, len(rows)), ROWS_WRITTEN):
+            yield list(rows[start : start + ROWS_WRITTEN])
+
+    schemas = [Table.from_pylist(piece).schema for piece in pieces()]
+    schema = unify_schemas(schemas, promote_options="permissive")
+    with parquet.ParquetWriter(path, schema) as writer:
+        for piece in pieces():
+            writer.write_table(Table.from_pylist(piece, schema=schema))
+
+
+def export_stage(run: Run, stage: str | int, path: Path, *, force: bool = False) -> int:
+    """Write a stage's rows to a .parquet or .jsonl file; the number of rows.
+
+    Raises StoreError where the file exists (unless `force`) or the stage has no rows; ConfigError
+    for other files, and for parquet without pyarrow.
+    """
+    if path.exists() and not force:
+        raise StoreError(f"{path} exists; give another name, or replace it with --force.")
+    rows = trained_rows(run, stage)
+    write_rows(path, rows)
+    return len(rows)
+
+
+def trained_rows(run: Run, stage: str | int) -> Sequence[dict[str, Any]]:
+    """The rows that a stage trained on, or made for another one. Raises StoreError without any."""
+    rows = run.preference_rows(stage)
+    rows = rows or Picked(run.demonstrations(stage), change=_demonstration)
+    if not rows:
+        trained = run.stage(stage).stored(TrainingRow, is_trained)
+        rows = Picked(trained, change=_supervised)
+    if not rows:
+        state = "done" if run.is_done(stage) else "not done"
+        raise StoreError(
+            f"stage {stage!r} of {run.folder} has no pairs, demonstrations or supervised rows; it "
+            f"is {state}."
+        )
+    kinds = {type(row["prompt"]).__name__ for row in rows if "prompt" in row}
+    if len(kinds) > 1:
+        raise StoreError(
+            f"stage {stage!r} of {run.folder} has prompts of several kinds ({', '.join(kinds)}): "
+            "texts or messages, and token ids. A file has one kind in a column."
+        )
+    return rows
+
+
+def _demonstration(made: Demonstration) -> dict[str, Any]:
+    if made.completion is None:
+        return {"prompt": made.prompt_ids, "completion": made.completion_ids}
+    if made.messages is None:
+        return {"prompt": made.prompt, "completion": made.completion}
+    answer = [{"role": "assistant", "content": made.completion}]
+    return {"prompt": list(made.messages), "completion": answer}
+
+
+def _supervised(row: TrainingRow) -> dict[str, Any]:
+    return {"input_ids": list(row.ids), "completion_mask": [int(flag) for flag in row.targets]}

@@ -1,0 +1,213 @@
+"""The numbers of a run: of each stage its state, costs, curves, scores, lengths and warnings.
+
+Reads a run's records one by one and keeps numbers. Knows nothing of pages. What is not known is
+None or absent.
+"""
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from self_rewarding_lm.runs.run import Run
+
+BINS = 20
+"""Bars of a histogram where there are more different scores than that."""
+
+
+POINTS = 300
+"""Points of a curve; longer ones are drawn as means of steps one after the other."""
+
+
+GIVEN = "the given model"
+"""What the first stage starts from, in words."""
+
+
+PHASES = {"begin": "data", "training": "training", "trained": "data"}
+"""What a stage does behind an event, until the next one."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts[i] scores lie in edges[i] to edges[i + 1], or are values[i] where these are given."""
+
+    counts: tuple[int, ...]
+    edges: tuple[float, ...]
+    values: tuple[float, ...] = ()
+
+
+@dataclass
+class StageFigures:
+    """A stage in numbers.
+
+    start: the stage whose weights it starts from, in words. seconds: by phase ("data": sampling,
+    judging, pairing, reference; "training"), of attempts whose end is known. lost: attempts whose
+    end is not. stopped: the words of the error that ended the last attempt.
+    """
+
+    name: str
+    kind: str
+    state: str
+    start: str
+    settings: dict[str, Any]
+    counts: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    began: float | None = None
+    lost: int = 0
+    stopped: str | None = None
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    data: dict[str, float] = field(default_factory=dict)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    scores: Histogram | None = None
+
+    @property
+    def dropped(self) -> dict[str, float]:
+        """How much was left out, by reason: those of pairs, candidates, prompts, rows."""
+        return {k: v for k, v in self.data.items() if "dropped_" in k or k == "rows/skipped"}
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A run in numbers. label: how it is called among several."""
+
+    label: str
+    info: dict[str, Any]
+    stages: list[StageFigures]
+
+
+def run_figures(run: Run, label: str) -> RunFigures:
+    """All figures of a run, which may still be going on."""
+    return RunFigures(label, run.info, [stage_figures(run, name) for name in run.stages])
+
+
+def stage_figures(run: Run, name: str, *, records: bool = True) -> StageFigures:
+    """A stage's figures; records are read once, one by one, or not at all."""
+    described = run.settings(name)
+    state = "done" if run.is_done(name) else "not done" if described else "not begun"
+    settings = described.get("settings") or {}
+    start = _start(run, name, str(settings.get("init_from", "previous")))
+    found = StageFigures(name, str(described.get("stage", "unknown")), state, start, described)
+    _add_metrics(found, run.metrics(name))
+    _add_events(found, run.events(name))
+    if records:
+        _add_records(found, run)
+    return found
+
+
+def _start(run: Run, name: str, init_from: str) -> str:
+    place = run.stages.index(name)
+    if init_from == "initial" or (init_from == "previous" and place == 0):
+        return GIVEN
+    return run.stages[place - 1] if init_from == "previous" else init_from
+
+
+def _add_metrics(found: StageFigures, lines: Iterable[dict[str, Any]]) -> None:
+    """Metrics that have steps become curves; the others, and all of anchors, single numbers."""
+    singles: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        step = line.get("step", 0)
+        for key, value in line.items():
+            if key == "step" or not _is_number(value):
+                continue
+            singles.setdefault(key, []).append((step, value))
+    for key, points in singles.items():
+        if any(step > 0 for step, _ in points) and not key.startswith("anchor/"):
+            found.curves[key] = points
+        else:
+            found.data[key] = points[-1][1]
+    if "num_tokens" in found.curves:
+        found.tokens["trained"] = int(sum(value for _, value in found.curves["num_tokens"]))
+    steps = [step for step, _ in found.curves.get("loss", [])]
+    if steps:
+        found.counts["steps"] = int(max(steps))
+
+
+def _add_events(found: StageFigures, events: Sequence[dict[str, Any]]) -> None:
+    """Times between events that are known, and the last warning of each check."""
+    told: dict[str, dict[str, Any]] = {}
+    marks = []
+    for event in events:
+        if event.get("event") == "warning":
+            told[str(event.get("check"))] = event
+        elif _is_number(event.get("time")):
+            marks.append((str(event.get("event")), float(event["time"])))
+    found.warnings = list(told.values())
+    if marks:
+        found.began = marks[0][1]
+    for (before, start), (after, end) in pairwise(marks):
+        if after == "begin":
+            found.lost += before != "stopped"
+        elif before in PHASES:
+            phase = PHASES[before]
+            found.seconds[phase] = found.seconds.get(phase, 0.0) + max(0.0, end - start)
+    stops = [event for event in events if event.get("event") == "stopped"]
+    if stops and events[-1] is stops[-1] and found.state != "done":
+        found.stopped = str(stops[-1].get("words", ""))
+
+
+def _add_records(found: StageFigures, run: Run) -> None:
+    name, counts, tokens = found.name, found.counts, found.tokens
+    prompts, rows = run.prompts(name), run.rows(name)
+    if len(prompts):
+        counts["prompts"], tokens["prompts"] = len(prompts), sum(len(p.ids) for p in prompts)
+    candidates = run.candidates(name)
+    if len(candidates):
+        counts["candidates"] = len(candidates)
+        tokens["sampled"] = sum(len(c.ids) for c in candidates)
+    _add_judgements(found, run)
+    pairs = run.pairs(name)
+    if len(pairs):
+        counts["pairs"] = len(pairs)
+        lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+        for side, own in zip(("chosen", "rejected"), zip(*lengths, strict=True), strict=True):
+            found.data[f"pairs/{side}_length"] = sum(own) / len(own)
+    if len(rows):
+        counts["rows"] = len(rows)
+    made = len(run.demonstrations(name))
+    if made:
+        counts["demonstrations"] = made
+
+
+def _add_judgements(found: StageFigures, run: Run) -> None:
+    scores, characters, count = array("d"), 0, 0
+    for judgement in run.judgements(found.name):
+        count += 1
+        characters += len(judgement.text or "")
+        if judgement.score is not None and math.isfinite(judgement.score):
+            scores.append(judgement.score)
+    if count:
+        found.counts["judgements"] = count
+        found.tokens["judge_characters"] = characters
+    found.scores = histogram(scores)
+
+
+def histogram(scores: Sequence[float]) -> Histogram | None:
+    """Scores counted by value where they are few, else in BINS bars of one width."""
+    if not len(scores):
+        return None
+    numbers = np.asarray(scores, dtype=np.float64)
+    values, counts = np.unique(numbers, return_counts=True)
+    if len(values) <= BINS:
+        return Histogram(tuple(counts.tolist()), (), tuple(values.tolist()))
+    counts, edges = np.histogram(numbers, bins=BINS)
+    return Histogram(tuple(counts.tolist()), tuple(edges.tolist()))
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
+    """A curve of at most POINTS points, and of how many steps each is the mean.
+
+    Points that are no finite numbers are left out.
+    """
+    known = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    width = math.ceil(len(known) / POINTS) or 1
+    groups = [known[i : i + width] for i in range(0, len(known), width)]
+    return [(g[-1][0], math.fsum(y for _, y in g) / len(g)) for g in groups], width
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,316 @@
+"""A run as text for a terminal: its stages, their numbers, a few prompts with what became of them.
+
+Reads a run's records, also while the run goes on. At the end of a stage the same numbers go to the
+terminal and to the trackers, under the names that metrics.jsonl has. Knows nothing of models.
+"""
+
+import logging
+import textwrap
+from collections.abc import Container, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.report.examples import SAMPLE, sample_rows
+from self_rewarding_lm.report.figures import StageFigures, stage_figures
+from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
+from self_rewarding_lm.runs.run import Run
+from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.scores import candidate_scores, label_of
+
+WIDTH = 100
+
+
+LINES_OF_TEXT = 3  # of a prompt, a response or a judge's words
+
+
+COLUMNS = ("stage", "state", "rows", "pairs", "steps", "loss", "parsed", "score", "ties")
+
+
+SHOWN = ("judge/parse_rate", "judge/score_mean", "judge/tie_rate", "pairs/kept")
+"""Metrics that have a column; all others are listed below the table."""
+
+
+def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
+    """The run in lines of at most 100 characters.
+
+    stage: whose prompts are shown, and then no other's numbers; default the last that sampled
+    any. prompts: how many. Raises StoreError where there is no such stage.
+    """
+    names = run.stages if stage is None else [run.stages[_place(run, stage)]]
+    table = [COLUMNS, *(_row(run, name) for name in names)]
+    lines = [*_heading(run), "", *aligned(table)]
+    for name in names:
+        lines += _remarks(run, name)
+    shown = stage if stage is not None else _last_sampled(run)
+    if shown is not None and prompts > 0:
+        lines += _examples(run, names[0] if stage is not None else shown, prompts)
+    return "\n".join(lines)
+
+
+def _place(run: Run, stage: str) -> int:
+    """The place of a stage that is named by name, folder or number (from 1)."""
+    folders = list(run.info["stages"])
+    names = [*run.stages, *folders, *(str(i) for i in range(1, len(folders) + 1))]
+    if stage not in names:
+        run.stage(stage)  # raises with the names that there are
+    return names.index(stage) % len(folders)
+
+
+def stage_name(run: Run, stage: str) -> str:
+    """The name of a stage that is given by name, folder or number (from 1).
+
+    Raises StoreError where there is none.
+    """
+    return run.stages[_place(run, stage)]
+
+
+def _heading(run: Run) -> list[str]:
+    model = run.info.get("model", {})
+    done = sum(run.is_done(name) for name in run.stages)
+    kind, size = str(model.get("class", "?")).rpartition(".")[2], model.get("parameters")
+    words = f"{kind}, {size:,} parameters" if isinstance(size, int) else kind
+    return _wrapped(
+        f"{run.folder}: {done} of {len(run.stages)} stages done; {words}; "
+        f"seed {run.info.get('seed')}; begun {run.info.get('created')}",
+        "",
+    )
+
+
+def _row(run: Run, name: str) -> tuple[str, ...]:
+    """A stage's line of the table; "-" for what is not known."""
+    metrics, summary = run.metrics(name), run.summary(name)
+    losses = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
+    loss = f"{losses[0][1]:.3f} -> {losses[-1][1]:.3f}" if losses else "-"
+    state = "done" if run.is_done(name) else "begun" if run.settings(name) else "to do"
+    judge = {key: _metric(metrics, key) for key in SHOWN}
+    pairs = summary.get("pairs", len(run.pairs(name)) or None)
+    place = run.stages.index(name) + 1
+    return (
+        f"{place} {textwrap.shorten(name, 24, placeholder='...')}",
+        state,
+        _count(_rows(run, name, summary)),
+        _count(pairs),
+        _count(summary.get("steps", losses[-1][0] if losses else None)),
+        loss,
+        _share(judge["judge/parse_rate"]),
+        "-" if judge["judge/score_mean"] is None else f"{judge['judge/score_mean']:.2f}",
+        _share(judge["judge/tie_rate"]),
+    )
+
+
+def _rows(run: Run, name: str, summary: dict[str, Any]) -> int | None:
+    """Supervised rows, or demonstrations for a later stage; None where there are none."""
+    for key, read in (("rows", run.rows), ("demonstrations", run.demonstrations)):
+        count = summary.get(key) or len(read(name))
+        if count:
+            return count
+    return None
+
+
+def _remarks(run: Run, name: str) -> list[str]:
+    """What the stage's arrows logged beside the table's columns, dropped prompts among it."""
+    found = {}
+    for line in run.metrics(name):
+        if line.get("step") == 0:
+            found |= {k: v for k, v in line.items() if k not in ("step", *SHOWN) and _is_number(v)}
+    dropped = {k: v for k, v in found.items() if "dropped_" in k}
+    rest = {k: v for k, v in found.items() if k not in dropped and v}
+    lines = []
+    for words, values in (("dropped", dropped), ("also", rest)):
+        if values:
+            shown = [f"{k.replace('dropped_', '')} {_number(v)}" for k, v in values.items()]
+            lines += _wrapped(f"{name}, {words}: {', '.join(shown)}", "    ")
+    return ["", *lines] if lines else []
+
+
+def _last_sampled(run: Run) -> str | None:
+    sampled = [name for name in run.stages if run.candidates(name) or run.pairs(name)]
+    return sampled[-1] if sampled else None
+
+
+def _examples(run: Run, name: str, count: int) -> list[str]:
+    candidates: dict[str, list[Candidate]] = {}
+    for candidate in run.candidates(name):
+        candidates.setdefault(candidate.prompt_id, []).append(candidate)
+    judgements: dict[str, list[Judgement]] = {}
+    for judgement in run.judgements(name):
+        for candidate_id in judgement.candidate_ids:
+            judgements.setdefault(candidate_id, []).append(judgement)
+    pairs = {pair.id: pair for pair in run.pairs(name)}
+    learnt = {made.id for made in run.demonstrations(name)}
+    prompts = sorted(run.prompts(name), key=lambda prompt: prompt.id not in pairs)
+    prompts = [p for p in prompts if p.id in candidates or p.id in pairs][:count]
+    lines = []
+    for prompt in prompts:
+        own = candidates.get(prompt.id, [])
+        lines += _example(prompt.id, prompt, own, judgements, pairs.get(prompt.id), learnt)
+        if pairs and prompt.id not in pairs:
+            lines.append("no pair")
+    if not prompts:
+        for pair in list(pairs.values())[:count]:
+            lines += _example(pair.id, None, [], {}, pair)
+    answered = {candidate.id for own in candidates.values() for candidate in own}
+    for shown in [d for d in run.demonstrations(name) if d.id not in answered][:count]:
+        lines += ["", f"{shown.id}"]
+        lines += _text("prompt  ", shown.prompt, shown.prompt_ids)
+        lines += _text("learnt  ", shown.completion, shown.completion_ids)
+    return lines
+
+
+def _example(
+    record_id: str,
+    prompt: Prompt | None,
+    candidates: Sequence[Candidate],
+    judgements: dict[str, list[Judgement]],
+    pair: PreferencePair | None,
+    learnt: Container[str] = (),
+) -> list[str]:
+    """A prompt, its candidates with their scores and judgements, and its pair."""
+    lines = ["", record_id]
+    if prompt is not None:
+        lines += _text("prompt  ", prompt.text, prompt.ids)
+    elif pair is not None:
+        lines += _text("prompt  ", pair.prompt, pair.prompt_ids)
+    chosen, rejected = (pair.chosen_id, pair.rejected_id) if pair else (None, None)
+    if pair is not None and chosen is None:
+        lines += _text("chosen  ", pair.chosen, pair.chosen_ids)
+    if pair is not None and rejected is None:
+        lines += _text("rejected", pair.rejected, pair.rejected_ids)
+    asked = {j.id: j for c in candidates for j in judgements.get(c.id, ())}  # of two: once
+    scores = candidate_scores(candidates, [j for j in asked.values() if label_of(j) is None])
+    if pair is not None:  # what members of an ensemble come to is known of the pair alone
+        scores |= {chosen or "": pair.chosen_score, rejected or "": pair.rejected_score}
+    for candidate in candidates:
+        role = "learnt  " if candidate.id in learnt else "        "
+        role = {chosen: "chosen  ", rejected: "rejected"}.get(candidate.id, role)
+        lines += _text(role, candidate.text, candidate.ids)
+        own = judgements.get(candidate.id, [])
+        if own:
+            lines += _wrapped(_scores(own, candidate, scores[candidate.id]), " " * 10)
+        if own and own[0].text is not None and role.strip():
+            lines += _text("  judge:", own[0].text, ())
+    return lines
+
+
+def _scores(judgements: Sequence[Judgement], candidate: Candidate, score: float | None) -> str:
+    each = [_said(j, candidate) for j in judgements]
+    judges = ", ".join(dict.fromkeys(f"{j.judge}, {j.source}" for j in judgements))
+    cut = "; cut off" if candidate.finished is False else ""
+    parts = "no score" if any(label_of(j) is None for j in judgements) else "parts of a score"
+    words = parts if score is None else f"score {_number(score)}"
+    return f"          {words} of {', '.join(each)} ({judges}){cut}"
+
+
+def _said(judgement: Judgement, candidate: Candidate) -> str:
+    """What a judgement says of a candidate, which may be the second of two that were compared."""
+    if judgement.score is None:
+        return judgement.reason or "no score"
+    second = judgement.candidate_ids[0] != candidate.id
+    return _number(1 - judgement.score if second else judgement.score)
+
+
+def _text(role: str, text: str | None, ids: Sequence[int]) -> list[str]:
+    """A text in a few lines behind its role; ids where there is no text."""
+    words = f"ids {' '.join(map(str, ids))}" if text is None else _plain(text)
+    lines = textwrap.wrap(words, WIDTH - 10) or ['""']
+    if len(lines) > LINES_OF_TEXT:
+        lines = [*lines[: LINES_OF_TEXT - 1], lines[LINES_OF_TEXT - 1][: WIDTH - 14] + " ..."]
+    return [f"{role if i == 0 else ' ' * len(role)}  {line}" for i, line in enumerate(lines)]
+
+
+def _plain(text: str) -> str:
+    """A text on one line, without characters that would steer a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in _joined(text))
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Rows in columns: the first `left` to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True
+    )
+
+
+def _metric(metrics: Sequence[dict[str, Any]], key: str) -> float | None:
+    return next((line[key] for line in reversed(metrics) if key in line), None)
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+logger = logging.getLogger(__name__)
+
+
+SAMPLES = 8
+"""Prompts of a stage in the trackers' table, evenly spread over it."""
+
+
+def show_stage(run: Run, stage: str, runtime: Runtime, step: int) -> None:
+    """Log a stage's table, and its samples to the trackers at `step`."""
+    if runtime.shows:
+        logger.info("%s", stage_table(run, stage))
+    if runtime.trackers and (rows := sample_rows(run, stage, SAMPLES)):
+        runtime.log_table(f"{stage}/samples", SAMPLE, rows, step)
+
+
+def stage_table(run: Run, stage: str) -> str:
+    """A stage in lines: what it took; its data's numbers to the left, its curves' first and last
+    values to the right. In several rounds `first` is of the first one. Records are not read.
+    """
+    found = stage_figures(run, stage, records=False)
+    named = in_order(set(found.data), ROUNDS, "anchor/")
+    data = [(key, _live_number(found.data[key])) for key in named]
+    curves = []
+    for key in in_order(set(found.curves), CURVES, "\0"):
+        values = [value for _, value in found.curves[key]]
+        first = _live_number(values[0]) if len(values) > 1 else ""
+        curves.append((key, first, _live_number(values[-1])))
+    right = aligned([("", "first", "last"), *curves], 1) if curves else []
+    left = aligned([("", ""), *data], 1)[0 if curves else 1 :]
+    width = max(map(len, left), default=0)
+    lines = [f"  {a:{width}}    {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
+    return "\n".join([_stage_heading(found), *lines])
+
+
+def _stage_heading(found: StageFigures) -> str:
+    times = [f"{name} {_time(seconds)}" for name, seconds in found.seconds.items()]
+    return f"{found.name}: {found.state}" + (f" in {' + '.join(times)}" if times else "")
+
+
+def _live_number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def _time(seconds: float) -> str:
+    """h:mm:ss, or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,207 @@
+"""Sequences whose items are made when they are asked for, and files of lines.
+
+Knows nothing of what a line holds, nor of records.
+"""
+
+import json
+import os
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BufferedIOBase
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.runs.atomic import system_errors
+
+T = TypeVar("T")
+
+
+BLOCK = 1 << 16  # bytes that are looked through at once for the end of the last whole line
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+class Lazy(Sequence[T]):
+    """A sequence that makes an item when it is asked for it, each time anew.
+
+    Equal to a list, or another of its kind, with equal items. A slice is a list.
+    """
+
+    def _at(self, place: int) -> T:
+        """The item at a place, from 0 on."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return [self._at(i) for i in places] if isinstance(places, range) else self._at(places)
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._at, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, list | Lazy):
+            return NotImplemented
+        return len(self) == len(other) and all(map(_same, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {len(self)}>"
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other)
+
+
+class Picked(Lazy[T]):
+    """The items of a sequence at some places, in their order, each as `change` makes it.
+
+    places: default all of them. change: default as it is.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any],
+        places: Sequence[int] | None = None,
+        change: Callable[[Any], T] | None = None,
+    ) -> None:
+        self._items, self._change = items, change
+        self._places = range(len(items)) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _at(self, place: int) -> T:
+        item = self._items[self._places[place]]
+        return item if self._change is None else self._change(item)
+
+
+class Joined(Lazy[T]):
+    """Sequences one behind the other."""
+
+    def __init__(self, *parts: Sequence[T]) -> None:
+        self._parts = parts
+        self._starts = list(accumulate(map(len, parts), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def _at(self, place: int) -> T:
+        part = bisect_right(self._starts, place) - 1
+        return self._parts[part][place - self._starts[part]]
+
+
+class LineFile:
+    """The lines of a file by the byte at which they begin.
+
+    It stays open as long as this object is there: what has been read can be read again though
+    another file took its name.
+    """
+
+    def __init__(self, file: BufferedIOBase, path: Path) -> None:
+        self.file, self.path = file, path
+        self.close = weakref.finalize(self, file.close)
+
+    @classmethod
+    def open(cls, path: Path) -> "LineFile":
+        return cls(path.open("rb"), path)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Where each line begins, and the line; no other line may be read meanwhile."""
+        self.file.seek(0)
+        place = 0
+        for line in self.file:
+            yield place, line
+            place += len(line)
+
+    def at(self, place: int) -> bytes:
+        """The line that begins at a byte."""
+        self.file.seek(place)
+        return self.file.readline()
+
+    def number(self, place: int) -> int:
+        """The number, from 1 on, of the line that begins at a byte."""
+        return 1 + sum(start < place for start, _ in self)
+
+
+def json_of(line: bytes, path: Path, number: Callable[[], int]) -> dict[str, Any]:
+    """A line as a JSON object; StoreError with its number, from 1 on, where it is none."""
+    try:
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{path}, line {number()}, is no JSON object: {error}. The file was changed or "
+            "damaged; delete it to have its records made again."
+        ) from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            yield json_of(line, path, lambda n=number: n)
+
+
+def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Append JSON lines as they come; where making one raises, none of them stays there."""
+    with system_errors(path), path.open("ab+") as file:
+        end, start = file.seek(0, os.SEEK_END), _end_of_last_line(file)
+        if start < end:  # a torn line: the next one must not be glued onto it
+            file.truncate(start)
+        try:
+            file.writelines(_line(one).encode("utf-8", "replace") for one in values)
+            file.flush()
+        except BaseException:
+            file.truncate(start)
+            raise
+
+
+def _end_of_last_line(file: BufferedIOBase) -> int:
+    """Where the last line that is there in full ends."""
+    end, size = file.seek(0, os.SEEK_END), 1
+    while end > 0:
+        start = max(0, end - size)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end, size = start, BLOCK
+    return 0
+
+
+def _line(values: dict[str, Any]) -> str:
+    return _ENCODER.encode(values) + "\n"
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Items in lists of `size` as they come; before an error those that came until then."""
+    batch: list[T] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except GeneratorExit:
+        raise
+    except BaseException:
+        yield batch
+        raise
+    yield batch

@@ -1,0 +1,74 @@
+"""One run at a time in a folder."""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.runs.atomic import system_errors
+from self_rewarding_lm.runtime import Runtime
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+
+logger = logging.getLogger(__name__)
+
+
+LOCK = "run.lock"
+
+
+@contextmanager
+def alone(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """`locked` for a run of several processes, of which the main one holds the lock."""
+    with ExitStack() as held:
+        failure = None
+        if runtime.is_main:
+            try:
+                held.enter_context(locked(folder))
+            except StoreError as error:
+                failure = error
+        failure = runtime.from_main(failure)
+        if failure is not None:
+            raise failure
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; StoreError where one is in it.
+
+    The system holds the lock and gives it up with the process, however that ends. Where a file
+    system knows no locks a warning says so.
+    """
+    with system_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+            raise StoreError(
+                f"another run is at work in {folder} ({owner or 'its process is not known'}). "
+                "Wait for it, stop it, or give this one another checkpoints_folder."
+            ) from None
+        logger.warning("%s: no lock (%s); do not start two runs in it at once.", folder, error)
+        return
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)

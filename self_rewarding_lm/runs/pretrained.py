@@ -1,0 +1,128 @@
+"""Folders that `from_pretrained` of transformers, or of peft, reads: written and read here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.runs.weights import ADAPTER_FILE, MODEL_FILE, read_weights, write_weights
+
+ONE_FILE = "1000GB"
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether a module is a model with an adapter of peft."""
+    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+
+
+def save_pretrained(module: nn.Module, folder: Path) -> None:
+    """Write a folder that `from_pretrained` of transformers, or of peft, reads."""
+    if has_adapter(module):
+        module.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+        (folder / "README.md").unlink(missing_ok=True)  # a card without content
+        return
+    with _generation_config_valid(module), _without_progress_bars():
+        module.save_pretrained(str(folder), max_shard_size=ONE_FILE)  # type: ignore[operator]
+    if not (folder / MODEL_FILE).exists():  # a model class with a form of files of its own
+        write_weights(module, folder / MODEL_FILE)
+
+
+def load_pretrained(module: nn.Module, file: Path) -> None:
+    """Load weights, or an adapter's, that `save_pretrained` wrote, in place.
+
+    Raises StoreError where they do not fit.
+    """
+    if (file.name == ADAPTER_FILE) != has_adapter(module):
+        raise StoreError(
+            f"{file} holds {'an adapter' if file.name == ADAPTER_FILE else 'a whole model'}, and "
+            f"the model is {'one with' if has_adapter(module) else 'one without'} an adapter. "
+            "Load what belongs to it."
+        )
+    if not has_adapter(module):
+        _load_whole(module, file)
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        state = load_peft_weights(str(file.parent), device="cpu")
+        result = set_peft_model_state_dict(module, state)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StoreError(f"the adapter in {file} cannot be loaded: {error}") from error
+    if result.unexpected_keys:
+        raise StoreError(
+            f"the adapter in {file} belongs to another model or another peft_config; not known "
+            f"here: {', '.join(result.unexpected_keys[:3])}."
+        )
+
+
+def _load_whole(module: nn.Module, file: Path) -> None:
+    """Some kinds have other names on disk than in memory; transformers translates those."""
+    try:
+        read_weights(module, file)
+    except StoreError as refusal:
+        config = file.parent / "config.json"
+        translated = _translated(module, file.parent) if config.exists() else None
+        if translated is None:
+            raise
+        try:
+            module.load_state_dict(translated)
+        except RuntimeError:
+            raise refusal from None
+
+
+def _translated(module: nn.Module, folder: Path) -> dict[str, Tensor] | None:
+    """A folder's weights by their names in memory; None where some are missing or left over."""
+    dtype = next(module.parameters()).dtype
+    with _without_progress_bars():
+        read, report = type(module).from_pretrained(  # type: ignore[attr-defined]
+            str(folder), dtype=dtype, output_loading_info=True
+        )
+    wrong = any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return None if wrong else read.state_dict()
+
+
+@contextmanager
+def _generation_config_valid(module: nn.Module) -> Iterator[None]:
+    """transformers refuses to save a model whose generation config contradicts itself.
+
+    Several published ones do (a temperature, and do_sample=False). What is saved then samples.
+    """
+    given: Any = getattr(module, "generation_config", None)
+    try:
+        if given is not None:
+            given.validate(strict=True)
+    except ValueError:
+        module.generation_config = copy(given)  # type: ignore[assignment]
+        module.generation_config.do_sample = True  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if given is not None:
+            module.generation_config = given
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging as their_logging
+
+    shown = their_logging.is_progress_bar_enabled()
+    their_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            their_logging.enable_progress_bar()
+
+
+def is_hugging_face(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, or one with an adapter of peft."""
+    return all(hasattr(module, name) for name in ("config", "generate", "save_pretrained"))
+
+
+def load_into(module: nn.Module, file: Path) -> None:
+    """Load a file of weights into a module of any kind, in place; StoreError if they do not fit."""
+    (load_pretrained if is_hugging_face(module) else read_weights)(module, file)

@@ -1,0 +1,148 @@
+"""A run directory as a whole: reading it back, and deciding whether a run may go on in it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.records import (
+    Candidate,
+    Demonstration,
+    Judgement,
+    MetaJudgement,
+    PreferencePair,
+    Prompt,
+    ReferenceLogprobs,
+    TrainingRow,
+    columns_of,
+    is_trained,
+)
+from self_rewarding_lm.runs.lines import Picked, read_lines
+from self_rewarding_lm.runs.pretrained import load_into
+from self_rewarding_lm.runs.stage_folder import EVENTS, StageFiles, check_ours, read_json
+
+logger = logging.getLogger(__name__)
+
+
+INITIAL = "initial"
+
+
+REPORT = "report.html"
+
+
+class Run:
+    """Reads a run directory. A stage is named by its name, its folder or its place (0, 1, ...).
+
+    Records come as sequences that read a record when it is asked for; `list(...)` takes them all
+    into memory. They are those that were on disk when the sequence was made.
+    `Run.open(folder)` raises StoreError where the folder holds no run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.info = read_json(folder / "run.json")
+        check_ours(folder, self.info)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        if not (Path(folder) / "run.json").exists():
+            raise StoreError(f"{folder} holds no run: there is no run.json in it.")
+        return cls(Path(folder))
+
+    def __repr__(self) -> str:
+        done = sum(self.is_done(name) for name in self.stages)
+        return f"Run({str(self.folder)!r}, {done} of {len(self.stages)} stages done)"
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages, in order."""
+        return [name.split("-", 1)[1] for name in self.info["stages"]]
+
+    def is_done(self, stage: str | int) -> bool:
+        return self.stage(stage).is_done
+
+    def prompts(self, stage: str | int) -> Sequence[Prompt]:
+        return self.stage(stage).stored(Prompt)
+
+    def candidates(self, stage: str | int) -> Sequence[Candidate]:
+        return self.stage(stage).stored(Candidate)
+
+    def judgements(self, stage: str | int) -> Sequence[Judgement]:
+        return self.stage(stage).stored(Judgement)
+
+    def meta_judgements(self, stage: str | int) -> Sequence[MetaJudgement]:
+        return self.stage(stage).stored(MetaJudgement)
+
+    def pairs(self, stage: str | int) -> Sequence[PreferencePair]:
+        """The pairs that the stage trained on; those of its valid_dataset are left out."""
+        return self.stage(stage).stored(PreferencePair, is_trained)
+
+    def demonstrations(self, stage: str | int) -> Sequence[Demonstration]:
+        return self.stage(stage).stored(Demonstration)
+
+    def training_data(self, stage: str | int) -> Sequence[Demonstration | PreferencePair]:
+        """What `from_stage` stands for: the stage's demonstrations, of others their pairs."""
+        return self.demonstrations(stage) or self.pairs(stage)
+
+    def reference(self, stage: str | int) -> Sequence[ReferenceLogprobs]:
+        return self.stage(stage).stored(ReferenceLogprobs)
+
+    def rows(self, stage: str | int) -> Sequence[TrainingRow]:
+        return self.stage(stage).stored(TrainingRow)
+
+    def preference_rows(self, stage: str | int) -> Sequence[dict[str, Any]]:
+        """The stage's pairs in the columns that TRL trains on: prompt, chosen, rejected.
+
+        Message lists where a chat template rendered the prompts, else texts where the pairs have
+        them, else token ids.
+        """
+        return Picked(self.pairs(stage), change=columns_of)
+
+    def metrics(self, stage: str | int) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return list(read_lines(self.stage(stage).path / "metrics.jsonl"))
+
+    def events(self, stage: str | int) -> list[dict[str, Any]]:
+        """The lines of events.jsonl: when the stage began, trained and ended; its warnings."""
+        return list(read_lines(self.stage(stage).path / EVENTS))
+
+    def settings(self, stage: str | int) -> dict[str, Any]:
+        """What config.json holds; empty before the stage began."""
+        path = self.stage(stage).path / "config.json"
+        return read_json(path) if path.exists() else {}
+
+    def summary(self, stage: str | int) -> dict[str, Any]:
+        """What done.json holds; empty before the stage is done."""
+        stage_dir = self.stage(stage)
+        return read_json(stage_dir.path / "done.json") if stage_dir.is_done else {}
+
+    def weights(self, stage: str | int) -> Path:
+        """The file of the stage's trained weights (`initial`: those before the first stage).
+
+        StoreError where it is not there, or was changed after it was written.
+        """
+        initial = stage == INITIAL
+        files = StageFiles(self.folder) if initial else self.stage(stage)
+        path = files.weights(INITIAL if initial else "model")
+        if path is None:
+            why = "it is not done, or keep_stages had them deleted"
+            raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}: {why}.")
+        return path
+
+    def load_weights(self, model: nn.Module, stage: str | int) -> None:
+        """Load a stage's trained weights into a model of the same shape, in place."""
+        load_into(model, self.weights(stage))
+
+    def stage(self, stage: str | int) -> StageFiles:
+        """The stage's folder."""
+        folders = self.info["stages"]
+        if isinstance(stage, int):
+            found = folders[stage] if -len(folders) <= stage < len(folders) else None
+        else:
+            found = next((f for f in folders if stage in (f, f.split("-", 1)[1])), None)
+        if found is None:
+            raise StoreError(f"the run has no stage {stage!r}; it has: {', '.join(self.stages)}.")
+        return StageFiles(self.folder / found)

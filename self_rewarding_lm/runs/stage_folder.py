@@ -1,0 +1,360 @@
+"""A stage's folder, read and written. Knows no stage.
+
+    run.json                                what was run, with which seed and versions
+    <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
+    <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
+                                            ranked, demonstrations, instructions, meta_judgements
+    <nn>-<name>/metrics.jsonl, events.jsonl  numbers by step; what happened when, warnings too
+    <nn>-<name>/files.json                  digests of what was finished, see atomic.py
+    <nn>-<name>/state.safetensors           where training stands, until the stage is done
+    <nn>-<name>/model/                      the weights, see weights.py
+    <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
+
+While an arrow runs each process appends to its own <records>.<rank>.jsonl; at its end they become
+one file, ordered by id. A torn last line (of a process that was killed) is cut off; any other line
+that cannot be read is an error. Records are read one by one when they are asked for, see stored.py.
+
+Lines of events.jsonl hold `time` (seconds since 1970), `event` and words of their own. Times differ
+between two runs with equal results.
+"""
+
+import json
+import logging
+import re
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.records import RECORD_TYPES, Record, to_json
+from self_rewarding_lm.runs.atomic import LEDGER, check_file, delist, ledger, system_errors, writing
+from self_rewarding_lm.runs.lines import append_lines, read_lines
+from self_rewarding_lm.runs.stored import Stored, merge_files, merged_file, record_files
+from self_rewarding_lm.runs.weights import (
+    Savable,
+    Tensors,
+    read_tensors,
+    read_words,
+    remove_weights,
+    save_folder,
+    weights_file,
+    write_tensors,
+)
+from self_rewarding_lm.runtime import Runtime
+
+EVENTS = "events.jsonl"
+
+
+def append_event(folder: Path, event: str, words: dict[str, Any]) -> None:
+    """Append a line to events.jsonl."""
+    append_lines(folder / EVENTS, [{"time": round(time.time(), 3), "event": event, **words}])
+
+
+@contextmanager
+def ends_told(tell: Callable[..., None]) -> Iterator[None]:
+    """Tell of the error that ends what is done within, as the event `stopped`."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(StoreError):  # the error is the one to raise, though the disk be full
+            tell("stopped", words=f"{type(error).__name__}: {error}")
+        raise
+
+
+logger = logging.getLogger(__name__)
+
+
+WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
+
+
+LIBRARY = "self_rewarding_lm"
+
+
+STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
+
+
+STATE = "state.safetensors"
+
+
+STAGE_FILES = ("config.json", "done.json", "metrics.jsonl", EVENTS, LEDGER, STATE)
+
+
+class StageFiles:
+    """One stage's folder, to read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "done.json").exists()
+
+    def stored(
+        self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
+    ) -> Stored[Record]:
+        """The records of a type that are on disk, each id once, read when they are asked for.
+
+        wanted: whether an id belongs to them, default all. Raises StoreError where a file of them
+        was changed after it was written, or was deleted from a stage that is done.
+        """
+        merged = merged_file(self.path, record_type.kind)  # type: ignore[attr-defined]
+        if self.is_done and not merged.exists() and merged.name in ledger(self.path):
+            raise StoreError(
+                f"{merged} was part of a stage that is done and is not there any more. Put it "
+                "back; or delete the stage's folder (and those of later stages) to do it again."
+            )
+        return Stored(record_type, self.path, wanted)
+
+    def read(self, record_type: type[Record]) -> list[Record]:
+        """All of them, in memory."""
+        return list(self.stored(record_type))
+
+    def weights(self, name: str = "model") -> Path | None:
+        """The weights of that name, if they were written; StoreError where they were changed."""
+        found = weights_file(self.path / name)
+        if found is not None:
+            check_file(found, self.path)
+        return found
+
+
+class StageDir(StageFiles):
+    """One stage's folder, as the stage writes it.
+
+    runtime tells which process this is. beside: writes what belongs into a folder of weights
+    beside them, such as a tokenizer. steps_before: those that earlier stages trained; trackers get
+    steps of the whole run, for some of them drop what comes at an earlier step than the last.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        runtime: Runtime,
+        beside: Callable[[Path], None] | None = None,
+        *,
+        steps_before: int = 0,
+    ) -> None:
+        super().__init__(path)
+        self.runtime = runtime
+        self.beside = beside
+        self.steps_before = steps_before
+        self.summary: dict[str, Any] = {}
+        """What done.json will hold; stages add to it."""
+        self.first_step = 0  # steps that earlier rounds of the stage have done
+        self.marks: dict[str, Any] = {}  # in each line of metrics: the round, of several
+        self._given: list[weakref.ref[Stored[Any]]] = []
+        self._replayed: Counter[str] = Counter()
+        self._trainings: Counter[int] = Counter()
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Make the folder and write config.json, unless it began before."""
+        if self.runtime.is_main:
+            with system_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "config.json").exists():
+                self._check_new()
+                write_json(self.path / "config.json", settings)
+            self._say_missing()
+            self._replayed = Counter(map(_line_name, read_lines(self.path / "metrics.jsonl")))
+        self.tell("begin")
+        self.runtime.barrier()
+
+    def _check_new(self) -> None:
+        """A stage without config.json has not begun, so that nothing may be there of it."""
+        if any(record_files(self.path, t.kind) for t in RECORD_TYPES):
+            raise StoreError(
+                f"{self.path} holds records and no config.json, so that nobody knows with which "
+                "settings they were made. Put config.json back, or delete the folder."
+            )
+
+    def _say_missing(self) -> None:
+        """Records that were finished and are gone are made again, which is said."""
+        gone = [name for name in ledger(self.path) if not (self.path / name).exists()]
+        delist(self.path, gone)
+        said = [name for name in gone if not (self.path / f"{name}.tmp").exists()]
+        if said:  # the others were being written when the run was stopped
+            words = "%s: %s is not there any more; it is made again."
+            logger.warning(words, self.path, ", ".join(said))
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Append records of one type to this process's file as they come.
+
+        Where making one of them raises, none of them stays there.
+        """
+        coming = iter(records)
+        first = next(coming, None)
+        if first is not None:
+            lines = map(to_json, chain([first], coming))
+            append_lines(self.path / f"{first.kind}.{self.runtime.rank}.jsonl", lines)
+
+    def stored(
+        self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
+    ) -> Stored[Record]:
+        """As of any folder; once records of the type were merged it holds the merged ones."""
+        found = super().stored(record_type, wanted)
+        self._given = [ref for ref in self._given if ref() is not None]
+        self._given.append(weakref.ref(found))
+        return found
+
+    def merge(self, record_type: type[Any]) -> None:
+        """Make one file, ordered by id, of what all processes appended."""
+        for ref in self._given:
+            given = ref()
+            if given is not None and given.record_type is record_type:
+                given.close()
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            merge_files(self.path, record_type.kind)
+        self.runtime.barrier()
+
+    def known(
+        self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
+    ) -> Stored[Record]:
+        """As `stored`, before an arrow begins: no process appends until all have looked."""
+        records = self.stored(record_type, wanted)
+        self.runtime.barrier()
+        return records
+
+    def merged_ids(self, record_type: type[Any]) -> Iterator[str]:
+        """Ids of a type that were merged; none of what processes appended since."""
+        return (values["id"] for values in read_lines(merged_file(self.path, record_type.kind)))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, and its numbers to the trackers (main process).
+
+        A stage that goes on says again what it said before training; such a line stays as it is.
+        """
+        if not self.runtime.is_main:
+            return
+        name, step = self.path.name.partition("-")[2], metrics.get("step", 0) + self.steps_before
+        numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
+        self.runtime.log({f"{name}/{k}": v for k, v in numbers.items()}, step)
+        metrics = {**metrics, **self.marks}
+        if self._replayed[_line_name(metrics)] > 0:
+            self._replayed[_line_name(metrics)] -= 1
+            return
+        append_lines(self.path / "metrics.jsonl", [metrics])
+
+    def tell(self, event: str, **words: Any) -> None:
+        """Append what happened, and when, to events.jsonl (main process)."""
+        if self.runtime.is_main:
+            append_event(self.path, event, words)
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget what was logged of later steps: training goes on behind this one."""
+        path = self.path / "metrics.jsonl"
+        if not self.runtime.is_main or not path.exists():
+            return
+        lines = list(read_lines(path))
+        left = [line for line in lines if line.get("step", 0) <= step]
+        if len(left) < len(lines):
+            with writing(path) as draft:
+                append_lines(draft, left)
+            self._replayed &= Counter(map(_line_name, left))
+
+    def count_training(self, round: int) -> int:
+        """How many trainings of a round began in this folder before this one, in this process."""
+        self._trainings[round] += 1
+        return self._trainings[round] - 1
+
+    def save_state(self, tensors: Tensors, words: dict[str, Any]) -> None:
+        """Where training stands (main process), in place of an earlier state."""
+        if self.runtime.is_main:
+            write_tensors(tensors, json.dumps(words), self.path / STATE)
+        self.runtime.barrier()
+
+    def state_words(self) -> dict[str, Any] | None:
+        """The words of the state that was saved last; None where there is none."""
+        state = self.path / STATE
+        return json.loads(read_words(state) or read_tensors(state)[1]) if state.exists() else None
+
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """What `save_state` saved last; StoreError where the file was changed."""
+        tensors, words = read_tensors(self.path / STATE)
+        return tensors, json.loads(words)
+
+    def save_weights(self, model: Savable, name: str = "model") -> None:
+        """Write a model's weights (main process); all processes wait."""
+        if self.runtime.is_main:
+            save_folder(model, self.path / name, self.beside, listed=True)
+        self.runtime.barrier()
+
+    def drop_weights(self, name: str) -> None:
+        """Delete weights."""
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            remove_weights(self.path / name)
+
+    def finish(self) -> None:
+        """Write done.json: the stage is complete; then delete what it needed until here."""
+        self.runtime.barrier()
+        if self.runtime.is_main:
+            self.tell("done")
+            write_json(self.path / "done.json", self.summary)
+            clear(self.path)
+        self.runtime.barrier()
+
+
+def clear(stage: Path) -> None:
+    """Delete what a stage needs only until it is done: the state of its training, best weights of
+    early stopping, those of iterations."""
+    (stage / STATE).unlink(missing_ok=True)
+    for folder in (f for pattern in ("best", "iteration-[0-9]*") for f in stage.glob(pattern)):
+        remove_weights(folder)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file by rename, so that it is there in full or not at all."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    with writing(path) as draft:
+        draft.write_text(text, encoding="utf-8", errors="replace")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of the run."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def check_ours(folder: Path, info: Any) -> None:
+    """Raise StoreError where what run.json holds is no run's, or names folders elsewhere."""
+    if not isinstance(info, dict) or info.get("library") != LIBRARY:
+        raise StoreError(f"{folder}/run.json was not written by {LIBRARY}; choose another folder.")
+    check_folders(info.get("stages"), folder / "run.json")
+
+
+def check_folders(names: Any, where: Path) -> None:
+    """Raise StoreError where names are none of folders within a run's own, such as 01-sft."""
+    bad = [names]
+    if isinstance(names, list):
+        bad = [n for n in names if not isinstance(n, str) or STAGE_FOLDER.fullmatch(n) is None]
+    if bad:
+        raise StoreError(
+            f"{where}: the stages are a list of folders named <number>-<name>, such as 01-sft, "
+            f"without slashes; got {bad[0]!r}. Nothing outside the run's folder is read or written."
+        )
+
+
+def remove_stage(path: Path) -> None:
+    """Delete what the library wrote into a stage's folder; other files stay."""
+    names = [*STAGE_FILES, *(f"{t.kind}.jsonl" for t in RECORD_TYPES)]
+    names += [f"{name}.tmp" for name in names]
+    files = [path / name for name in names]
+    files += [f for t in RECORD_TYPES for f in path.glob(f"{t.kind}.[0-9]*.jsonl")]
+    for folder in (f for pattern in WEIGHTS_FOLDERS for f in path.glob(pattern)):
+        remove_weights(folder)  # before the ledger that knows its files
+    for file in files:
+        file.unlink(missing_ok=True)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def _line_name(metrics: dict[str, Any]) -> str:
+    """What a line of metrics is about: its step and its names."""
+    return json.dumps([metrics.get("step"), sorted(metrics)])

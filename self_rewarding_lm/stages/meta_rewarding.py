@@ -1,0 +1,549 @@
+"""Meta-Rewarding: the model answers, judges, and judges its judgements (arXiv:2407.19594).
+
+Pairs of responses train it to answer, pairs of judgements to judge, in one DPO. Compared judgements
+become strengths by the paper's position weights and battles (section 2.2).
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from statistics import pvariance
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from self_rewarding_lm.config import ComparisonConfig, SamplingConfig, short
+from self_rewarding_lm.context import Context, Need, served
+from self_rewarding_lm.data.control_tokens import Filled
+from self_rewarding_lm.errors import ConfigError, JudgeError
+from self_rewarding_lm.generation.candidates import decoding_of
+from self_rewarding_lm.judges.asking import FIRST_LOOK, MIN_ANSWER_TOKENS, Asker, Question
+from self_rewarding_lm.judges.self_judge import SelfJudge, form_of_comparison
+from self_rewarding_lm.judges.tally import Share
+from self_rewarding_lm.judges.templates import compile_meta_template
+from self_rewarding_lm.records import Candidate, Judgement, MetaJudgement, PreferencePair, Prompt
+from self_rewarding_lm.rubrics import META_JUDGE_PROMPT
+from self_rewarding_lm.runs.lines import Joined, batched
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stored import Groups
+from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+
+SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
+
+
+class MetaJudgingConfig(ComparisonConfig):
+    """How the model compares two of its judgements; each two are shown in both orders."""
+
+    prompt_template: str = META_JUDGE_PROMPT
+    """jinja2 text with {{ judge_prompt }} (what the judge was asked, with the rubric, the request
+    and the response in it), {{ judgement_a }} and {{ judgement_b }}."""
+    sampling: SamplingConfig = SAMPLING
+    """How comparisons are sampled; as judgements are."""
+
+
+class MetaRewardDPOConfig(SelfRewardDPOConfig):
+    """Self-rewarding DPO that trains the judge too (arXiv:2407.19594).
+
+    Of each prompt the response whose judgements differ most is taken, its judgements are compared
+    by the same model as a meta-judge, and the best and the worst become a pair whose prompt is the
+    judge prompt. Wins count by the place in which they are rarer in the whole stage. Defaults of
+    the paper: 7 responses, 11 judgements each, temperature 0.8, top-p 0.95, beta 0.1, learning
+    rate 5e-6 (its last value, a tenth, is ours). docs/meta_rewarding.md has the rest.
+    """
+
+    folder_name: ClassVar[str] = "meta_reward"
+    default_learning_rates: ClassVar[tuple[float, float]] = (5e-6, 5e-7)
+
+    num_candidate_responses: int = Field(default=7, ge=2)
+    """K of the paper."""
+    num_sampled_reward_responses: int = Field(default=11, ge=1)
+    """N of the paper: judgements of each candidate; their mean is its score."""
+    generation: SamplingConfig = SAMPLING
+    """How responses are sampled: the paper's temperature 0.8 and top-p 0.95."""
+    judging: SamplingConfig = SAMPLING
+    """How judgements are sampled: as responses are."""
+    train_judge: bool = True
+    """Whether judgements are compared and trained on. The paper: in its first two iterations of
+    four; one stage is one iteration."""
+    meta_judging: MetaJudgingConfig = MetaJudgingConfig()
+    """How two judgements are compared."""
+    max_judgements_compared: int | None = Field(default=None, ge=2)
+    """Of a response's judgements so many are compared, the first that differ. Each two are compared
+    twice, so 11 take 110 comparisons a prompt. None: all."""
+    max_judgement_length: int | None = Field(default=None, ge=1)
+    """Characters of a chosen judgement at most; a longer one drops its pair. The paper: 1,100 in
+    the first, 1,000 in the second iteration."""
+    drop_equal_scores: bool = False
+    """Drop pairs of judgements that give the same score, as NeMo-Aligner's implementation does."""
+    judge_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of judge pairs among all pairs of the stage at most; those of the first prompts stay.
+    None: no limit (the paper names none)."""
+
+    @model_validator(mode="after")
+    def _judges_itself(self) -> "MetaRewardDPOConfig":
+        if not self.train_judge:
+            return self
+        foreign = ("judge", "rewarding_model", "comparison")
+        given = [name for name in foreign if getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: train_judge compares what the trained model itself wrote "
+                "as a judge with a reward prompt; leave it out, or set train_judge=False"
+            )
+        if len(self.reward_names()) > 1 or self.num_sampled_reward_responses < 2:
+            raise ValueError(
+                "train_judge compares judgements of one candidate by one reward prompt: give one "
+                "self_reward_config_keyname and num_sampled_reward_responses of 2 or more, or set "
+                "train_judge=False"
+            )
+        if self.rounds > 1:
+            raise ValueError(
+                "rounds: positions are weighted over a whole stage; with train_judge give one "
+                "stage for each round"
+            )
+        return self
+
+    def check(self, ctx: Context) -> None:
+        super().check(ctx)
+        if not self.train_judge:
+            return
+        (name,) = self.reward_names()
+        reward = self._rewards(ctx)[name]
+        if reward.score_mode != "sampled" or reward.forced_ending:
+            raise ConfigError(
+                f"{ctx.stage}: train_judge trains on judgements as the model wrote them, and the "
+                f"reward prompt {name!r} has score_mode={reward.score_mode!r} and forced_ending="
+                f"{reward.forced_ending!r}, whose scores are not (all) in the texts. Use "
+                "score_mode='sampled' without forced_ending, or set train_judge=False."
+            )
+        how, judge = self.meta_judging, self.build_judge(ctx)
+        assert isinstance(judge, SelfJudge)
+        render = compile_meta_template(how.prompt_template, auto_dedent=how.auto_dedent)
+        empty = render(judge.render("", ""), "", "")
+        meta_asker(how).check(empty, ctx.tokens, ctx.model.max_len)
+
+    def needs(self, ctx: Context) -> list[Need]:
+        found, how = super().needs(ctx), self.meta_judging
+        if self.train_judge:
+            counts = how.score_mode == "expected" or bool(how.forced_ending)
+            found.append((decoding_of(how.sampling, ctx.tokens), counts))
+        return found
+
+    def trained(
+        self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
+    ) -> Sequence[PreferencePair]:
+        if not self.train_judge:
+            return super().trained(ctx, out, pairs)
+        own = [pair.id for pair in pairs]  # merging judge pairs with them closes their file
+        with served(ctx, self.needs(ctx)):
+            judge = JudgePairMaker(self, ctx, out).make_beside(len(own))
+        made = Groups(out.known(PreferencePair))
+        return Joined(super().trained(ctx, out, made.in_order(own)), made.in_order(judge))
+
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        if not self.train_judge:
+            super().rehearse(ctx, out)
+            return
+        _, _, (pair,) = self.answered(JudgePairMaker, ctx, out)
+        self.try_pair(ctx, out, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+
+    def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
+        sampling = short(self.meta_judging.sampling, MIN_ANSWER_TOKENS)
+        fewer = self.meta_judging.model_copy(update={"sampling": sampling})
+        return super().shortened({**changes, "meta_judging": fewer})
+
+
+EQUAL = 1e-9
+"""Strengths nearer to each other than this are equal: what is left are rounding errors."""
+
+
+STEPS = 100  # of Newton's method at most; ten are usual
+
+
+Verdicts = Mapping[tuple[int, int], int]
+"""r_mn for (m shown first, n shown second): 1 the first is better, -1 the second, 0 neither."""
+
+
+def most_varied(scores: Sequence[Sequence[float | None]]) -> int | None:
+    """Which response's judgements differ most: the highest variance of their scores.
+
+    scores: of each response those of its judgements, None where none could be read; these do not
+    count. Of equals the first; None where no response has two different scores.
+    """
+    known = [[score for score in own if score is not None] for own in scores]
+    variances = [pvariance(own) if own else 0.0 for own in known]  # exact sums: in any order alike
+    best = max(range(len(scores)), key=lambda i: (variances[i], -i), default=None)
+    return best if best is not None and variances[best] > 0 else None
+
+
+def verdict(score: float | None) -> int:
+    """1, -1 or 0 of a comparison's score: over a half, under it, or neither (None included)."""
+    return 0 if score is None else (score > 0.5) - (score < 0.5)
+
+
+def position_weights(wins_first: int, wins_second: int) -> tuple[float, float]:
+    """What a win counts in the first and in the second place: o1 = w2 / (w1 + w2), o2 = 1 - o1.
+
+    w1, w2: how often the judgement shown first, or second, won in the whole data set. The place
+    that wins more often counts less. Without any win both are 1/2.
+    """
+    wins = wins_first + wins_second
+    return (wins_second / wins, wins_first / wins) if wins else (0.5, 0.5)
+
+
+def battles(verdicts: Verdicts, count: int, weights: tuple[float, float]) -> np.ndarray:
+    """B (count, count): B_mn = o1 [r_mn = 1] + o2 [r_nm = -1], what m won over n.
+
+    An order that is not in `verdicts` counts as 0. weights: (o1, o2) of `position_weights`.
+    """
+    first, second = weights
+    won = np.zeros((count, count))
+    for m, n in permutations(range(count), 2):
+        won[m, n] = first * (verdicts.get((m, n)) == 1) + second * (verdicts.get((n, m)) == -1)
+    return won
+
+
+def strengths(won: np.ndarray, *, l2: float = 0.01) -> list[float]:
+    """argmax over e of sum_mn B_mn log sigma(e_m - e_n) - l2/2 |e|^2; Elo is 400 e / ln 10.
+
+    won: B (n, n), see `battles`; its diagonal does not count. l2 > 0: without it, judgements that
+    win every battle have infinite strength. The default is ours: a normal prior of standard
+    deviation 10, in which a single battle, won once in each order, gives a difference of 3.9. It
+    does not grow with the number of battles, so that these decide where there are many.
+
+    Newton's method. A step is shortened to log(1 + b)/b of itself, b the spread of its entries;
+    as |g'''| <= g'' for g(t) = log(1 + e^-t), the sum rises with every such step.
+    """
+    won = np.where(np.eye(len(won), dtype=bool), 0.0, won)
+    found = np.zeros(len(won))
+    for _ in range(STEPS):
+        losing = 1 / (1 + np.exp(found[:, None] - found[None, :]))  # sigma(e_n - e_m) at (m, n)
+        flow = won * losing
+        gradient = flow.sum(axis=1) - flow.sum(axis=0) - l2 * found
+        bend = flow * (1 - losing)
+        bend = bend + bend.T
+        hessian = np.diag(bend.sum(axis=1) + l2) - bend
+        step = np.linalg.solve(hessian, gradient)
+        spread = float(np.ptp(step))
+        if spread < 1e-15:
+            break
+        found = found + step * (np.log1p(spread) / spread)
+    return found.tolist()
+
+
+def best_and_worst(strengths: Sequence[float]) -> tuple[int, int] | None:
+    """Places of the highest and the lowest strength, the first of equals; None where all are."""
+    if not strengths or max(strengths) - min(strengths) <= EQUAL:
+        return None
+    high, low = max(strengths), min(strengths)
+    best = next(i for i, e in enumerate(strengths) if e >= high - EQUAL)
+    return best, next(i for i, e in enumerate(strengths) if e <= low + EQUAL)
+
+
+logger = logging.getLogger(__name__)
+
+
+NAME = "self:meta"
+
+
+ADVICE = (
+    "Change one of these: train the model on examples of comparing first; make meta_judging's "
+    "prompt_template, labels or verdict_prefix fit what it writes, or set its forced_ending; raise "
+    "meta_judging.sampling.max_new_tokens if its texts are cut off; lower min_parse_rate; or set "
+    "train_judge=False."
+)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What is compared of a prompt: judgements of one candidate, each text once."""
+
+    prompt: Prompt
+    candidate: Candidate
+    judgements: list[Judgement]
+
+
+class JudgePairMaker(PairMaker):
+    """Compares the judgements of a stage whose responses are judged, and makes pairs of them.
+
+    What is on disk already is used again. All processes make the same pairs.
+    """
+
+    config: "MetaRewardDPOConfig"
+
+    def __init__(self, config: "MetaRewardDPOConfig", ctx: Context, out: StageDir) -> None:
+        super().__init__(config, ctx, out)
+        self.asker = meta_asker(config.meta_judging)
+        self.render_meta = compile_meta_template(
+            config.meta_judging.prompt_template, auto_dedent=config.meta_judging.auto_dedent
+        )
+        self.known_meta = Groups(out.known(MetaJudgement), _prompt_of)
+        self.dropped: Counter[str] = Counter()
+        self.followed = Share()
+        """Of verdicts on judgements with different scores those for the higher one."""
+
+    def make_beside(self, actor_pairs: int) -> list[str]:
+        """Ids of the stage's judge pairs, on disk with the comparisons that they are made of.
+
+        actor_pairs: how many pairs of responses they are trained with. Raises JudgeError where too
+        few comparisons can be read.
+        """
+        prompts, out = list(self.known_prompts.records.ids()), self.out
+        self._compare_all(prompts)
+        out.merge(MetaJudgement)
+        self.known_meta = Groups(out.known(MetaJudgement), _prompt_of)
+        verdicts = Counter(
+            None if told.score is None else verdict(told.score) for told in self.known_meta.records
+        )
+        weights = position_weights(verdicts[1], verdicts[-1])
+        kept, share = list[str](), self.config.judge_share
+        most = None if share is None else int(share * actor_pairs / (1 - share) + 1e-9)
+        new = (p for p in self._pairs(prompts, weights, most, kept) if p.id not in self.known_made)
+        if self.ctx.runtime.is_main:
+            out.append(new)
+        else:
+            deque(new, maxlen=0)
+        out.merge(PreferencePair)
+        self._tell(verdicts, len(kept))
+        return kept
+
+    def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
+        """The same of a judgement, which is compared with itself and would be both sides."""
+        prompt, candidates, _ = super().rehearse()
+        told = self.judgements[prompt.id][0]
+        judged = next(c for c in candidates if c.id == told.candidate_ids[0])
+        compared = _Compared(prompt, judged, [told, told])
+        (answer,) = self.asker.ask(self.ctx, list(self._questions(compared))[:1])
+        if answer.reason == "too_long":
+            raise JudgeError(
+                f"{self.ctx.stage}: the meta-judge's prompt with the shortest prompt "
+                f"({len(prompt.ids)} tokens) and two judgements of at most "
+                f"{self.config.judging.max_new_tokens} tokens leaves no room to answer. Use a "
+                "shorter meta_judging.prompt_template or reward prompt."
+            )
+        return prompt, candidates, [self._judge_pair(compared, (0, 0), (0.0, 0.0))]
+
+    def _compare_all(self, prompts: Sequence[str]) -> None:
+        """Have all judgements compared that are not, block by block."""
+        config, ctx = self.config, self.ctx
+        told = config.num_sampled_reward_responses
+        each = min(told, config.max_judgements_compared or told)
+        words = "%s: judgements of %d prompts are compared, in up to %d comparisons"
+        logger.info(words, ctx.stage, len(prompts), len(prompts) * each * (each - 1))
+        with ctx.runtime.progress(len(prompts), f"{ctx.stage}: comparing", "prompt") as bar:
+            for start in range(0, len(prompts), config.prompts_per_block):
+                block = list(prompts[start : start + config.prompts_per_block])
+                failure = self._compare(ctx.runtime.share(block))
+                failures = [text for text in ctx.runtime.gather([failure]) if text]
+                if failures:
+                    raise JudgeError(failures[0])
+                bar.update(len(block))
+
+    def _compare(self, prompts: Sequence[str]) -> str | None:
+        """Compare what is not compared of some prompts; words on verdicts that cannot be read."""
+        questions: list[Question] = []
+        for prompt_id in prompts:
+            compared, known = self._compared(prompt_id), self.known_meta[prompt_id]
+            self.watcher.count(known)
+            ids = {told.id for told in known}
+            if compared is not None:
+                questions += [q for q in self._questions(compared) if q.id not in ids]
+        answers = self.asker.ask(self.ctx, questions) if questions else ()
+        for batch in batched(self.ctx.runtime.stopping.between(answers), FIRST_LOOK):
+            new = [_as_meta(told) for told in batch]
+            self.out.append(new)
+            self.watcher.count(new)
+            if (failure := self._see_parsed()) is not None:
+                return failure
+        return self._see_parsed()
+
+    def _see_parsed(self) -> str | None:
+        return self.watcher.see_parsed(
+            self.ctx.stage, self.out.path, noun="comparisons of judgements", advice=ADVICE
+        )
+
+    def _compared(self, prompt_id: str) -> _Compared | None:
+        """What is compared of a prompt; None where no response's judgements differ."""
+        told: dict[str, list[Judgement]] = {}
+        for judgement in sorted(self.known_judgements[prompt_id], key=_number):
+            told.setdefault(judgement.candidate_ids[0], []).append(judgement)
+        candidates = sorted(self.known_candidates[prompt_id], key=lambda c: _last(c.id))
+        scores = [[j.score for j in told.get(c.id, ())] for c in candidates]
+        picked = most_varied(scores)
+        if picked is None:
+            return None
+        texts: dict[str, Judgement] = {}
+        for judgement in told[candidates[picked].id]:
+            if judgement.score is not None and judgement.text is not None:
+                texts.setdefault(judgement.text.strip(), judgement)
+        found = list(texts.values())[: self.config.max_judgements_compared]
+        return _Compared(self.known_prompts[prompt_id][0], candidates[picked], found)
+
+    def _asked(self, compared: _Compared) -> Filled:
+        """What the judge was asked."""
+        assert isinstance(self.judge, SelfJudge)
+        shown = self._shown(compared.candidate)
+        return self.judge.render(compared.prompt.text or "", shown.text or "")
+
+    def _questions(self, compared: _Compared) -> Iterator[Question]:
+        asked = self._asked(compared)
+        for one, other in permutations(compared.judgements, 2):
+            text = self.render_meta(asked, one.text or "", other.text or "")
+            yield Question(_id(one, other), (one.id, other.id), text)
+
+    def _pairs(
+        self,
+        prompts: Sequence[str],
+        weights: tuple[float, float],
+        most: int | None,
+        kept: list[str],
+    ) -> Iterator[PreferencePair]:
+        """The judge pairs of prompts, at most so many; their ids are put into `kept`."""
+        for prompt_id in prompts:
+            pair = self._pair(prompt_id, weights)
+            if pair is not None and len(kept) == most:
+                self._drop("surplus")
+            elif pair is not None:
+                kept.append(pair.id)
+                yield pair
+
+    def _pair(self, prompt_id: str, weights: tuple[float, float]) -> PreferencePair | None:
+        """A prompt's judge pair; None where it is dropped, which is counted by its reason."""
+        compared = self._compared(prompt_id)
+        if compared is None:
+            return self._drop("unvaried")
+        own, found = compared.judgements, {j.id: j for j in self.known_meta[prompt_id]}
+        verdicts = {
+            (m, n): verdict(found[_id(own[m], own[n])].score)
+            for m, n in permutations(range(len(own)), 2)
+        }
+        self._count_followed(own, verdicts)
+        strong = strengths(battles(verdicts, len(own), weights))
+        picked = best_and_worst(strong)
+        if picked is None:
+            return self._drop("tie")
+        chosen, rejected = (own[i] for i in picked)
+        if self.config.drop_equal_scores and chosen.score == rejected.score:
+            return self._drop("equal_scores")
+        longest = self.config.max_judgement_length
+        if longest is not None and len(chosen.text or "") > longest:
+            return self._drop("long")
+        pair = self._judge_pair(compared, picked, (strong[picked[0]], strong[picked[1]]))
+        limit = self.ctx.limit(self.config.max_seq_len)
+        length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        return self._drop("no_room") if limit is not None and length > limit else pair
+
+    def _drop(self, reason: str) -> None:
+        self.dropped[reason] += 1
+
+    def _count_followed(
+        self, own: Sequence[Judgement], verdicts: dict[tuple[int, int], int]
+    ) -> None:
+        for (m, n), said in verdicts.items():
+            one, other = own[m].score, own[n].score
+            assert one is not None and other is not None
+            if said and one != other:
+                self.followed.add(int((one > other) == (said > 0)), 1)
+
+    def _judge_pair(
+        self, compared: _Compared, picked: tuple[int, int], strong: tuple[float, float]
+    ) -> PreferencePair:
+        """The pair as it is trained: what the judge was asked, and two of its answers.
+
+        Judgements are kept as texts, so their ids are those of the text and its end token.
+        """
+        asked, tokens = self._asked(compared), self.ctx.tokens
+        chosen, rejected = (compared.judgements[i] for i in picked)
+        rendered = tokens.prompt(asked)
+        return PreferencePair(
+            id=f"{compared.prompt.id}/judge",
+            prompt_ids=rendered.ids,
+            chosen_ids=tokens.response(asked, chosen.text or ""),
+            rejected_ids=tokens.response(asked, rejected.text or ""),
+            prompt=rendered.text,
+            chosen=chosen.text,
+            rejected=rejected.text,
+            chosen_id=chosen.id,
+            rejected_id=rejected.id,
+            chosen_score=strong[0],
+            rejected_score=strong[1],
+            messages=rendered.messages,
+        )
+
+    def _tell(self, verdicts: Counter[int | None], kept: int) -> None:
+        """Metrics of the comparisons and the pairs, and a word where they show something wrong."""
+        whole, wins = verdicts.total(), verdicts[1] + verdicts[-1]
+        read = whole - verdicts[None]
+        shares = {
+            "meta/parse_rate": (read, whole),
+            "meta/tie_rate": (verdicts[0], read),
+            "meta/position_bias": (verdicts[1], wins),
+            "meta/prefers_higher_score": (self.followed.part, self.followed.whole),
+        }
+        metrics: dict[str, Any] = {name: part / of for name, (part, of) in shares.items() if of}
+        metrics |= {"meta/comparisons": whole, "pairs/judge_kept": kept}
+        metrics |= {f"pairs/judge_dropped_{k}": n for k, n in sorted(self.dropped.items()) if n}
+        stage, summary = self.ctx.stage, self.out.summary
+        self.out.log({"step": 0, **metrics})
+        summary["metrics"] = {**summary.get("metrics", {}), **metrics}
+        summary["judge_pairs"] = kept
+        dropped = ", ".join(f"{n} {k}" for k, n in self.dropped.most_common() if n) or "none"
+        level = logging.INFO if kept else logging.WARNING
+        words = "%s: %d comparisons of judgements, %d judge pairs; dropped: %s"
+        logger.log(level, words, stage, whole, kept, dropped)
+        if self.followed.whole >= FIRST_LOOK:
+            self.checker.see(
+                "meta_follows_scores",
+                metrics["meta/prefers_higher_score"],
+                f"of {self.followed.whole} comparisons of judgements with different scores "
+                f"{metrics['meta/prefers_higher_score']:.0%} were won by the higher score: the "
+                "meta-judge reads the score and not the judgement, so training on it only makes "
+                "the judge generous. Train the judge no further (train_judge=False).",
+            )
+
+
+def meta_asker(how: "MetaJudgingConfig") -> Asker:
+    """Who compares judgements: the stage's own model."""
+    return Asker(
+        form_of_comparison(how),
+        how.sampling,
+        name=NAME,
+        score_mode=how.score_mode,
+        forced_ending=how.forced_ending,
+        source="compared",
+    )
+
+
+def _as_meta(told: Judgement) -> MetaJudgement:
+    return MetaJudgement(
+        id=told.id,
+        judgement_ids=told.candidate_ids,
+        judge=told.judge,
+        score=told.score,
+        reason=told.reason,
+        text=told.text,
+        source=told.source,
+        score_mass=told.score_mass,
+    )
+
+
+def _id(one: Judgement, other: Judgement) -> str:
+    return f"{one.id}/vs/{other.id.rsplit('/', 1)[1]}"
+
+
+def _prompt_of(told: MetaJudgement) -> str:
+    """The prompt's id, stage/row/pass, with which a comparison's begins."""
+    return "/".join(told.id.split("/")[:3])
+
+
+def _number(judgement: Judgement) -> int:
+    return int(judgement.id.rsplit("/j", 1)[1])
+
+
+def _last(record_id: str) -> int:
+    return int(record_id.rsplit("/", 1)[1])

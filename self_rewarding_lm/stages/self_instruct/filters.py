@@ -1,0 +1,182 @@
+"""Which instructions are left out, and how alike two texts are. Knows nothing of models."""
+
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from self_rewarding_lm.errors import ConfigError
+
+DEFAULT_KEYWORDS = (  # arXiv:2212.10560: tasks that are not text alone
+    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files"),
+    *("map", "maps", "draw", "plot", "go to"),
+)
+
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+@dataclass
+class FilterCounts:
+    """How many instructions were kept, and why the others were left out."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    kept: int = 0
+
+    def count(self, problem: str | None) -> None:
+        """Count one instruction: kept where `problem` is None, else dropped for that reason."""
+        if problem is None:
+            self.kept += 1
+        else:
+            self.dropped[problem] += 1
+
+    def add(self, other: "FilterCounts") -> None:
+        """Count what another counted too."""
+        self.dropped.update(other.dropped)
+        self.kept += other.kept
+
+    def metrics(self) -> dict[str, int]:
+        """`prompts/kept` and `prompts/dropped_<reason>`."""
+        dropped = {f"prompts/dropped_{k}": n for k, n in sorted(self.dropped.items()) if n}
+        return {"prompts/kept": self.kept, **dropped}
+
+    def in_words(self) -> str:
+        """For a message: '3 similar, 1 too_short'."""
+        return ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common() if n) or "none"
+
+
+def instruction_problem(
+    text: str,
+    *,
+    min_words: int = 4,
+    max_words: int = 150,
+    keywords: Sequence[str] = DEFAULT_KEYWORDS,
+) -> str | None:
+    """Why an instruction is left out whatever the others are, or None.
+
+    The rules and defaults of arXiv:2212.10560, in this order: `too_short`, `too_long` (words are
+    what white space divides), `keyword` (as a whole word, upper and lower case are one), `program`
+    (it starts with "Write a program"), `first_character` (white space aside, it starts with
+    punctuation or a character that is not ASCII).
+    """
+    words = text.split()
+    if len(words) < min_words:
+        return "too_short"
+    if len(words) > max_words:
+        return "too_long"
+    pattern = _keyword_pattern(tuple(keywords))
+    if pattern is not None and pattern.search(text):
+        return "keyword"
+    if re.match(r"\s*write\s+a\s+program\b", text, re.IGNORECASE):
+        return "program"
+    first = text.lstrip()[:1]
+    return "first_character" if first in string.punctuation or not first.isascii() else None
+
+
+@lru_cache(maxsize=16)
+def _keyword_pattern(keywords: tuple[str, ...]) -> re.Pattern[str] | None:
+    wanted = [r"\s+".join(map(re.escape, keyword.split())) for keyword in keywords]
+    if not any(wanted):
+        return None
+    return re.compile(rf"(?<!\w)(?:{'|'.join(filter(None, wanted))})(?!\w)", re.IGNORECASE)
+
+
+def rouge_l(a: str, b: str) -> float:
+    """ROUGE-L F1 of two texts: 2 * LCS / (words of a + words of b), 0.0 where one has none.
+
+    LCS: the length of the longest common subsequence. Words are runs of letters and digits of any
+    script in lower case, without stemming; a script without spaces gives one word a run.
+    """
+    one, other = _words(a), _words(b)
+    return _f1(_common_subsequence(_places(one), len(one), other), len(one) + len(other))
+
+
+class InstructionPool:
+    """The instructions there are, seeds and kept ones, against which new ones are held.
+
+    max_rouge_l: one whose ROUGE-L with any of them is above is `similar` (arXiv:2212.10560: 0.7).
+    Raises ConfigError where it is not between 0 and 1.
+    """
+
+    def __init__(self, seeds: Sequence[str], *, max_rouge_l: float = 0.7) -> None:
+        if not 0.0 <= max_rouge_l <= 1.0:
+            raise ConfigError(f"max_rouge_l is between 0 and 1; got {max_rouge_l}.")
+        self.max_rouge_l = max_rouge_l
+        self._folded: set[str] = set()
+        self._texts: list[tuple[str, ...]] = []
+        self._holders: dict[str, list[int]] = defaultdict(list)  # word -> texts that have it
+        for seed in seeds:
+            self.add(seed)
+
+    def add(self, text: str) -> None:
+        """Hold later ones against this text too."""
+        self._folded.add(_fold(text))
+        words = _words(text)
+        for word in set(words):
+            self._holders[word].append(len(self._texts))
+        self._texts.append(words)
+
+    def problem(self, text: str) -> str | None:
+        """`duplicate` (the same but for case and white space), `similar`, or None."""
+        if _fold(text) in self._folded:
+            return "duplicate"
+        words = _words(text)
+        places = _places(words)
+        for i in self._reachable(words):
+            other = self._texts[i]
+            total = len(words) + len(other)
+            if _f1(min(len(words), len(other)), total) <= self.max_rouge_l:
+                continue  # not even if the shorter one stood in the longer
+            if _f1(_common_subsequence(places, len(words), other), total) > self.max_rouge_l:
+                return "similar"
+        return None
+
+    def _reachable(self, words: Sequence[str]) -> set[int]:
+        """The texts that can be above the threshold; the others lack too many of the words.
+
+        A score above it needs at least k of the n words in common, k being least for a text that is
+        nothing but these. So among any n - k + 1 of the words one is common: here the rarest ones.
+        """
+        n = len(words)
+        k = next((k for k in range(1, n + 1) if _f1(k, n + k) > self.max_rouge_l), None)
+        if k is None:
+            return set()
+        rarest = sorted(words, key=lambda word: len(self._holders.get(word, ())))[: n - k + 1]
+        return {i for word in set(rarest) for i in self._holders.get(word, ())}
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(text.lower()))
+
+
+def _places(words: Sequence[str]) -> dict[str, int]:
+    """For each word the bits of its places."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << i
+    return places
+
+
+def _common_subsequence(places: dict[str, int], length: int, other: Sequence[str]) -> int:
+    """The length of the longest common subsequence, a word of `other` at a time.
+
+    The bit-parallel recurrence of Hyyrö (2004) on one Python int: a zero bit i says that the length
+    grows by one at word i of the first text.
+    """
+    full = (1 << length) - 1
+    row = full
+    for word in other:
+        if word in places:
+            met = row & places[word]
+            row = ((row + met) | (row - met)) & full
+    return length - row.bit_count()
+
+
+def _f1(common: int, total: int) -> float:
+    return 2 * common / total if total else 0.0

@@ -1,0 +1,218 @@
+"""Self-rewarding without pairs: supervised training on the responses that the model rates highest.
+
+What arXiv:2401.10020 compares DPO with (its ablation on positive examples only).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from self_rewarding_lm.config import Object, RewardConfig
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.data.datasets import Rows
+from self_rewarding_lm.errors import ConfigError, PairingError
+from self_rewarding_lm.judges.server import ServerJudge
+from self_rewarding_lm.records import Candidate, Demonstration, Prompt
+from self_rewarding_lm.runs.lines import Joined
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.pairing import DropCounts
+from self_rewarding_lm.stages.sampled import no_stage
+from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.sft import SFTConfig
+from self_rewarding_lm.training.objectives import SupervisedObjective
+
+CURRENT = "current"
+
+
+class SelfRewardSFTConfig(SelfRewardDPOConfig):
+    """N candidates a prompt, several judgements each, SFT on all that have the top score.
+
+    The paper adds such responses to the seed data and fine-tunes the base model again: give the
+    seed data as `train_dataset` and `fit_from="initial"`. Learning rate and epochs are those of
+    SFTConfig. Settings of pairs (dpo_beta, min_margin, ...) are refused.
+    """
+
+    folder_name: ClassVar[str] = "self_reward_sft"
+    default_learning_rates: ClassVar[tuple[float, float]] = SFTConfig.default_learning_rates
+    default_epochs: ClassVar[int] = SFTConfig.default_epochs
+    unused: ClassVar[tuple[str, ...]] = (
+        *("dpo_beta", "nll_weight", "loss", "min_margin", "reference"),
+        *("rounds", "prompts_per_round", "pairing", "mix_pairs", "consistency"),
+        *("is_valid_reward_pair", "pick_paired_rewards_fn"),
+    )
+
+    num_generated_preference_pairs: int | None = Field(default=None, ge=1)
+    """Top-scored responses to train on (the name is that of the DPO stages). None: all that one
+    pass over the prompts gives. The paper: 11,254."""
+    min_score: float | None = None
+    """Least mean score of a response that is learnt. None: the highest score that the reward prompt
+    allows (the paper's 5 of 5); with `comparison`, one that won against all others."""
+    train_dataset: Object = None
+    """Rows that are learnt beside them, as SFTConfig takes them."""
+    fit_from: str = CURRENT
+    """Weights that are trained: "current" (those that answered), "initial" or an earlier stage."""
+
+    @model_validator(mode="after")
+    def _no_pairs(self) -> "SelfRewardSFTConfig":
+        given = [name for name in self.unused if name in self.model_fields_set]
+        if given:
+            raise ValueError(f"{', '.join(given)}: a setting of pairs, and this stage makes none")
+        return self
+
+    def weights_used(self) -> set[str]:
+        return (super().weights_used() | {self.fit_from}) - {CURRENT}
+
+    def check(self, ctx: Context) -> None:
+        rows = dict(ctx.rows)
+        mixed = rows.pop("train_dataset", None)
+        super().check(replace(ctx, rows=rows))
+        if mixed is not None:
+            self._supervised().check(replace(ctx, rows={"train_dataset": mixed}))
+        self.least_score(ctx)
+
+    def run(self, ctx: Context, out: StageDir) -> None:
+        found = self.made(TopMaker, ctx, out)
+        top = Rows(found, f"{ctx.stage}: top-scored responses", no_stage)
+        supervised = self._supervised()
+        rows = supervised.training_rows(ctx, top, f"{ctx.stage}/top", out)
+        if "train_dataset" in ctx.rows:
+            mixed = supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+            rows = Joined(rows, mixed)
+        if self.fit_from != CURRENT:
+            ctx.load(self.fit_from)
+        out.summary |= {"demonstrations": len(found), "rows": len(rows)}
+        out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows))
+
+    def rehearse(self, ctx: Context, out: StageDir) -> None:
+        prompt, answers, _ = self.answered(TopMaker, ctx, out)
+        found = Rows((_demonstration(prompt, answers[0]),), "the rehearsed response", no_stage)
+        supervised = self._supervised()
+        if "train_dataset" in ctx.rows:
+            supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        rows = supervised.training_rows(ctx, found, f"{ctx.stage}/top", out)
+        self.try_fit(ctx, out, SupervisedObjective(rows))
+
+    def least_score(self, ctx: Context) -> float:
+        """The least mean score that counts as the top."""
+        if self.min_score is not None:
+            return self.min_score
+        tops: set[float | None] = {None}
+        own = isinstance(self.rewarding_model, ServerJudge) or not hasattr(
+            self.rewarding_model, "judge"
+        )
+        if self.judge is None and own:
+            rewards = self._rewards(ctx).values()
+            tops = {1.0} if self.comparison is not None else {_highest(r) for r in rewards}
+        top = tops.pop()
+        if top is None or tops:
+            raise ConfigError(
+                f"{ctx.stage}: the top score is not known (a judge of your own, a reward prompt "
+                "without score_range and allowed_scores, or several with different ones); give "
+                "min_score."
+            )
+        return top
+
+    def _supervised(self) -> SFTConfig:
+        return SFTConfig(
+            train_dataset=self.train_dataset,
+            max_seq_len=self.max_seq_len,
+            on_bad_row=self.on_bad_row,
+            checks=self.checks,
+        )
+
+
+def _highest(reward: RewardConfig) -> float | None:
+    """The highest score of a reward prompt; None where it names none."""
+    if reward.allowed_scores:
+        return float(max(reward.allowed_scores))
+    return None if reward.score_range is None else float(reward.score_range[1])
+
+
+class TopMaker(PairMaker):
+    """Makes demonstrations of the candidates with the top score."""
+
+    record_type: ClassVar[type[Any]] = Demonstration
+    noun: ClassVar[str] = "top-scored response"
+    config: SelfRewardSFTConfig
+
+    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
+        candidates = self._left(prompt, drops, 1)
+        if not candidates:
+            return []
+        found = top_scored(
+            candidates,
+            self.scores(candidates),
+            drops,
+            min_score=self.config.least_score(self.ctx),
+            is_valid_score=self.config.is_valid_reward,
+        )
+        return [_demonstration(prompt, candidate) for candidate in found]
+
+    def _nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
+        return PairingError(
+            f"{self.ctx.stage}: no response to {prompts} prompts has the top score of "
+            f"{self.config.least_score(self.ctx):g}. Dropped: {drops.in_words()}. Lower min_score, "
+            "sample more candidates, or train the model on judge examples first. The records are "
+            f"in {self.out.path}."
+        )
+
+
+def top_scored(
+    candidates: Sequence[Candidate],
+    scores: dict[str, float | None],
+    drops: DropCounts,
+    *,
+    min_score: float,
+    is_valid_score: Any = None,
+) -> list[Candidate]:
+    """The candidates with at least `min_score`, each text once; `drops` counts the others.
+
+    A prompt that gives none is dropped as `unfinished`, `unscored`, `invalid_score` or `low_score`:
+    the first of these filters that leaves no candidate.
+    """
+    filters = {
+        "unfinished": lambda c: c.finished is not False,
+        "unscored": lambda c: scores.get(c.id) is not None,
+        "invalid_score": lambda c: is_valid_score is None or bool(is_valid_score(scores[c.id])),
+        "low_score": lambda c: scores[c.id] >= min_score,  # type: ignore[operator]
+        "identical": _new(),
+    }
+    left = list(candidates)
+    for reason, keep in filters.items():
+        kept = [c for c in left if keep(c)]
+        if len(kept) < len(left):
+            drops.candidates[reason] += len(left) - len(kept)
+        left = kept
+        if not left:
+            drops.prompts[reason] += 1
+            return []
+    drops.kept += len(left)
+    return left
+
+
+def _new() -> Any:
+    """A filter that takes each response once."""
+    seen: set[Any] = set()
+
+    def keep(candidate: Candidate) -> bool:
+        words = candidate.ids if candidate.text is None else candidate.text.strip()
+        known = words in seen
+        seen.add(words)
+        return not known
+
+    return keep
+
+
+def _demonstration(prompt: Prompt, candidate: Candidate) -> Demonstration:
+    return Demonstration(
+        id=candidate.id,
+        prompt_ids=prompt.ids,
+        completion_ids=candidate.ids,
+        prompt=prompt.text,
+        completion=candidate.text,
+        parents=(prompt.id, candidate.id),
+        messages=prompt.messages,
+    )

@@ -1,0 +1,320 @@
+"""Losses: arithmetic on tensors.
+
+A loss returns one number per row and what each row counts; the training loop divides the sum of
+the numbers by the sum of the counts over the whole optimiser step, so that the gradient does not
+depend on how a step is cut into micro-batches. No model, no device, no configuration here.
+
+A loss of pairs is a function (PairBatch, its parameters by name) -> a number per pair; those of
+`PAIR_LOSSES` are chosen by name. In their formulas w is the chosen and l the rejected response,
+|y| a length in tokens, D(y) = log pi(y) - log ref(y) summed over tokens, h = D(w) - D(l), s the
+logistic function. Where each default comes from is in docs/losses.md.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.models.logprobs import masked_sum
+
+PairLoss = Callable[..., Tensor]
+"""(PairBatch, *, parameters) -> a number per pair, shape (b,)."""
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+Noise = Annotated[float, Field(ge=0, lt=0.5)]
+"""A share of wrong labels; with half of them wrong there is nothing to learn."""
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """losses: a number per row. counts: what each row adds to the divisor. metrics: per row."""
+
+    losses: Float[Tensor, " b"]
+    counts: Float[Tensor, " b"]
+    metrics: Mapping[str, Float[Tensor, " b"]]
+
+    def mean(self) -> Float[Tensor, ""]:
+        """The loss of these rows alone."""
+        return self.losses.sum() / self.counts.sum()
+
+
+def sft_loss(logprobs: Float[Tensor, "b t"], targets: Bool[Tensor, "b t"]) -> LossResult:
+    """Negative log-likelihood of the target tokens; a row counts its target tokens."""
+    losses = -masked_sum(logprobs, targets)
+    return LossResult(losses, targets.sum(dim=-1).to(losses.dtype), {})
+
+
+@dataclass(frozen=True)
+class Responses:
+    """One side of some pairs: all that is chosen, or all that is rejected.
+
+    logprobs: under the policy, summed over the response. lengths: in tokens. wins: how likely each
+    wins (1 for a chosen and 0 for a rejected one where the pair does not say). reference: as
+    logprobs, None where no loss reads it. tokens, reference_tokens: per token from the response's
+    first on, 0 behind its end; None where no loss reads them (`reads`).
+    """
+
+    logprobs: Float[Tensor, " b"]
+    lengths: Float[Tensor, " b"]
+    wins: Float[Tensor, " b"]
+    reference: Float[Tensor, " b"] | None = None
+    tokens: Float[Tensor, "b t"] | None = None
+    reference_tokens: Float[Tensor, "b t"] | None = None
+
+    def gains(self) -> Float[Tensor, " b"]:
+        """D(y). ConfigError where there is no reference."""
+        return self.logprobs - _there(self.reference, "reference")
+
+    def token_gains(self) -> Float[Tensor, "b t"]:
+        """D of each token. ConfigError where per-token log-probs were not asked for."""
+        reference = _there(self.reference_tokens, "tokens")
+        return _there(self.tokens, "tokens") - reference
+
+    def means(self, values: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Sums over the responses as means over their tokens."""
+        return values / self.lengths.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """What a loss of pairs reads."""
+
+    chosen: Responses
+    rejected: Responses
+
+    def margins(self) -> Float[Tensor, " b"]:
+        """h."""
+        return self.chosen.gains() - self.rejected.gains()
+
+    def swapped(self) -> "PairBatch":
+        """The same pairs with the other side chosen."""
+        return PairBatch(self.rejected, self.chosen)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a loss needs beside the summed log-probs of the policy.
+
+    reference: those of a reference; no reference pass is made where no loss reads one. tokens:
+    per-token log-probs (with a reference, of both). compares: whether it sets the two sides against
+    each other, so that a pair's label_smoothing means something for it.
+    """
+
+    reference: bool = True
+    tokens: bool = False
+    compares: bool = True
+
+
+Function = TypeVar("Function", bound=PairLoss)
+
+
+def reads(
+    *, reference: bool = True, tokens: bool = False, compares: bool = True
+) -> Callable[[Function], Function]:
+    """Decorates a loss of pairs with what it `Reads`; one without it reads a reference."""
+
+    def marked(function: Function) -> Function:
+        function.reads = Reads(reference, tokens, compares)  # type: ignore[attr-defined]
+        return function
+
+    return marked
+
+
+def reads_of(function: PairLoss) -> Reads:
+    """What a loss was decorated with."""
+    return getattr(function, "reads", Reads())
+
+
+def dpo_loss(
+    batch: PairBatch, *, beta: Positive = 0.1, label_smoothing: Noise = 0.0
+) -> Float[Tensor, " b"]:
+    """-(1-e) log s(beta h) - e log s(-beta h), e = label_smoothing.
+
+    Eq. 7 of arXiv:2305.18290 at e = 0; with e > 0 it is cDPO (Eq. 3 of ericmitchell.ai/cdpo.pdf).
+    SPIN (Eq. 4.7 of arXiv:2401.01335, logistic) is this on human and own answers, its lambda beta.
+    """
+    margin = beta * batch.margins()
+    straight, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return straight if label_smoothing == 0.0 else straight.lerp(flipped, label_smoothing)
+
+
+def robust_loss(
+    batch: PairBatch, *, beta: Positive = 0.1, label_smoothing: Noise = 0.1
+) -> Float[Tensor, " b"]:
+    """[-(1-e) log s(beta h) + e log s(-beta h)] / (1 - 2e): rDPO, arXiv:2403.00409.
+
+    Its mean over labels of which a share e is flipped is the DPO loss of the true ones.
+    """
+    margin, noise = beta * batch.margins(), label_smoothing
+    return (noise * F.logsigmoid(-margin) - (1 - noise) * F.logsigmoid(margin)) / (1 - 2 * noise)
+
+
+def ipo_loss(
+    batch: PairBatch, *, beta: Positive = 0.1, over: Literal["mean", "sum"] = "mean"
+) -> Float[Tensor, " b"]:
+    """(h - 1/(2 beta))^2, Eq. 17 of arXiv:2310.12036 (beta is its tau).
+
+    over: "mean", D(y) as means over tokens, which the authors confirmed to TRL; or "sum".
+    """
+    if over == "sum":
+        margin = batch.margins()
+    else:
+        margin = _mean_gains(batch.chosen) - _mean_gains(batch.rejected)
+    return (margin - 1 / (2 * beta)).square()
+
+
+def hinge_loss(batch: PairBatch, *, beta: Positive = 0.1) -> Float[Tensor, " b"]:
+    """max(0, 1 - beta h): SLiC-HF (arXiv:2305.10425) on implicit rewards (arXiv:2309.06657)."""
+    return F.relu(1 - beta * batch.margins())
+
+
+def dpo_norm_loss(batch: PairBatch, *, beta: Positive = 5.0) -> Float[Tensor, " b"]:
+    """-log s(beta [D(w)/|w| - D(l)/|l|]): length-normalised DPO (arXiv:2411.15124)."""
+    return -F.logsigmoid(beta * (_mean_gains(batch.chosen) - _mean_gains(batch.rejected)))
+
+
+@reads(reference=False)
+def simpo_loss(
+    batch: PairBatch, *, beta: Positive = 2.0, gamma: float = 1.0
+) -> Float[Tensor, " b"]:
+    """-log s(beta log pi(w)/|w| - beta log pi(l)/|l| - gamma), without a reference.
+
+    Eq. 6 of arXiv:2405.14734; gamma is the margin itself, not its ratio to beta.
+    """
+    margin = _mean_logprobs(batch.chosen) - _mean_logprobs(batch.rejected)
+    return -F.logsigmoid(beta * margin - gamma)
+
+
+@reads(tokens=True)
+def ld_dpo_loss(
+    batch: PairBatch, *, beta: Positive = 0.1, alpha: Share = 0.5
+) -> Float[Tensor, " b"]:
+    """DPO in which tokens beyond the shorter response's length count alpha (arXiv:2409.06411).
+
+    alpha 1 is DPO; at 0 only the first min(|w|, |l|) tokens of both count.
+    """
+    shared = torch.minimum(batch.chosen.lengths, batch.rejected.lengths)
+    chosen, rejected = (_desensitised(s, shared, alpha) for s in (batch.chosen, batch.rejected))
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def r_dpo_loss(
+    batch: PairBatch, *, beta: Positive = 0.1, alpha: NotNegative = 0.01
+) -> Float[Tensor, " b"]:
+    """-log s(beta h + alpha |w| - alpha |l|): a longer chosen one is learnt less.
+
+    Eq. 9 of arXiv:2403.19159.
+    """
+    longer = batch.chosen.lengths - batch.rejected.lengths
+    return -F.logsigmoid(beta * batch.margins() + alpha * longer)
+
+
+def dpop_loss(
+    batch: PairBatch, *, beta: Positive = 0.3, penalty: NotNegative = 50.0
+) -> Float[Tensor, " b"]:
+    """-log s(beta [h - penalty max(0, -D(w))]): DPO-positive, arXiv:2402.13228 (its lambda).
+
+    The penalty begins where the chosen response is less likely than under the reference.
+    """
+    lost = F.relu(-batch.chosen.gains())
+    return -F.logsigmoid(beta * (batch.margins() - penalty * lost))
+
+
+def apo_zero_loss(batch: PairBatch, *, beta: Positive = 0.1) -> Float[Tensor, " b"]:
+    """1 - s(beta D(w)) + s(beta D(l)): the chosen up, the rejected down (arXiv:2408.06266)."""
+    return torch.sigmoid(-beta * batch.chosen.gains()) + torch.sigmoid(
+        beta * batch.rejected.gains()
+    )
+
+
+def apo_down_loss(batch: PairBatch, *, beta: Positive = 0.1) -> Float[Tensor, " b"]:
+    """s(beta D(w)) + 1 - s(beta h): both down, the rejected more (arXiv:2408.06266)."""
+    return torch.sigmoid(beta * batch.chosen.gains()) + torch.sigmoid(-beta * batch.margins())
+
+
+def sppo_loss(
+    batch: PairBatch, *, beta: Positive = 0.001, hard: bool = False
+) -> Float[Tensor, " b"]:
+    """([D(w) - (p_w - 1/2)/beta]^2 + [D(l) - (p_l - 1/2)/beta]^2) / 2: arXiv:2405.00675.
+
+    p: how likely each wins, as its pair says (1 and 0 where it does not). hard: always 1 and 0.
+    """
+    wins = (1.0, 0.0) if hard else (batch.chosen.wins, batch.rejected.wins)
+    sides = (batch.chosen, batch.rejected)
+    errors = [s.gains() - (p - 0.5) / beta for s, p in zip(sides, wins, strict=True)]
+    return (errors[0].square() + errors[1].square()) / 2
+
+
+def wpo_loss(
+    batch: PairBatch, *, beta: Positive = 0.1, label_smoothing: Noise = 0.0
+) -> Float[Tensor, " b"]:
+    """DPO times exp(log pi(w)/|w| + log pi(l)/|l|), through which no gradient flows.
+
+    arXiv:2406.11827: pairs that the policy would not write itself count less. Its weights are not
+    aligned by the sum of squared probabilities, which log-probs of the tokens alone do not tell.
+    """
+    weights = (_mean_logprobs(batch.chosen) + _mean_logprobs(batch.rejected)).detach().exp()
+    return weights * dpo_loss(batch, beta=beta, label_smoothing=label_smoothing)
+
+
+@reads(reference=False, compares=False)
+def nll_loss(batch: PairBatch) -> Float[Tensor, " b"]:
+    """-log pi(w) / |w|, per pair: the second term of Eq. 2 of arXiv:2404.19733 (IRPO)."""
+    return -_mean_logprobs(batch.chosen)
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "dpo": dpo_loss,
+    "robust": robust_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "dpo_norm": dpo_norm_loss,
+    "simpo": simpo_loss,
+    "ld_dpo": ld_dpo_loss,
+    "r_dpo": r_dpo_loss,
+    "dpop": dpop_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "sppo": sppo_loss,
+    "wpo": wpo_loss,
+    "nll": nll_loss,
+}
+"""The losses by the names that a stage's `loss` knows; docs/losses.md has a line for each."""
+
+
+def _mean_gains(side: Responses) -> Tensor:
+    return side.means(side.gains())
+
+
+def _mean_logprobs(side: Responses) -> Tensor:
+    return side.means(side.logprobs)
+
+
+def _desensitised(side: Responses, shared: Tensor, alpha: float) -> Tensor:
+    gains = side.token_gains()
+    within = torch.arange(gains.shape[1], device=gains.device) < shared[:, None]
+    return torch.where(within, gains, alpha * gains).sum(dim=-1)
+
+
+def _there(values: Tensor | None, what: str) -> Tensor:
+    if values is None:
+        raise ConfigError(
+            f"this loss reads {what} that nobody computed: decorate its function with "
+            f"self_rewarding_lm.losses.reads({what}=True), or leave `reads` away for a reference."
+        )
+    return values

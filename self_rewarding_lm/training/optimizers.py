@@ -1,0 +1,276 @@
+"""Optimisers by name, the learning rate of a step, and updates that a narrow type rounds away.
+
+Knows the parts of a module by their kind: which weights are embeddings, norms, hidden matrices.
+Knows no model by name, and nothing of losses, of processes or of how a forward computes.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from self_rewarding_lm.checks import Checker
+from self_rewarding_lm.config import OptimConfig
+from self_rewarding_lm.errors import ConfigError
+
+LOOKED_AT = 65_536
+"""Numbers of a parameter that `updates_vanish` looks at, at most, evenly spread over it."""
+
+
+_EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
+
+
+_WHOLE_ALONE = ("adafactor", *_EIGHT_BIT)  # know no DTensor
+
+
+_ADAMW_STEPS = ("adamw", "muon", *_EIGHT_BIT)  # an update of theirs is about the learning rate
+
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+_LINEAR = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+Groups = list[dict[str, Any]]
+
+
+def make_optimizers(
+    module: nn.Module, optim: OptimConfig, vocab: int
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of a stage: one, or two where weights go apart (muon, 8 bit).
+
+    Weight decay acts on matrices; norms, biases and embeddings, a tied head included, are left out.
+    Raises ConfigError where nothing can be trained, and as `check_optimizer` does.
+    """
+    params = [p for p in module.parameters() if p.requires_grad]
+    if not params:
+        raise ConfigError("the model has no parameter that requires gradients; nothing to train.")
+    if callable(optim.optimizer):
+        made = optim.optimizer(params)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optim.optimizer must return a torch optimiser; got {type(made).__name__}."
+            )
+        return [made]
+    check_optimizer(module, optim)
+    parts = _Parts(module)
+    first, chosen, second = _ways(parts, optim, vocab)
+    made = []
+    for make, of_first in ((first, True), (second, False)):
+        part = [p for p in params if (id(p) in chosen) == of_first]
+        if part:
+            made.append(make(parts.groups(part, optim.weight_decay), optim))
+    return made
+
+
+def check_optimizer(
+    module: nn.Module, optim: OptimConfig, *, scaled: bool = False, sharded: bool = False
+) -> None:
+    """Raise ConfigError where an optimiser cannot train a model; to be asked before any work.
+
+    scaled: whether the loss is scaled, as in mixed precision with float16. sharded: whether weights
+    will be spread over processes by FSDP2. A function is trusted.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    half = any(p.dtype == torch.float16 for p in trained)
+    sharded = sharded or any(hasattr(p, "to_local") for p in trained)
+    advice = (
+        "Load the model in float32 (and set accelerate_kwargs=dict(mixed_precision='fp16') for "
+        "speed), or train an adapter with peft_config, whose weights are float32."
+    )
+    if half and scaled:
+        raise ConfigError(
+            "mixed_precision='fp16' scales the loss so that small gradients are kept, which "
+            f"needs trained weights in float32; some are float16. {advice}"
+        )
+    if half and optim.optimizer in ("adamw", "muon"):
+        raise ConfigError(
+            "AdamW keeps its mean of squared gradients in the type of the weights, and some of "
+            "these are float16, where the share that a gradient below 5e-3 has in that mean is 0: "
+            f"steps become many times too long. {advice}"
+        )
+    if sharded and optim.optimizer in _WHOLE_ALONE:
+        raise ConfigError(
+            f"optimizer={optim.optimizer!r} cannot step weights that FSDP2 spreads over processes: "
+            "torch's Adafactor and bitsandbytes compute on whole tensors. Take 'adamw', 'muon' or "
+            "'sgd', or train without FSDP."
+        )
+    if optim.optimizer in _EIGHT_BIT and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer={optim.optimizer!r} needs the package bitsandbytes, which is not "
+            'installed: pip install "self-rewarding-lm[bitsandbytes]"'
+        )
+
+
+def learning_rate_at(step: int, total: int, optim: OptimConfig) -> float:
+    """The rate of optimiser step `step` of `total`, the first being 0.
+
+    Over w warm-up steps it is learning_rate * (step + 1) / w, so that the last of them has all of
+    learning_rate. The step behind them has it too, and from there it falls to final_learning_rate
+    at the last step. A single step behind the warm-up, and "constant", have learning_rate.
+    """
+    peak, final = optim.learning_rate, optim.final_learning_rate
+    assert peak is not None and final is not None
+    warmup = warmup_steps_of(total, optim)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, total - 1 - warmup)
+    left = 1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return final + (peak - final) * left
+
+
+def warmup_steps_of(total: int, optim: OptimConfig) -> int:
+    """Steps of warm-up among `total`: a share of them is rounded up."""
+    given = optim.warmup_steps
+    return int(given) if given >= 1 else math.ceil(given * total - 1e-9)  # 0.07 * 100 is over 7
+
+
+@torch.no_grad()
+def updates_vanish(params: Iterable[nn.Parameter], rate: float) -> float:
+    """The share of trained weights w with w - rate equal to w in their own type.
+
+    In bfloat16 that are all with |w| > 512 * rate, and none with |w| < 256 * rate. Of a large
+    parameter LOOKED_AT numbers are looked at; of one spread over processes, those that are here.
+    """
+    lost = total = 0.0
+    for parameter in params:
+        local: Tensor = getattr(parameter, "to_local", lambda p=parameter: p)()
+        if not parameter.requires_grad or local.numel() == 0:
+            continue
+        some = local.reshape(-1)[:: -(-local.numel() // LOOKED_AT)]
+        wide = some if some.dtype == torch.float64 else some.float()
+        same = (wide - rate).to(some.dtype) == some
+        lost += same.float().mean().item() * local.numel()
+        total += local.numel()
+    return lost / total if total else 0.0
+
+
+def warn_of_lost_updates(
+    module: nn.Module, optim: OptimConfig, stage: str, *, checker: Checker | None = None
+) -> None:
+    """Check `lost_updates`: whether most updates of a stage would be rounded away.
+
+    Not for optimisers whose step is not about the learning rate: SGD, Adafactor, a function.
+    Raises TrainingError where the check is set to "error".
+    """
+    if optim.optimizer not in _ADAMW_STEPS or optim.learning_rate is None:
+        return
+    share = updates_vanish(module.parameters(), optim.learning_rate)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in trained}
+    (checker or Checker(None, stage)).see(
+        "lost_updates",
+        share,
+        f"a step of learning rate {optim.learning_rate:.3g} leaves {share:.0%} of the weights as "
+        "they are: it is less than half of the distance to the next number of their type "
+        f"({', '.join(sorted(dtypes))}), so they learn nothing. Load the model in float32 (and set "
+        "accelerate_kwargs=dict(mixed_precision='bf16') for speed), train an adapter with "
+        "peft_config, or take a higher learning rate.",
+    )
+
+
+class _Parts:
+    """The parameters of a module by the kind of the part that holds them, as sets of ids."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.embeddings: set[int] = set()
+        self.linear: dict[int, nn.Parameter] = {}
+        norms: set[int] = set()
+        for part in module.modules():
+            own = list(part.parameters(recurse=False))
+            if isinstance(getattr(part, "base_layer", part), _EMBEDDINGS):  # or peft's around one
+                self.embeddings |= {id(p) for p in part.parameters()}
+            elif _is_linear(part):
+                self.linear |= {id(p): p for p in own if p.ndim >= 2}
+            elif type(part).__name__.lower().endswith("norm"):
+                norms |= {id(p) for p in own}
+        self.all = {id(p) for p in module.parameters()}
+        undecayed = self.embeddings | norms
+        self.decayed = {
+            id(p)
+            for p in module.parameters()
+            # an axis of length 1 is for broadcasting: a scale or a bias, such as one of each head
+            if p.ndim >= 2 and id(p) not in undecayed and (id(p) in self.linear or 1 not in p.shape)
+        }
+
+    def hidden(self, vocab: int) -> set[int]:
+        """Matrices of linear layers that neither read nor write the vocabulary."""
+        found = {i for i, p in self.linear.items() if p.ndim == 2 and vocab not in p.shape}
+        return found - self.embeddings
+
+    def groups(self, params: list[nn.Parameter], weight_decay: float) -> Groups:
+        """Groups of parameters with weight decay and without."""
+        decayed = [p for p in params if id(p) in self.decayed]
+        others = [p for p in params if id(p) not in self.decayed]
+        groups: Groups = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+
+def _is_linear(part: nn.Module) -> bool:
+    # transformers' Conv1D, of GPT-2, is a linear layer whose weight lies the other way round
+    return isinstance(part, _LINEAR) or type(part).__name__.endswith("Conv1D")
+
+
+Maker = Callable[[Groups, OptimConfig], torch.optim.Optimizer]
+
+
+def _ways(parts: _Parts, optim: OptimConfig, vocab: int) -> tuple[Maker, set[int], Maker]:
+    """What makes an optimiser of the weights of these ids, and what makes one of the others."""
+    if optim.optimizer == "muon":
+        return _muon, parts.hidden(vocab), _adamw
+    if optim.optimizer in _EIGHT_BIT:
+        return _adamw_8bit, parts.all - parts.embeddings, _adamw_32bit
+    make = {"adamw": _adamw, "adafactor": _adafactor, "sgd": _sgd}[optim.optimizer]
+    return make, parts.all, make
+
+
+def _adamw(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    rate = optim.learning_rate or 0.0
+    return torch.optim.AdamW(groups, lr=rate, betas=optim.betas, fused=_can_fuse(groups))
+
+
+def _muon(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    # match_rms_adamw: so that one learning rate serves both optimisers
+    rate = optim.learning_rate or 0.0
+    return torch.optim.Muon(groups, lr=rate, adjust_lr_fn="match_rms_adamw")
+
+
+def _adafactor(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=optim.learning_rate or 0.0)
+
+
+def _sgd(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=optim.learning_rate or 0.0)  # its fused step knows no DTensor
+
+
+def _adamw_8bit(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    from bitsandbytes import optim as found  # type: ignore[import-not-found]
+
+    paged = optim.optimizer == "paged_adamw_8bit"
+    make = found.PagedAdamW8bit if paged else found.AdamW8bit
+    return make(groups, lr=optim.learning_rate or 0.0, betas=optim.betas)
+
+
+def _adamw_32bit(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
+    """For embeddings beside 8 bit, as in arXiv:2110.02861: their gradients differ most in size."""
+    from bitsandbytes import optim as found  # type: ignore[import-not-found]
+
+    paged = optim.optimizer == "paged_adamw_8bit"
+    make = found.PagedAdamW32bit if paged else found.AdamW32bit
+    return make(groups, lr=optim.learning_rate or 0.0, betas=optim.betas)
+
+
+def _can_fuse(groups: Groups) -> bool | None:
+    """True where all weights are on devices that have the fused step; None: torch's choice."""
+    params = [p for group in groups for p in group["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+    return fused or None
