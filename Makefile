@@ -23,7 +23,7 @@ benchmark: $(VENV)/installed-bench
 	$(RUN) benchmarks/generation.py
 
 errors: $(VENV)/installed-dev
-	$(RUN) -m tests.test_errors
+	$(RUN) -m tests.docs.test_errors
 
 docs: $(VENV)/installed-dev
 	$(RUN) -m sphinx -W --keep-going -q docs docs/_build

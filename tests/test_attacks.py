@@ -46,11 +46,11 @@ from self_rewarding_lm.stages.self_instruct.few_shot import Example, few_shot_pr
 from self_rewarding_lm.stages.self_instruct.filters import instruction_problem
 from self_rewarding_lm.stages.self_instruct.reading import parse_instructions
 from self_rewarding_lm.stages.sft import SFTConfig
-from tests.models import Successor, context
+from tests.support.models import Successor, context
 
 transformers = pytest.importorskip("transformers")
 
-from tests.hf_models import word_tokenizer  # noqa: E402
+from tests.support.hf_models import word_tokenizer  # noqa: E402
 
 PACKAGE = Path(__file__).parent.parent / "self_rewarding_lm"
 CONTROLS = (

@@ -32,7 +32,7 @@ from self_rewarding_lm.training.fit import Fit
 from self_rewarding_lm.training.objectives import PreferenceObjective, SupervisedObjective
 from self_rewarding_lm.training.reference import PairSums
 from self_rewarding_lm.training.watch import WINDOW, Watcher
-from tests.models import TEXT_VOCAB, VOCAB, Recurrent, adapt, context, stage_dir
+from tests.support.models import TEXT_VOCAB, VOCAB, Recurrent, adapt, context, stage_dir
 from tests.test_trainer import QUICK, external, model64, same, sft, trainer_of, weights_of
 
 NAMES = list(ChecksConfig.model_fields)

@@ -28,10 +28,10 @@ from self_rewarding_lm import (
 )
 from self_rewarding_lm.data.chat import TEMPLATES
 from self_rewarding_lm.errors import DataError
-from tests.hf_models import VOCAB, only_letters, tiny, word_tokenizer
-from tests.processes import two
-from tests.test_chat import PICKY, said
-from tests.test_tokens import DEFAULT_SYSTEM, ENDS_TWICE, NEWLINES, TRIMS, WITH_BOS, theirs
+from tests.data.test_chat import PICKY, said
+from tests.data.test_tokens import DEFAULT_SYSTEM, ENDS_TWICE, NEWLINES, TRIMS, WITH_BOS, theirs
+from tests.support.hf_models import VOCAB, only_letters, tiny, word_tokenizer
+from tests.support.processes import two
 
 QUICK = OptimConfig(batch_size=4, learning_rate=1e-2)
 ROWS = [{"prompt": f"say {i}", "completion": f"i say {i}"} for i in range(5)]

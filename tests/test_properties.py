@@ -8,14 +8,14 @@ from collections import Counter
 import pytest
 from hypothesis import settings
 
-from tests import (  # noqa: F401
+from tests.support import (  # noqa: F401
     properties_files,
     properties_numbers,
     properties_rows,
     properties_runs,
     properties_texts,
 )
-from tests.mutants import HUNT, PROPERTIES, QUICK, SLOW, Mutant, Property
+from tests.support.mutants import HUNT, PROPERTIES, QUICK, SLOW, Mutant, Property
 
 # no strategy here uses `random`; what else in the process does is not theirs
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")

@@ -43,7 +43,7 @@ from self_rewarding_lm.generation.engine import Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.records import stable_hash
-from tests.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode, lively
+from tests.support.models import ALPHABET, END, TEXT_VOCAB, Recurrent, encode, lively
 
 QUICK = OptimConfig(batch_size=4, learning_rate=1e-2)
 SHORT = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=6)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from self_rewarding_lm import Run
-from tests.processes import FSDP, HOME, launched, two
+from tests.support.processes import FSDP, HOME, launched, two
 from tests.test_trainer import model64
 
 
 @pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP2"])
 def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
-    script = ("-m", "tests.two_process_run")
+    script = ("-m", "tests.support.two_process_run")
     subprocess.run([sys.executable, *script, tmp_path / "one"], cwd=HOME, check=True, timeout=300)
     two(*script, tmp_path / "two", **settings)
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
@@ -45,7 +45,7 @@ def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP2"])
 def test_rounds_and_moving_references_of_two_processes_are_those_of_one(settings, tmp_path):
-    script = ("-m", "tests.two_process_rounds")
+    script = ("-m", "tests.support.two_process_rounds")
     subprocess.run([sys.executable, *script, tmp_path / "one"], cwd=HOME, check=True, timeout=300)
     two(*script, tmp_path / "two", **settings)
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
@@ -64,7 +64,7 @@ def test_rounds_and_moving_references_of_two_processes_are_those_of_one(settings
 
 
 def test_an_error_on_one_process_ends_the_other_with_its_words(tmp_path):
-    process = launched("-m", "tests.two_process_ends", "fails", tmp_path)
+    process = launched("-m", "tests.support.two_process_ends", "fails", tmp_path)
     output, _ = process.communicate(timeout=120)  # the other waits for it for half an hour
     assert process.returncode != 0
     assert "this judge fails here" in output
@@ -72,7 +72,7 @@ def test_an_error_on_one_process_ends_the_other_with_its_words(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_the_run_goes_on_where_it_was(tmp_path):
-    script = ("-m", "tests.two_process_ends", "waits", tmp_path)
+    script = ("-m", "tests.support.two_process_ends", "waits", tmp_path)
     process = launched(*script, JUDGE_SECONDS="600")
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("judging.*"))) < 2 and time.monotonic() < deadline:
@@ -92,11 +92,11 @@ def test_ctrl_c_ends_all_processes_and_the_run_goes_on_where_it_was(tmp_path):
 def test_a_run_goes_on_from_shares_to_one_process_and_the_other_way_round(sharded_first, tmp_path):
     """SFT by one kind of run and a stage of pairs by the other: as by one process all the way."""
     one, parted = tmp_path / "one", tmp_path / "parted"
-    alone = [sys.executable, "-m", "tests.two_process_ends", "counts"]
+    alone = [sys.executable, "-m", "tests.support.two_process_ends", "counts"]
     assert subprocess.run([*alone, str(one)], cwd=HOME, timeout=120).returncode == 0
 
     def sharded(*stages: str) -> None:
-        two("-m", "tests.two_process_ends", "counts", parted, *stages, **FSDP)
+        two("-m", "tests.support.two_process_ends", "counts", parted, *stages, **FSDP)
 
     if sharded_first:
         sharded("sft")
@@ -125,7 +125,7 @@ def test_training_that_was_stopped_goes_on_with_shares_or_in_one_process(first, 
 
     def train(folder: Path, stop_after: int, settings: dict[str, str] | None) -> int:
         folder.mkdir(exist_ok=True)
-        script = ("-m", "tests.two_process_ends", "trains", folder, stop_after)
+        script = ("-m", "tests.support.two_process_ends", "trains", folder, stop_after)
         if settings is None:
             alone = [sys.executable, *map(str, script)]
             subprocess.run(alone, cwd=HOME, check=True, timeout=120)

@@ -1,0 +1,297 @@
+"""Rows without padding and shared beginnings against each row alone; hidden states and heads."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from x_transformers import AutoregressiveWrapper
+
+from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.models.batching import grouped, pad_rows
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.logprobs import token_logprobs
+from self_rewarding_lm.models.packing import Packing, packed_length, shared_beginnings
+from self_rewarding_lm.models.policy import Policy, dropout_set
+from tests.support.hf_models import KINDS, tiny
+from tests.support.models import KINDS64, VOCAB, Recurrent, transformer, transformer64
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+ROWS = [  # two that share a prompt, one alone, one that is another's beginning, one of two tokens
+    [*PROMPT, 8, 9, 7],
+    [*PROMPT, 9, 3, 2, 3, 8, 4],
+    [2, 7, 1, 8],
+    [*PROMPT, 5, 0, 2, 8],
+    [*PROMPT],
+    [7, 7],
+]
+CPU = torch.device("cpu")
+
+
+def test_beginnings_are_shared_with_the_last_row_that_stands_whole():
+    ids, lengths = pad_rows(ROWS)
+    assert shared_beginnings(ids, lengths) == [(0, 0), (0, 10), (2, 0), (3, 0), (3, 10), (5, 0)]
+    assert shared_beginnings(ids, lengths, least=11) == [(i, 0) for i in range(6)]
+    assert packed_length(ROWS) == 13 + 6 + 4 + 14 + 0 + 2
+
+
+def test_padding_never_counts_as_a_beginning():
+    """Rows that differ in length alone, padded by the tokens of the longer one."""
+    ids, lengths = torch.tensor([[5] * 12, [5] * 12]), torch.tensor([9, 12])
+    assert shared_beginnings(ids, lengths) == [(0, 0), (0, 9)]
+    assert shared_beginnings(ids.flip(0), lengths.flip(0)) == [(0, 0), (0, 9)]
+
+
+@pytest.mark.parametrize("width", [None, 5, 7, 100])
+def test_every_token_of_a_row_has_its_place_and_its_position(width):
+    ids, lengths = pad_rows(ROWS)
+    packing = Packing(ids, lengths, CPU, width=width)
+    tokens, positions = packing.ids.flatten(), packing.positions.flatten()
+    assert packing.count == packed_length(ROWS) == 39
+    assert len(tokens) - packing.count == packing.filled < len(packing.ids)
+    assert width is None or packing.ids.shape[1] <= width
+    for row, places in zip(ROWS, packing.where, strict=True):
+        assert tokens[places[: len(row)]].tolist() == row
+        assert positions[places[: len(row)]].tolist() == list(range(len(row)))
+
+
+def alone(module: nn.Module, rows) -> list[torch.Tensor]:
+    """The oracle: the bare model on each row, whole and alone."""
+    bare = module.net if isinstance(module, AutoregressiveWrapper) else module
+    found = []
+    for row in rows:
+        ids = torch.tensor([row])
+        output = bare(ids)
+        found.append(token_logprobs(getattr(output, "logits", output), ids)[0])
+    return found
+
+
+def hugging_face(kind: str, **changes) -> nn.Module:
+    pytest.importorskip("transformers")
+    return tiny(kind, dtype=torch.float64, **changes)
+
+
+def ours(kind: str) -> nn.Module:
+    return hugging_face(kind) if kind in KINDS else KINDS64[kind]()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *KINDS64])
+def test_the_policy_gives_each_rows_log_probs_and_gradients(kind):
+    """In float64, norms of transformers in float32; the loss takes part of the tokens, weighted."""
+    module = ours(kind).eval()
+    rounding = 1e-5 if kind in KINDS else 1e-8
+    ids, lengths = pad_rows(ROWS)
+    targets = torch.zeros_like(ids, dtype=torch.bool)
+    for i, row in enumerate(ROWS):
+        targets[i, min(3 * i, len(row) - 1) : len(row)] = True
+    slopes = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0)).double()
+
+    truth = alone(module, ROWS)
+    loss = sum((v * slopes[i, : len(v)] * targets[i, : len(v)]).sum() for i, v in enumerate(truth))
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    found = Policy(adapt(module)).eval()(ids, lengths, targets)
+    for i, values in enumerate(truth):
+        wanted = targets[i, : len(values)]
+        assert torch.allclose(found[i, : len(values)][wanted], values[wanted], atol=1e-9, rtol=0)
+    got = torch.autograd.grad((found * slopes * targets).sum(), parameters, allow_unused=True)
+    for one, other in zip(got, expected, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, atol=rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_transformers_train_on_packed_rows(kind):
+    training = adapt(hugging_face(kind)).training
+    assert training is not None and training.packs
+
+
+@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+def test_x_transformers_train_on_packed_rows_also_when_they_outgrow_its_positions(positions):
+    module = transformer64(positions) if positions != "absolute" else transformer64()
+    model = adapt(module)
+    assert model.training is not None and model.training.packs
+    rows = [[(7 * i + j) % VOCAB for j in range(model.max_len - i)] for i in range(4)]
+    ids, lengths = pad_rows(rows)
+    found = Policy(model).eval()(ids, lengths)
+    for row, values, truth in zip(rows, found, alone(module.eval(), rows), strict=True):
+        assert torch.allclose(values[: len(row)], truth, atol=1e-9, rtol=0)
+
+
+def test_attention_that_is_not_ours_trains_on_padded_rows_with_its_head_apart():
+    model = adapt(transformer("alibi"))
+    assert model.training is not None and not model.training.packs
+
+
+def test_tied_heads_have_one_gradient_from_both_ends():
+    module = hugging_face("llama", tie_word_embeddings=True).eval()
+    ids, lengths = pad_rows(ROWS)
+    found = Policy(adapt(module))(ids, lengths)
+    weight = module.get_input_embeddings().weight
+    assert weight is module.get_output_embeddings().weight
+    (got,) = torch.autograd.grad(found.sum(), [weight])
+    truth = sum(values.sum() for values in alone(module, ROWS))
+    assert torch.allclose(got, torch.autograd.grad(truth, [weight])[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None}),
+        ("Cohere", {"logit_scale": 0.0625}),
+        ("Granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_softcaps_and_scales_of_heads_are_respected(kind, changes):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        pad_token_id=0,
+        **changes,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = getattr(transformers, f"{kind}ForCausalLM")(config).eval().double()
+    model = adapt(module)
+    assert model.training is not None
+    ids, lengths = pad_rows(ROWS)
+    found = Policy(model)(ids, lengths)
+    for row, values, truth in zip(ROWS, found, alone(module, ROWS), strict=True):
+        assert torch.allclose(values[: len(row)], truth, atol=1e-6, rtol=0)
+
+
+class Doubled(nn.Module):
+    """A head that transformers' own code would not have."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden) * 2
+
+
+def test_a_head_of_any_kind_is_called_as_it_is():
+    module = hugging_face("llama").eval()
+    module.lm_head = Doubled(module.lm_head)
+    model = adapt(module)
+    assert model.training is not None and model.training.head().weight is None
+    ids, lengths = pad_rows(ROWS)
+    found = Policy(model)(ids, lengths)
+    for row, values, truth in zip(ROWS, found, alone(module, ROWS), strict=True):
+        assert torch.allclose(values[: len(row)], truth, atol=1e-9, rtol=0)
+
+
+def test_logits_that_are_changed_behind_the_head_are_taken_whole():
+    """The class's own forward caps them; nothing in the configuration says so."""
+    transformers = pytest.importorskip("transformers")
+
+    class Capped(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 2.0 * torch.tanh(output.logits / 2.0)
+            return output
+
+    module = Capped(hugging_face("llama").config).double().eval()
+    model = adapt(module)
+    assert model.training is None
+    ids, lengths = pad_rows(ROWS)
+    found = Policy(model)(ids, lengths)
+    for row, values, truth in zip(ROWS, found, alone(module, ROWS), strict=True):
+        assert torch.allclose(values[: len(row)], truth, atol=1e-9, rtol=0)
+
+
+def test_no_targets_give_zeros_and_gradients_of_zero_for_all_weights():
+    """Siblings wait for a gradient of each weight, whatever this process's rows are."""
+    module = hugging_face("llama")
+    ids, lengths = pad_rows(ROWS)
+    found = Policy(adapt(module))(ids, lengths, torch.zeros_like(ids, dtype=torch.bool))
+    found.sum().backward()
+    assert not found.any()
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+
+def test_only_the_tokens_that_are_wanted_meet_the_head():
+    module, seen = hugging_face("llama"), []
+    model = adapt(module)
+    module.lm_head = Doubled(module.lm_head)  # not linear: it is called, and can be watched
+    module.lm_head.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    ids, lengths = pad_rows(ROWS)
+    targets = torch.zeros_like(ids, dtype=torch.bool)
+    targets[0, 4] = targets[1, 12] = targets[5, 1] = True
+    Policy(model)(ids, lengths, targets)
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_tensors(kind):
+    module = hugging_face(kind).train()
+    ids, lengths = pad_rows(ROWS)
+    model = adapt(module)
+    policy = Policy(model)
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def pack(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with dropout_set(module, 0.0):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = policy(ids, lengths).sum()
+            found = torch.autograd.grad(loss, list(module.parameters()))
+        return list(found), sum(kept.values())
+
+    plain, all_bytes = gradients()
+    with model.checkpointing():
+        again, fewer_bytes = gradients()
+    after, _ = gradients()
+    assert fewer_bytes < 0.8 * all_bytes
+    for one, two, three in zip(plain, again, after, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    assert not any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+
+
+@pytest.mark.parametrize("module", [Recurrent(), transformer()], ids=["plain", "x-transformers"])
+def test_models_that_cannot_compute_layers_again_say_so(module):
+    with pytest.raises(AdapterError, match=r"gradient_checkpointing.*transformers"):
+        adapt(module).checkpointing()
+
+
+def test_attention_dropout_reaches_packed_rows_while_training_alone():
+    module = hugging_face("llama")
+    ids, lengths = pad_rows(ROWS)
+    policy = Policy(adapt(module))
+    with dropout_set(module, 0.5), torch.no_grad():
+        module.eval()
+        assert torch.equal(policy(ids, lengths), policy(ids, lengths))
+        module.train()
+        assert not torch.equal(policy(ids, lengths), policy(ids, lengths))
+
+
+def test_groups_of_packed_rows_hold_as_many_tokens_as_they_may():
+    """Pairs of 19, 14 and 4 tokens that go through the model, the prompt of the first once."""
+    rows = [[ROWS[0], ROWS[1]], [ROWS[3], ROWS[4]], [ROWS[2]]]
+    model = adapt(hugging_face("llama"))
+    assert grouped(model, rows, token_budget=37) == [[2, 1, 0]]
+    assert grouped(model, rows, token_budget=36) == [[2, 1], [0]]
+    assert grouped(model, rows, token_budget=37, max_rows=2) == [[2, 1], [0]]
+    assert grouped(model, rows, token_budget=1) == [[2], [1], [0]]
+
+
+def test_groups_of_padded_rows_count_their_padding(caplog):
+    """Two sequences a row, so half the budget: 16 columns for pairs of 16, two rows are 32."""
+    rows = [[ROWS[0], ROWS[1]], [ROWS[3], ROWS[4]]]
+    with caplog.at_level(logging.ERROR):
+        model = adapt(transformer("alibi"))
+    assert grouped(model, rows, token_budget=64) == [[1, 0]]
+    assert grouped(model, rows, token_budget=63) == [[1], [0]]

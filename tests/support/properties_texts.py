@@ -1,0 +1,736 @@
+"""What holds for any text: scores, verdicts, templates, chat templates, instructions."""
+
+import math
+import re
+from itertools import permutations
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from self_rewarding_lm.data.chat import TEMPLATES
+from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.records import Candidate, Judgement
+from self_rewarding_lm.stages.self_instruct.filters import FilterCounts
+from tests.support.mutants import over
+
+ANY_TEXT = st.text(st.characters(), max_size=40)
+"""Of all characters, lone surrogates too: JSON can hold them."""
+PIECES = st.sampled_from(
+    [
+        *(
+            "Score:",
+            "score",
+            "Score",
+            "Final score: ",
+            "4",
+            "/5",
+            " out of ",
+            "10",
+            "3.5",
+            "0",
+            "-1",
+            "1,5",
+        ),
+        *(
+            "**",
+            "_",
+            "`",
+            '"',
+            "(",
+            ")",
+            "[",
+            "]",
+            "$\\boxed{",
+            "}",
+            "1 + 1 + 1 = ",
+            "+ 2",
+            "%",
+            "½",
+        ),
+        *(
+            " ",
+            "\n",
+            "\t",
+            " to ",
+            " or ",
+            "–",
+            "٣",
+            "：",
+            "５",
+            "\u00b2",
+            "1e9",
+            "999999999999",
+            "A",
+            "B",
+        ),
+    ]
+)
+JUDGE_TEXT = st.lists(PIECES | st.text(st.characters(), max_size=3), max_size=14).map("".join)
+REASONS = {"no_score", "other_scale", "out_of_range", "not_allowed"}
+LITERAL = ANY_TEXT.map(lambda text: re.sub(r"[{}%#\r\n\ufdd0-\ufdef]", "", text))
+PLAIN_WORDS = st.text("abcxyz .!?\n", max_size=20)
+JINJA = st.lists(
+    st.sampled_from(
+        [
+            *(
+                "{{ prompt }}",
+                "{{ response }}",
+                "{{ reward }}",
+                "{{ messages }}",
+                "{{ prompt",
+                "}}",
+                "{% if",
+            ),
+            *(
+                "{% for m in messages %}",
+                "{% endfor %}",
+                "{{ m.role }}",
+                "{{ m['content'] }}",
+                " %}",
+                "{#",
+                "#}",
+            ),
+            *(
+                "{{ 1 / 0 }}",
+                "{{ prompt + 1 }}",
+                "{{ prompt.x.y }}",
+                "{{ prompt | nothing }}",
+                "{{ response[9] }}",
+            ),
+            *(
+                "{{ range(10 ** 9) | list }}",
+                "{{ messages[9]['role'] }}",
+                "{{ prompt.__class__ }}",
+                "Score: ",
+            ),
+            *(
+                "{{ prompt % 3 }}",
+                "{{ prompt | int // 0 }}",
+                "{{ response | tojson }}",
+                "{{ raise_exception(1) }}",
+            ),
+            *(
+                "{% set prompt = 3 %}",
+                "{% include 'x' %}",
+                "{{ self }}",
+                "{{ prompt() }}",
+                "{{ strftime_now(3) }}",
+            ),
+        ]
+    )
+    | st.text(max_size=4),
+    max_size=7,
+).map("".join)
+LIMITS = st.fixed_dictionaries(
+    {
+        "score_range": st.none() | st.sampled_from([(0, 5), (1, 10), (-1, 1)]),
+        "allowed_scores": st.none() | st.sampled_from([(1, 2, 3), (0.5, 4)]),
+    }
+)
+
+
+@over(
+    "judging",
+    st.tuples(
+        st.sampled_from(
+            ["Score: {{ reward }}", "{{reward}}", "[[{{ reward }}]]", "I give {{ reward }} points"]
+        ),
+        JUDGE_TEXT,
+        LIMITS,
+    ),
+    mutants={
+        "if not low <= score <= high:": "if not low <= score:",
+        "score not in allowed_scores": "score in allowed_scores",
+        'return ParsedScore(None, "no_score")\n    score = number_of': "return ParsedScore(0.0)\n    score = number_of",
+    },
+    examples=750,
+)
+def a_score_is_within_its_limits_or_none_with_a_reason(judging, case):
+    template, text, limits = case
+    found = judging.parse_score(text, judging.compile_score_pattern(template), **limits)
+    assert (found.score is None) == (found.reason in REASONS)
+    if found.score is not None:
+        low, high = limits["score_range"] or (-math.inf, math.inf)
+        assert found.reason is None and math.isfinite(found.score) and low <= found.score <= high
+        assert limits["allowed_scores"] is None or found.score in limits["allowed_scores"]
+        assert any(character.isdecimal() for character in text)
+    elif found.reason == "other_scale":
+        assert limits["score_range"] is not None
+
+
+WRITTEN = st.sampled_from(
+    [
+        "{lead} {n}",
+        "**{lead}** {n}",
+        "{lead}{n}",
+        "{lead} [{n}]",
+        '"{lead} {n}"',
+        "{lead} {n}/{high}",
+        "{lead} **{n}** out of {high}",
+    ]
+)
+
+
+@over(
+    "judging",
+    st.tuples(
+        JUDGE_TEXT,
+        WRITTEN,
+        st.integers(0, 5),
+        st.sampled_from(["Score:", "SCORE:", "score:"]),
+        PLAIN_WORDS,
+    ),
+    mutants={
+        "number_of(found.scale) != high": "number_of(found.scale) == high",
+        "score = number_of(found.said)": "score = float(found.start)",
+    },
+    examples=600,
+)
+def the_last_score_that_is_written_is_the_one_that_is_read(judging, case):
+    before, form, score, lead, after = case
+    pattern = judging.compile_score_pattern("Score: {{ reward }}")
+    text = f"{before}\n{form.format(lead=lead, n=score, high=5)}\n{after}"
+    assert judging.parse_score(text, pattern, score_range=(0, 5)).score == score
+    other = f"{before}\n{lead} {score}/10\n{after}"
+    assert judging.parse_score(other, pattern, score_range=(0, 5)).reason == "other_scale"
+    assert (
+        judging.parse_score(
+            f"{before}\n{lead} {score + 6}\n{after}", pattern, score_range=(0, 5)
+        ).reason
+        == "out_of_range"
+    )
+
+
+@over(
+    "statements",
+    st.tuples(
+        st.sampled_from([0, 3, 20_000, 20_001, 25_000]),
+        JUDGE_TEXT,
+        st.sampled_from(["Score:", "", "rate"]),
+    ),
+    mutants={
+        "found[group], start + skipped,": "found[group], start,",
+        "found[-1].start(), skipped)\n    return _bare_score": "0, skipped)\n    return _bare_score",
+        "text = _ascii_digits(text[skipped:])": "text = _ascii_digits(text[:PARSED_CHARACTERS])",
+    },
+)
+def a_statement_stands_where_it_says(statements, case):
+    filling, end, lead = case
+    pattern = statements.score_pattern(lead, "")
+    text, near = (f"{'x' * count}\n{end}" for count in (filling, 3))
+    found, wanted = statements.find_score(text, pattern), statements.find_score(near, pattern)
+    if found is None or wanted is None:
+        assert found is wanted is None or not filling
+        return
+    assert found.said == wanted.said or not filling
+    plain = statements._ascii_digits(text)
+    assert plain[found.start : found.start + len(found.said)] == found.said
+    assert plain[: found.start].endswith(found.before)
+    assert found.before.lower().startswith(lead.lower()) or found.before.strip(' \n\t*_`"([$') == ""
+    assert math.isfinite(statements.number_of(found.said))
+
+
+LABELS = st.sampled_from([("A", "B", "C"), ("1", "2", "tie"), ("[[A]]", "[[B]]", "[[C]]")])
+
+
+@over(
+    "judging",
+    st.tuples(JUDGE_TEXT, LABELS, st.integers(0, 2), PLAIN_WORDS),
+    mutants={
+        "labels[0]: 1.0, labels[1]: 0.0": "labels[0]: 0.0, labels[1]: 1.0",
+        'ParsedScore(None, "no_verdict") if found is None': "ParsedScore(0.5) if found is None",
+    },
+)
+def the_last_verdict_that_is_written_is_the_one_that_is_read(judging, case):
+    before, labels, chosen, after = case
+    form = judging.comparison_form("Better:", labels[:2], labels[2])
+    values = (1.0, 0.0, 0.5)
+    assert form.read(f"{before}\nBetter: {labels[chosen]}\n{after}").score == values[chosen]
+    found = form.read(before)
+    assert found.score in values if found.reason is None else found.score is None
+    assert (
+        "better" in before.lower()
+        or any(label in before for label in labels)
+        or found.score is None
+    )
+
+
+@over(
+    "statements",
+    st.tuples(
+        JUDGE_TEXT,
+        LABELS,
+        st.permutations([0, 1, 2]),
+        st.sampled_from(["/", " / ", " or ", "|", " and ", "\nand **"]),
+    ),
+    mutants={r"{_OPENING}(?P<label>{either}){no_choice}": r"{_OPENING}(?P<label>{either})"},
+)
+def a_choice_between_labels_is_no_verdict(statements, case):
+    before, labels, order, between = case
+    assume("better" not in before.lower())
+    pattern = statements.verdict_pattern("Better:", list(labels))
+    text = f"{before}\nBetter: {labels[order[0]]}{between}{labels[order[1]]}\n"
+    assert statements.find_verdict(text, pattern, list(labels)) is None
+
+
+GIVEN = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.lists(st.integers(), max_size=2)
+    | st.just(10**400)
+)
+
+
+@over(
+    "judging",
+    GIVEN,
+    mutants={
+        "ParsedScore(score) if math.isfinite(score)": "ParsedScore(score) if True",
+        "bool | str | bytes": "str | bytes",
+        "except OverflowError:\n        return": "except ZeroDivisionError:\n        return",
+    },
+    examples=250,
+)
+def what_a_function_gives_is_a_finite_number_or_none_with_a_reason(judging, value):
+    found = judging.call_parse_reward(lambda _: value, "a text")
+    if isinstance(value, bool | str | list | None):
+        assert found.score is None and found.reason
+    elif abs(value) < 1e300:
+        assert found == judging.ParsedScore(float(value))
+    else:
+        assert (found.score is None) == (found.reason is not None)
+        assert found.score is None or math.isfinite(found.score)
+
+
+@st.composite
+def _judged(draw):
+    """Candidates, and judgements of one or of two of them by several judges."""
+    ids = [f"sr/0/0/{k}" for k in range(draw(st.integers(1, 4)))]
+    score = st.none() | st.integers(0, 5).map(float)
+    verdict = st.none() | st.sampled_from([0.0, 0.5, 1.0])
+    alone = [((one,), "self", draw(score)) for one in ids for _ in range(draw(st.integers(0, 3)))]
+    both = [(two, "compared", draw(verdict)) for two in permutations(ids, 2) if draw(st.booleans())]
+    made = draw(st.permutations(alone + both))
+    judgements = [
+        Judgement(f"j{i}", who, judge, s, None if s is not None else "no_score")
+        for i, (who, judge, s) in enumerate(made)
+    ]
+    return [Candidate(one, "sr/0/0", (1,), one, True, 4) for one in ids], judgements
+
+
+def _naive_scores(candidates, judgements):
+    found = {}
+    for one in (candidate.id for candidate in candidates):
+        per_judge = []
+        own = [j.score for j in judgements if j.candidate_ids == (one,)]
+        if own:
+            known = [s for s in own if s is not None]
+            per_judge.append(sum(known) / len(known) if known else None)
+        met = {
+            other
+            for j in judgements
+            for other in j.candidate_ids
+            if len(j.candidate_ids) == 2 and one in j.candidate_ids
+        } - {one}
+        if met:
+            outcomes = []
+            for other in met:
+                there = [
+                    j.score
+                    for j in judgements
+                    if j.candidate_ids == (one, other) and j.score is not None
+                ]
+                back = [
+                    1 - j.score
+                    for j in judgements
+                    if j.candidate_ids == (other, one) and j.score is not None
+                ]
+                if there and back:
+                    outcomes.append(
+                        1.0
+                        if there[0] == back[0] == 1
+                        else 0.0
+                        if there[0] == back[0] == 0
+                        else 0.5
+                    )
+            per_judge.append(sum(outcomes) / len(outcomes) if outcomes else None)
+        found[one] = None if not per_judge or None in per_judge else sum(per_judge) / len(per_judge)
+    return found
+
+
+@over(
+    "judging",
+    _judged(),
+    mutants={
+        "None if None in scores else mean_score(scores)": "mean_score(scores)",
+        "won = there if there == back else 0.5": "won = there",
+        "outcomes[other].append(1 - won)": "outcomes[other].append(won)",
+        "math.fsum(valid) / len(valid)": "max(valid)",
+    },
+    examples=600,
+)
+def scores_of_candidates_are_those_of_a_second_way_to_count(judging, case):
+    candidates, judgements = case
+    found, wanted = judging.candidate_scores(candidates, judgements), _naive_scores(*case)
+    assert found.keys() == wanted.keys()
+    for one, score in wanted.items():
+        assert (found[one] is None) == (score is None)
+        assert score is None or math.isclose(found[one], score, abs_tol=1e-12)
+
+
+@over(
+    "judging",
+    st.tuples(st.lists(LITERAL, min_size=3, max_size=3), ANY_TEXT | JINJA, ANY_TEXT | JINJA),
+    mutants={
+        "autoescape=False": "autoescape=True",
+        "keep_trailing_newline=True": "keep_trailing_newline=False",
+    },
+    examples=500,
+)
+def a_judge_prompt_holds_its_texts_as_they_are(judging, case):
+    (a, b, c), *texts = case
+    prompt, response = (re.sub("[\ufdd0-\ufdef]", "", text) for text in texts)  # no characters
+    render = judging.compile_prompt_template(
+        f"{a}{{{{ prompt }}}}\n{b}{{{{ response }}}}{c}\n", auto_dedent=False
+    )
+    assert render(prompt, response) == f"{a}{prompt}\n{b}{response}{c}\n"
+
+
+@over(
+    "judging",
+    st.tuples(JINJA | JINJA.map(lambda text: text + "{{ prompt }}{{ response }}"), st.booleans()),
+    mutants={
+        'except TemplateError as error:\n        raise ConfigError(f"{name}': 'except KeyError as error:\n        raise ConfigError(f"{name}',
+        "if names != set(wanted):": "if not names:",
+        "except Exception as error:\n            raise _unrenderable": "except TemplateError as error:\n            raise _unrenderable",
+    },
+    examples=750,
+)
+def any_judge_template_renders_or_is_refused(judging, case):
+    template, auto_dedent = case
+    try:
+        render = judging.compile_prompt_template(template, auto_dedent=auto_dedent)
+    except ConfigError:
+        return
+    assert isinstance(render("a prompt", "a response"), str)
+    assert "prompt" in template and "response" in template
+
+
+@over(
+    "judging",
+    JINJA | JINJA.map(lambda text: text + "{{ reward }}"),
+    mutants={
+        "if len(parts) != 2 or": "if",
+        ' or any(mark in "".join(parts) for mark in ("{{", "{#", "{%"))': "",
+    },
+)
+def any_score_template_is_a_pattern_or_refused(judging, template):
+    try:
+        pattern = judging.compile_score_pattern(template)
+        before, after = judging.template_parts(template)
+    except ConfigError:
+        return
+    assert re.fullmatch(
+        re.escape(before) + r"\{\{\s*reward\s*\}\}" + re.escape(after), template.strip()
+    )
+    assert not any(mark in before + after for mark in ("{{", "{#", "{%"))
+    assert judging.parse_score(f"{before} 4 {after}\n", pattern).score in (4, None)
+
+
+ROLE = st.sampled_from(["user", "assistant", "system", "tool"])
+CONTENT = st.text(max_size=12) | st.sampled_from(["{{ 1 }}", "{% raw %}", "<b>&", " padded \n", ""])
+MESSAGE = st.fixed_dictionaries({"role": ROLE, "content": CONTENT})
+MESSAGES = st.tuples(
+    st.lists(st.fixed_dictionaries({"role": st.just("system"), "content": CONTENT}), max_size=1),
+    st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": CONTENT}),
+        min_size=1,
+        max_size=4,
+    ),
+).map(lambda two: [*two[0], *two[1]])
+
+
+@over(
+    "chat",
+    st.tuples(st.sampled_from(sorted(TEMPLATES)), MESSAGES, CONTENT),
+    mutants={
+        "{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}": "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}",
+        "{{ lead if loop.first else '' }}": "",
+        "{{ message['content'] }}{{ eos_token }}\\n": "{{ message['content'] | e }}{{ eos_token }}\\n",
+        "trim_blocks=True, lstrip_blocks=True, extensions": "autoescape=True, trim_blocks=True, lstrip_blocks=True, extensions",
+    },
+    examples=500,
+)
+def a_rendering_holds_every_message_and_goes_on_as_it_began(chat, case):
+    """In the order of the messages; and a prompt is the beginning of itself with its answer."""
+    name, messages, answer = case
+    render = chat.renderer(chat.TEMPLATES[name], eos_token="</s>")
+    open_text = render(messages, True)
+    whole = render([*messages, {"role": "assistant", "content": answer}], False)
+    assert whole.startswith(open_text)
+    place = 0
+    for message in messages:
+        content = message["content"].strip() if name in ("llama-3", "gemma") else message["content"]
+        found = open_text.find(content, place)
+        assert found >= 0
+        place = found + len(content)
+    assert answer.strip() in whole[len(open_text) :]
+
+
+@over(
+    "chat",
+    st.tuples(JINJA, st.lists(MESSAGE, min_size=1, max_size=3)),
+    mutants={
+        "except TemplateError as error:\n        raise ConfigError": "except KeyError as error:\n        raise ConfigError",
+    },
+    examples=500,
+)
+def any_chat_template_renders_or_is_refused(chat, case):
+    template, messages = case
+    try:
+        text = chat.renderer(template)(messages, True)
+    except (ConfigError, DataError):
+        return
+    assert isinstance(text, str)
+
+
+JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
+
+
+@over(
+    "chat",
+    st.one_of(
+        ANY_TEXT,
+        st.lists(
+            MESSAGE
+            | JSON_SCALARS
+            | st.fixed_dictionaries(
+                {"role": ROLE | JSON_SCALARS, "content": CONTENT | JSON_SCALARS}
+            ),
+            max_size=3,
+        ),
+        JSON_SCALARS,
+    ),
+    mutants={
+        "not isinstance(role, str) or not isinstance(content, str)": "not isinstance(role, str)",
+        "not isinstance(value, Sequence) or not value:": "not isinstance(value, Sequence):",
+    },
+)
+def any_messages_are_roles_and_texts_or_refused(chat, value):
+    try:
+        messages = chat.messages_of(value, "a row")
+    except DataError:
+        assert not isinstance(value, str)
+        return
+    assert messages and all(set(m) == {"role", "content"} for m in messages)
+    assert all(isinstance(text, str) for m in messages for text in m.values())
+    if not isinstance(value, str):
+        assert [m["content"] for m in messages] == [m["content"] for m in value]
+    text = chat.transcript(messages)
+    assert all(m["content"] in text for m in messages)
+
+
+MODEL_TEXT = st.lists(
+    st.sampled_from(
+        [
+            *(
+                "9. ",
+                "10. ",
+                "11) ",
+                "\n",
+                "\n\n",
+                "- ",
+                "* ",
+                "Task 9: ",
+                "Answer: ",
+                "Instruction: ",
+                "**",
+                "1. ",
+                "a) ",
+            ),
+            *(
+                "Name a fruit.",
+                "Write this down:",
+                "```",
+                "```python\n",
+                "---",
+                "### ",
+                "Sure! Here are more tasks:\n",
+            ),
+            *(
+                '"',
+                "“",
+                "”",
+                "  ",
+                "   1. ",
+                "Q: ",
+                "Output:",
+                "12",
+                "٣. ",
+                "\u2028",
+                "\r",
+                "\x0b",
+                "#",
+                "_",
+            ),
+        ]
+    )
+    | st.text(st.characters(), max_size=4),
+    max_size=20,
+).map("".join)
+
+
+@over(
+    "instruct.reading",
+    st.tuples(MODEL_TEXT, st.integers(1, 12), st.booleans()),
+    mutants={
+        "return text if any(character.isalpha() for character in text)": "return text if True",
+        "return reader.found[:whole]": "return reader.found",
+        'counts.count("unfinished")': "pass",
+    },
+    examples=750,
+)
+def instructions_are_clean_and_what_is_cut_off_is_counted(reading, case):
+    text, first, finished = case
+    whole = reading.parse_instructions(text, first_number=first)
+    assert all(item.strip() == item and any(map(str.isalpha, item)) for item in whole)
+    assert sum(map(len, whole)) <= len(text)
+    letters = "".join(text.split())
+    assert all(
+        "".join(line.split()) in letters
+        for item in whole
+        for line in item.splitlines()
+        if "*" not in line + text
+    )
+    counts = None if finished else FilterCounts()
+    found = reading.parse_instructions(text, first_number=first, finished=finished, counts=counts)
+    assert found == whole[: len(found)]
+    assert counts is None or len(whole) == len(found) + counts.dropped["unfinished"]
+
+
+SENTENCE = st.lists(
+    st.sampled_from(["name", "write", "fruit", "three", "city", "river"]), min_size=2, max_size=5
+).map(lambda words: " ".join(words).capitalize() + ".")
+NUMBERING = st.sampled_from(
+    [
+        "{n}. {text}\n",
+        "{n}) {text}\n\n",
+        "**{n}.** {text}\n",
+        "Task {n}: {text}\n",
+        "### Task {n}:\n{text}\n\n",
+        "{n}. Task: {text}\n",
+    ]
+)
+
+
+@over(
+    "instruct.reading",
+    st.tuples(st.lists(SENTENCE, min_size=1, max_size=6), st.integers(1, 20), NUMBERING),
+    mutants={
+        '_LABEL.sub("", "\\n".join(kept).strip(), count=1)': '"\\n".join(kept)',
+        "self.number < number <= self.number + 1 + SKIPPED_NUMBERS": "self.number + 1 < number <= self.number + 1 + SKIPPED_NUMBERS",
+        "self.started, self.number, self.indent, self.item = True, number, indent, []": "self.started, self.number, self.indent, self.item = True, 1, indent, []",
+    },
+    examples=300,
+)
+def a_numbered_list_is_read_as_it_was_written(reading, case):
+    sentences, first, form = case
+    text = "".join(form.format(n=first + i, text=one) for i, one in enumerate(sentences))
+    assert reading.parse_instructions(text, first_number=first) == sentences
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "c", "B", "der", "é", "９"]), max_size=12).map(" ".join)
+
+
+def _naive_rouge(a: str, b: str) -> float:
+    one, other = (re.findall(r"[^\W_]+", text.lower()) for text in (a, b))
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, x in enumerate(one):
+        for j, y in enumerate(other):
+            table[i + 1][j + 1] = (
+                table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+            )
+    total = len(one) + len(other)
+    return 2 * table[-1][-1] / total if total else 0.0
+
+
+@over(
+    "instruct.filters",
+    st.tuples(WORDS | ANY_TEXT, WORDS | ANY_TEXT),
+    mutants={
+        "row = ((row + met) | (row - met)) & full": "row = (row - met) & full",
+        "return 2 * common / total if total else 0.0": "return 2 * common / total",
+        "text.lower()))": "text))",
+    },
+)
+def rouge_l_is_that_of_a_table_and_of_both_orders(filters, case):
+    a, b = case
+    found = filters.rouge_l(a, b)
+    assert found == filters.rouge_l(b, a) == _naive_rouge(a, b) and 0 <= found <= 1
+    assert filters.rouge_l(a, a) in (0.0, 1.0)
+
+
+@over(
+    "instruct.filters",
+    st.tuples(st.lists(WORDS, max_size=6), WORDS, st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0])),
+    mutants={
+        "[: n - k + 1]": "[: n - k]",
+        "_f1(min(len(words), len(other)), total) <= self.max_rouge_l": "_f1(min(len(words), len(other)), total) <= 0.9",
+        "if _fold(text) in self._folded:": "if text in self._folded:",
+    },
+)
+def a_pool_finds_what_a_look_at_every_text_finds(filters, case):
+    texts, new, limit = case
+    found = filters.InstructionPool(texts, max_rouge_l=limit).problem(new)
+    folded = [" ".join(text.casefold().split()) for text in (*texts, new)]
+    naive = "duplicate" if folded[-1] in folded[:-1] else None
+    if naive is None and any(_naive_rouge(text, new) > limit for text in texts):
+        naive = "similar"
+    assert found == naive
+
+
+@over(
+    "instruct.filters",
+    st.lists(
+        WORDS
+        | ANY_TEXT
+        | st.sampled_from(
+            [
+                "Draw a map of the town.",
+                "write  a program that counts",
+                "a mapped area of towns",
+                "¡Que tal amigo mio",
+                "draws of the lottery here",
+            ]
+        ),
+        max_size=5,
+    ),
+    mutants={
+        "self.kept += 1": "pass",
+        r"{'|'.join(filter(None, wanted))})(?!\w)": r"{'|'.join(filter(None, wanted))})",
+        'return "too_short"': "return None",
+        "not first.isascii()": "False",
+    },
+)
+def instructions_are_kept_or_dropped_by_rules_that_can_be_said_again(filters, texts):
+    counts = filters.FilterCounts()
+    for text in texts:
+        problem = filters.instruction_problem(text)
+        counts.count(problem)
+        words = text.split()
+        tests = {
+            "too_short": len(words) < 4,
+            "too_long": len(words) > 150,
+            "keyword": bool(
+                {"draw", "map", "image", "graph"} & set(re.findall(r"\w+", text.lower()))
+            ),
+            "program": [word.lower().rstrip(".,:;") for word in words[:3]]
+            == ["write", "a", "program"],
+            "first_character": not re.match(r"\s*[A-Za-z0-9\x00-\x1f\x7f]", text),
+        }
+        assert problem == next((name for name, holds in tests.items() if holds), None)
+    assert counts.kept + counts.dropped.total() == len(texts)
+    assert sum(counts.metrics().values()) == len(texts)
