@@ -33,8 +33,8 @@ from typing import Any
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import RECORD_TYPES, Record, to_json
 from self_rewarding_lm.runs.atomic import LEDGER, check_file, delist, ledger, system_errors, writing
-from self_rewarding_lm.runs.lines import append_lines, read_lines
-from self_rewarding_lm.runs.stored import Stored, merge_files, merged_file, record_files
+from self_rewarding_lm.runs.lines import append_lines, batched, read_lines
+from self_rewarding_lm.runs.stored import Groups, Stored, merge_files, merged_file, record_files
 from self_rewarding_lm.runs.weights import (
     Savable,
     Tensors,
@@ -79,6 +79,9 @@ STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
 
 
 STATE = "state.safetensors"
+
+
+RECORDS_AT_ONCE = 64  # that `StageDir.keep` writes together
 
 
 STAGE_FILES = ("config.json", "done.json", "metrics.jsonl", EVENTS, LEDGER, STATE)
@@ -190,6 +193,26 @@ class StageDir(StageFiles):
         if first is not None:
             lines = map(to_json, chain([first], coming))
             append_lines(self.path / f"{first.kind}.{self.runtime.rank}.jsonl", lines)
+
+    def keep(self, records: Iterable[Record]) -> Iterator[list[Record]]:
+        """Append records of one type as they come, and give each list of them once it is on disk.
+
+        Lists hold RECORDS_AT_ONCE records; the last one, or one before an error, holds fewer.
+        Whoever stops asking loses what came after the last list. Raises Interrupted after a record
+        if a signal asked for it.
+        """
+        for some in batched(self.runtime.stopping.between(records), RECORDS_AT_ONCE):
+            if some:
+                self.append(some)
+                yield some
+
+    def missing(self, record_type: type[Any], ids: Iterable[str]) -> list[str]:
+        """Those of the ids that no record on disk has, in their order; before an arrow begins.
+
+        As with `known`, all processes have to call it.
+        """
+        known = Groups(self.known(record_type))
+        return [record_id for record_id in ids if record_id not in known]
 
     def stored(
         self, record_type: type[Record], wanted: Callable[[str], bool] | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.config import OptimConfig, RewardConfig, SamplingConfig
-from self_rewarding_lm.errors import RunMismatchError, StoreError
+from self_rewarding_lm.errors import Interrupted, RunMismatchError, StoreError
 from self_rewarding_lm.records import (
     Candidate,
     Judgement,
@@ -148,6 +148,63 @@ def test_a_record_that_two_files_hold_is_there_once_and_the_merged_one_counts(tm
     write_as_rank(stage, 1, [candidate("a/0/0", "third")])
     stage.merge(Candidate)
     assert stage.read(Candidate) == [candidate("a/0/0", "first")]
+
+
+def test_kept_records_are_on_disk_when_they_are_given_in_lists_of_64(tmp_path):
+    stage, sizes = stage_dir(tmp_path), []
+    records = [candidate(f"a/{i}") for i in range(150)]
+    for some in stage.keep(iter(records)):
+        sizes.append(len(some))
+        assert [c.id for c in stage.stored(Candidate)][-len(some) :] == [c.id for c in some]
+    assert sizes == [64, 64, 22]
+    assert stage.read(Candidate) == records
+    assert list(stage.keep([])) == []
+
+
+def test_records_that_came_before_an_error_are_kept(tmp_path):
+    def coming():
+        yield from (candidate(f"a/{i}") for i in range(70))
+        raise KeyError("the seventy-first")
+
+    stage, sizes = stage_dir(tmp_path), []
+    with pytest.raises(KeyError):
+        for some in stage.keep(coming()):
+            sizes.append(len(some))
+    assert sizes == [64, 6] and len(stage.read(Candidate)) == 70
+
+
+def test_a_signal_is_heeded_behind_the_record_at_hand_which_is_kept(tmp_path):
+    stage, seen = stage_dir(tmp_path), []
+
+    def coming():
+        for i in range(5):
+            if i == 2:
+                stage.runtime.stopping.asked = "SIGTERM"
+            yield candidate(f"a/{i}")
+
+    with pytest.raises(Interrupted):
+        for some in stage.keep(coming()):
+            seen += [c.id for c in some]
+    assert seen == [c.id for c in stage.read(Candidate)] == ["a/0", "a/1", "a/2"]
+
+
+def test_whoever_stops_asking_has_kept_what_was_given(tmp_path):
+    stage = stage_dir(tmp_path)
+    lists = stage.keep(candidate(f"a/{i}") for i in range(100))
+    assert len(next(lists)) == 64
+    lists.close()
+    assert len(stage.read(Candidate)) == 64
+
+
+def test_missing_are_the_ids_without_a_record_in_the_order_asked_for(tmp_path):
+    stage = stage_dir(tmp_path)
+    assert stage.missing(Candidate, ["b", "a"]) == ["b", "a"]
+    stage.append([candidate("x/1"), candidate("x/3")])
+    stage.append([Judgement("x/2", ("x/1",), "judge", 1.0)])
+    asked = (f"x/{i}" for i in (4, 3, 2, 1))
+    assert stage.missing(Candidate, asked) == ["x/4", "x/2"]
+    stage.merge(Candidate)
+    assert stage.missing(Candidate, ["x/3", "x/2"]) == ["x/2"]
 
 
 def test_merging_leaves_the_files_of_other_kinds_alone(tmp_path):
