@@ -383,7 +383,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _own(name: str) -> str:
-    return files("self_rewarding_lm.reporting").joinpath(name).read_text(encoding="utf-8")
+    return files("self_rewarding_lm.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _head(title: str, style: str, script: str) -> str:
