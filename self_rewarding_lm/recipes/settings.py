@@ -9,40 +9,16 @@ from self_rewarding_lm.config import (
     DEFAULT_REWARD_CONFIG,
     PAPER_REWARD_CONFIG,
     Config,
-    FinetuneConfig,
     Object,
     RewardConfig,
 )
 from self_rewarding_lm.models.loading import dtype_of
-from self_rewarding_lm.stages.contrastive import ContrastiveDPOConfig
-from self_rewarding_lm.stages.dpo import DPOConfig
-from self_rewarding_lm.stages.eft import BuildEFTConfig
-from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
-from self_rewarding_lm.stages.meta_rewarding import MetaRewardDPOConfig
-from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
-from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
-from self_rewarding_lm.stages.sft import SFTConfig
-from self_rewarding_lm.stages.spin import SelfPlayConfig
-from self_rewarding_lm.stages.temporal import TemporalDPOConfig
+from self_rewarding_lm.stages.kinds import STAGES
 
 RUBRICS = {"paper": PAPER_REWARD_CONFIG, "short": DEFAULT_REWARD_CONFIG}
 
 
-STAGE_KINDS: dict[str, type[FinetuneConfig]] = {
-    kind.folder_name: kind
-    for kind in (
-        SFTConfig,
-        BuildEFTConfig,
-        SelfRewardDPOConfig,
-        SelfRewardSFTConfig,
-        MetaRewardDPOConfig,
-        ExternalRewardDPOConfig,
-        ContrastiveDPOConfig,
-        DPOConfig,
-        SelfPlayConfig,
-        TemporalDPOConfig,
-    )
-}
+STAGE_KINDS = {stage.folder_name: stage for stage in STAGES}
 """The stages by the name that they have in a recipe."""
 
 

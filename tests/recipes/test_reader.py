@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from self_rewarding_lm import stages
 from self_rewarding_lm.config import Config, FromStage, RewardConfig, SelfInstruct
 from self_rewarding_lm.describe import REQUIRED, settings_of
 from self_rewarding_lm.errors import ConfigError
@@ -552,10 +551,6 @@ def test_every_setting_stands_in_the_example_with_words(owner):
 
 def test_no_line_of_the_example_is_too_wide():
     assert max(map(len, recipe_text().splitlines())) <= 100
-
-
-def test_every_stage_of_the_library_has_a_kind():
-    assert set(STAGE_KINDS.values()) == {getattr(stages, name) for name in stages.__all__}
 
 
 def test_settings_of_a_class_have_the_words_below_their_fields():
