@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.evaluation.tables import comparison_table, judge_table
 
 JUDGE_DESCRIPTION = """\
 How well a model judges replies that people ranked:
@@ -131,6 +130,7 @@ class _Flags:
 def _judge(options: argparse.Namespace) -> int:
     from self_rewarding_lm.config import ComparisonConfig, SamplingConfig
     from self_rewarding_lm.evaluation.judge_quality import evaluate_judge
+    from self_rewarding_lm.evaluation.tables import judge_table
 
     flags = _Flags(options)
     found = evaluate_judge(
@@ -158,6 +158,7 @@ def _judge(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from self_rewarding_lm.config import SamplingConfig
     from self_rewarding_lm.evaluation.head_to_head import compare
+    from self_rewarding_lm.evaluation.tables import comparison_table
 
     flags = _Flags(options)
     prompts, verifier = _prompts(flags, options)

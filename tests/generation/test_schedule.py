@@ -25,7 +25,7 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.schedule import Group, plans
-from self_rewarding_lm.models import sessions
+from self_rewarding_lm.models import interface
 from self_rewarding_lm.models.attention import KeyValues
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.interface import Plan, TokenModel
@@ -429,10 +429,10 @@ def test_completions_are_the_same_in_little_memory_and_several_sessions():
 
 def test_by_default_half_of_the_free_memory_is_used(monkeypatch):
     """3 rows need 5 stems of 10 tokens and 3 x 6; 4 need 6 stems and 4 x 6: 84 tokens."""
-    assert 0 < sessions.free_bytes(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # fmt: skip
+    assert 0 < interface.free_bytes(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # fmt: skip
     model = adapt(own())
     for tokens, rows in ((83, 3), (84, 4)):
-        monkeypatch.setattr(sessions, "free_bytes", lambda _, n=tokens: 2 * n * BYTES["own"])
+        monkeypatch.setattr(interface, "free_bytes", lambda _, n=tokens: 2 * n * BYTES["own"])
         assert max(rounds_of(model, TEN, NEVER)) == rows
 
 

@@ -175,7 +175,7 @@ def test_a_batch_that_is_looked_at_again_is_not_parsed_again(tmp_path, monkeypat
         parsed.append(values["id"])
         return from_json(record_type, values)
 
-    monkeypatch.setattr("self_rewarding_lm.records.from_json", counting)
+    monkeypatch.setattr("self_rewarding_lm.runs.stored.from_json", counting)
     write(tmp_path / f"{KIND}.jsonl", [candidate(f"a/{i}") for i in range(1000)])
     stored = Stored(Candidate, tmp_path)
     for _ in range(3):

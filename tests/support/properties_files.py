@@ -64,7 +64,7 @@ def folder():
 
 
 @over(
-    "lines",
+    "runs.lines",
     st.tuples(st.lists(st.lists(st.integers(), max_size=4), max_size=4), st.data()),
     mutants={
         "bisect_right(self._starts, place) - 1": "min(place, len(self._parts) - 1)",
@@ -99,7 +99,7 @@ def lazy_sequences_are_the_lists_that_they_stand_for(lines, case):
 
 
 @over(
-    "lines",
+    "runs.lines",
     st.lists(st.tuples(BYTES, ENDING), max_size=6).map(
         lambda lines: b"".join(a + b for a, b in lines)
     ),
@@ -129,7 +129,7 @@ def _row(line: bytes):
 
 
 @over(
-    "files",
+    "data.files",
     st.tuples(
         st.lists(st.tuples(LINE, ENDING), max_size=5).map(
             lambda lines: b"".join(a + b for a, b in lines)
@@ -178,7 +178,7 @@ def any_file_of_rows_is_read_or_refused(files, case):
 
 
 @over(
-    "files",
+    "report.export",
     st.lists(st.dictionaries(st.text(max_size=4), JSON, max_size=3), max_size=5),
     mutants={
         'json.dumps(row, ensure_ascii=False) + "\\n" for row in rows)': "json.dumps(row, ensure_ascii=False) for row in rows)",
@@ -224,7 +224,7 @@ STORED_LINE = st.integers(0, 11).flatmap(
 
 
 @over(
-    "stored",
+    "runs.stored",
     st.tuples(
         st.lists(st.lists(STORED_LINE, max_size=4), min_size=1, max_size=3),
         st.booleans(),
@@ -258,7 +258,7 @@ def any_files_of_records_are_read_or_refused(stored, case):
 
 
 @over(
-    "stored",
+    "runs.stored",
     st.tuples(st.lists(st.lists(RECORD, max_size=6), min_size=1, max_size=3), st.booleans()),
     mutants={
         "if record_id not in seen:\n            seen.add(record_id)\n            yield line": "yield line",
@@ -302,7 +302,7 @@ def merging_keeps_every_record_once_in_the_order_of_the_ids(stored, case):
 
 
 @over(
-    "lines",
+    "runs.lines",
     st.tuples(
         st.lists(JSON.filter(lambda v: isinstance(v, dict)), max_size=3),
         BYTES,
@@ -431,7 +431,7 @@ YAML_TEXT = st.lists(
 
 
 @over(
-    "recipe_yaml",
+    "recipes.yaml_nodes",
     st.one_of(
         YAML_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")),
         BYTES,
@@ -510,7 +510,7 @@ YAML_VALUE = st.recursive(
 
 
 @over(
-    "recipe_yaml",
+    "recipes.yaml_nodes",
     YAML_VALUE,
     mutants={
         '("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF"))': '("bool", r"yes|no", list("yn"))',

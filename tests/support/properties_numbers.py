@@ -45,7 +45,7 @@ def _candidates(prompt, answers):
 
 
 @over(
-    "pairing",
+    "stages.pairing",
     st.tuples(st.lists(st.lists(ANSWER, max_size=5), max_size=4), RULES),
     mutants={
         '"tie": lambda: margin == 0': '"tie": lambda: False',
@@ -183,7 +183,7 @@ def _naive_picks(sized, rules):
 
 
 @over(
-    "pairing",
+    "stages.pairing",
     st.tuples(SIZED, PICKING),
     mutants={
         "one.value >= high - span": "one.value > high - span",
@@ -250,7 +250,7 @@ ROWS = st.lists(st.lists(TOKEN, max_size=12), min_size=1, max_size=6)
 
 
 @over(
-    "batching",
+    "models.batching",
     st.tuples(ROWS, TOKEN),
     mutants={
         "ids[i, : len(row)] = ": "ids[i, int(lengths.max()) - len(row) :] = ",
@@ -269,7 +269,7 @@ def padding_and_unpadding_are_inverse(batching, case):
 
 
 @over(
-    "batching",
+    "models.batching",
     st.tuples(
         st.lists(st.integers(0, 40), max_size=20),
         st.integers(1, 100),
@@ -316,7 +316,7 @@ def _sharing(draw):
 
 
 @over(
-    "adapters.packing",
+    "models.packing",
     _sharing(),
     mutants={
         "where[row, :shared] = where[leader, :shared]": "pass",
@@ -375,7 +375,7 @@ def _alone(rows):
 
 
 @over(
-    "adapters.packing",
+    "models.packing",
     _sharing(),
     mutants={
         "keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)": "keys = torch.cat([k[0][:, : part.shared], keys], dim=1)",
@@ -416,7 +416,7 @@ def _logits(draw):
 
 
 @over(
-    "logprobs",
+    "models.logprobs",
     _logits(),
     mutants={
         "scores = _exact(logits[:, :-1])": "scores = _exact(logits[:, 1:])",
@@ -443,7 +443,7 @@ def token_log_probs_are_those_of_a_softmax_written_out(logprobs, case):
 
 
 @over(
-    "logprobs",
+    "models.logprobs",
     st.tuples(_logits(), st.booleans(), st.sampled_from([1.0, 0.5]), st.none() | st.just(3.0)),
     mutants={
         "moved.scatter_add_(1, labels[part, None], gradient[part, None])": "pass",
@@ -526,7 +526,7 @@ def _naive_chances(values, *, temperature, top_k, top_p, min_p):
 
 
 @over(
-    "sampling",
+    "generation.sampling",
     _sampled(),
     mutants={
         "min(top_k, ordered.shape[-1]) - 1": "min(top_k, ordered.shape[-1] - 1)",
@@ -554,7 +554,7 @@ def a_sampled_token_is_that_of_a_sorted_list(sampling, case):
 
 
 @over(
-    "sampling",
+    "generation.sampling",
     st.tuples(st.integers(0, 2**32 - 1), st.integers(257, 400), st.integers(1, 3), _sampled()),
     mutants={
         "columns, order = columns.sort(dim=-1)": "order = torch.arange(columns.shape[-1]).expand_as(columns)",
@@ -580,35 +580,40 @@ def the_likeliest_of_a_large_vocabulary_give_what_all_of_it_gives(sampling, case
 
 
 @over(
-    "sampling",
+    "generation.sampling",
     st.tuples(
         st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5),
         st.integers(1, 20),
         st.integers(0, 19),
-        st.lists(st.integers(0, 99) | st.text(max_size=3), max_size=3),
     ),
     mutants={
         ">> np.uint64(11)).astype(np.float64) * 2.0**-53": ">> np.uint64(11)).astype(np.float64) * 2.0**-52",
         "np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN": "np.arange(count, 0, -1, dtype=np.uint64) * _GOLDEN",
-        "text = json.dumps(parts).encode()": "text = ''.join(map(str, parts)).encode()",
     },
 )
 def noise_belongs_to_the_sample(sampling, case):
-    """Number i of a key depends on both alone; parts of a key are told apart."""
-    keys, count, place, parts = case
+    """Number i of a key depends on both alone."""
+    keys, count, place = case
     table = sampling.uniforms(np.array(keys), count)
     assert table.shape == (len(keys), count) and (table >= 0).all() and (table < 1).all()
     for key, row in zip(keys, table, strict=True):
         assert (sampling.uniforms(np.array([key]), count + place)[0, :count] == row).all()
-    found = sampling.stable_hash(*parts)
-    assert 0 <= found < 2**63 and found == sampling.stable_hash(*parts)
-    assert found != sampling.stable_hash(*parts, "") and found != sampling.stable_hash(
-        *map(repr, parts), "x"
-    )
 
 
 @over(
-    "sampling",
+    "records",
+    st.lists(st.integers(0, 99) | st.text(max_size=3), max_size=3),
+    mutants={"text = json.dumps(parts).encode()": "text = ''.join(map(str, parts)).encode()"},
+)
+def parts_of_a_key_are_told_apart(records, parts):
+    key = records.stable_hash(*parts)
+    assert 0 <= key < 2**63 and key == records.stable_hash(*parts)
+    assert key != records.stable_hash(*parts, "")
+    assert key != records.stable_hash(*map(repr, parts), "x")
+
+
+@over(
+    "generation.sampling",
     st.tuples(
         st.lists(st.tuples(st.floats(-9, 9), st.booleans()), min_size=1, max_size=8),
         st.floats(1.0, 3.0),
@@ -653,7 +658,7 @@ def _rho(a, b):
 
 
 @over(
-    "agreement",
+    "stats",
     st.lists(st.tuples(NUMBERS, NUMBERS), max_size=7),
     mutants={
         "return products / math.sqrt(squares) if squares else None": "return products / squares if squares else None",
@@ -682,7 +687,7 @@ RANKED = st.lists(
 
 
 @over(
-    "agreement",
+    "evaluation.agreement",
     st.lists(RANKED, max_size=4),
     mutants={
         "(score > other) == (rank < other_rank)": "(score > other) == (rank > other_rank)",

@@ -138,7 +138,7 @@ def _are_ids(ids):
 
 
 @over(
-    "rows",
+    "data.rows",
     st.tuples(any_row(SUPERVISED, PREFERENCES, RANKED), WAY),
     mutants={
         "if not prompt.ids or (isinstance(part.prompt, str) and not part.prompt):": "if False:",
@@ -159,7 +159,7 @@ def any_prompt_row_is_ids_or_refused(rows, case):
 
 
 @over(
-    "rows",
+    "data.rows",
     st.tuples(any_row(SUPERVISED), WAY),
     mutants={
         "i > 0 and not p for i, p": "i >= 0 and not p for i, p",
@@ -192,7 +192,7 @@ def any_supervised_row_has_something_to_learn_or_is_refused(rows, case):
 
 
 @over(
-    "rows",
+    "data.rows",
     st.tuples(any_row(PREFERENCES), WAY),
     mutants={
         'if ids["chosen"] == ids["rejected"]:': "if False:",
@@ -218,7 +218,7 @@ def any_preference_row_prefers_something_or_is_refused(rows, case):
 
 
 @over(
-    "ranked",
+    "data.ranked",
     any_row(RANKED, PREFERENCES, SUPERVISED),
     mutants={
         "if len(set(ranks)) < 2:": "if False:",
@@ -250,7 +250,7 @@ def any_ranked_row_ranks_texts_or_is_refused(ranked, row):
 
 
 @over(
-    "forms",
+    "data.forms",
     any_row(SUPERVISED, PREFERENCES, RANKED).filter(lambda row: isinstance(row, dict)),
     mutants={
         "if len(found) != 1:": "if False:",
@@ -297,7 +297,7 @@ def any_row_has_a_form_or_is_refused(forms, row):
 
 
 @over(
-    "datasets",
+    "data.datasets",
     st.tuples(
         st.lists(any_row(SUPERVISED), max_size=6), st.lists(any_row(SUPERVISED), max_size=3), WAY
     ),
@@ -398,7 +398,7 @@ def _tree(draw):
 
 
 @over(
-    "oasst",
+    "data.oasst",
     st.tuples(
         st.lists(_tree(), min_size=1, max_size=4),
         st.sampled_from(["first", "any"]),

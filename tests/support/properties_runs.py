@@ -22,7 +22,7 @@ JUDGES = {
 
 
 @over(
-    "pairing",
+    "stages.pairing",
     st.fixed_dictionaries(
         {
             "num_candidate_responses": st.integers(2, 4),

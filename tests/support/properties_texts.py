@@ -4,11 +4,13 @@ import math
 import re
 from itertools import permutations
 
+import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
 
 from self_rewarding_lm.data.chat import TEMPLATES
 from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.judges import parsing
 from self_rewarding_lm.records import Candidate, Judgement
 from self_rewarding_lm.stages.self_instruct.filters import FilterCounts
 from tests.support.mutants import over
@@ -130,7 +132,7 @@ LIMITS = st.fixed_dictionaries(
 
 
 @over(
-    "judging",
+    "judges.parsing",
     st.tuples(
         st.sampled_from(
             ["Score: {{ reward }}", "{{reward}}", "[[{{ reward }}]]", "I give {{ reward }} points"]
@@ -172,7 +174,7 @@ WRITTEN = st.sampled_from(
 
 
 @over(
-    "judging",
+    "judges.parsing",
     st.tuples(
         JUDGE_TEXT,
         WRITTEN,
@@ -202,7 +204,7 @@ def the_last_score_that_is_written_is_the_one_that_is_read(judging, case):
 
 
 @over(
-    "statements",
+    "judges.parsing",
     st.tuples(
         st.sampled_from([0, 3, 20_000, 20_001, 25_000]),
         JUDGE_TEXT,
@@ -234,7 +236,7 @@ LABELS = st.sampled_from([("A", "B", "C"), ("1", "2", "tie"), ("[[A]]", "[[B]]",
 
 
 @over(
-    "judging",
+    "judges.parsing",
     st.tuples(JUDGE_TEXT, LABELS, st.integers(0, 2), PLAIN_WORDS),
     mutants={
         "labels[0]: 1.0, labels[1]: 0.0": "labels[0]: 0.0, labels[1]: 1.0",
@@ -256,7 +258,7 @@ def the_last_verdict_that_is_written_is_the_one_that_is_read(judging, case):
 
 
 @over(
-    "statements",
+    "judges.parsing",
     st.tuples(
         JUDGE_TEXT,
         LABELS,
@@ -285,7 +287,7 @@ GIVEN = (
 
 
 @over(
-    "judging",
+    "scores",
     GIVEN,
     mutants={
         "ParsedScore(score) if math.isfinite(score)": "ParsedScore(score) if True",
@@ -294,12 +296,12 @@ GIVEN = (
     },
     examples=250,
 )
-def what_a_function_gives_is_a_finite_number_or_none_with_a_reason(judging, value):
-    found = judging.call_parse_reward(lambda _: value, "a text")
+def what_a_function_gives_is_a_finite_number_or_none_with_a_reason(scores, value):
+    found = scores.score_of(value)
     if isinstance(value, bool | str | list | None):
         assert found.score is None and found.reason
     elif abs(value) < 1e300:
-        assert found == judging.ParsedScore(float(value))
+        assert found == scores.ParsedScore(float(value))
     else:
         assert (found.score is None) == (found.reason is not None)
         assert found.score is None or math.isfinite(found.score)
@@ -362,7 +364,7 @@ def _naive_scores(candidates, judgements):
 
 
 @over(
-    "judging",
+    "scores",
     _judged(),
     mutants={
         "None if None in scores else mean_score(scores)": "mean_score(scores)",
@@ -382,7 +384,7 @@ def scores_of_candidates_are_those_of_a_second_way_to_count(judging, case):
 
 
 @over(
-    "judging",
+    "judges.templates",
     st.tuples(st.lists(LITERAL, min_size=3, max_size=3), ANY_TEXT | JINJA, ANY_TEXT | JINJA),
     mutants={
         "autoescape=False": "autoescape=True",
@@ -400,7 +402,7 @@ def a_judge_prompt_holds_its_texts_as_they_are(judging, case):
 
 
 @over(
-    "judging",
+    "judges.templates",
     st.tuples(JINJA | JINJA.map(lambda text: text + "{{ prompt }}{{ response }}"), st.booleans()),
     mutants={
         'except TemplateError as error:\n        raise ConfigError(f"{name}': 'except KeyError as error:\n        raise ConfigError(f"{name}',
@@ -420,24 +422,26 @@ def any_judge_template_renders_or_is_refused(judging, case):
 
 
 @over(
-    "judging",
+    "judges.templates",
     JINJA | JINJA.map(lambda text: text + "{{ reward }}"),
     mutants={
         "if len(parts) != 2 or": "if",
         ' or any(mark in "".join(parts) for mark in ("{{", "{#", "{%"))': "",
     },
 )
-def any_score_template_is_a_pattern_or_refused(judging, template):
+def any_score_template_is_a_pattern_or_refused(templates, template):
     try:
-        pattern = judging.compile_score_pattern(template)
-        before, after = judging.template_parts(template)
+        before, after = templates.template_parts(template)
     except ConfigError:
+        with pytest.raises(ConfigError):
+            parsing.compile_score_pattern(template)
         return
+    pattern = parsing.compile_score_pattern(template)
     assert re.fullmatch(
         re.escape(before) + r"\{\{\s*reward\s*\}\}" + re.escape(after), template.strip()
     )
     assert not any(mark in before + after for mark in ("{{", "{#", "{%"))
-    assert judging.parse_score(f"{before} 4 {after}\n", pattern).score in (4, None)
+    assert parsing.parse_score(f"{before} 4 {after}\n", pattern).score in (4, None)
 
 
 ROLE = st.sampled_from(["user", "assistant", "system", "tool"])
@@ -454,7 +458,7 @@ MESSAGES = st.tuples(
 
 
 @over(
-    "chat",
+    "data.chat",
     st.tuples(st.sampled_from(sorted(TEMPLATES)), MESSAGES, CONTENT),
     mutants={
         "{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}": "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}",
@@ -481,7 +485,7 @@ def a_rendering_holds_every_message_and_goes_on_as_it_began(chat, case):
 
 
 @over(
-    "chat",
+    "data.chat",
     st.tuples(JINJA, st.lists(MESSAGE, min_size=1, max_size=3)),
     mutants={
         "except TemplateError as error:\n        raise ConfigError": "except KeyError as error:\n        raise ConfigError",
@@ -501,7 +505,7 @@ JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEX
 
 
 @over(
-    "chat",
+    "data.chat",
     st.one_of(
         ANY_TEXT,
         st.lists(
@@ -584,7 +588,7 @@ MODEL_TEXT = st.lists(
 
 
 @over(
-    "instruct.reading",
+    "stages.self_instruct.reading",
     st.tuples(MODEL_TEXT, st.integers(1, 12), st.booleans()),
     mutants={
         "return text if any(character.isalpha() for character in text)": "return text if True",
@@ -627,7 +631,7 @@ NUMBERING = st.sampled_from(
 
 
 @over(
-    "instruct.reading",
+    "stages.self_instruct.reading",
     st.tuples(st.lists(SENTENCE, min_size=1, max_size=6), st.integers(1, 20), NUMBERING),
     mutants={
         '_LABEL.sub("", "\\n".join(kept).strip(), count=1)': '"\\n".join(kept)',
@@ -658,7 +662,7 @@ def _naive_rouge(a: str, b: str) -> float:
 
 
 @over(
-    "instruct.filters",
+    "stages.self_instruct.filters",
     st.tuples(WORDS | ANY_TEXT, WORDS | ANY_TEXT),
     mutants={
         "row = ((row + met) | (row - met)) & full": "row = (row - met) & full",
@@ -674,7 +678,7 @@ def rouge_l_is_that_of_a_table_and_of_both_orders(filters, case):
 
 
 @over(
-    "instruct.filters",
+    "stages.self_instruct.filters",
     st.tuples(st.lists(WORDS, max_size=6), WORDS, st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0])),
     mutants={
         "[: n - k + 1]": "[: n - k]",
@@ -693,7 +697,7 @@ def a_pool_finds_what_a_look_at_every_text_finds(filters, case):
 
 
 @over(
-    "instruct.filters",
+    "stages.self_instruct.filters",
     st.lists(
         WORDS
         | ANY_TEXT
