@@ -23,10 +23,10 @@ from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.loading import end_ids_of, load_causal_lm
 from self_rewarding_lm.recipes.plan.plan import plan_recipe
-from self_rewarding_lm.recipes.plan.ranges import Range
 from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.recipes.yaml_nodes import read_yaml
 from self_rewarding_lm.runs.weights import save_folder
+from self_rewarding_lm.stages.ranges import Range
 
 
 def gguf_file() -> Path | None:

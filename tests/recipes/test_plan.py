@@ -56,19 +56,19 @@ from self_rewarding_lm.recipes.plan.phases import (
     sampling_phase,
     training_phases,
 )
-from self_rewarding_lm.recipes.plan.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.recipes.plan.table import bytes_of
-from self_rewarding_lm.recipes.plan.work import Asking, Counting, RowShape, Training, Work
 from self_rewarding_lm.stages.contrastive import Contrast, ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
 from self_rewarding_lm.stages.pairing import PairingConfig
+from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
 from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.stages.spin import SelfPlayConfig
 from self_rewarding_lm.stages.temporal import TemporalDPOConfig
+from self_rewarding_lm.stages.work import Asking, Counting, RowShape, Training, Work
 from self_rewarding_lm.training.optimizers import make_optimizers
 from tests.support.hf_models import tiny
 from tests.support.models import transformer

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from self_rewarding_lm.config import FinetuneConfig
-from self_rewarding_lm.recipes.plan.ranges import NOTHING, UNKNOWN, Range, total
-from self_rewarding_lm.recipes.plan.work import Work
 from self_rewarding_lm.stages.base import TrainingConfig
+from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.stages.work import Work
 
 RECORD = 160
 """Bytes of a record beside its ids and texts: names of fields, its own id and its parents'."""

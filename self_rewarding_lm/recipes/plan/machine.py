@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from self_rewarding_lm.recipes.plan.ranges import Range
+from self_rewarding_lm.stages.ranges import Range
 
 SECONDS = 0.8
 """That each of the two measurements takes, beside its last call."""

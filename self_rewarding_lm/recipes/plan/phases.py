@@ -20,8 +20,8 @@ from self_rewarding_lm.recipes.plan.memory import (
     recomputed_bytes,
 )
 from self_rewarding_lm.recipes.plan.model import ModelShape
-from self_rewarding_lm.recipes.plan.work import Asking, Training
 from self_rewarding_lm.stages.base import TrainingConfig
+from self_rewarding_lm.stages.work import Asking, Training
 from self_rewarding_lm.training.reference import Moving
 
 GENERATING, JUDGING, TRAINING = "generating", "judging", "training"

@@ -13,7 +13,7 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.recipes.plan.machine import UTILISATION
 from self_rewarding_lm.recipes.plan.phases import GENERATING, JUDGING, Phase
 from self_rewarding_lm.recipes.plan.plan import Fitting, RunPlan, StagePlan
-from self_rewarding_lm.recipes.plan.ranges import NOTHING, Range
+from self_rewarding_lm.stages.ranges import NOTHING, Range
 
 WIDTH = 100
 

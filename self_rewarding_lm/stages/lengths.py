@@ -17,7 +17,7 @@ from self_rewarding_lm.data.ranked import ranked_row
 from self_rewarding_lm.data.rows import preference_row, prompt_of, training_row
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError, TokenizerError
-from self_rewarding_lm.recipes.plan.ranges import UNKNOWN, Range, total
+from self_rewarding_lm.stages.ranges import UNKNOWN, Range, total
 
 SAMPLED_ROWS = 256
 """Rows of a dataset that are turned into tokens, evenly over it."""

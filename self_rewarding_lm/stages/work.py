@@ -13,15 +13,15 @@ from typing import Any
 
 from self_rewarding_lm.config import FinetuneConfig, RewardConfig, SamplingConfig, SelfInstruct
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.recipes.plan import lengths as measures
-from self_rewarding_lm.recipes.plan.lengths import Counted, Lengths, Measure, counted
-from self_rewarding_lm.recipes.plan.ranges import NOTHING, UNKNOWN, Range, total
+from self_rewarding_lm.stages import lengths as measures
 from self_rewarding_lm.stages.base import TrainingConfig
 from self_rewarding_lm.stages.contrastive import ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.lengths import Counted, Lengths, Measure, counted
 from self_rewarding_lm.stages.meta_rewarding import MetaRewardDPOConfig
+from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
