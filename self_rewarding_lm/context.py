@@ -29,6 +29,10 @@ from self_rewarding_lm.runtime import Runtime
 START = "start"
 
 
+Need = tuple[Decoding, bool]
+"""How tokens will be chosen, and whether probabilities of scores will be asked for."""
+
+
 @dataclass(frozen=True)
 class Context:
     """One stage's view of the trainer.
@@ -106,6 +110,97 @@ class Context:
             raise StoreError(f"there are no weights in the folder {str(which)!r}.")
         return found
 
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        num_samples: int,
+        *,
+        max_seq_len: int | None = None,
+        known: Collection[str] = (),
+    ) -> Iterator[Candidate]:
+        """`num_samples` candidates of each prompt from the present weights, as they finish.
+
+        known: ids of candidates that are not sampled again. A candidate's noise is a function of
+        (seed, its id, position) alone. If a server refuses a request, the candidate has no ids and
+        its `reason` says why. Raises Interrupted after a candidate if a signal asked for it.
+        """
+        with self.serving():
+            candidates = sample_candidates(
+                self.model,
+                prompts,
+                sampling,
+                num_samples,
+                engine=self.engine,
+                tokens=self.tokens,
+                seed=self.seed,
+                limit=self.limit(max_seq_len),
+                known=known,
+            )
+            yield from self.runtime.stopping.between(self.runtime.autocasted(candidates))
+
+    @contextmanager
+    def serving(self, needs: Sequence[Need] = ()) -> Iterator[None]:
+        """Around all work with the present weights; left before they are trained.
+
+        needs: what the engine will be asked for. Raises ConfigError before the work begins if it
+        cannot do one of them; a server that is started for the work is asked as soon as it answers.
+        Within another `serving` nothing changes. With several processes the main one starts the
+        server, all use it, and it ends when all are through.
+        """
+        engine, runtime = self.engine, self.runtime
+        shares = isinstance(engine, ServerEngine) and runtime.world > 1 and not engine.is_serving
+
+        def save(folder: Path) -> None:
+            save_folder(self.model, folder, self.tokens.save)
+
+        with engine.serving(save, self.tokens):
+            self._check_engine(needs)
+            if shares:
+                self._join_main_server()
+            yield
+            if shares:
+                runtime.barrier()
+
+    def check_needs(self, needs: Sequence[Need]) -> None:
+        """Before a run: raise ConfigError for what a server that is running already cannot do."""
+
+        def save(folder: Path) -> None:
+            raise AssertionError("nothing is started before a run")
+
+        if isinstance(self.engine, ServerEngine):
+            with self.engine.serving(save, self.tokens):
+                self._check_engine(needs)
+
+    def engine_of(self, model: TokenModel) -> Engine:
+        """The engine for a model: a server holds the context's own, others run in this process."""
+        return self.engine if model is self.model else self.local_engine()
+
+    def local_engine(self) -> Engine:
+        """The context's engine, or a local one in place of a server."""
+        return LocalEngine() if isinstance(self.engine, ServerEngine) else self.engine
+
+    def _check_engine(self, needs: Sequence[Need]) -> None:
+        if isinstance(self.engine, ServerEngine):
+            for decoding, chances in needs:
+                self.engine.check(decoding, chances=chances)
+
+    def _join_main_server(self) -> None:
+        """All processes use the server that the main one starts; all raise its error."""
+        engine, runtime, address = self.engine, self.runtime, None
+        assert isinstance(engine, ServerEngine)
+        if runtime.is_main:
+            try:
+                address = engine.address()
+            except SelfRewardingError as error:
+                address = error
+        address = runtime.from_main(address)
+        if isinstance(address, SelfRewardingError):
+            raise address
+        if not runtime.is_main:
+            assert address is not None
+            engine.join(*address)
+
 
 def check_weights_named(stage: FinetuneConfig, name: str, earlier: Sequence[str]) -> None:
     """Raise ConfigError where a stage names weights that there will not be."""
@@ -118,105 +213,3 @@ def check_weights_named(stage: FinetuneConfig, name: str, earlier: Sequence[str]
                 f"{name}: {given} must be {own}'initial', the name of an earlier stage "
                 f"({', '.join(earlier) or 'there is none'}) or a path; got {used!r}."
             )
-
-
-Need = tuple[Decoding, bool]
-"""How tokens will be chosen, and whether probabilities of scores will be asked for."""
-
-
-@contextmanager
-def served(ctx: Context, needs: Sequence[Need] = ()) -> Iterator[None]:
-    """Around all work with the context's present weights; left before they are trained.
-
-    needs: what will be asked; raised as errors before the work begins, by a server that is started
-    for it as soon as it answers. Within another `served` it changes nothing. With several processes
-    the main one starts the server, all use it, and it ends when all are through.
-    """
-    engine, runtime = ctx.engine, ctx.runtime
-    shares = isinstance(engine, ServerEngine) and runtime.world > 1 and not engine.is_serving
-
-    def save(folder: Path) -> None:
-        save_folder(ctx.model, folder, ctx.tokens.save)
-
-    with engine.serving(save, ctx.tokens):
-        check_engine(ctx, needs)
-        if shares:
-            _share(ctx)
-        yield
-        if shares:
-            runtime.barrier()
-
-
-def check_engine(ctx: Context, needs: Sequence[Need]) -> None:
-    """Raise ConfigError for what the context's engine cannot do, as far as that is known."""
-    if isinstance(ctx.engine, ServerEngine):
-        for decoding, chances in needs:
-            ctx.engine.check(decoding, chances=chances)
-
-
-def check_before(ctx: Context, needs: Sequence[Need]) -> None:
-    """The same before a run: a server that is running already is asked."""
-
-    def save(folder: Path) -> None:
-        raise AssertionError("nothing is started before a run")
-
-    if isinstance(ctx.engine, ServerEngine):
-        with ctx.engine.serving(save, ctx.tokens):
-            check_engine(ctx, needs)
-
-
-def engine_of(ctx: Context, model: TokenModel) -> Engine:
-    """The engine for a model: a server holds the context's alone, so others are worked here."""
-    return ctx.engine if model is ctx.model else local_engine(ctx)
-
-
-def local_engine(ctx: Context) -> Engine:
-    """The context's engine, or a local one in place of a server."""
-    return LocalEngine() if isinstance(ctx.engine, ServerEngine) else ctx.engine
-
-
-def _share(ctx: Context) -> None:
-    """One server for all processes, started by the main one."""
-    engine, runtime, found = ctx.engine, ctx.runtime, None
-    assert isinstance(engine, ServerEngine)
-    if runtime.is_main:
-        try:
-            found = engine.address()
-        except SelfRewardingError as error:
-            found = error
-    found = runtime.from_main(found)
-    if isinstance(found, SelfRewardingError):
-        raise found
-    if not runtime.is_main:
-        assert found is not None
-        engine.join(*found)
-
-
-def rollout(
-    ctx: Context,
-    prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
-    num_samples: int,
-    *,
-    max_seq_len: int | None = None,
-    known: Collection[str] = (),
-) -> Iterator[Candidate]:
-    """`num_samples` candidates of each prompt from the present weights, as they finish.
-
-    known: ids of candidates that are there already. A candidate's noise is a function of (seed, its
-    id, position) alone. Where a server refuses a request the candidate has no ids and says the
-    reason. Raises Interrupted behind a candidate where a signal asked for it.
-    """
-    with served(ctx):
-        found = sample_candidates(
-            ctx.model,
-            prompts,
-            sampling,
-            num_samples,
-            engine=ctx.engine,
-            tokens=ctx.tokens,
-            seed=ctx.seed,
-            limit=ctx.limit(max_seq_len),
-            known=known,
-        )
-        yield from ctx.runtime.stopping.between(ctx.runtime.autocasted(found))

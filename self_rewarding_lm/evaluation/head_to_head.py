@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from self_rewarding_lm.config import ComparisonConfig, RewardConfig, SamplingConfig
-from self_rewarding_lm.context import Context, rollout
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.tokenizers import Tokenizer
 from self_rewarding_lm.errors import ConfigError, JudgeError, RunMismatchError, typed
@@ -103,7 +103,7 @@ def answer_all(
     mine = ctx.runtime.share(list(prompts))
     total, found = len(mine) * num_samples, list[Candidate]()
     with ctx.runtime.progress(total, "compare: responses", "response") as bar:
-        sampled = rollout(ctx, mine, sampling, num_samples, known=known.keys())
+        sampled = ctx.sample(mine, sampling, num_samples, known=known.keys())
         for some in batched(sampled, AT_ONCE):
             if out is not None:
                 out.append(some)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from self_rewarding_lm.config import ComparisonConfig, FromStage, RewardConfig, SamplingConfig
-from self_rewarding_lm.context import Context, local_engine
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows, read_prompt
 from self_rewarding_lm.errors import ConfigError, DataError, JudgeError, typed
 from self_rewarding_lm.evaluation.responses import outcome
@@ -245,4 +245,4 @@ def read_prompts(ctx: Context, rows: Rows) -> list[Prompt]:
 
 def _own(ctx: Context) -> Context:
     """The context with ids of its own, and an engine that holds the weights being trained."""
-    return replace(ctx, stage=f"{ctx.stage}/held_out", engine=local_engine(ctx))
+    return replace(ctx, stage=f"{ctx.stage}/held_out", engine=ctx.local_engine())

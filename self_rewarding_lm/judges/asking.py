@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Literal, Protocol, runtime_checkable
 
 from self_rewarding_lm.config import SamplingConfig
-from self_rewarding_lm.context import Context, engine_of, served
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.generation.candidates import decoding_of
@@ -106,7 +106,7 @@ class Asker:
                 yield self._judgement(question, None, "too_long", None, self._way)
         first = 0 if self._looked else FIRST_LOOK  # few at first: they may all be unreadable
         self._looked = True
-        with served(ctx):
+        with ctx.serving():
             for chunk in (asked[:first], asked[first:]):
                 if not chunk:
                     continue
@@ -156,7 +156,7 @@ class Asker:
             key = stable_hash(ctx.seed, one.question.id)
             requests.append(Request(one.prompt.ids, key, new, one.question.id))
         decoding = decoding_of(self.sampling, ctx.tokens)
-        engine = engine_of(ctx, model)
+        engine = ctx.engine_of(model)
         answers = ctx.runtime.autocasted(engine.generate(model, requests, decoding))
         while some := list(islice(answers, FIRST_LOOK)):
             waiting: list[_Pending] = []
@@ -202,7 +202,7 @@ class Asker:
             else:
                 yield self._judgement(one.question, None, "too_long", one.text, one.source)
         places = [one.place for one in fitting]
-        found = expected_scores(model, places, reader, engine_of(ctx, model))
+        found = expected_scores(model, places, reader, ctx.engine_of(model))
         for index, result in ctx.runtime.autocasted(found):
             one = fitting[index]
             yield self._judgement(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from self_rewarding_lm.config import Config
-from self_rewarding_lm.context import Context, local_engine
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges.base import (
     Judge,
@@ -148,7 +148,7 @@ class EarlierJudge:
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> list[Judgement]:
-        local = replace(ctx, engine=local_engine(ctx))
+        local = replace(ctx, engine=ctx.local_engine())
         with ctx.weights(self.which):  # a list: nobody is to see these weights in between
             judged = self.inner.judge(local, prompts, candidates_PG)
             return list(ctx.runtime.stopping.between(judged))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from self_rewarding_lm.config import Config, SamplingConfig, SelfInstruct
-from self_rewarding_lm.context import Context, Need, rollout
+from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.data.chat import Message
 from self_rewarding_lm.data.control_tokens import fill
 from self_rewarding_lm.data.rows import prompt_of
@@ -217,7 +217,7 @@ class ContrastMaker(PairMaker):
         shown = {f"{p.id}/{i}": s for p in missing for i, s in enumerate(self._shown_prompts(p))}
         asked = {candidate_id: s for candidate_id, s in shown.items() if candidate_id not in known}
         fits = [s for s in asked.values() if limit is None or len(s.ids) < limit]
-        sampled = rollout(self.ctx, fits, how, 1, max_seq_len=self.config.max_seq_len)
+        sampled = self.ctx.sample(fits, how, 1, max_seq_len=self.config.max_seq_len)
         for batch in batched(self._of_sides(asked, sampled), FIRST_LOOK):
             self.out.append(batch)
             for candidate in batch:

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from self_rewarding_lm.config import ComparisonConfig, SamplingConfig, short
-from self_rewarding_lm.context import Context, Need, served
+from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.data.control_tokens import Filled
 from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.generation.candidates import decoding_of
@@ -140,7 +140,7 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
         if not self.train_judge:
             return super().trained(ctx, out, pairs)
         own = [pair.id for pair in pairs]  # merging judge pairs with them closes their file
-        with served(ctx, self.needs(ctx)):
+        with ctx.serving(self.needs(ctx)):
             judge = JudgePairMaker(self, ctx, out).make_beside(len(own))
         made = Groups(out.known(PreferencePair))
         return Joined(super().trained(ctx, out, made.in_order(own)), made.in_order(judge))

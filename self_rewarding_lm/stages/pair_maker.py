@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from self_rewarding_lm.checks import Checker
-from self_rewarding_lm.context import Context, rollout
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, NoPairError
 from self_rewarding_lm.judges.asking import FIRST_LOOK
@@ -193,7 +193,7 @@ class PairMaker:
         known = {c.id for prompt in asked.values() for c in self.candidates[prompt.id]}
         named = [replace(prompt, id=key) for key, prompt in asked.items()]
         how = self.config.generation
-        sampled = rollout(ctx, named, how, count, max_seq_len=limit, known=known)
+        sampled = ctx.sample(named, how, count, max_seq_len=limit, known=known)
         for batch in batched(sampled, FIRST_LOOK):
             found = [replace(c, prompt_id=asked[c.prompt_id].id) for c in batch]
             self.out.append(found)

@@ -20,7 +20,7 @@ from torch import nn
 
 from self_rewarding_lm.checks import OFF
 from self_rewarding_lm.config import FinetuneConfig, FromStage
-from self_rewarding_lm.context import Context, local_engine
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.errors import DataError, RehearsalError, SelfRewardingError, TokenizerError
 from self_rewarding_lm.models.inference import modes_kept
@@ -113,7 +113,7 @@ def _rehearsed(stage: FinetuneConfig, ctx: Context) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, _kept(ctx):
             rows = {name: _few(stage, ctx, r, notes) for name, r in ctx.rows.items()}
-            engine = local_engine(ctx)
+            engine = ctx.local_engine()
             if engine is not ctx.engine:
                 notes.append("sampled here, not by the server")
             name = f"{ctx.stage} (rehearsal)"

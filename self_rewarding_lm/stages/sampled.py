@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from self_rewarding_lm.config import FromStage, Object, SamplingConfig, SelfInstruct, short
-from self_rewarding_lm.context import Context, Need, check_before, local_engine, served
+from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.data.control_tokens import from_data
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import check_prompt, prompt_of
@@ -155,7 +155,7 @@ class SampledPreferenceConfig(PreferenceConfig):
                     f"{ctx.stage}: mix_pairs must name earlier stages "
                     f"({', '.join(ctx.earlier) or 'there is none'}); got {name!r}."
                 )
-        check_before(ctx, self.needs(ctx))
+        ctx.check_needs(self.needs(ctx))
         if self.judge is not None and not hasattr(self.judge, "judge"):
             raise ConfigError(
                 f"{ctx.stage}: judge must have a method judge(ctx, prompts, candidates_PG); got "
@@ -234,7 +234,7 @@ class SampledPreferenceConfig(PreferenceConfig):
 
     def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> Sequence[Any]:
         """What a maker makes; a server that the engine starts for it is gone afterwards."""
-        with served(ctx, self.needs(ctx)):
+        with ctx.serving(self.needs(ctx)):
             return maker(self, self.with_prompts(ctx, out), out).make()
 
     def needs(self, ctx: Context) -> list[Need]:
@@ -258,7 +258,7 @@ class SampledPreferenceConfig(PreferenceConfig):
 
         name = f"{ctx.stage}/{SEED}"
         seeds = read_once(ctx, out, dataset, Instruction, name, make, on_bad_row=self.on_bad_row)
-        writer = ctx if settings.model == CURRENT else replace(ctx, engine=local_engine(ctx))
+        writer = ctx if settings.model == CURRENT else replace(ctx, engine=ctx.local_engine())
         written = write_prompts(writer, out, seeds, settings, limit=ctx.limit(self.max_seq_len))
         rows = [{"prompt": from_data(r.text), "instruction_id": r.id} for r in written]
         return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts", no_stage)})

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from self_rewarding_lm.context import Context, local_engine, served
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges
 from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, Prompt
 from self_rewarding_lm.runs.run import INITIAL
@@ -45,7 +45,7 @@ class AnchoredMaker(PairMaker):
         missing = self._unanswered({f"{prompt.id}/{part}": prompt for prompt in prompts})
         if missing:
             with self.ctx.weights(which):
-                self._answer(replace(self.ctx, engine=local_engine(self.ctx)), missing)
+                self._answer(replace(self.ctx, engine=self.ctx.local_engine()), missing)
 
     def picker(self) -> Picker:
         tie_break = self.config.pairing.tie_break
@@ -145,7 +145,7 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
         if self.chosen_from_next:
             first = self.made(FirstMaker, ctx, out)
             ahead = self._train_ahead(ctx, out, first)
-            with served(ctx, self.needs(ctx)):
+            with ctx.serving(self.needs(ctx)):
                 pairs = NextMaker(self, ctx, out).remade(first)
         else:
             pairs = self.made(AnchoredMaker, ctx, out)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.config import SamplingConfig
-from self_rewarding_lm.context import rollout
 from self_rewarding_lm.errors import AdapterError, ConfigError, DataError, TokenizerError
 from self_rewarding_lm.generation.candidates import generate, sample_candidates
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
@@ -373,7 +372,7 @@ def bf16():
 def test_autocast_is_not_left_on_for_the_consumer_of_a_rollout(bf16):
     ctx = context(Recurrent(), runtime=bf16)
     prompts = [Prompt("stage/0/0", 0, (1, 2)), Prompt("stage/1/0", 1, (1,))]
-    results = rollout(ctx, prompts, TAKE_ALL, 1)
+    results = ctx.sample(prompts, TAKE_ALL, 1)
     next(results)
     on = torch.is_autocast_enabled("cpu")
     results.close()

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from self_rewarding_lm import DPOConfig, Run, SelfPlayConfig
-from self_rewarding_lm.context import rollout
 from self_rewarding_lm.errors import DataError, PairingError
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.policy import response_logprobs
@@ -173,7 +172,7 @@ def test_many_prompts_are_sampled_some_at_a_time_and_give_what_all_at_once_give(
     for at_once in (100, 3):
         monkeypatch.setattr("self_rewarding_lm.generation.candidates.PROMPTS_AT_ONCE", at_once)
         ctx = context(Recurrent().double(), engine=Noting())
-        found.append({c.id: c for c in rollout(ctx, prompts, SHORT, 2)})
+        found.append({c.id: c for c in ctx.sample(prompts, SHORT, 2)})
         assert ctx.engine.requests == {100: [14], 3: [6, 6, 2]}[at_once]
     assert found[0] == found[1]
 
