@@ -99,6 +99,12 @@ class SamplingConfig(Config):
             )
         return self
 
+    def shortened(self, tokens: int = 2) -> "SamplingConfig":
+        """The same settings for at most so many new tokens, as rehearsals sample."""
+        new = min(tokens, self.max_new_tokens)
+        least = min(new, self.min_new_tokens)
+        return self.model_copy(update={"max_new_tokens": new, "min_new_tokens": least})
+
 
 class SelfInstruct(Config):
     """New prompts that a model writes, as the `prompt_dataset` of a stage (arXiv:2401.10020, 2.2).
@@ -409,13 +415,3 @@ def from_stage(stage: str) -> FromStage:
     responses alone. Of an EFT stage its demonstrations, for an SFT stage.
     """
     return FromStage(stage)
-
-
-NEW_TOKENS = 2  # of a response
-
-
-def short(sampling: SamplingConfig, tokens: int = NEW_TOKENS) -> SamplingConfig:
-    """The same, for a few tokens."""
-    new = min(tokens, sampling.max_new_tokens)
-    least = min(new, sampling.min_new_tokens)
-    return sampling.model_copy(update={"max_new_tokens": new, "min_new_tokens": least})

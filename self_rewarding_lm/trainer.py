@@ -43,7 +43,7 @@ from self_rewarding_lm.recipes.paper import paper_config_of
 from self_rewarding_lm.report.card import with_card
 from self_rewarding_lm.report.page import report_at_end
 from self_rewarding_lm.report.terminal import show_stage
-from self_rewarding_lm.runs.fingerprint import describe
+from self_rewarding_lm.runs.fingerprint import fingerprint_of
 from self_rewarding_lm.runs.lock import alone
 from self_rewarding_lm.runs.resume import begin_run, save_initial
 from self_rewarding_lm.runs.run import INITIAL, Run
@@ -338,10 +338,10 @@ class SelfRewardingTrainer:
         return 0
 
     def _settings(self, stage: FinetuneConfig) -> dict[str, Any]:
-        prompts = {name: describe(self.rewards.get(name)) for name in stage.reward_names()}
+        prompts = {name: fingerprint_of(self.rewards.get(name)) for name in stage.reward_names()}
         return {
             "stage": type(stage).__name__,
-            "settings": describe(stage),
+            "settings": fingerprint_of(stage),
             "reward_prompts": prompts,
             "seed": self.seed,
             "eos_id": self.tokens.eos_id,

@@ -32,7 +32,7 @@ from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.make import check_judge, make_judge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
-from self_rewarding_lm.runs.fingerprint import as_named_now, describe
+from self_rewarding_lm.runs.fingerprint import as_named_now, fingerprint_of
 from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.runs.stage_folder import StageDir, read_json
 from self_rewarding_lm.runs.stored import id_order
@@ -211,7 +211,7 @@ def compare(
     contest = _Contest(
         judge=judge,
         made=make_judge(judge, judging=judging, num_judgements=num_judgements),
-        told={"judge": describe(judge), "judging": describe(judging)},
+        told={"judge": fingerprint_of(judge), "judging": fingerprint_of(judging)},
         checks_here=judge_model is None,
         checker=checker,
         rows=open_prompts(prompts),
@@ -268,7 +268,7 @@ class _Contest:
         settings = {
             "weights": name,
             "prompts": stable_hash(*(str(prompt.ids) for prompt in self.prompts)),
-            "sampling": describe(self.sampling),
+            "sampling": fingerprint_of(self.sampling),
             "end_ids": list(ctx.tokens.end_ids),
             "seed": ctx.seed,
         }

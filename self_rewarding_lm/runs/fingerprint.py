@@ -17,7 +17,7 @@ FREE_SETTINGS = (
 """Settings that may differ when a run goes on: results are the same up to rounding and dropout."""
 
 
-def describe(value: Any) -> Any:
+def fingerprint_of(value: Any) -> Any:
     """A setting as a JSON value that is the same in the next process.
 
     Files are named by their content's hash, datasets by type and length, functions and classes by
@@ -28,13 +28,13 @@ def describe(value: Any) -> Any:
         return value
     if isinstance(value, Config):
         fields = [name for name in type(value).model_fields if name not in FREE_SETTINGS]
-        return {name: describe(getattr(value, name)) for name in fields}
+        return {name: fingerprint_of(getattr(value, name)) for name in fields}
     if isinstance(value, str | Path):
-        return _describe_text(value)
+        return _fingerprint_of_text(value)
     if isinstance(value, list | tuple) and len(value) <= 64:
-        return [describe(item) for item in value]
+        return [fingerprint_of(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): describe(item) for key, item in value.items()}
+        return {str(key): fingerprint_of(item) for key, item in value.items()}
     if isinstance(value, FromStage):
         return f"from_stage({value.stage})"
     if hasattr(type(value), "kind"):  # a record
@@ -64,7 +64,7 @@ def _qualified(module: str | None, name: str) -> str:
     return f"{LIBRARY if own else module}.{name}"
 
 
-def _describe_text(value: str | Path) -> str:
+def _fingerprint_of_text(value: str | Path) -> str:
     try:
         if "\n" in str(value) or not Path(value).is_file():
             return str(value)

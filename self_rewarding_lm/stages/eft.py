@@ -21,7 +21,6 @@ from self_rewarding_lm.config import (
     Object,
     RewardConfig,
     SamplingConfig,
-    short,
 )
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import OnBadRow
@@ -242,7 +241,7 @@ class BuildEFTConfig(FinetuneConfig):
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         fewer = {
-            "judging": short(self.judging, MIN_ANSWER_TOKENS),
+            "judging": self.judging.shortened(MIN_ANSWER_TOKENS),
             "num_judgements": 1,
             "min_kept": 0,
         }

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from self_rewarding_lm.config import ComparisonConfig, SamplingConfig, short
+from self_rewarding_lm.config import ComparisonConfig, SamplingConfig
 from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.data.control_tokens import Filled
 from self_rewarding_lm.errors import ConfigError, JudgeError
@@ -153,7 +153,7 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
         self.try_pair(ctx, out, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
 
     def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
-        sampling = short(self.meta_judging.sampling, MIN_ANSWER_TOKENS)
+        sampling = self.meta_judging.sampling.shortened(MIN_ANSWER_TOKENS)
         fewer = self.meta_judging.model_copy(update={"sampling": sampling})
         return super().shortened({**changes, "meta_judging": fewer})
 

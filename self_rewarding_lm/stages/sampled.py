@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from self_rewarding_lm.config import FromStage, Object, SamplingConfig, SelfInstruct, short
+from self_rewarding_lm.config import FromStage, Object, SamplingConfig, SelfInstruct
 from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.data.control_tokens import from_data
 from self_rewarding_lm.data.datasets import Rows
@@ -218,7 +218,10 @@ class SampledPreferenceConfig(PreferenceConfig):
 
         Seeds are answered in place of prompts that are still to be written.
         """
-        fewer: dict[str, Any] = {"generation": short(self.generation), "num_candidate_responses": 2}
+        fewer: dict[str, Any] = {
+            "generation": self.generation.shortened(),
+            "num_candidate_responses": 2,
+        }
         if "seed_dataset" in ctx.rows:
             ctx = replace(ctx, rows={**ctx.rows, "prompt_dataset": ctx.rows["seed_dataset"]})
             fewer["on_bad_row"] = "skip"

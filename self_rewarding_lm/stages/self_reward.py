@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import nn
 
-from self_rewarding_lm.config import ComparisonConfig, Object, RewardConfig, SamplingConfig, short
+from self_rewarding_lm.config import ComparisonConfig, Object, RewardConfig, SamplingConfig
 from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.candidates import decoding_of
@@ -108,7 +108,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
 
     def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
         fewer = {
-            "judging": short(self.judging, MIN_ANSWER_TOKENS),
+            "judging": self.judging.shortened(MIN_ANSWER_TOKENS),
             "num_sampled_reward_responses": 1,
         }
         return super().shortened({**changes, **fewer})

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import AliasChoices, Field
 
 from self_rewarding_lm.checks import Checker
-from self_rewarding_lm.config import Object, SamplingConfig, short
+from self_rewarding_lm.config import Object, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import PromptRow, prompt_and_completion, truncated
@@ -82,7 +82,7 @@ class SelfPlayConfig(PreferenceConfig):
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         human = self._humans(ctx, out, ctx.rows["train_dataset"], ctx.stage)[0]
         assert human.completion is not None
-        answers = ctx.sample([human], short(self.generation), 1, max_seq_len=self.max_seq_len)
+        answers = ctx.sample([human], self.generation.shortened(), 1, max_seq_len=self.max_seq_len)
         self.try_pair(ctx, out, human.ids, human.completion, next(answers).ids)
 
     def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> Stored[Prompt]:

@@ -21,7 +21,7 @@ from self_rewarding_lm.records import (
     TrainingRow,
     to_json,
 )
-from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now, describe
+from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now, fingerprint_of
 from self_rewarding_lm.runs.resume import begin_run, save_initial
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_folder import StageDir, read_json, remove_stage, write_json
@@ -642,8 +642,8 @@ def test_a_run_file_of_another_program_cannot_be_opened(tmp_path):
 
 def test_plain_values_describe_themselves():
     for value in (None, True, 3, 0.1, "text", [1, "a", None], {"a": [1.5]}):
-        assert describe(value) == value
-    assert describe((1, 2)) == [1, 2]
+        assert fingerprint_of(value) == value
+    assert fingerprint_of((1, 2)) == [1, 2]
 
 
 def test_a_file_is_described_by_its_content(tmp_path):
@@ -651,21 +651,21 @@ def test_a_file_is_described_by_its_content(tmp_path):
     for path, content in zip(paths, ("1", "1", "2"), strict=True):
         path.parent.mkdir()
         path.write_text(content)
-    same_content = describe(paths[0])
-    assert describe(str(paths[0])) == same_content == describe(paths[1])
-    assert describe(paths[2]) != same_content
+    same_content = fingerprint_of(paths[0])
+    assert fingerprint_of(str(paths[0])) == same_content == fingerprint_of(paths[1])
+    assert fingerprint_of(paths[2]) != same_content
 
 
 @pytest.mark.parametrize("length", [200, 300, 1_000, 2_000])
 def test_a_long_text_of_one_line_describes_itself(length):
     """A name of a file has 255 characters at most; asking for it must not fail."""
-    assert describe("x" * length) == "x" * length
-    assert describe(["x" * length]) == ["x" * length]
+    assert fingerprint_of("x" * length) == "x" * length
+    assert fingerprint_of(["x" * length]) == ["x" * length]
 
 
 def test_functions_and_classes_are_described_by_their_qualified_name():
-    assert describe(best) == f"{__name__}.best"
-    assert describe(SamplingConfig) == "self_rewarding_lm.SamplingConfig"
+    assert fingerprint_of(best) == f"{__name__}.best"
+    assert fingerprint_of(SamplingConfig) == "self_rewarding_lm.SamplingConfig"
 
 
 def best(scores):
@@ -674,29 +674,29 @@ def best(scores):
 
 def test_datasets_are_described_by_type_and_length_not_by_their_rows():
     rows = torch.utils.data.TensorDataset(torch.arange(5))
-    assert describe(rows) == "torch.utils.data.dataset.TensorDataset[5]"
-    assert describe([("a", i) for i in range(100)]) == "builtins.list[100]"
+    assert fingerprint_of(rows) == "torch.utils.data.dataset.TensorDataset[5]"
+    assert fingerprint_of([("a", i) for i in range(100)]) == "builtins.list[100]"
 
 
 def test_other_objects_are_described_by_their_type_so_that_the_next_process_agrees():
-    assert describe(Odd(1)) == f"{__name__}.Odd" == describe(Odd(2))
-    assert describe(functools.partial(best, [1])) == "functools.partial"
+    assert fingerprint_of(Odd(1)) == f"{__name__}.Odd" == fingerprint_of(Odd(2))
+    assert fingerprint_of(functools.partial(best, [1])) == "functools.partial"
 
 
 def test_changes_of_free_settings_do_not_show_and_others_do():
-    plain = describe(OptimConfig())
+    plain = fingerprint_of(OptimConfig())
     free = {"micro_batch_tokens": 7, "micro_batch_size": 2, "checkpoint_every": 9}
     free |= {"save_state_every": 3, "save_state_minutes": 1.5}
     assert set(free) == set(FREE_SETTINGS) - {"checks", "min_parse_rate"}  # of stages
-    assert describe(OptimConfig(**free)) == plain
-    assert describe(OptimConfig(batch_size=7)) != plain
+    assert fingerprint_of(OptimConfig(**free)) == plain
+    assert fingerprint_of(OptimConfig(batch_size=7)) != plain
 
 
 def test_a_described_config_is_json_and_says_what_is_in_it():
     config = RewardConfig(
         prompt_template="{{ prompt }} {{ response }}", parse_reward=best, score_range=(0, 5)
     )
-    found = describe(config)
+    found = fingerprint_of(config)
     assert json.loads(json.dumps(found)) == found
     assert found["score_range"] == [0, 5]
     assert found["parse_reward"] == f"{__name__}.best"
@@ -704,8 +704,12 @@ def test_a_described_config_is_json_and_says_what_is_in_it():
 
 def test_records_in_a_setting_are_named_by_their_content():
     one = RankedReplies("a", "q", ("x", "y"), (0.0, 1.0), "tree")
-    assert describe([one]) == describe([RankedReplies("a", "q", ("x", "y"), (0.0, 1.0), "tree")])
-    assert describe([one]) != describe([RankedReplies("a", "q", ("x", "z"), (0.0, 1.0), "tree")])
+    assert fingerprint_of([one]) == fingerprint_of(
+        [RankedReplies("a", "q", ("x", "y"), (0.0, 1.0), "tree")]
+    )
+    assert fingerprint_of([one]) != fingerprint_of(
+        [RankedReplies("a", "q", ("x", "z"), (0.0, 1.0), "tree")]
+    )
 
 
 def test_names_of_an_earlier_version_are_read_as_those_of_now():
