@@ -1,6 +1,6 @@
-"""Which file takes a model: Hugging Face, x-transformers, or a plain module."""
+"""The families of models, a row each, and which of them a module belongs to."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -8,19 +8,31 @@ from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models.hugging_face import HuggingFaceModel
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.models.plain import PlainModel
-from self_rewarding_lm.models.x_transformers import XTransformersModel, unwrapped
-from self_rewarding_lm.runs.pretrained import is_hugging_face
+from self_rewarding_lm.models.x_transformers import XTransformersModel
+
+
+class Family(Protocol):
+    """The class of a family: it says which modules it is for, and makes a TokenModel of one."""
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether a module is of this family."""
+        ...
+
+    def __call__(self, module: nn.Module) -> TokenModel: ...
+
+
+FAMILIES: tuple[Family, ...] = (HuggingFaceModel, XTransformersModel, PlainModel)
+"""The first that accepts a module adapts it; the last accepts every module."""
 
 
 def adapt(model: Any) -> TokenModel:
     """The TokenModel of a module, tried out on a few tokens.
 
-    Raises AdapterError where the output is no logits of shape (b, t, v) or where a token's logits
-    depend on later tokens.
+    Raises AdapterError if the output is no logits of shape (b, t, v) or if a token's logits depend
+    on later tokens.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    if is_hugging_face(model):
-        return HuggingFaceModel(model)
-    transformer = unwrapped(model)
-    return PlainModel(model) if transformer is None else XTransformersModel(model, transformer)
+    family = next(family for family in FAMILIES if family.accepts(model))
+    return family(model)

@@ -41,7 +41,12 @@ from self_rewarding_lm.models.trial import (
     probe_vocab,
     tried,
 )
-from self_rewarding_lm.runs.pretrained import has_adapter, load_pretrained, save_pretrained
+from self_rewarding_lm.runs.pretrained import (
+    has_adapter,
+    is_hugging_face,
+    load_pretrained,
+    save_pretrained,
+)
 
 
 class PaddedRows:
@@ -120,6 +125,11 @@ COPIES = 3
 
 class HuggingFaceModel:
     """Rows are padded on the right for training, on the left for cached decoding."""
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether a module is a causal LM of transformers, alone or within peft's wrapper."""
+        return is_hugging_face(module)
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

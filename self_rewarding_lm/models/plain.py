@@ -39,6 +39,11 @@ logger = logging.getLogger(__name__)
 class PlainModel:
     """A module as it is; rows are padded on the right, which a causal model does not see."""
 
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Every module: the last family takes what no other does."""
+        return True
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.max_len = limit_of(module)

@@ -42,18 +42,18 @@ COPIES = 3
 and the rows of prompts that are ready are copied out of theirs."""
 
 
-def unwrapped(model: nn.Module) -> TransformerWrapper | None:
-    """The TransformerWrapper in a model, an AutoregressiveWrapper taken off; None if it is none."""
-    inner = model.net if isinstance(model, AutoregressiveWrapper) else model
-    return inner if isinstance(inner, TransformerWrapper) else None
-
-
 class XTransformersModel:
     """Rows are padded on the right for training, on the left for cached decoding."""
 
-    def __init__(self, module: nn.Module, transformer: TransformerWrapper) -> None:
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether a module is a TransformerWrapper, or an AutoregressiveWrapper around one."""
+        return isinstance(_unwrapped(module), TransformerWrapper)
+
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.transformer = transformer
+        transformer: Any = _unwrapped(module)
+        self.transformer: TransformerWrapper = transformer
         self.max_len = limit_of(transformer)
         self.vocab = probe_vocab(transformer)
         self.bytes_per_token = 0
@@ -140,6 +140,11 @@ class XTransformersModel:
                 "this x-transformers model cannot be decoded with a cache (its options do not "
                 "allow it, or the cached logits differ): each token costs a whole forward."
             )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """A module without the AutoregressiveWrapper around it."""
+    return module.net if isinstance(module, AutoregressiveWrapper) else module
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from torch import nn
 from x_transformers import AutoregressiveWrapper, Encoder, TransformerWrapper
 
 from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.models import families
 from self_rewarding_lm.models import trial as base
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.interface import Plan
+from self_rewarding_lm.models.plain import PlainModel
 from self_rewarding_lm.models.policy import Policy, dropout_set
+from self_rewarding_lm.models.x_transformers import XTransformersModel
 from tests.support.models import (
     KINDS,
     KINDS64,
@@ -382,3 +385,34 @@ def test_dropout_without_layers_for_it_warns_and_zero_does_not(caplog):
         with dropout_set(module, 0.1):
             pass
     assert ["no effect" in r.message for r in caplog.records] == [True]
+
+
+class Halved(PlainModel):
+    """A family of one's own: modules that mark themselves, with half of the logits they give."""
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        return hasattr(module, "is_halved")
+
+    def logits(self, ids):
+        return super().logits(ids) / 2
+
+
+def test_a_family_is_one_class_and_one_row(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", (Halved, *families.FAMILIES))
+    module, ids = transformer(), torch.tensor([[3, 1, 4]])
+    assert type(adapt(module)) is XTransformersModel
+    module.is_halved = True
+    model = adapt(module)
+    with torch.no_grad(), evaluating(module):
+        assert type(model) is Halved and model.logits(ids).equal(module(ids) / 2)
+
+
+def test_each_kind_of_module_has_its_family():
+    assert [f.__name__ for f in families.FAMILIES] == [
+        "HuggingFaceModel",
+        "XTransformersModel",
+        "PlainModel",
+    ]
+    assert type(adapt(AutoregressiveWrapper(transformer()))) is XTransformersModel
+    assert type(adapt(Recurrent())) is PlainModel
