@@ -37,7 +37,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["self_rewarding_lm", "self_rewarding_lm.*"]),
-    package_data={"self_rewarding_lm": ["py.typed", "report/report.*"]},
+    package_data={"self_rewarding_lm": ["py.typed", "__init__.pyi", "report/report.*"]},
     install_requires=[
         "torch>=2.9",  # torch.optim.Muon
         "einops>=0.8",

@@ -1,9 +1,13 @@
 """Where the modules of version 0.1.0 are now. Kept for one release, then it goes.
 
 A run that version 0.1.0 began names functions and classes by these module paths in its config.json;
-whoever imports one of them is told the new place. Of a module whose definitions went to several
-files, the file that took most of them is named.
+whoever imports one of them is told the new place.
 """
+
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+PACKAGE = "self_rewarding_lm"
 
 MODULES = {
     "adapters": "models",
@@ -182,6 +186,124 @@ MODULES = {
 """Old module -> new module, both without the package's name."""
 
 
+NAMES = {
+    "adapters": {
+        "models.families": "adapt",
+        "runs.pretrained": "load_into",
+    },
+    "adapters.base": {
+        "models.interface": "TokenModel copied device_of limit_of logits_of not_checkpointed",
+    },
+    "adapters.hugging_face": {
+        "runs.pretrained": "is_hugging_face",
+    },
+    "adapters.sessions": {
+        "models.interface": "Cache Plan Session free_bytes",
+    },
+    "adapters.training": {
+        "models.batching": "grouped packs",
+        "models.interface": "Training",
+    },
+    "agreement": {
+        "stats": "bootstrap kendall_tau_b spearman",
+    },
+    "batching": {
+        "runs.lines": "batched",
+    },
+    "checkpoints": {
+        "evaluation.contexts": "checkpoint opened",
+    },
+    "cli_evaluate": {
+        "evaluation.tables": "comparison_table judge_table",
+    },
+    "datasets": {
+        "config": "FromStage from_stage",
+    },
+    "engine": {
+        "generation.engine": "Engine",
+    },
+    "evaluate": {
+        "data.ranked": "Asked as_candidates",
+        "evaluation.contexts": "open_context",
+    },
+    "files": {
+        "report.export": "write_rows",
+    },
+    "judges": {
+        "judges.base": "filtered_out ids_of_judgements judged_scores weights_of_judge",
+        "judges.functions": "FunctionJudge ModuleJudge judge_of reward_scores",
+        "judges.self_judge": "SelfJudge SeveralJudges check_judge_prompt form_of score_parser",
+    },
+    "judging": {
+        "judges.templates": "compile_comparison_template compile_meta_template "
+        "compile_prompt_template template_parts",
+        "scores": "ParsedScore both_orders candidate_scores label_of mean_score score_of",
+    },
+    "quality": {
+        "stats": "Interval Rate fit_logistic ratio_interval wilson_interval",
+    },
+    "recipes": {
+        "recipes.paper": "paper_config_of",
+    },
+    "reference": {
+        "models.policy": "response_logprobs",
+    },
+    "rehearsal": {
+        "training.fit": "Trial",
+    },
+    "report": {
+        "report.page": "report_at_end",
+    },
+    "run": {
+        "runs.resume": "begin_run save_initial",
+    },
+    "sampling": {
+        "records": "stable_hash",
+    },
+    "statements": {
+        "scores": "number_text",
+    },
+    "trainer": {
+        "stages.base": "stage_names",
+    },
+    "watching": {
+        "training.watch": "Watcher",
+    },
+}
+"""Old module -> file -> names that are there, not in the file that MODULES gives; of old modules
+that are packages now, all names.
+"""
+
+
+class MovedModules(MetaPathFinder):
+    """Answers an import of an old module, or of a name of one, with an error that says where it is.
+
+    Python asks it last, so only for modules that are not there. Some old modules have become
+    packages (judges, recipes, report): of a name that is not at the package's door Python asks for
+    a module of that name within the package, and so comes here too.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        """None for a name that version 0.1.0 did not have either; else raises ImportError."""
+        package, _, asked = fullname.partition(".")
+        if package == PACKAGE and (where := new_place(asked)) is not None:
+            raise ImportError(f"{fullname} was moved. {where}", name=fullname)
+
+
+def new_place(asked: str) -> str | None:
+    """Where an old module, or `<old module>.<name>`, is now, as a sentence; None if neither."""
+    module, _, name = asked.rpartition(".")
+    for file, names in NAMES.get(module, {}).items():
+        if name in names.split():
+            return f"Import it from {PACKAGE}.{file}."
+    if asked not in MODULES:
+        return None
+    others = list(NAMES.get(asked, {}).items())
+    others += [(new, old) for old, new in MODULES.items() if old.startswith(f"{asked}.")]
+    places = [MODULES[asked], *(f"{file} ({what})" for file, what in others)]
+    return f"Import from {'; '.join(f'{PACKAGE}.{place}' for place in places)}."
+
+
 def without_module(name: str) -> str:
     """The name of one of the library's own objects without its module of version 0.1.0.
 
@@ -189,7 +311,7 @@ def without_module(name: str) -> str:
     as it is.
     """
     package, _, rest = name.partition(".")
-    if package != "self_rewarding_lm":
+    if package != PACKAGE:
         return name
     parts = rest.split(".")
     for count in range(len(parts) - 1, 0, -1):
