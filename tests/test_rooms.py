@@ -55,7 +55,6 @@ EXTRAS = {
 }
 MAY_IMPORT_LATE = {
     ("recipes/reader", f"{NAME}.trainer"),  # `Recipe.trainer()` makes it, of a later room
-    ("stages/pair_maker", f"{NAME}.stages.sampled"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}

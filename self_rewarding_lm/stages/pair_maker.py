@@ -6,29 +6,127 @@ Knows nothing of training; what the settings mean is in `sampled.py`.
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
 
 from self_rewarding_lm.checks import Checker
+from self_rewarding_lm.config import Object, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, NoPairError
 from self_rewarding_lm.judges.asking import FIRST_LOOK
-from self_rewarding_lm.judges.base import filtered_out, judged_scores
-from self_rewarding_lm.judges.consistency import ComparingJudge
+from self_rewarding_lm.judges.base import Judge, filtered_out, judged_scores
+from self_rewarding_lm.judges.consistency import ComparingJudge, ConsistencyConfig
 from self_rewarding_lm.judges.tally import JudgeWatcher, StageTally, together
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt, stable_hash
 from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups, IdOrder, id_order
-from self_rewarding_lm.stages.pairing import DropCounts, Picker, make_pairs, score_variances
-
-if TYPE_CHECKING:
-    from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
-
+from self_rewarding_lm.stages.pairing import (
+    DropCounts,
+    PairingConfig,
+    Picker,
+    Rated,
+    make_pairs,
+    score_variances,
+)
+from self_rewarding_lm.stages.preference import PreferenceConfig
 
 PROMPT_PARTS = 3  # of ids: stage, row, pass
+
+
+class PairSettings(PreferenceConfig):
+    """How a stage makes its pairs: from prompts to judged candidates, and from these to pairs."""
+
+    prompt_dataset: Object
+    """Texts, message lists, ids, `{"prompt": ...}` rows or any row with a prompt part
+    (rows.prompt_of); or SelfInstruct(...), which has new prompts written."""
+    num_generated_preference_pairs: int | None = Field(default=None, ge=1)
+    """None: all that one pass over the prompts gives. With `rounds`: of each."""
+    rounds: int = Field(default=1, ge=1)
+    """Times that pairs are made and trained on; optimiser and schedule go through all of them."""
+    prompts_per_round: int | None = Field(default=None, ge=1)
+    """Prompts of each round. None: as many as its pairs need."""
+    num_candidate_responses: int = Field(default=4, ge=2)
+    """N of arXiv:2401.10020, 3.1.3."""
+    generation: SamplingConfig = SamplingConfig()
+    """How responses are sampled."""
+    postprocess_response: Object = None
+    """A function str -> str: what judges see of a response in place of its text; what is trained
+    stays as it was sampled. Without thoughts, for example:
+    `lambda text: re.sub(r"(?s)<think>.*?</think>\\s*", "", text)`."""
+    judge: Object = None
+    """A Judge of your own in place of the stage's."""
+    prompts_per_block: int = Field(default=32, ge=1)
+    """Prompts that are worked between two looks at how many pairs there are."""
+    max_prompt_passes: int | None = Field(default=None, ge=1)
+    """Passes over the prompts at most. Default: four times what the pairs need."""
+    reuse_prompts: bool = False
+    """Begin at the first prompt though an earlier stage used it."""
+    min_parse_rate: float = Field(default=0.2, ge=0, le=1)
+    """Least share of judgements with a score, checked from the 64th on; 0 turns it off."""
+    min_margin: float = Field(default=0.0, ge=0)
+    """Least difference of the two scores of a pair."""
+    is_valid_reward: Object = None
+    """float -> bool; a candidate whose mean score is not valid is left out."""
+    is_valid_reward_pair: Object = None
+    """(chosen, rejected) scores as scalar tensors -> bool."""
+    pick_paired_rewards_fn: Object = None
+    """Scores (n,) as a tensor -> indices (2,) of chosen and rejected. None: `pairing` picks."""
+    pairing: PairingConfig = PairingConfig()
+    """Which candidates become pairs. Default: the best against the worst."""
+    mix_pairs: tuple[str, ...] = ()
+    """Names of earlier stages whose pairs are trained on beside the stage's own."""
+    consistency: ConsistencyConfig | None = None
+    """Pairs count by how far an earlier model ranks the candidates alike (arXiv:2410.12735)."""
+
+    @model_validator(mode="after")
+    def _one_picker(self) -> "PairSettings":
+        if self.pick_paired_rewards_fn is not None and self.pairing.picks_otherwise:
+            raise ValueError(
+                "pick_paired_rewards_fn picks a pair itself; leave it out, or those of pairing's "
+                "pick, pairs_per_prompt, length_control, length_penalty and tie_break that are set"
+            )
+        return self
+
+    def build_judge(self, ctx: Context) -> Judge:
+        """The stage's judge; `judge=` where that is given."""
+        if self.judge is None:
+            raise ConfigError(f"{ctx.stage}: give judge=, an object with a judge method.")
+        return self.judge
+
+    def score_scale(self, ctx: Context) -> tuple[float, float] | None:
+        """The lowest and the highest score that the judge may give; None where not known."""
+        return None
+
+    def picker(self) -> Picker | None:
+        """A user's function of scores as a picker; None where the settings pick."""
+        function = self.pick_paired_rewards_fn
+        if function is None:
+            return None
+
+        def pick(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
+            scores = torch.tensor([one.score for one in rated])
+            picked = torch.as_tensor(function(scores)).flatten().tolist()
+            if len(picked) != 2 or not all(0 <= i < len(rated) for i in picked):
+                raise ConfigError(
+                    "pick_paired_rewards_fn must return two indices, of the chosen and the "
+                    f"rejected of {len(rated)} candidates; got {picked}."
+                )
+            return [(rated[int(picked[0])], rated[int(picked[1])])]
+
+        return pick
+
+    def pair_check(self) -> Callable[[float, float], bool] | None:
+        """A user's function of two scalar tensors as one of two floats."""
+        function = self.is_valid_reward_pair
+        if function is None:
+            return None
+        return lambda chosen, rejected: bool(function(torch.tensor(chosen), torch.tensor(rejected)))
 
 
 class PairMaker:
@@ -41,7 +139,7 @@ class PairMaker:
     noun: ClassVar[str] = "pair"
     """What the prompts give."""
 
-    def __init__(self, config: "SampledPreferenceConfig", ctx: Context, out: StageDir) -> None:
+    def __init__(self, config: PairSettings, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
         self.judge = config.build_judge(ctx)
         if config.consistency is not None:

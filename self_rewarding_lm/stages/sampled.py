@@ -5,31 +5,28 @@ reference and the schedule of the learning rate go through all rounds as if they
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, NoReturn
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import nn
 
-from self_rewarding_lm.config import FromStage, Object, SamplingConfig, SelfInstruct
+from self_rewarding_lm.config import FromStage, SelfInstruct
 from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.data.control_tokens import from_data
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import check_prompt, prompt_of
 from self_rewarding_lm.errors import ConfigError, NoPairError, StoreError
 from self_rewarding_lm.generation.candidates import decoding_of
-from self_rewarding_lm.judges.base import Judge, weights_of_judge
-from self_rewarding_lm.judges.consistency import ConsistencyConfig, check_consistency, smoothed
+from self_rewarding_lm.judges.base import weights_of_judge
+from self_rewarding_lm.judges.consistency import check_consistency, smoothed
 from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Prompt
 from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
-from self_rewarding_lm.stages.pair_maker import PairMaker
-from self_rewarding_lm.stages.pairing import PairingConfig, Picker, Rated
-from self_rewarding_lm.stages.preference import PreferenceConfig
+from self_rewarding_lm.stages.pair_maker import PairMaker, PairSettings
 from self_rewarding_lm.stages.self_instruct.write import (
     CURRENT,
     SEED,
@@ -43,7 +40,7 @@ from self_rewarding_lm.training.state import Kept
 logger = logging.getLogger(__name__)
 
 
-class SampledPreferenceConfig(PreferenceConfig):
+class SampledPreferenceConfig(PairSettings):
     """DPO on pairs of the model's own responses, ranked by a judge.
 
     Prompts are worked in blocks of `prompts_per_block`, in their order, until
@@ -54,63 +51,6 @@ class SampledPreferenceConfig(PreferenceConfig):
 
     maker: ClassVar[type[PairMaker]] = PairMaker
     """What makes the stage's pairs."""
-
-    prompt_dataset: Object
-    """Texts, message lists, ids, `{"prompt": ...}` rows or any row with a prompt part
-    (rows.prompt_of); or SelfInstruct(...), which has new prompts written."""
-    num_generated_preference_pairs: int | None = Field(default=None, ge=1)
-    """None: all that one pass over the prompts gives. With `rounds`: of each."""
-    rounds: int = Field(default=1, ge=1)
-    """Times that pairs are made and trained on; optimiser and schedule go through all of them."""
-    prompts_per_round: int | None = Field(default=None, ge=1)
-    """Prompts of each round. None: as many as its pairs need."""
-    num_candidate_responses: int = Field(default=4, ge=2)
-    """N of arXiv:2401.10020, 3.1.3."""
-    generation: SamplingConfig = SamplingConfig()
-    """How responses are sampled."""
-    postprocess_response: Object = None
-    """A function str -> str: what judges see of a response in place of its text; what is trained
-    stays as it was sampled. Without thoughts, for example:
-    `lambda text: re.sub(r"(?s)<think>.*?</think>\\s*", "", text)`."""
-    judge: Object = None
-    """A Judge of your own in place of the stage's."""
-    prompts_per_block: int = Field(default=32, ge=1)
-    """Prompts that are worked between two looks at how many pairs there are."""
-    max_prompt_passes: int | None = Field(default=None, ge=1)
-    """Passes over the prompts at most. Default: four times what the pairs need."""
-    reuse_prompts: bool = False
-    """Begin at the first prompt though an earlier stage used it."""
-    min_parse_rate: float = Field(default=0.2, ge=0, le=1)
-    """Least share of judgements with a score, checked from the 64th on; 0 turns it off."""
-    min_margin: float = Field(default=0.0, ge=0)
-    """Least difference of the two scores of a pair."""
-    is_valid_reward: Object = None
-    """float -> bool; a candidate whose mean score is not valid is left out."""
-    is_valid_reward_pair: Object = None
-    """(chosen, rejected) scores as scalar tensors -> bool."""
-    pick_paired_rewards_fn: Object = None
-    """Scores (n,) as a tensor -> indices (2,) of chosen and rejected. None: `pairing` picks."""
-    pairing: PairingConfig = PairingConfig()
-    """Which candidates become pairs. Default: the best against the worst."""
-    mix_pairs: tuple[str, ...] = ()
-    """Names of earlier stages whose pairs are trained on beside the stage's own."""
-    consistency: ConsistencyConfig | None = None
-    """Pairs count by how far an earlier model ranks the candidates alike (arXiv:2410.12735)."""
-
-    @model_validator(mode="after")
-    def _one_picker(self) -> "SampledPreferenceConfig":
-        if self.pick_paired_rewards_fn is not None and self.pairing.picks_otherwise:
-            raise ValueError(
-                "pick_paired_rewards_fn picks a pair itself; leave it out, or those of pairing's "
-                "pick, pairs_per_prompt, length_control, length_penalty and tie_break that are set"
-            )
-        return self
-
-    def build_judge(self, ctx: Context) -> Judge:
-        """The stage's judge; `judge=` where that is given."""
-        if self.judge is None:
-            raise ConfigError(f"{ctx.stage}: give judge=, an object with a judge method.")
-        return self.judge
 
     def datasets(self) -> dict[str, Any]:
         found = super().datasets()
@@ -231,10 +171,6 @@ class SampledPreferenceConfig(PreferenceConfig):
         """The stage with less to do."""
         return self.model_copy(update={**changes, "min_parse_rate": 0.0})
 
-    def score_scale(self, ctx: Context) -> tuple[float, float] | None:
-        """The lowest and the highest score that the judge may give; None where not known."""
-        return None
-
     def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> Sequence[Any]:
         """What a maker makes; a server that the engine starts for it is gone afterwards."""
         with ctx.serving(self.needs(ctx)):
@@ -265,31 +201,6 @@ class SampledPreferenceConfig(PreferenceConfig):
         written = write_prompts(writer, out, seeds, settings, limit=ctx.limit(self.max_seq_len))
         rows = [{"prompt": from_data(r.text), "instruction_id": r.id} for r in written]
         return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts", no_stage)})
-
-    def picker(self) -> Picker | None:
-        """A user's function of scores as a picker; None where the settings pick."""
-        function = self.pick_paired_rewards_fn
-        if function is None:
-            return None
-
-        def pick(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
-            scores = torch.tensor([one.score for one in rated])
-            picked = torch.as_tensor(function(scores)).flatten().tolist()
-            if len(picked) != 2 or not all(0 <= i < len(rated) for i in picked):
-                raise ConfigError(
-                    "pick_paired_rewards_fn must return two indices, of the chosen and the "
-                    f"rejected of {len(rated)} candidates; got {picked}."
-                )
-            return [(rated[int(picked[0])], rated[int(picked[1])])]
-
-        return pick
-
-    def pair_check(self) -> Callable[[float, float], bool] | None:
-        """A user's function of two scalar tensors as one of two floats."""
-        function = self.is_valid_reward_pair
-        if function is None:
-            return None
-        return lambda chosen, rejected: bool(function(torch.tensor(chosen), torch.tensor(rejected)))
 
 
 def no_stage(source: FromStage) -> Sequence[Any]:
