@@ -20,7 +20,7 @@ from self_rewarding_lm.training.early_stopping import EarlyStopping, StageEvalua
 from self_rewarding_lm.training.fit import Fit, Trial
 from self_rewarding_lm.training.objectives import Objective
 from self_rewarding_lm.training.optimizers import check_optimizer
-from self_rewarding_lm.training.state import Kept
+from self_rewarding_lm.training.state import RoundState
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class TrainingConfig(FinetuneConfig):
         valid: Objective | None = None,
         round: int = 0,
         first_step: int = 0,
-        kept: Kept | None = None,
+        kept: RoundState | None = None,
     ) -> int:
         """Train on an objective with the stage's settings; the steps that were done."""
         stopping = None
@@ -124,7 +124,7 @@ class TrainingConfig(FinetuneConfig):
             round=round,
             first_step=first_step,
             checks=self.checks,
-            kept=kept,
+            round_state=kept,
         )
         logger.info("%s: %d rows, %d steps", ctx.stage, len(objective), training.total)
         return training.run()

@@ -22,7 +22,7 @@ from self_rewarding_lm.training.objectives import PreferenceObjective
 from self_rewarding_lm.training.reference import (
     EMAReference,
     MixedReference,
-    Moving,
+    MovingReference,
     PairSums,
     StoredReference,
 )
@@ -66,7 +66,7 @@ class PreferenceConfig(TrainingConfig):
     def _reference_known(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
             given = (MixedReference if "alpha" in given else EMAReference)(**given)
-        if not isinstance(given, str | Path | Moving):
+        if not isinstance(given, str | Path | MovingReference):
             raise ConfigError(
                 "reference must be 'start', 'round', 'initial', 'none', the name of an earlier "
                 "stage, a path, EMAReference(...) or MixedReference(...); got "
@@ -118,7 +118,7 @@ class PreferenceConfig(TrainingConfig):
         found = PreferenceObjective(cut, None, shown, losses=losses)
         if not wanted.reference:
             return found
-        if isinstance(self.reference, Moving):
+        if isinstance(self.reference, MovingReference):
             heard: dict[int, ReferenceLogprobs] | None = {} if wanted.tokens else None
             moving = replace(found, live=self.reference, begins_even=round == 0)
             return replace(moving, reference={}, reference_tokens=heard)

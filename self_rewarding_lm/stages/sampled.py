@@ -35,7 +35,7 @@ from self_rewarding_lm.stages.self_instruct.write import (
     write_prompts,
 )
 from self_rewarding_lm.training.loss_config import losses_in, read_by
-from self_rewarding_lm.training.state import Kept
+from self_rewarding_lm.training.state import RoundState
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def work_rounds(stage: "SampledPreferenceConfig", ctx: Context, out: StageDir) -
     made is read from disk. Without a state all rounds are trained again, from their records. Raises
     NoPairError where no round has a pair.
     """
-    kept, pairs, steps, empty = Kept(stage.rounds), 0, 0, list[int]()
+    kept, pairs, steps, empty = RoundState(stage.rounds), 0, 0, list[int]()
     if stage.rounds > 1 and stage.reference_from_start():
         ctx = replace(ctx, start=ctx.model.state())
     state = out.state_words() if stage.rounds > 1 else None

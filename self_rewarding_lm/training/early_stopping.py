@@ -1,4 +1,4 @@
-"""Early stopping: a user's number, and the weights that had the best one."""
+"""Early stopping: a score of the user's own, and the weights that had the best one."""
 
 import logging
 import math
@@ -24,28 +24,31 @@ BEST = "best"
 class StageEvaluation(Protocol):
     """An evaluation that works in the stage's context, on all processes at once.
 
-    In place of a function of the model: see `evaluation/held_out.py` for those of the library.
+    It stands in place of a function of the model; the library's own are in
+    `evaluation/held_out.py`.
     """
 
     def check(self, ctx: Context) -> None:
-        """Raise where something is wrong that can be known before stage 1."""
+        """Raise an error for whatever can be known to be wrong before the first stage."""
         ...
 
     def begin(self, ctx: Context) -> None:
-        """A training begins; nothing of an earlier one counts."""
+        """A training begins: forget earlier ones."""
         ...
 
     def measure(self, ctx: Context) -> dict[str, float]:
-        """The present weights' `score`, the same on all processes, and what else is to be logged
-        as early_stopping/<name>."""
+        """The `score` of the present weights, the same on all processes.
+
+        Further numbers are logged as early_stopping/<name>.
+        """
         ...
 
     def standing(self) -> Any:
-        """What a training that goes on needs to know, as JSON."""
+        """What a resumed training needs to know, as JSON."""
         ...
 
     def resume(self, standing: Any) -> None:
-        """Go on from what `standing` gave, after `begin`."""
+        """Go on from what `standing` returned; called after `begin`."""
         ...
 
 
@@ -53,8 +56,8 @@ class StageEvaluation(Protocol):
 class EarlyStopping:
     """evaluate: a module or function of the model that gives one number, or a StageEvaluation.
 
-    Checked before the first step, every `eval_every` steps and after the last one; after `patience`
-    checks without a better score training stops. The best weights are restored.
+    It is asked before the first step, every `eval_every` steps and after the last one. Training
+    stops after `patience` scores that are no better than the best, whose weights are restored.
     """
 
     evaluate: Callable[[nn.Module], Any] | StageEvaluation
@@ -63,7 +66,7 @@ class EarlyStopping:
 
 
 class Stopper:
-    """Early stopping, decided on the main process and told to all."""
+    """Early stopping of one training, decided on the main process for all."""
 
     def __init__(
         self, ctx: Context, out: StageDir, settings: EarlyStopping, first_step: int
@@ -72,39 +75,45 @@ class Stopper:
         self.first_step = first_step
         self.best: float | None = None
         self.best_step = 0
-        self.worse = 0
-        given = settings.evaluate
-        self.evaluation = given if isinstance(given, StageEvaluation) else None
+        self.checks_without_better = 0
+        evaluate = settings.evaluate
+        self.evaluation = evaluate if isinstance(evaluate, StageEvaluation) else None
         if self.evaluation is not None:
             self.evaluation.begin(ctx)
 
     def standing(self) -> dict[str, Any]:
-        """What a training that goes on needs to know, beside the best weights on disk."""
-        found = {"best": self.best, "best_step": self.best_step, "worse": self.worse}
+        """What a resumed training needs to know, beside the best weights on disk."""
+        standing = {
+            "best": self.best,
+            "best_step": self.best_step,
+            "worse": self.checks_without_better,
+        }
         if self.evaluation is not None:
-            found["evaluation"] = self.evaluation.standing()
-        return found
+            standing["evaluation"] = self.evaluation.standing()
+        return standing
 
     def resume(self, standing: dict[str, Any]) -> None:
-        """Go on from what `standing` gave."""
+        """Go on from what `standing` returned."""
         self.best, self.best_step = standing["best"], standing["best_step"]
-        self.worse = standing["worse"]
+        self.checks_without_better = standing["worse"]
         if self.evaluation is not None:
             self.evaluation.resume(standing["evaluation"])
 
     def check(self, step: int) -> bool:
-        """Evaluate, keep the weights if they are the best so far; whether to stop."""
+        """Evaluate and keep the weights if they are the best so far; returns whether to stop."""
         step += self.first_step
+        # 1. the score of the present weights
         if self.evaluation is not None:
-            found = self.evaluation.measure(self.ctx)
+            metrics = self.evaluation.measure(self.ctx)
         else:
-            alone = {"score": self._score()} if self.ctx.runtime.is_main else {}
-            found = self.ctx.runtime.from_main(alone)
-        score = _number(found["score"])
-        better = self.best is None or (
+            own_metrics = {"score": self._score()} if self.ctx.runtime.is_main else {}
+            metrics = self.ctx.runtime.from_main(own_metrics)
+        score = _finite_number(metrics["score"])
+        is_better = self.best is None or (
             score > self.best if self.settings.mode == "max" else score < self.best
         )
-        self.out.log({"step": step, **{f"early_stopping/{k}": v for k, v in found.items()}})
+        # 2. log it
+        self.out.log({"step": step, **{f"early_stopping/{k}": v for k, v in metrics.items()}})
         logger.info(
             "%s: early stopping at step %d: %.6g (best so far: %s, mode %r)",
             self.ctx.stage,
@@ -113,15 +122,16 @@ class Stopper:
             "none" if self.best is None else f"{self.best:.6g}",
             self.settings.mode,
         )
-        if better:
-            self.best, self.best_step, self.worse = score, step, 0
+        # 3. keep the weights, or count the checks since the best ones
+        if is_better:
+            self.best, self.best_step, self.checks_without_better = score, step, 0
             self.out.save_weights(self.ctx.model, BEST)
             return False
-        self.worse += 1
-        return self.worse >= self.settings.patience
+        self.checks_without_better += 1
+        return self.checks_without_better >= self.settings.patience
 
     def restore_best(self) -> None:
-        """Load the best weights."""
+        """Load the best weights, and note their step and score in the stage's summary."""
         path = self.out.weights(BEST)
         assert path is not None
         self.ctx.model.load(path)
@@ -132,10 +142,11 @@ class Stopper:
         module, evaluate = self.ctx.model.module, self.settings.evaluate
         assert callable(evaluate)
         with evaluating(module):
-            return _number(evaluate(module))
+            return _finite_number(evaluate(module))
 
 
-def _number(score: Any) -> float:
+def _finite_number(score: Any) -> float:
+    """The score as a float; ConfigError if it is no number, TrainingError if it is not finite."""
     try:
         number = float(score)
     except (TypeError, ValueError, RuntimeError) as error:

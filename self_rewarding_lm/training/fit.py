@@ -1,15 +1,16 @@
-"""The one training loop: steps, clipping, schedule, evaluation, early stopping, its state.
+"""The one training loop: optimiser steps, evaluation, early stopping, the state it resumes from.
 
 The loss of a step is the sum over its whole batch divided by the batch's count, over all
 processes, so that the gradient does not depend on micro-batches or on the number of processes.
+`Fit.run` sets a training up, `Fit._train` is the loop, `Fit._step` one optimiser step.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from self_rewarding_lm.training.optimizers import (
 from self_rewarding_lm.training.reference import LiveReference
 from self_rewarding_lm.training.state import (
     WEIGHTS,
-    Kept,
+    RoundState,
     optimizer_state,
     prefixed,
     restore_optimizers,
@@ -47,14 +48,22 @@ logger = logging.getLogger(__name__)
 
 
 class Fit:
-    """Trains the policy on an objective. `optim` is complete: no field is None.
+    """Trains the policy on an objective. `optim` is complete: none of its fields is None.
 
-    round: stages that train several times have other row orders and dropout each time, and their
-    steps are counted on. kept: what such trainings hand on where they are one training in rounds;
-    without it each begins anew. A training that was stopped goes on from the state in its stage's
-    folder, where that is of this round. Raises TrainingError where the loss or a gradient is not
-    finite; the weights are then those before that step.
+    round: a stage may train several times; row order and dropout differ between its rounds, and
+    steps are logged from `first_step` on. round_state: what the rounds of one training hand to each
+    other; without it each round begins anew. If the stage's folder holds the state of this same
+    training, it goes on from there. Raises TrainingError if the loss or a gradient is not finite;
+    the weights are then those before that step.
     """
+
+    changes_weights = True
+
+    # Held while `run` runs: the module as it is trained (under FSDP its sharded twin), its
+    # optimisers, and the forwards of rows through it.
+    module: nn.Module
+    optimizers: list[Any]
+    forwards: Forwards
 
     def __init__(
         self,
@@ -70,227 +79,184 @@ class Fit:
         round: int = 0,
         first_step: int = 0,
         checks: ChecksConfig | None = None,
-        kept: Kept | None = None,
+        round_state: RoundState | None = None,
     ) -> None:
         self.ctx, self.out, self.objective, self.optim = ctx, out, objective, optim
         self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
-        self.dropout, self.valid, self.round = dropout, valid, round
-        self.first_step = first_step
+        self.dropout, self.valid = dropout, valid
+        self.round, self.first_step = round, first_step
         self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
         self.total = num_train_steps or (optim.epochs or 1) * self.steps_per_epoch
-        self.kept, self.nth = kept or Kept(), 0
-        self.forwards = Forwards(ctx, optim)
+        self.round_state = round_state or RoundState()
         self.stopper = Stopper(ctx, out, early_stopping, first_step) if early_stopping else None
+        self.nth = 0  # trainings of this round that began before it in this process
 
     def run(self) -> int:
-        """Train; the number of steps that were done."""
+        """Train; returns how many steps are done, those before an interruption included."""
+        runtime, earlier = self.ctx.runtime, self.round_state
+        # 1. if this training was stopped, load the weights it had; forget what was logged later
         self.nth = self.out.count_training(self.round)
-        standing = self._standing()
-        self.out.cut_metrics(self.first_step + (standing[1]["step"] if standing else 0))
+        saved = self._saved_state()
+        done = 0 if saved is None else saved[1]["step"]
+        self.out.cut_metrics(self.first_step + done)
         self.ctx.model.refresh()
         self.out.tell("training")
-        with ExitStack() as changed:
-            changed.enter_context(random_numbers_kept())
-            changed.enter_context(modes_kept(self.ctx.policy))
-            module = changed.enter_context(self.ctx.runtime.training(self.ctx.policy))
-            changed.enter_context(dropout_set(module, self.dropout, warns=not self.kept.states))
+        with ExitStack() as restored:
+            # 2. prepare the module: random numbers, modes and dropout are afterwards as before
+            restored.enter_context(random_numbers_kept())
+            restored.enter_context(modes_kept(self.ctx.policy))
+            self.module = restored.enter_context(runtime.training(self.ctx.policy))
+            warns = not earlier.optimizer_states  # an earlier round has warned already
+            restored.enter_context(dropout_set(self.module, self.dropout, warns=warns))
             if self.optim.gradient_checkpointing:
-                model = self.ctx.runtime.unwrapped(module).token_model
-                changed.enter_context(model.checkpointing())
-            made = make_optimizers(module, self.optim, self.ctx.model.vocab)
-            optimizers = [self.ctx.runtime.prepare_optimizer(o) for o in made]
-            if not self.kept.states:  # else it was said in an earlier round
-                warn_of_lost_updates(module, self.optim, self.ctx.stage, checker=self.checker)
-            self._begin_reference(module)
-            self.kept.hand_on(optimizers)
-            done = 0 if standing is None else self._go_on(module, optimizers, standing)
+                restored.enter_context(self._policy.token_model.checkpointing())
+            # 3. make the optimisers
+            made = make_optimizers(self.module, self.optim, self.ctx.model.vocab)
+            self.optimizers = [runtime.prepare_optimizer(optimizer) for optimizer in made]
+            if warns:
+                warn_of_lost_updates(self.module, self.optim, self.ctx.stage, checker=self.checker)
+            # 4. copy the weights of a moving reference, unless an earlier round did
+            moving = getattr(self.objective, "live", None)
+            if moving is not None:
+                earlier.live = earlier.live or LiveReference(moving)
+                earlier.live.begin(self._policy)
+            self.forwards = Forwards(self.ctx, self.optim, self.module, earlier.live)
+            # 5. go on from the optimisers of the round before, or from the saved state
+            earlier.give_to(self.optimizers)
+            if saved is not None:
+                self._resume(saved)
+            # 6. train
             try:
-                steps = self._steps(module, optimizers, done)
-                if self.kept.rounds > 1:
-                    self.kept.take(optimizers)
+                steps = self._train(done)
+                if earlier.rounds > 1:
+                    earlier.take_from(self.optimizers)
                 self.out.tell("trained")
                 return steps
             finally:
-                self.ctx.runtime.release(optimizers)
-                for parameter in module.parameters():
+                runtime.release(self.optimizers)
+                for parameter in self.module.parameters():
                     parameter.grad = None
+                del self.module, self.optimizers, self.forwards
 
-    def _begin_reference(self, module: nn.Module) -> None:
-        """Copy the weights for a reference that moves, unless there is a copy already."""
-        settings = getattr(self.objective, "live", None)
-        if settings is not None:
-            self.kept.live = self.kept.live or LiveReference(settings)
-            self.kept.live.begin(self.ctx.runtime.unwrapped(module))
-            self.forwards.live = self.kept.live
-
-    def _standing(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """The state in which this training was stopped, its weights in the model; None: none."""
-        words = self.out.state_words()
-        if words is None or any(words.get(k) != v for k, v in self._place().items()):
-            if words is not None and self.kept.rounds > 1 and words["round"] >= self.round:
-                raise StoreError(
-                    f"{self.ctx.stage}: the state of training is of other pairs than those on disk "
-                    f"in {self.out.path}. Delete state.safetensors to train the stage again from "
-                    "its start."
-                )
-            return None
-        found = self.out.state()
-        self.ctx.model.module.load_state_dict(unprefixed(WEIGHTS, found[0]), strict=False)
-        return found
-
-    def _place(self) -> dict[str, int]:
-        """Which training of its stage this is."""
-        place = {"round": self.round, "first_step": self.first_step, "total": self.total}
-        return {**place, "nth": self.nth}
-
-    def _go_on(
-        self, module: nn.Module, optimizers: Sequence[Any], standing: tuple[Tensors, dict[str, Any]]
-    ) -> int:
-        """Bring optimisers and early stopping to where training stood; its steps so far."""
-        tensors, words = standing
-        own = self.ctx.runtime.unwrapped(module)
-        restore_optimizers(own, optimizers, tensors, words["optimizers"])
-        self.ctx.runtime.scale_as(words["scaling"])
-        if self.kept.live:
-            self.kept.live.restore(tensors, words["reference_steps"])
-        if self.stopper:
-            self.stopper.resume(words["early_stopping"])
-        logger.info("%s: goes on behind step %d of %d", self.ctx.stage, words["step"], self.total)
-        return words["step"]
-
-    def _save(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
-        """Save the state of training behind a step."""
-        runtime, live, self.kept.saved_at = self.ctx.runtime, self.kept.live, time.monotonic()
-        with runtime.whole():
-            found = optimizer_state(runtime.unwrapped(module), optimizers, keep=runtime.is_main)
-            weights = self.ctx.model.state() if runtime.is_main else {}
-            reference = live.state(keep=runtime.is_main) if live else {}
-            if found is not None:
-                tensors = {**prefixed(WEIGHTS, weights), **found[0], **reference}
-                self.out.save_state(tensors, self._words(found[1], step))
-        if found is None:
-            logger.warning(
-                "%s: the optimiser keeps things that are neither tensors nor numbers; the state of "
-                "training is not saved, and a stopped stage is trained again from its start.",
-                self.ctx.stage,
-            )
-
-    def _words(self, optimizers: dict[str, Any], step: int) -> dict[str, Any]:
-        """What is no tensor of the state behind a step."""
-        words = {**self._place(), "step": step, "optimizers": optimizers}
-        words["scaling"] = self.ctx.runtime.scaling()
-        words["reference_steps"] = self.kept.live.steps if self.kept.live else None
-        words["early_stopping"] = self.stopper.standing() if self.stopper else None
-        return words
-
-    def _look_up(self, module: nn.Module, optimizers: Sequence[Any], step: int) -> None:
-        """Between two steps: save where it is time, and stop where a signal asks for it."""
-        runtime, optim = self.ctx.runtime, self.optim
-        late = time.monotonic() - self.kept.saved_at > 60 * (optim.save_state_minutes or math.inf)
-        asked, late = runtime.any(bool(runtime.stopping.asked), runtime.is_main and late)
-        if asked or late or step % (optim.save_state_every or self.total + 1) == 0:
-            self._save(module, optimizers, step)
-        if asked:
-            raise Interrupted(f"{self.ctx.stage}: stopped behind step {step} of {self.total}")
-
-    def _steps(self, module: nn.Module, optimizers: Sequence[Any], done: int) -> int:
-        label = f"{self.ctx.stage}: training"
-        even = getattr(self.objective, "begins_even", True)
-        watcher = Watcher(self.checker, begins_even=even)
+    def _train(self, done: int) -> int:
+        """The steps after the first `done`; returns how many are done at the end."""
+        runtime, step = self.ctx.runtime, done
+        begins_even = getattr(self.objective, "begins_even", True)
+        watcher = Watcher(self.checker, begins_even=begins_even)
         if self.stopper and not done:
-            with self.ctx.runtime.whole():
-                self.stopper.check(0)
-        step = done
-        with self.ctx.runtime.progress(self.total, label, "step", done) as bar:
-            for step, batch in enumerate(self._batches(done), done + 1):
-                metrics = self._step(module, optimizers, batch, step - 1)
+            self._should_stop(0)
+        with runtime.progress(self.total, f"{self.ctx.stage}: training", "step", done) as bar:
+            for step, rows in enumerate(self._batches(done), done + 1):
+                # 1. one optimiser step
+                metrics = self._step(rows, step - 1)
+                # 2. log it and check it
                 self._log(metrics, step)
-                watcher.see(metrics, step=step, rows=len(batch))
+                watcher.see(metrics, step=step, rows=len(rows))
                 bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
                 bar.update()
+                # 3. save a checkpoint of the weights
                 if step % (self.optim.checkpoint_every or self.total + 1) == 0:
-                    name = f"checkpoint-{self.first_step + step}"
-                    with self.ctx.runtime.whole():
+                    with runtime.whole():
+                        name = f"checkpoint-{self.first_step + step}"
                         self.out.save_weights(self.ctx.model, name)
+                # 4. evaluate; stop early
                 if step % self.optim.eval_every == 0 or step == self.total:
-                    self._evaluate(module, step)
-                    if self._stops(step):
+                    self._evaluate(step)
+                    if self._should_stop(step):
                         logger.info("%s: stopped early after %d steps", self.ctx.stage, step)
                         break
-                self._look_up(module, optimizers, step)
+                # 5. save the state of training if it is time; end here if a signal asked for it
+                self._save_if_due(step)
+        # 6. put the best weights back
         if self.stopper:
-            with self.ctx.runtime.whole():
+            with runtime.whole():
                 self.stopper.restore_best()
         return step
 
-    def _stops(self, step: int) -> bool:
+    def _step(self, rows: list[int], step: int) -> dict[str, float]:
+        """One optimiser step on these rows of the objective, and its metrics. step: from 0."""
+        runtime, earlier = self.ctx.runtime, self.round_state
+        # 1. prepare the batch: this process's share of its rows, in micro-batches
+        noise = (self.ctx.seed, self.ctx.stage, "dropout", self.round, step, runtime.rank)
+        torch.manual_seed(stable_hash(*noise))
+        self.module.train()
+        divisor = sum(map(self.objective.count, rows))  # of the whole batch, over all processes
+        micro_batches = self.forwards.micro_batches(self.objective, rows)
+        self.forwards.ask_reference(self.objective, micro_batches)
+
+        # 2. forward and backward by micro-batches, whose gradients add up
+        sums, bad_rows = Sums(), list[int]()
+        for i, (micro_rows, counts) in enumerate(micro_batches):
+            result = self.forwards.losses(self.objective, micro_rows)
+            # gradients are averaged over processes, so each multiplies its sum by their number
+            scale = runtime.world / divisor if counts else 0.0
+            is_last = i == len(micro_batches) - 1
+            runtime.backward(self.module, result.losses.sum() * scale, sync=is_last)
+            if counts:
+                sums.add(result)
+            if counts and not math.isfinite(sums.loss):
+                finite = result.losses.isfinite().tolist()
+                bad_rows += [row for row, ok in zip(micro_rows, finite, strict=False) if not ok]
+
+        # 3. means over all processes; what is not finite stops here, before the weights change
+        means = self.forwards.means(sums, divisor)
+        for name, value in means.items():
+            if not math.isfinite(value):
+                self._raise_not_finite(name, value, runtime.gather(bad_rows) or rows, step)
+
+        # 4. optimiser step: clip the gradient, set the learning rate, step
+        norm = runtime.clip_gradients(self.module.parameters(), self.optim.max_grad_norm)
+        if not math.isfinite(norm) and runtime.loss_scale <= 1:
+            self._raise_not_finite("gradient norm", norm, rows, step)
+        steps_before = self.round * self.total if earlier.rounds > 1 else 0  # rounds equally long
+        rate = learning_rate_at(steps_before + step, earlier.rounds * self.total, self.optim)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        runtime.step(self.optimizers if self.changes_weights else [], norm)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+        # 5. a moving reference follows the weights
+        if earlier.live:
+            earlier.live.follow(self._policy)
+        return {"loss": means.pop("loss"), "grad_norm": norm, "learning_rate": rate, **means}
+
+    @property
+    def _policy(self) -> Any:
+        """The trained module without its wrappers for several processes."""
+        return self.ctx.runtime.unwrapped(self.module)
+
+    def _batches(self, done: int) -> Iterator[list[int]]:
+        """The rows of each step after the first `done`, in an order shuffled anew each epoch."""
+        size, order = self.optim.batch_size, list[int]()
+        for step in range(done, self.total):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if batch == 0 or not order:
+                order = self._shuffled_rows(epoch)
+            yield order[batch * size : (batch + 1) * size]
+
+    def _shuffled_rows(self, epoch: int) -> list[int]:
+        seed = stable_hash(self.ctx.seed, self.ctx.stage, "order", self.round, epoch)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(self.objective), generator=generator).tolist()
+
+    def _evaluate(self, step: int) -> None:
+        if self.valid is not None:
+            metrics = self.forwards.evaluate(self.valid)
+            self._log({f"eval/{name}": value for name, value in metrics.items()}, step)
+
+    def _should_stop(self, step: int) -> bool:
+        """Whether early stopping ends training here; it keeps the weights if they are the best."""
         if self.stopper is None:
             return False
         with self.ctx.runtime.whole():
             return self.stopper.check(step)
 
-    def _batches(self, done: int) -> Iterator[list[int]]:
-        """The rows of each step behind those that are done."""
-        size, order = self.optim.batch_size, list[int]()
-        for step in range(done, self.total):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if place == 0 or not order:
-                order = self._order(epoch)
-            yield order[place * size : (place + 1) * size]
-
-    def _order(self, epoch: int) -> list[int]:
-        seed = stable_hash(self.ctx.seed, self.ctx.stage, "order", self.round, epoch)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(len(self.objective), generator=generator).tolist()
-
-    def _step(
-        self, module: nn.Module, optimizers: Sequence[Any], batch: list[int], step: int
-    ) -> dict[str, float]:
-        runtime = self.ctx.runtime
-        torch.manual_seed(
-            stable_hash(self.ctx.seed, self.ctx.stage, "dropout", self.round, step, runtime.rank)
-        )
-        module.train()
-        divisor = sum(map(self.objective.count, batch))
-        sums, bad = Sums(), list[int]()
-        groups = self.forwards.micro_batches(module, self.objective, batch)
-        for i, (rows, counts) in enumerate(groups):
-            losses, tokens, metrics = self.forwards.losses(module, self.objective, rows)
-            scale = runtime.world / divisor if counts else 0.0
-            runtime.backward(module, losses.sum() * scale, sync=i == len(groups) - 1)
-            if counts:
-                sums.add(losses, tokens, metrics)
-                finite = losses.isfinite().tolist() if not math.isfinite(sums.loss) else ()
-                bad += [row for row, is_finite in zip(rows, finite, strict=False) if not is_finite]
-        rounds = self.kept.rounds
-        before = self.round * self.total if rounds > 1 else 0  # as if all rounds were as long
-        rate = learning_rate_at(before + step, rounds * self.total, self.optim)
-        found = self.forwards.means(sums, divisor)
-        for name, value in found.items():
-            if not math.isfinite(value):
-                self._not_finite(name, value, runtime.gather(bad) or batch, step)
-        norm = runtime.clip_gradients(module.parameters(), self.optim.max_grad_norm)
-        if not math.isfinite(norm) and runtime.loss_scale <= 1:
-            self._not_finite("gradient norm", norm, batch, step)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        runtime.step(optimizers, norm)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        if self.kept.live:
-            self.kept.live.follow(runtime.unwrapped(module))
-        return {"loss": found.pop("loss"), "grad_norm": norm, "learning_rate": rate, **found}
-
-    def _evaluate(self, module: nn.Module, step: int) -> None:
-        if self.valid is not None:
-            found = self.forwards.evaluated(module, self.valid)
-            self._log({f"eval/{name}": value for name, value in found.items()}, step)
-
     def _log(self, metrics: dict[str, float], step: int) -> None:
         self.out.log({"step": self.first_step + step, **metrics})
 
-    def _not_finite(self, what: str, value: float, rows: list[int], step: int) -> None:
+    def _raise_not_finite(self, what: str, value: float, rows: list[int], step: int) -> NoReturn:
         raise not_finite(
             f"stage {self.ctx.stage!r}, step {step + 1} of {self.total}",
             f"the {what} is {value}",
@@ -300,10 +266,89 @@ class Fit:
             "precision; if it happens at step 1, the model's own weights or logits are not finite.",
         )
 
+    # The state of training on disk: saved between two steps, read when a stage is begun again.
+
+    def _save_if_due(self, step: int) -> None:
+        """Save the state if it is time for it or a signal came; then, Interrupted is raised."""
+        runtime, optim = self.ctx.runtime, self.optim
+        seconds = time.monotonic() - self.round_state.saved_at
+        is_late = seconds > 60 * (optim.save_state_minutes or math.inf)
+        asked, is_late = runtime.any(bool(runtime.stopping.asked), runtime.is_main and is_late)
+        if asked or is_late or step % (optim.save_state_every or self.total + 1) == 0:
+            self._save_state(step)
+        if asked:
+            raise Interrupted(f"{self.ctx.stage}: stopped behind step {step} of {self.total}")
+
+    def _save_state(self, step: int) -> None:
+        """Write weights, optimisers, a moving reference and early stopping after `step` steps."""
+        runtime, live = self.ctx.runtime, self.round_state.live
+        self.round_state.saved_at = time.monotonic()
+        with runtime.whole():
+            optimizers = optimizer_state(self._policy, self.optimizers, keep=runtime.is_main)
+            weights = self.ctx.model.state() if runtime.is_main else {}
+            reference = live.state(keep=runtime.is_main) if live else {}
+            if optimizers is not None:
+                tensors, words = optimizers
+                self.out.save_state(
+                    {**prefixed(WEIGHTS, weights), **tensors, **reference},
+                    {
+                        **self._identity(),
+                        "step": step,
+                        "optimizers": words,
+                        "scaling": runtime.scaling(),
+                        "reference_steps": live.steps if live else None,
+                        "early_stopping": self.stopper.standing() if self.stopper else None,
+                    },
+                )
+        if optimizers is None:
+            logger.warning(
+                "%s: the optimiser keeps things that are neither tensors nor numbers; the state of "
+                "training is not saved, and a stopped stage is trained again from its start.",
+                self.ctx.stage,
+            )
+
+    def _saved_state(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """The state in which this training was stopped, if any; loads its weights."""
+        words = self.out.state_words()
+        if words is None:
+            return None
+        if any(words.get(name) != value for name, value in self._identity().items()):
+            if self.round_state.rounds > 1 and words["round"] >= self.round:
+                raise StoreError(
+                    f"{self.ctx.stage}: the state of training is of other pairs than those on disk "
+                    f"in {self.out.path}. Delete state.safetensors to train the stage again from "
+                    "its start."
+                )
+            return None
+        tensors, words = self.out.state()
+        self.ctx.model.module.load_state_dict(unprefixed(WEIGHTS, tensors), strict=False)
+        return tensors, words
+
+    def _resume(self, saved: tuple[Tensors, dict[str, Any]]) -> None:
+        """Bring optimisers, a moving reference and early stopping to where training was stopped."""
+        tensors, words = saved
+        restore_optimizers(self._policy, self.optimizers, tensors, words["optimizers"])
+        self.ctx.runtime.scale_as(words["scaling"])
+        if self.round_state.live:
+            self.round_state.live.restore(tensors, words["reference_steps"])
+        if self.stopper:
+            self.stopper.resume(words["early_stopping"])
+        logger.info("%s: goes on behind step %d of %d", self.ctx.stage, words["step"], self.total)
+
+    def _identity(self) -> dict[str, int]:
+        """What tells this training from the others of its stage."""
+        place = {"round": self.round, "first_step": self.first_step, "total": self.total}
+        return {**place, "nth": self.nth}
+
 
 class Trial(Fit):
-    """One loss with its gradient, of the first row; no step."""
+    """The loss and the gradient of the first row, to see that both can be computed.
 
-    def _steps(self, module: nn.Module, optimizers: Sequence[Any], done: int) -> int:
-        self._step(module, [], [0], 0)
+    No weight changes.
+    """
+
+    changes_weights = False
+
+    def _train(self, done: int) -> int:
+        self._step([0], 0)
         return 0

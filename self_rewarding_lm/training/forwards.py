@@ -1,9 +1,10 @@
-"""Rows of an objective through the model, in micro-batches, and the sums of what comes of them."""
+"""Rows of an objective through the model, in micro-batches, and the sums of their losses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from self_rewarding_lm.config import OptimConfig
@@ -16,9 +17,27 @@ from self_rewarding_lm.training.reference import LiveReference
 ROWS_AT_ONCE = 4096  # of an evaluation, whose tokens are in memory together
 
 
+MicroBatch = tuple[list[int], bool]
+"""Rows that go through the model together, and whether their loss counts: under FSDP all processes
+make equally many forwards, and those that only keep step with the others count nothing."""
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of one micro-batch, a number per row, and each row's metrics.
+
+    tokens: how many went through the model. places: the same with padding.
+    """
+
+    losses: Float[Tensor, " b"]
+    tokens: int
+    places: int
+    metrics: Mapping[str, Float[Tensor, " b"]]
+
+
 @dataclass
 class Sums:
-    """Sums over the rows of a step, on this process. places: tokens and padding together."""
+    """Sums over this process's rows of a step. tokens, places: as in RowLosses."""
 
     loss: float = 0.0
     tokens: int = 0
@@ -26,82 +45,85 @@ class Sums:
     rows: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def add(self, losses: Tensor, tokens: tuple[int, int], metrics: dict[str, Tensor]) -> None:
-        """Add what `Forwards.losses` gave."""
-        self.loss += float(losses.detach().double().sum())
-        self.tokens += tokens[0]
-        self.places += tokens[1]
-        self.rows += len(losses)
-        for name, values in metrics.items():
+    def add(self, result: RowLosses) -> None:
+        """Add a micro-batch."""
+        self.loss += float(result.losses.detach().double().sum())
+        self.tokens += result.tokens
+        self.places += result.places
+        self.rows += len(result.losses)
+        for name, values in result.metrics.items():
             total = float(values.detach().double().sum())
             self.metrics[name] = self.metrics.get(name, 0.0) + total
 
 
 class Forwards:
-    """Forwards of a training. live: a reference that moves, which is asked before the policy."""
+    """All forwards of a training. live: a moving reference, which is asked before the policy."""
 
-    def __init__(self, ctx: Context, optim: OptimConfig) -> None:
-        self.ctx, self.optim = ctx, optim
-        self.live: LiveReference | None = None
+    def __init__(
+        self, ctx: Context, optim: OptimConfig, module: nn.Module, live: LiveReference | None
+    ) -> None:
+        self.ctx, self.optim, self.module, self.live = ctx, optim, module, live
 
-    def micro_batches(
-        self, module: nn.Module, objective: Objective, rows: list[int]
-    ) -> list[tuple[list[int], bool]]:
-        """This process's rows of those that all have, in groups, each with whether it counts."""
+    def micro_batches(self, objective: Objective, rows: list[int]) -> list[MicroBatch]:
+        """This process's share of the rows of a step, grouped by length."""
         mine = self.ctx.runtime.share(rows)
-        places = grouped(
+        groups = grouped(
             self.ctx.model,
             [[ids for ids, _ in objective.sequences(row)] for row in mine],
             token_budget=self.optim.micro_batch_tokens,
             max_rows=self.optim.micro_batch_size,
         )
-        groups = [[mine[i] for i in group] for group in places]
-        found = self.ctx.runtime.in_step(groups, rows[:1])  # fewer rows than processes
-        if self.live is not None and isinstance(objective, PreferenceObjective):
-            own = self.ctx.runtime.unwrapped(module)
-            with self.live.in_place(own):
-                objective.hear((group, *_logprobs(own, objective, group)[:2]) for group, _ in found)
-        return found
+        # a process without a row, of a step with fewer rows than processes, takes the first one
+        return self.ctx.runtime.in_step([[mine[i] for i in group] for group in groups], rows[:1])
 
-    def losses(
-        self, module: nn.Module, objective: Objective, rows: list[int]
-    ) -> tuple[Tensor, tuple[int, int], dict[str, Tensor]]:
-        """The rows' losses, their tokens and these with their padding, and their metrics."""
-        logprobs, targets, tokens = _logprobs(module, objective, rows)
+    def ask_reference(self, objective: Objective, micro_batches: list[MicroBatch]) -> None:
+        """Give the objective the log-probs of the moving reference, if there is one."""
+        if self.live is None or not isinstance(objective, PreferenceObjective):
+            return
+        policy = self.ctx.runtime.unwrapped(self.module)
+        with self.live.in_place(policy):
+            objective.set_reference(
+                (rows, *_logprobs(policy, objective, rows)[:2]) for rows, _ in micro_batches
+            )
+
+    def losses(self, objective: Objective, rows: list[int]) -> RowLosses:
+        """The losses and the metrics of a micro-batch."""
+        logprobs, targets, tokens = _logprobs(self.module, objective, rows)  # (s, t)
         result = objective.loss(rows, logprobs, targets.to(logprobs.device))
         places = tokens if packs(self.ctx.model) else targets.numel()
-        return result.losses, (tokens, places), dict(result.metrics)
+        return RowLosses(result.losses, tokens, places, result.metrics)
 
     def means(self, sums: Sums, divisor: float) -> dict[str, float]:
-        """Over all processes."""
+        """The loss over `divisor`, and metrics as means over the rows of all processes."""
         names = sorted(set(self.ctx.runtime.gather(list(sums.metrics))))
         values = [sums.loss, float(sums.tokens), float(sums.places), float(sums.rows)]
         values += [sums.metrics.get(name, 0.0) for name in names]
-        loss, tokens, places, rows, *rest = self.ctx.runtime.sum(values)
-        means = {name: value / rows for name, value in zip(names, rest, strict=True)}
+        loss, tokens, places, rows, *totals = self.ctx.runtime.sum(values)
+        means = {name: total / rows for name, total in zip(names, totals, strict=True)}
         padding = 1 - tokens / places if places else 0.0
         return {"loss": loss / divisor, "num_tokens": tokens, "padding_share": padding, **means}
 
     @torch.no_grad()
-    def evaluated(self, module: nn.Module, objective: Objective) -> dict[str, float]:
+    def evaluate(self, objective: Objective) -> dict[str, float]:
         """The loss and the metrics of all rows, without dropout."""
         sums, rows = Sums(), list(range(len(objective)))
-        with evaluating(module):
+        with evaluating(self.module):
             for start in range(0, len(rows), ROWS_AT_ONCE):
-                some = rows[start : start + ROWS_AT_ONCE]
-                for group, counts in self.micro_batches(module, objective, some):
-                    found = self.losses(module, objective, group)
+                block = self.micro_batches(objective, rows[start : start + ROWS_AT_ONCE])
+                self.ask_reference(objective, block)
+                for micro_rows, counts in block:
+                    result = self.losses(objective, micro_rows)
                     if counts:
-                        sums.add(*found)
+                        sums.add(result)
         means = self.means(sums, sum(map(objective.count, rows)))
         return {k: v for k, v in means.items() if k not in ("num_tokens", "padding_share")}
 
 
 def _logprobs(
     module: nn.Module, objective: Objective, rows: Sequence[int]
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Float[Tensor, "s t"], Bool[Tensor, "s t"], int]:
     """Log-probs of the rows' sequences, which of them are targets, and how many tokens went in."""
-    sequences = [pair for row in rows for pair in objective.sequences(row)]
-    ids, lengths = pad_rows([ids for ids, _ in sequences])
-    targets = pad_masks([targets for _, targets in sequences])
+    sequences = [sequence for row in rows for sequence in objective.sequences(row)]
+    ids, lengths = pad_rows([ids for ids, _ in sequences])  # (s, t), (s,)
+    targets = pad_masks([targets for _, targets in sequences])  # (s, t)
     return module(ids, lengths, targets), targets, int(lengths.sum())

@@ -2,12 +2,12 @@
 
 A loss returns one number per row and what each row counts; the training loop divides the sum of
 the numbers by the sum of the counts over the whole optimiser step, so that the gradient does not
-depend on how a step is cut into micro-batches. No model, no device, no configuration here.
+depend on how a step is cut into micro-batches. Knows no model, no device and no configuration.
 
-A loss of pairs is a function (PairBatch, its parameters by name) -> a number per pair; those of
-`PAIR_LOSSES` are chosen by name. In their formulas w is the chosen and l the rejected response,
+A loss of pairs is a function (PairBatch, its parameters by name) -> a number per pair; those in
+`PAIR_LOSSES` can be chosen by name. In their formulas w is the chosen and l the rejected response,
 |y| a length in tokens, D(y) = log pi(y) - log ref(y) summed over tokens, h = D(w) - D(l), s the
-logistic function. Where each default comes from is in docs/losses.md.
+logistic function. The sources of the defaults are in docs/losses.md.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,12 +37,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 Noise = Annotated[float, Field(ge=0, lt=0.5)]
-"""A share of wrong labels; with half of them wrong there is nothing to learn."""
+"""A share of wrong labels; if half of them are wrong there is nothing to learn."""
 
 
 @dataclass(frozen=True)
 class LossResult:
-    """losses: a number per row. counts: what each row adds to the divisor. metrics: per row."""
+    """losses: a number per row. counts: what each row adds to the divisor. metrics: of each row."""
 
     losses: Float[Tensor, " b"]
     counts: Float[Tensor, " b"]
@@ -61,12 +61,13 @@ def sft_loss(logprobs: Float[Tensor, "b t"], targets: Bool[Tensor, "b t"]) -> Lo
 
 @dataclass(frozen=True)
 class Responses:
-    """One side of some pairs: all that is chosen, or all that is rejected.
+    """One side of several pairs: all chosen responses, or all rejected ones.
 
-    logprobs: under the policy, summed over the response. lengths: in tokens. wins: how likely each
-    wins (1 for a chosen and 0 for a rejected one where the pair does not say). reference: as
-    logprobs, None where no loss reads it. tokens, reference_tokens: per token from the response's
-    first on, 0 behind its end; None where no loss reads them (`reads`).
+    logprobs: under the policy, summed over the response. lengths: in tokens. wins: how likely the
+    response wins; unless its pair says so, 1 for a chosen and 0 for a rejected one. reference: as
+    logprobs, under the reference; None if no loss reads it. tokens, reference_tokens: the same
+    token by token, from the response's first token on, 0 behind its end; None if no loss reads
+    them (see `reads`).
     """
 
     logprobs: Float[Tensor, " b"]
@@ -77,42 +78,42 @@ class Responses:
     reference_tokens: Float[Tensor, "b t"] | None = None
 
     def gains(self) -> Float[Tensor, " b"]:
-        """D(y). ConfigError where there is no reference."""
-        return self.logprobs - _there(self.reference, "reference")
+        """D(y). Raises ConfigError if no reference was computed."""
+        return self.logprobs - _computed(self.reference, "reference")
 
     def token_gains(self) -> Float[Tensor, "b t"]:
-        """D of each token. ConfigError where per-token log-probs were not asked for."""
-        reference = _there(self.reference_tokens, "tokens")
-        return _there(self.tokens, "tokens") - reference
+        """D of each token. Raises ConfigError if no log-probs of tokens were computed."""
+        reference = _computed(self.reference_tokens, "tokens")
+        return _computed(self.tokens, "tokens") - reference
 
     def means(self, values: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Sums over the responses as means over their tokens."""
+        """Sums over each response as means over its tokens."""
         return values / self.lengths.clamp(min=1)
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What a loss of pairs reads."""
+    """Pairs as a loss reads them."""
 
     chosen: Responses
     rejected: Responses
 
     def margins(self) -> Float[Tensor, " b"]:
-        """h."""
+        """h = D(w) - D(l)."""
         return self.chosen.gains() - self.rejected.gains()
 
     def swapped(self) -> "PairBatch":
-        """The same pairs with the other side chosen."""
+        """The pairs with their sides exchanged."""
         return PairBatch(self.rejected, self.chosen)
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What a loss needs beside the summed log-probs of the policy.
+    """What a loss needs beside the policy's summed log-probs.
 
-    reference: those of a reference; no reference pass is made where no loss reads one. tokens:
-    per-token log-probs (with a reference, of both). compares: whether it sets the two sides against
-    each other, so that a pair's label_smoothing means something for it.
+    reference: those of a reference, which is not run if no loss reads it. tokens: log-probs token
+    by token, of the policy and, with `reference`, of the reference. compares: whether the loss
+    compares the two sides, so that a pair's label_smoothing has a meaning for it.
     """
 
     reference: bool = True
@@ -126,17 +127,17 @@ Function = TypeVar("Function", bound=PairLoss)
 def reads(
     *, reference: bool = True, tokens: bool = False, compares: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorates a loss of pairs with what it `Reads`; one without it reads a reference."""
+    """Decorates a loss of pairs with what it `Reads`; a loss without it reads a reference."""
 
-    def marked(function: Function) -> Function:
+    def decorate(function: Function) -> Function:
         function.reads = Reads(reference, tokens, compares)  # type: ignore[attr-defined]
         return function
 
-    return marked
+    return decorate
 
 
 def reads_of(function: PairLoss) -> Reads:
-    """What a loss was decorated with."""
+    """What a loss reads, as its decorator says."""
     return getattr(function, "reads", Reads())
 
 
@@ -146,7 +147,8 @@ def dpo_loss(
     """-(1-e) log s(beta h) - e log s(-beta h), e = label_smoothing.
 
     Eq. 7 of arXiv:2305.18290 at e = 0; with e > 0 it is cDPO (Eq. 3 of ericmitchell.ai/cdpo.pdf).
-    SPIN (Eq. 4.7 of arXiv:2401.01335, logistic) is this on human and own answers, its lambda beta.
+    SPIN (Eq. 4.7 of arXiv:2401.01335, logistic) is this on people's answers against the model's
+    own; its lambda is beta.
     """
     margin = beta * batch.margins()
     straight, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
@@ -158,7 +160,7 @@ def robust_loss(
 ) -> Float[Tensor, " b"]:
     """[-(1-e) log s(beta h) + e log s(-beta h)] / (1 - 2e): rDPO, arXiv:2403.00409.
 
-    Its mean over labels of which a share e is flipped is the DPO loss of the true ones.
+    Its mean over labels of which a share e is flipped is the DPO loss of the true labels.
     """
     margin, noise = beta * batch.margins(), label_smoothing
     return (noise * F.logsigmoid(-margin) - (1 - noise) * F.logsigmoid(margin)) / (1 - 2 * noise)
@@ -169,7 +171,7 @@ def ipo_loss(
 ) -> Float[Tensor, " b"]:
     """(h - 1/(2 beta))^2, Eq. 17 of arXiv:2310.12036 (beta is its tau).
 
-    over: "mean", D(y) as means over tokens, which the authors confirmed to TRL; or "sum".
+    over: "mean" takes D(y) as the mean over tokens, as the authors confirmed to TRL; or "sum".
     """
     if over == "sum":
         margin = batch.margins()
@@ -216,7 +218,7 @@ def ld_dpo_loss(
 def r_dpo_loss(
     batch: PairBatch, *, beta: Positive = 0.1, alpha: NotNegative = 0.01
 ) -> Float[Tensor, " b"]:
-    """-log s(beta h + alpha |w| - alpha |l|): a longer chosen one is learnt less.
+    """-log s(beta h + alpha |w| - alpha |l|): the longer a chosen response, the less is learnt.
 
     Eq. 9 of arXiv:2403.19159.
     """
@@ -252,12 +254,12 @@ def sppo_loss(
 ) -> Float[Tensor, " b"]:
     """([D(w) - (p_w - 1/2)/beta]^2 + [D(l) - (p_l - 1/2)/beta]^2) / 2: arXiv:2405.00675.
 
-    p: how likely each wins, as its pair says (1 and 0 where it does not). hard: always 1 and 0.
+    p: how likely each wins, as its pair says, else 1 and 0. hard: 1 and 0 whatever the pair says.
     """
-    wins = (1.0, 0.0) if hard else (batch.chosen.wins, batch.rejected.wins)
-    sides = (batch.chosen, batch.rejected)
-    errors = [s.gains() - (p - 0.5) / beta for s, p in zip(sides, wins, strict=True)]
-    return (errors[0].square() + errors[1].square()) / 2
+    chosen_wins, rejected_wins = (1.0, 0.0) if hard else (batch.chosen.wins, batch.rejected.wins)
+    chosen_error = batch.chosen.gains() - (chosen_wins - 0.5) / beta
+    rejected_error = batch.rejected.gains() - (rejected_wins - 0.5) / beta
+    return (chosen_error.square() + rejected_error.square()) / 2
 
 
 def wpo_loss(
@@ -265,8 +267,8 @@ def wpo_loss(
 ) -> Float[Tensor, " b"]:
     """DPO times exp(log pi(w)/|w| + log pi(l)/|l|), through which no gradient flows.
 
-    arXiv:2406.11827: pairs that the policy would not write itself count less. Its weights are not
-    aligned by the sum of squared probabilities, which log-probs of the tokens alone do not tell.
+    arXiv:2406.11827: pairs that the policy would hardly write itself count less. The paper's
+    alignment of weights is left out: it needs the sum of squared probabilities over the vocabulary.
     """
     weights = (_mean_logprobs(batch.chosen) + _mean_logprobs(batch.rejected)).detach().exp()
     return weights * dpo_loss(batch, beta=beta, label_smoothing=label_smoothing)
@@ -294,7 +296,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "wpo": wpo_loss,
     "nll": nll_loss,
 }
-"""The losses by the names that a stage's `loss` knows; docs/losses.md has a line for each."""
+"""Losses by the names that a stage's `loss` may give; docs/losses.md has a line for each."""
 
 
 def _mean_gains(side: Responses) -> Tensor:
@@ -305,16 +307,20 @@ def _mean_logprobs(side: Responses) -> Tensor:
     return side.means(side.logprobs)
 
 
-def _desensitised(side: Responses, shared: Tensor, alpha: float) -> Tensor:
-    gains = side.token_gains()
-    within = torch.arange(gains.shape[1], device=gains.device) < shared[:, None]
-    return torch.where(within, gains, alpha * gains).sum(dim=-1)
+def _desensitised(
+    side: Responses, shared: Float[Tensor, " b"], alpha: float
+) -> Float[Tensor, " b"]:
+    """D(y) in which tokens beyond the shared length count alpha."""
+    gains = side.token_gains()  # (b, t)
+    is_shared = torch.arange(gains.shape[1], device=gains.device) < shared[:, None]  # (b, t)
+    return torch.where(is_shared, gains, alpha * gains).sum(dim=-1)
 
 
-def _there(values: Tensor | None, what: str) -> Tensor:
+def _computed(values: Tensor | None, what: str) -> Tensor:
+    """The values; ConfigError if they were not computed, naming the argument of `reads`."""
     if values is None:
         raise ConfigError(
             f"this loss reads {what} that nobody computed: decorate its function with "
-            f"self_rewarding_lm.losses.reads({what}=True), or leave `reads` away for a reference."
+            f"self_rewarding_lm.training.reads({what}=True), or leave `reads` away for a reference."
         )
     return values

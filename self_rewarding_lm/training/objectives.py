@@ -1,4 +1,4 @@
-"""What is trained on: rows as padded tensors, and the loss of a few of them."""
+"""What is trained on: rows as sequences of ids, and the loss of a few of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +13,10 @@ from self_rewarding_lm.models.logprobs import masked_sum
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, TrainingRow
 from self_rewarding_lm.training.loss_config import LossConfig, losses_in, read_by
 from self_rewarding_lm.training.losses import LossResult, PairBatch, Responses, sft_loss
-from self_rewarding_lm.training.reference import Moving, PairSums
+from self_rewarding_lm.training.reference import MovingReference, PairSums
 
 Sequences = list[tuple[tuple[int, ...], tuple[bool, ...]]]
+"""(ids, targets) of each sequence of a row."""
 
 
 @runtime_checkable
@@ -42,7 +43,7 @@ class Objective(Protocol):
         logprobs: Float[Tensor, "s t"],
         targets: Bool[Tensor, "s t"],
     ) -> LossResult:
-        """The loss of rows, given the log-probs of their sequences, one row's after the other's."""
+        """The losses of rows from the log-probs of their sequences, in the order of the rows."""
         ...
 
 
@@ -59,8 +60,8 @@ class SupervisedObjective:
         return sum(self.rows[row].targets)
 
     def sequences(self, row: int) -> Sequences:
-        found = self.rows[row]
-        return [(found.ids, found.targets)]
+        training_row = self.rows[row]
+        return [(training_row.ids, training_row.targets)]
 
     def name(self, row: int) -> str:
         return self.rows[row].id
@@ -76,14 +77,17 @@ class SupervisedObjective:
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """Losses of pairs, summed, against reference log-probs.
+    """The sum of several losses of pairs, against the log-probs of a reference.
 
-    reference: None where no loss reads one. beta: of losses that say none of their own, and of the
-    rewards among the metrics. nll_weight: of the chosen response's NLL beside `losses`.
-    reference_tokens: needed where a loss reads tokens. A pair's own weight multiplies all of its
-    loss; the divisor counts it as one. live: how a reference moves; both are then dicts by row, in
-    which `hear` puts what it said last. begins_even: whether the reference is what the policy is at
-    the first step, so that no reward but 0 is right there.
+    A row is a pair: two sequences, the chosen response's and the rejected one's, each behind the
+    prompt. A pair's own weight multiplies its loss; the divisor counts every pair as one.
+
+    reference: summed log-probs of each pair; None if no loss reads them. reference_tokens: the same
+    token by token, for losses that read tokens. beta: of losses without a beta of their own, and of
+    the rewards among the metrics. nll_weight: of the chosen response's NLL, beside `losses`.
+    live: how the reference moves; `reference` and `reference_tokens` are then dicts by row that
+    `set_reference` fills. begins_even: whether the reference is the policy itself at the first
+    step, so that all rewards are 0 there.
     """
 
     pairs: Sequence[PreferencePair]
@@ -92,7 +96,7 @@ class PreferenceObjective:
     nll_weight: float = 0.0
     losses: Sequence[LossConfig] = (LossConfig("dpo"),)
     reference_tokens: Sequence[ReferenceLogprobs] | dict[int, ReferenceLogprobs] | None = None
-    live: Moving | None = None
+    live: MovingReference | None = None
     begins_even: bool = True
 
     def __len__(self) -> int:
@@ -112,20 +116,27 @@ class PreferenceObjective:
     def name(self, row: int) -> str:
         return self.pairs[row].id
 
-    def hear(self, said: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> None:
-        """Take what a live reference says: rows, log-probs of their sequences, targets."""
+    def set_reference(self, batches: Iterable[tuple[Sequence[int], Tensor, Tensor]]) -> None:
+        """Take a moving reference's log-probs in place of its earlier ones.
+
+        batches: (rows, log-probs (s, t), targets (s, t)), two sequences a row.
+        """
         sums, tokens = self.reference, self.reference_tokens
         assert isinstance(sums, dict)
-        for heard in (sums, tokens):
-            if isinstance(heard, dict):
-                heard.clear()
-        for rows, logprobs, targets in said:
-            sides = [own[at].tolist() for own, at in zip(logprobs.cpu(), targets, strict=True)]
-            for row, chosen, rejected in zip(rows, sides[::2], sides[1::2], strict=True):
+        sums.clear()
+        if isinstance(tokens, dict):
+            tokens.clear()
+        for rows, logprobs, targets in batches:
+            of_responses = [
+                sequence[is_target].tolist()
+                for sequence, is_target in zip(logprobs.cpu(), targets, strict=True)
+            ]
+            sides = zip(rows, of_responses[::2], of_responses[1::2], strict=True)
+            for row, chosen, rejected in sides:
                 sums[row] = PairSums(sum(chosen), sum(rejected))
                 if isinstance(tokens, dict):
-                    found = ReferenceLogprobs(self.name(row), tuple(chosen), tuple(rejected))
-                    tokens[row] = found
+                    name = self.name(row)
+                    tokens[row] = ReferenceLogprobs(name, tuple(chosen), tuple(rejected))
 
     def loss(
         self,
@@ -133,19 +144,23 @@ class PreferenceObjective:
         logprobs: Float[Tensor, "s t"],
         targets: Bool[Tensor, "s t"],
     ) -> LossResult:
-        pairs = [self.pairs[i] for i in rows]
+        # 1. the two responses of each pair, as losses read them
+        pairs = [self.pairs[row] for row in rows]
         batch = self._batch(rows, pairs, logprobs, targets)
+        # 2. add the losses up; if there are several, each is a metric of its own
         losses = losses_in(list(self.losses), self.nll_weight)
-        several = sum(one.label != "nll" for one in losses) > 1
-        said = [pair.label_smoothing for pair in pairs]
-        smoothing = None if not any(said) else _like(logprobs, [s or 0.0 for s in said])
-        metrics, total = _metrics(batch, self.beta), torch.zeros_like(batch.chosen.logprobs)
-        for one in losses:
-            found = one.with_beta(self.beta).of(batch, label_smoothing=smoothing)
-            total = total + one.weight * found
-            if one.label == "nll" or several:
-                name = "nll" if one.label == "nll" else f"losses/{one.label}"
-                metrics[name] = metrics.get(name, 0.0) + found
+        are_several = sum(loss.label != "nll" for loss in losses) > 1
+        given = [pair.label_smoothing for pair in pairs]
+        smoothing = _like(logprobs, [s or 0.0 for s in given]) if any(given) else None  # (b,)
+        metrics = _metrics(batch, self.beta)
+        total = torch.zeros_like(batch.chosen.logprobs)  # (b,)
+        for loss in losses:
+            values = loss.with_beta(self.beta).of(batch, label_smoothing=smoothing)  # (b,)
+            total = total + loss.weight * values
+            if loss.label == "nll" or are_several:
+                name = "nll" if loss.label == "nll" else f"losses/{loss.label}"
+                metrics[name] = metrics.get(name, 0.0) + values
+        # 3. weigh the pairs
         weights = [1.0 if pair.weight is None else pair.weight for pair in pairs]
         return LossResult(total * _like(logprobs, weights), torch.ones_like(total), metrics)
 
@@ -156,64 +171,72 @@ class PreferenceObjective:
         logprobs: Float[Tensor, "s t"],
         targets: Bool[Tensor, "s t"],
     ) -> PairBatch:
-        """What losses read: rows of sequences, the chosen and the rejected in turn, as sides."""
-        reference, tokens = self.reference, self.reference_tokens
-        sums = None if reference is None else [reference[i] for i in rows]
-        stored = None if tokens is None else [tokens[i] for i in rows]
+        """The responses of pairs, chosen and rejected apart; in `logprobs` they alternate."""
+        sums = None if self.reference is None else [self.reference[row] for row in rows]
+        stored = self.reference_tokens
+        records = None if stored is None else [stored[row] for row in rows]
         reads_tokens, sides = read_by(self.losses).tokens, list[Responses]()
         for k, side in enumerate(("chosen", "rejected")):
-            mine, own = logprobs[k::2], targets[k::2]
-            found = Responses(
-                masked_sum(mine, own),
-                own.sum(dim=-1).to(mine.dtype),
-                _like(mine, [_wins(pair)[k] for pair in pairs]),
-                reference=None if sums is None else _like(mine, [getattr(s, side) for s in sums]),
+            own, is_target = logprobs[k::2], targets[k::2]  # (b, t)
+            responses = Responses(
+                masked_sum(own, is_target),  # (b,)
+                is_target.sum(dim=-1).to(own.dtype),  # (b,)
+                _like(own, [_win_probabilities(pair)[k] for pair in pairs]),  # (b,)
+                reference=None if sums is None else _like(own, [getattr(s, side) for s in sums]),
             )
             if reads_tokens:
-                found = replace(found, tokens=_from_first(mine, own))
-            if stored is not None:
-                lines = [torch.tensor(getattr(s, side), dtype=mine.dtype) for s in stored]
-                padded = pad_sequence(lines, batch_first=True).to(mine.device)
-                found = replace(found, reference_tokens=padded)
-            sides.append(found)
+                responses = replace(responses, tokens=_from_first_target(own, is_target))
+            if records is not None:
+                lines = [torch.tensor(getattr(r, side), dtype=own.dtype) for r in records]
+                padded = pad_sequence(lines, batch_first=True)  # (b, longest response)
+                responses = replace(responses, reference_tokens=padded.to(own.device))
+            sides.append(responses)
         return PairBatch(*sides)
 
 
 def _metrics(batch: PairBatch, beta: float) -> dict[str, Tensor]:
-    """Rewards are beta times what was gained on the reference; without one they are not known."""
+    """Metrics of each pair, (b,). Rewards are beta times the gain on the reference.
+
+    Without a reference they are unknown; a pair is then right if the chosen response has the
+    higher log-prob per token.
+    """
     chosen, rejected = batch.chosen, batch.rejected
-    found = {"logps/chosen": chosen.logprobs, "logps/rejected": rejected.logprobs}
+    logps = {"logps/chosen": chosen.logprobs, "logps/rejected": rejected.logprobs}
     if chosen.reference is None:
-        right = chosen.means(chosen.logprobs) > rejected.means(rejected.logprobs)
-        return {"rewards/accuracies": right.to(chosen.logprobs.dtype), **found}
-    rewards = beta * chosen.gains(), beta * rejected.gains()
-    margin = rewards[0] - rewards[1]
+        is_right = chosen.means(chosen.logprobs) > rejected.means(rejected.logprobs)
+        return {"rewards/accuracies": is_right.to(chosen.logprobs.dtype), **logps}
+    chosen_rewards, rejected_rewards = beta * chosen.gains(), beta * rejected.gains()
+    margins = chosen_rewards - rejected_rewards
     return {
-        "rewards/chosen": rewards[0],
-        "rewards/rejected": rewards[1],
-        "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0).to(margin.dtype),
-        **found,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).to(margins.dtype),
+        **logps,
     }
 
 
-def _wins(pair: PreferencePair) -> tuple[float, float]:
+def _win_probabilities(pair: PreferencePair) -> tuple[float, float]:
     """How likely the chosen and the rejected response win."""
     chosen, rejected = pair.win_probability, pair.rejected_win_probability
     chosen = 1.0 if chosen is None else chosen
     return chosen, 1.0 - chosen if rejected is None else rejected
 
 
-def _from_first(
+def _from_first_target(
     logprobs: Float[Tensor, "b t"], targets: Bool[Tensor, "b t"]
 ) -> Float[Tensor, "b r"]:
-    """The targets' log-probs from column 0 on, 0 behind them. A row's targets stand together."""
-    lengths = targets.sum(dim=-1, keepdim=True)
-    columns = torch.arange(int(lengths.max()), device=logprobs.device)[None, :]
-    places = targets.int().argmax(dim=-1, keepdim=True) + columns
-    found = logprobs.gather(-1, places.clamp(max=logprobs.shape[1] - 1))
-    return found.masked_fill(columns >= lengths, 0.0)
+    """Each row's target log-probs moved to column 0, with 0 behind them.
+
+    A row's targets stand together; r is the longest row's number of them.
+    """
+    lengths = targets.sum(dim=-1, keepdim=True)  # (b, 1)
+    columns = torch.arange(int(lengths.max()), device=logprobs.device)[None, :]  # (1, r)
+    source = targets.int().argmax(dim=-1, keepdim=True) + columns  # (b, r)
+    moved = logprobs.gather(-1, source.clamp(max=logprobs.shape[1] - 1))  # (b, r)
+    return moved.masked_fill(columns >= lengths, 0.0)
 
 
 def _like(values: Tensor, numbers: Sequence[object]) -> Tensor:
+    """Numbers as a tensor of the type and on the device of `values`."""
     return torch.tensor(numbers, device=values.device, dtype=values.dtype)

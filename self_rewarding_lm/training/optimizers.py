@@ -16,17 +16,17 @@ from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import ConfigError
 
-LOOKED_AT = 65_536
+SAMPLED_NUMBERS = 65_536
 """Numbers of a parameter that `updates_vanish` looks at, at most, evenly spread over it."""
 
 
 _EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 
 
-_WHOLE_ALONE = ("adafactor", *_EIGHT_BIT)  # know no DTensor
+_UNSHARDED_ONLY = ("adafactor", *_EIGHT_BIT)  # they cannot step a DTensor
 
 
-_ADAMW_STEPS = ("adamw", "muon", *_EIGHT_BIT)  # an update of theirs is about the learning rate
+_STEPS_OF_THE_RATE = ("adamw", "muon", *_EIGHT_BIT)  # an update is about as large as the rate
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -41,10 +41,10 @@ Groups = list[dict[str, Any]]
 def make_optimizers(
     module: nn.Module, optim: OptimConfig, vocab: int
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of a stage: one, or two where weights go apart (muon, 8 bit).
+    """The optimisers of a stage: one, or two if weights are divided between two (muon, 8 bit).
 
     Weight decay acts on matrices; norms, biases and embeddings, a tied head included, are left out.
-    Raises ConfigError where nothing can be trained, and as `check_optimizer` does.
+    Raises ConfigError if nothing can be trained, and as `check_optimizer` does.
     """
     params = [p for p in module.parameters() if p.requires_grad]
     if not params:
@@ -57,23 +57,24 @@ def make_optimizers(
             )
         return [made]
     check_optimizer(module, optim)
-    parts = _Parts(module)
-    first, chosen, second = _ways(parts, optim, vocab)
-    made = []
-    for make, of_first in ((first, True), (second, False)):
-        part = [p for p in params if (id(p) in chosen) == of_first]
-        if part:
-            made.append(make(parts.groups(part, optim.weight_decay), optim))
-    return made
+    kinds = _ParameterKinds(module)
+    main_ids, make_main, make_other = _division(kinds, optim, vocab)
+    main = [p for p in params if id(p) in main_ids]
+    others = [p for p in params if id(p) not in main_ids]
+    return [
+        make(kinds.groups(part, optim.weight_decay), optim)
+        for make, part in ((make_main, main), (make_other, others))
+        if part
+    ]
 
 
 def check_optimizer(
     module: nn.Module, optim: OptimConfig, *, scaled: bool = False, sharded: bool = False
 ) -> None:
-    """Raise ConfigError where an optimiser cannot train a model; to be asked before any work.
+    """Raise ConfigError if an optimiser cannot train a model; called before any work.
 
-    scaled: whether the loss is scaled, as in mixed precision with float16. sharded: whether weights
-    will be spread over processes by FSDP2. A function is trusted.
+    scaled: whether the loss is scaled, as in mixed precision with float16. sharded: whether FSDP2
+    will spread the weights over processes. An optimiser that a function makes is not checked.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     half = any(p.dtype == torch.float16 for p in trained)
@@ -93,7 +94,7 @@ def check_optimizer(
             "these are float16, where the share that a gradient below 5e-3 has in that mean is 0: "
             f"steps become many times too long. {advice}"
         )
-    if sharded and optim.optimizer in _WHOLE_ALONE:
+    if sharded and optim.optimizer in _UNSHARDED_ONLY:
         raise ConfigError(
             f"optimizer={optim.optimizer!r} cannot step weights that FSDP2 spreads over processes: "
             "torch's Adafactor and bitsandbytes compute on whole tensors. Take 'adamw', 'muon' or "
@@ -109,9 +110,9 @@ def check_optimizer(
 def learning_rate_at(step: int, total: int, optim: OptimConfig) -> float:
     """The rate of optimiser step `step` of `total`, the first being 0.
 
-    Over w warm-up steps it is learning_rate * (step + 1) / w, so that the last of them has all of
-    learning_rate. The step behind them has it too, and from there it falls to final_learning_rate
-    at the last step. A single step behind the warm-up, and "constant", have learning_rate.
+    In w warm-up steps it is learning_rate * (step + 1) / w, so that the last of them has all of
+    learning_rate. The step after them has it too, and from there it falls to final_learning_rate
+    at the last step. With "constant", or a single step after the warm-up, it stays learning_rate.
     """
     peak, final = optim.learning_rate, optim.final_learning_rate
     assert peak is not None and final is not None
@@ -120,33 +121,34 @@ def learning_rate_at(step: int, total: int, optim: OptimConfig) -> float:
         return peak * (step + 1) / warmup
     if optim.schedule == "constant":
         return peak
-    done = (step - warmup) / max(1, total - 1 - warmup)
-    left = 1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return final + (peak - final) * left
+    done = (step - warmup) / max(1, total - 1 - warmup)  # 0 to 1
+    height = 1 - done if optim.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return final + (peak - final) * height
 
 
 def warmup_steps_of(total: int, optim: OptimConfig) -> int:
-    """Steps of warm-up among `total`: a share of them is rounded up."""
-    given = optim.warmup_steps
-    return int(given) if given >= 1 else math.ceil(given * total - 1e-9)  # 0.07 * 100 is over 7
+    """Steps of warm-up among `total`; if given as a share below 1, rounded up."""
+    steps = optim.warmup_steps
+    return int(steps) if steps >= 1 else math.ceil(steps * total - 1e-9)  # 0.07 * 100 is over 7
 
 
 @torch.no_grad()
 def updates_vanish(params: Iterable[nn.Parameter], rate: float) -> float:
-    """The share of trained weights w with w - rate equal to w in their own type.
+    """The share of trained weights w with w - rate equal to w in their own type, from 0 to 1.
 
-    In bfloat16 that are all with |w| > 512 * rate, and none with |w| < 256 * rate. Of a large
-    parameter LOOKED_AT numbers are looked at; of one spread over processes, those that are here.
+    In bfloat16 these are all with |w| > 512 * rate, and none with |w| < 256 * rate. Of a large
+    parameter a sample is looked at; of one that is spread over processes, this process's part.
     """
     lost = total = 0.0
     for parameter in params:
         local: Tensor = getattr(parameter, "to_local", lambda p=parameter: p)()
         if not parameter.requires_grad or local.numel() == 0:
             continue
-        some = local.reshape(-1)[:: -(-local.numel() // LOOKED_AT)]
-        wide = some if some.dtype == torch.float64 else some.float()
-        same = (wide - rate).to(some.dtype) == some
-        lost += same.float().mean().item() * local.numel()
+        stride = -(-local.numel() // SAMPLED_NUMBERS)  # rounded up
+        sample = local.reshape(-1)[::stride]  # (n,)
+        wide = sample if sample.dtype == torch.float64 else sample.float()
+        is_lost = (wide - rate).to(sample.dtype) == sample
+        lost += is_lost.float().mean().item() * local.numel()
         total += local.numel()
     return lost / total if total else 0.0
 
@@ -156,10 +158,10 @@ def warn_of_lost_updates(
 ) -> None:
     """Check `lost_updates`: whether most updates of a stage would be rounded away.
 
-    Not for optimisers whose step is not about the learning rate: SGD, Adafactor, a function.
-    Raises TrainingError where the check is set to "error".
+    Only for optimisers whose updates are about as large as the learning rate: not for SGD,
+    Adafactor or a function. Raises TrainingError if the check is set to "error".
     """
-    if optim.optimizer not in _ADAMW_STEPS or optim.learning_rate is None:
+    if optim.optimizer not in _STEPS_OF_THE_RATE or optim.learning_rate is None:
         return
     share = updates_vanish(module.parameters(), optim.learning_rate)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -175,21 +177,21 @@ def warn_of_lost_updates(
     )
 
 
-class _Parts:
-    """The parameters of a module by the kind of the part that holds them, as sets of ids."""
+class _ParameterKinds:
+    """The ids of a module's parameters, by the kind of layer that holds them."""
 
     def __init__(self, module: nn.Module) -> None:
         self.embeddings: set[int] = set()
         self.linear: dict[int, nn.Parameter] = {}
         norms: set[int] = set()
-        for part in module.modules():
-            own = list(part.parameters(recurse=False))
-            if isinstance(getattr(part, "base_layer", part), _EMBEDDINGS):  # or peft's around one
-                self.embeddings |= {id(p) for p in part.parameters()}
-            elif _is_linear(part):
-                self.linear |= {id(p): p for p in own if p.ndim >= 2}
-            elif type(part).__name__.lower().endswith("norm"):
-                norms |= {id(p) for p in own}
+        for layer in module.modules():
+            params = list(layer.parameters(recurse=False))
+            if isinstance(getattr(layer, "base_layer", layer), _EMBEDDINGS):  # or peft's around one
+                self.embeddings |= {id(p) for p in layer.parameters()}
+            elif _is_linear(layer):
+                self.linear |= {id(p): p for p in params if p.ndim >= 2}
+            elif type(layer).__name__.lower().endswith("norm"):
+                norms |= {id(p) for p in params}
         self.all = {id(p) for p in module.parameters()}
         undecayed = self.embeddings | norms
         self.decayed = {
@@ -201,11 +203,11 @@ class _Parts:
 
     def hidden(self, vocab: int) -> set[int]:
         """Matrices of linear layers that neither read nor write the vocabulary."""
-        found = {i for i, p in self.linear.items() if p.ndim == 2 and vocab not in p.shape}
-        return found - self.embeddings
+        ids = {i for i, p in self.linear.items() if p.ndim == 2 and vocab not in p.shape}
+        return ids - self.embeddings
 
     def groups(self, params: list[nn.Parameter], weight_decay: float) -> Groups:
-        """Groups of parameters with weight decay and without."""
+        """An optimiser's groups: parameters with weight decay, and without."""
         decayed = [p for p in params if id(p) in self.decayed]
         others = [p for p in params if id(p) not in self.decayed]
         groups: Groups = [
@@ -215,22 +217,24 @@ class _Parts:
         return [group for group in groups if group["params"]]
 
 
-def _is_linear(part: nn.Module) -> bool:
-    # transformers' Conv1D, of GPT-2, is a linear layer whose weight lies the other way round
-    return isinstance(part, _LINEAR) or type(part).__name__.endswith("Conv1D")
+def _is_linear(layer: nn.Module) -> bool:
+    # transformers' Conv1D, of GPT-2, is a linear layer whose weight is transposed
+    return isinstance(layer, _LINEAR) or type(layer).__name__.endswith("Conv1D")
 
 
 Maker = Callable[[Groups, OptimConfig], torch.optim.Optimizer]
 
 
-def _ways(parts: _Parts, optim: OptimConfig, vocab: int) -> tuple[Maker, set[int], Maker]:
-    """What makes an optimiser of the weights of these ids, and what makes one of the others."""
+def _division(
+    kinds: _ParameterKinds, optim: OptimConfig, vocab: int
+) -> tuple[set[int], Maker, Maker]:
+    """Ids of the main optimiser's parameters, what makes it, and what makes that of the others."""
     if optim.optimizer == "muon":
-        return _muon, parts.hidden(vocab), _adamw
+        return kinds.hidden(vocab), _muon, _adamw
     if optim.optimizer in _EIGHT_BIT:
-        return _adamw_8bit, parts.all - parts.embeddings, _adamw_32bit
+        return kinds.all - kinds.embeddings, _adamw_8bit, _adamw_32bit
     make = {"adamw": _adamw, "adafactor": _adafactor, "sgd": _sgd}[optim.optimizer]
-    return make, parts.all, make
+    return kinds.all, make, make
 
 
 def _adamw(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -239,7 +243,7 @@ def _adamw(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _muon(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
-    # match_rms_adamw: so that one learning rate serves both optimisers
+    # match_rms_adamw makes one learning rate right for both optimisers
     rate = optim.learning_rate or 0.0
     return torch.optim.Muon(groups, lr=rate, adjust_lr_fn="match_rms_adamw")
 
@@ -253,24 +257,24 @@ def _sgd(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
 
 
 def _adamw_8bit(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
-    from bitsandbytes import optim as found  # type: ignore[import-not-found]
+    from bitsandbytes import optim as optimizers  # type: ignore[import-not-found]
 
-    paged = optim.optimizer == "paged_adamw_8bit"
-    make = found.PagedAdamW8bit if paged else found.AdamW8bit
+    is_paged = optim.optimizer == "paged_adamw_8bit"
+    make = optimizers.PagedAdamW8bit if is_paged else optimizers.AdamW8bit
     return make(groups, lr=optim.learning_rate or 0.0, betas=optim.betas)
 
 
 def _adamw_32bit(groups: Groups, optim: OptimConfig) -> torch.optim.Optimizer:
-    """For embeddings beside 8 bit, as in arXiv:2110.02861: their gradients differ most in size."""
-    from bitsandbytes import optim as found  # type: ignore[import-not-found]
+    """Of embeddings, beside 8 bit (arXiv:2110.02861): their gradients differ most in size."""
+    from bitsandbytes import optim as optimizers  # type: ignore[import-not-found]
 
-    paged = optim.optimizer == "paged_adamw_8bit"
-    make = found.PagedAdamW32bit if paged else found.AdamW32bit
+    is_paged = optim.optimizer == "paged_adamw_8bit"
+    make = optimizers.PagedAdamW32bit if is_paged else optimizers.AdamW32bit
     return make(groups, lr=optim.learning_rate or 0.0, betas=optim.betas)
 
 
 def _can_fuse(groups: Groups) -> bool | None:
-    """True where all weights are on devices that have the fused step; None: torch's choice."""
+    """True if all weights are on devices that have the fused step; None leaves it to torch."""
     params = [p for group in groups for p in group["params"]]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
     return fused or None

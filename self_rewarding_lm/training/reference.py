@@ -1,8 +1,8 @@
 """The reference of a preference loss: log-probs that are stored, or weights that follow the policy.
 
 A stored reference is asked once, before training, with dropout off, and its answers are kept
-beside the pairs: no second copy of the weights, no drift. A live reference (EMA, TR-DPO) holds a
-second copy of the trained weights that follows them.
+beside the pairs: no second copy of the weights, no drift. A live reference (EMA, TR-DPO) is a
+second copy of the trained weights, which follows them.
 """
 
 import logging
@@ -30,22 +30,30 @@ from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.sharding import spread, whole
 
+logger = logging.getLogger(__name__)
+
+
 PAIRS_AT_ONCE = 4096  # that are in memory together, and put into forwards by length
+
+
+REFERENCE = "reference/"
+"""Prefix of the names of a live reference's tensors."""
 
 
 @dataclass(frozen=True)
 class PairSums:
-    """A pair's summed reference log-probs."""
+    """A pair's reference log-probs, each summed over its response."""
 
     chosen: float
     rejected: float
 
 
 class StoredReference:
-    """Log-probs of pairs under the present weights, computed where they are not on disk yet.
+    """Log-probs of pairs under fixed weights, computed once and kept in the stage's folder.
 
-    round: pairs that are trained in several rounds have a reference in each. weights: others than
-    the present ones, as `ctx.weights` names them; they are the reference of all rounds.
+    weights: a name that `ctx.weights` knows; those are the reference of all rounds. If None, the
+    present weights are it, and each `round` of a stage has a reference of its own. token_budget:
+    tokens of a forward.
     """
 
     def __init__(
@@ -65,14 +73,14 @@ class StoredReference:
     def sums(self, pairs: Sequence[PreferencePair]) -> Sequence[PairSums]:
         """The summed log-probs of each pair, in the order of `pairs`.
 
-        Raises TrainingError where they are not finite.
+        Raises TrainingError if they are not finite.
         """
         chosen, rejected = array("d"), array("d")
-        for found in self.tokens(pairs):
-            chosen.append(sum(found.chosen))
-            rejected.append(sum(found.rejected))
-        found = zip(chosen, rejected, strict=True)
-        bad = [i for i, both in enumerate(found) if not math.isfinite(sum(both))]
+        for logprobs in self.tokens(pairs):
+            chosen.append(sum(logprobs.chosen))
+            rejected.append(sum(logprobs.rejected))
+        both = enumerate(zip(chosen, rejected, strict=True))
+        bad = [i for i, sums in both if not math.isfinite(sum(sums))]
         if bad:
             raise not_finite(
                 f"stage {self.ctx.stage!r}, before step 1",
@@ -86,50 +94,47 @@ class StoredReference:
 
     def tokens(self, pairs: Sequence[PreferencePair]) -> Sequence[ReferenceLogprobs]:
         """The log-probs of each pair token by token, read from disk when they are asked for."""
+        # 1. see which are on disk
         known = Groups(self.out.known(ReferenceLogprobs))
-        names = [f"{pair.id}/{self.label}" for pair in pairs]
-        mine = self.ctx.runtime.share([*range(len(names))])
-        if all(name in known for name in names):
-            mine = []
+        ids = [f"{pair.id}/{self.label}" for pair in pairs]
+        is_complete = all(record_id in known for record_id in ids)
+        mine = [] if is_complete else self.ctx.runtime.share([*range(len(ids))])
+        # 2. compute the missing ones of this process's share, with the reference's weights
         bar = self.ctx.runtime.progress(len(mine), "reference log-probs", "pair")
-        others = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
-        with bar, others:
+        weights = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
+        with bar, weights:
             for start in range(0, len(mine), PAIRS_AT_ONCE):
-                some = mine[start : start + PAIRS_AT_ONCE]
-                for count in self._stored([(names[i], pairs[i]) for i in some], known):
+                block = [(ids[i], pairs[i]) for i in mine[start : start + PAIRS_AT_ONCE]]
+                for count in self._compute(block, known):
                     bar.update(count)
+        # 3. join the shares of all processes
         self.out.merge(ReferenceLogprobs)
-        return Groups(self.out.known(ReferenceLogprobs)).in_order(names)
+        return Groups(self.out.known(ReferenceLogprobs)).in_order(ids)
 
-    def _stored(
-        self, named: list[tuple[str, PreferencePair]], known: Container[str]
+    def _compute(
+        self, block: list[tuple[str, PreferencePair]], known: Container[str]
     ) -> Iterator[int]:
-        """Compute and store what is not known; how many pairs came with each forward.
+        """Compute and store what is not known; yields how many pairs each forward has finished.
 
-        Pairs go through the model in the same groups whatever is known, so that the log-probs of a
-        reference that was stopped are bit for bit those of one that was not.
+        block: (record id, pair). Pairs go through the model in the same groups whatever is known,
+        so that the log-probs of an interrupted reference are bit for bit those of another.
         """
         policy = self.ctx.runtime.unwrapped(self.ctx.policy)  # siblings have other groups
-        sequences = [_sequences(pair) for _, pair in named]
-        rows = [[(*prompt, *response) for prompt, response in pair] for pair in sequences]
+        sides = [
+            [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)]
+            for _, pair in block
+        ]
+        rows = [[(*prompt, *response) for prompt, response in both] for both in sides]
         for group in grouped(self.ctx.model, rows, token_budget=self.token_budget):
-            if any(named[i][0] not in known for i in group):
-                together = [sequence for i in group for sequence in sequences[i]]
-                found = iter(response_logprobs(policy, together))
-                made = [ReferenceLogprobs(named[i][0], next(found), next(found)) for i in group]
-                self.out.append(record for record in made if record.id not in known)
+            if any(block[i][0] not in known for i in group):
+                sequences = [sequence for i in group for sequence in sides[i]]
+                logprobs = iter(response_logprobs(policy, sequences))
+                records = [
+                    ReferenceLogprobs(block[i][0], next(logprobs), next(logprobs)) for i in group
+                ]
+                self.out.append(record for record in records if record.id not in known)
                 self.ctx.runtime.stopping.heed()
             yield len(group)
-
-
-def _sequences(pair: PreferencePair) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)]
-
-
-logger = logging.getLogger(__name__)
-
-
-REFERENCE = "reference/"
 
 
 class EMAReference(Config):
@@ -145,7 +150,7 @@ class EMAReference(Config):
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of the reference and of the policy in an update."""
+        """The reference's and the policy's share in an update."""
         return self.decay, 1 - self.decay
 
 
@@ -162,29 +167,30 @@ class MixedReference(Config):
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of the reference and of the policy in an update."""
+        """The reference's and the policy's share in an update."""
         return 1 - self.alpha, self.alpha
 
 
-Moving = EMAReference | MixedReference
+MovingReference = EMAReference | MixedReference
+"""How a live reference follows the policy."""
 
 
 class LiveReference:
-    """A moving reference's weights: a copy of those that are trained, in float32 at least, since
-    small updates are lost in narrower types. What is not trained it shares with the policy.
+    """The weights of a moving reference: a copy of those that are trained.
 
-    steps: optimiser steps that it has followed.
+    The copy is float32 at least, since small updates are lost in narrower types. Weights that are
+    not trained are the policy's own. steps: optimiser steps that it has followed.
     """
 
-    def __init__(self, settings: Moving) -> None:
+    def __init__(self, settings: MovingReference) -> None:
         self.settings = settings
         self.weights: dict[str, Tensor] = {}
         self.steps = 0
 
     def begin(self, module: nn.Module) -> None:
-        """Copy a module's weights, unless there is a copy from an earlier round."""
+        """Copy a module's trained weights, unless an earlier round has done so."""
         if not self.weights:
-            for name, parameter in _trained(module):
+            for name, parameter in _trained_parameters(module):
                 wide = torch.promote_types(parameter.dtype, torch.float32)
                 self.weights[name] = parameter.detach().to(wide, copy=True)
             size = sum(t.numel() * t.itemsize for t in self.weights.values()) / 2**30
@@ -192,48 +198,55 @@ class LiveReference:
 
     @contextmanager
     def in_place(self, module: nn.Module) -> Iterator[None]:
-        """The reference's weights in the module; no gradients, no dropout."""
+        """Within, the module has the reference's weights, no gradients and no dropout."""
         _reshard(module)
         with torch.no_grad(), evaluating(module):
-            kept = [(p, _exchange(p, self.weights[name])) for name, p in _trained(module)]
+            policy_weights = [
+                (parameter, _exchange_data(parameter, self.weights[name]))
+                for name, parameter in _trained_parameters(module)
+            ]
             try:
                 yield
             finally:
                 _reshard(module)
-                for parameter, before in kept:
-                    _exchange(parameter, before)
+                for parameter, tensor in policy_weights:
+                    _exchange_data(parameter, tensor)
 
     @torch.no_grad()
     def follow(self, module: nn.Module) -> None:
-        """Called behind each optimiser step."""
+        """Count an optimiser step, and move the reference towards the module if it is time."""
         self.steps += 1
         if self.steps % self.settings.every == 0:
-            own, new = self.settings.shares
-            for name, parameter in _trained(module):
+            reference_share, policy_share = self.settings.shares
+            for name, parameter in _trained_parameters(module):
                 weights = self.weights[name]
-                weights.mul_(own).add_(parameter.detach().to(weights.dtype), alpha=new)
+                policy = parameter.detach().to(weights.dtype)
+                weights.mul_(reference_share).add_(policy, alpha=policy_share)
 
     def state(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """The weights, whole and on the CPU, by names with a prefix. keep: as optimizer_state."""
-        found = {f"{REFERENCE}{name}": whole(tensor) for name, tensor in self.weights.items()}
-        return {name: tensor.cpu() for name, tensor in found.items()} if keep else {}
+        """The weights, whole and on the CPU, with a prefix before each name.
+
+        keep: False on processes that only take part in gathering them.
+        """
+        tensors = {f"{REFERENCE}{name}": whole(tensor) for name, tensor in self.weights.items()}
+        return {name: tensor.cpu() for name, tensor in tensors.items()} if keep else {}
 
     def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` returned, after `steps` optimiser steps."""
         self.steps = steps
-        for name, own in self.weights.items():
-            given = tensors[f"{REFERENCE}{name}"]
-            own.copy_(spread(given, own) if isinstance(own, DTensor) else given)
+        for name, weights in self.weights.items():
+            saved = tensors[f"{REFERENCE}{name}"]
+            weights.copy_(spread(saved, weights) if isinstance(weights, DTensor) else saved)
 
 
-def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
-def _exchange(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """Give a parameter other numbers; those that it had."""
+def _exchange_data(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """Put other numbers into a parameter; returns those it had."""
     tensor = tensor.to(parameter.dtype)
-    if isinstance(parameter, DTensor):  # FSDP gathers from the storage that a share had at first
+    if isinstance(parameter, DTensor):  # FSDP gathers from the storage that a shard had at first
         before = parameter.detach().clone()
         parameter.detach().copy_(tensor)
         return before

@@ -1,7 +1,8 @@
-"""What an optimiser knows, as tensors and words that any number of processes can go on from.
+"""The state of optimisers as named tensors and plain values, from which training can go on.
 
-Tensors are whole: under FSDP all processes must take part. Random numbers are no part of it: those
-of a step are a function of the seed and the step.
+Tensors are whole, so that any number of processes can go on from them: under FSDP all processes
+must take part. Random numbers are no part of it: those of a step are a function of the seed and
+the step.
 """
 
 import time
@@ -17,9 +18,11 @@ from self_rewarding_lm.sharding import spread, whole
 from self_rewarding_lm.training.reference import LiveReference
 
 WEIGHTS, OPTIMIZER = "weights/", "optimizer/"
+"""Prefixes of names of tensors."""
 
 
 Words = dict[str, Any]
+"""What is no tensor, as JSON."""
 
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -28,102 +31,117 @@ _PLAIN = (bool, int, float, str, type(None))
 def optimizer_state(
     module: nn.Module, optimizers: Sequence[Any], *, keep: bool = True
 ) -> tuple[dict[str, Tensor], Words] | None:
-    """The state of all optimisers on the CPU, by the parameters' names; None where it holds other
-    things than tensors and numbers, which nobody knows how to store.
+    """The state of all optimisers, named by parameter: tensors on the CPU, and plain values.
 
-    keep: False on processes that only take part.
+    None if an optimiser keeps other things than tensors and plain values, which cannot be stored.
+    keep: False on processes that only take part in gathering the tensors.
     """
-    names = _names(module)
+    names = _parameter_names(module)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for place, parameter, held in _held(optimizers):
-        for key, value in held.items():
+    for place, parameter, state in _states(optimizers):
+        for key, value in state.items():
             name = f"{OPTIMIZER}{place}/{names[id(parameter)]}/{key}"
             if isinstance(value, DTensor) and value.shape != parameter.shape:
                 return None
             if isinstance(value, Tensor):
-                found = whole(value).detach()
+                gathered = whole(value).detach()
                 if keep:
-                    tensors[name] = found.cpu()
+                    tensors[name] = gathered.cpu()
             elif isinstance(value, _PLAIN):
                 numbers[name] = value
             else:
                 return None
-    groups = [[_plain(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    groups = [[_plain_values(group) for group in o.param_groups] for o in optimizers]
     return tensors, {"numbers": numbers, "groups": groups}
 
 
 def restore_optimizers(
     module: nn.Module, optimizers: Sequence[Any], tensors: Mapping[str, Tensor], words: Words
 ) -> None:
-    """Give fresh optimisers of the same kind the state that `optimizer_state` took."""
-    names = _names(module)
-    found: dict[str, dict[str, Any]] = {}
+    """Give fresh optimisers of the same kinds the state that `optimizer_state` took.
+
+    Raises StoreError if it is the state of other parameters.
+    """
+    names = _parameter_names(module)
+    states: dict[str, dict[str, Any]] = {}  # by optimiser and parameter
     for name, value in {**tensors, **words["numbers"]}.items():
         if name.startswith(OPTIMIZER):
             owner, _, key = name.rpartition("/")
-            found.setdefault(owner, {})[key] = value
+            states.setdefault(owner, {})[key] = value
     for place, (optimizer, groups) in enumerate(zip(optimizers, words["groups"], strict=True)):
-        for group, before in zip(optimizer.param_groups, groups, strict=True):
-            group.update(before)
+        for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+            group.update(saved_group)
             for parameter in group["params"]:
-                held = found.pop(f"{OPTIMIZER}{place}/{names[id(parameter)]}", None)
-                if held is not None:
+                state = states.pop(f"{OPTIMIZER}{place}/{names[id(parameter)]}", None)
+                if state is not None:
                     optimizer.state[parameter] = {
-                        key: _placed(value, parameter, key, group) for key, value in held.items()
+                        key: _on_device(value, parameter, key, group)
+                        for key, value in state.items()
                     }
-    if found:
+    if states:
         raise StoreError(
-            f"the training state on disk is of other parameters ({next(iter(found))} ...) than the "
-            "model has. Delete state.safetensors to train the stage again from its start."
+            f"the training state on disk is of other parameters ({next(iter(states))} ...) than "
+            "the model has. Delete state.safetensors to train the stage again from its start."
         )
 
 
 @dataclass
-class Kept:
-    """What the rounds of a stage hand on: optimisers' states, a live reference, and when the state
-    of training was saved last. The learning rate's schedule spans all `rounds`."""
+class RoundState:
+    """What the rounds of one training hand to each other.
+
+    rounds: over all of which the learning rate's schedule is spread. optimizer_states: of each
+    optimiser the settings of its groups and the state of each parameter. live: a moving reference.
+    saved_at: when the state of training was last saved, by time.monotonic.
+    """
 
     rounds: int = 1
-    states: list[tuple[list[Words], list[Mapping[str, Any]]]] = field(default_factory=list)
+    optimizer_states: list[tuple[list[Words], list[Mapping[str, Any]]]] = field(
+        default_factory=list
+    )
     live: LiveReference | None = None
     saved_at: float = field(default_factory=time.monotonic)
 
-    def take(self, optimizers: Sequence[Any]) -> None:
-        """Keep the states of optimisers, and nothing of the parameters."""
-        self.states = [
-            ([_plain(g) for g in one.param_groups], [held for _, _, held in _held([one])])
-            for one in optimizers
+    def take_from(self, optimizers: Sequence[Any]) -> None:
+        """Keep the states of optimisers, without their parameters."""
+        self.optimizer_states = [
+            (
+                [_plain_values(group) for group in optimizer.param_groups],
+                [state for _, _, state in _states([optimizer])],
+            )
+            for optimizer in optimizers
         ]
 
-    def hand_on(self, optimizers: Sequence[Any]) -> None:
-        """Give them to fresh optimisers of the same parameters, or of their shares."""
-        for optimizer, (groups, states) in zip(optimizers, self.states, strict=False):
-            for group, before in zip(optimizer.param_groups, groups, strict=True):
-                group.update(before)
-            for (_, parameter, _), held in zip(_held([optimizer]), states, strict=True):
-                if held:
-                    optimizer.state[parameter] = held
+    def give_to(self, optimizers: Sequence[Any]) -> None:
+        """Give the kept states to fresh optimisers of the same parameters, or of their shards."""
+        for optimizer, (groups, states) in zip(optimizers, self.optimizer_states, strict=False):
+            for group, kept_group in zip(optimizer.param_groups, groups, strict=True):
+                group.update(kept_group)
+            for (_, parameter, _), state in zip(_states([optimizer]), states, strict=True):
+                if state:
+                    optimizer.state[parameter] = state
 
 
-def _held(optimizers: Sequence[Any]) -> Iterator[tuple[int, nn.Parameter, Mapping[str, Any]]]:
+def _states(optimizers: Sequence[Any]) -> Iterator[tuple[int, nn.Parameter, Mapping[str, Any]]]:
+    """Each parameter, with its optimiser's number and what that keeps of it."""
     for place, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield place, parameter, optimizer.state.get(parameter, {})
 
 
-def _names(module: nn.Module) -> dict[int, str]:
+def _parameter_names(module: nn.Module) -> dict[int, str]:
+    """Names by id of the parameter."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
-def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What optimisers change in their groups are numbers; the rest are settings."""
+def _plain_values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's numbers and names; all that optimisers change in it is among them."""
     return {k: v for k, v in group.items() if k != "params" and isinstance(v, _PLAIN)}
 
 
-def _placed(value: Any, parameter: nn.Parameter, key: str, group: Mapping[str, Any]) -> Any:
-    """Where the optimiser would have made it."""
+def _on_device(value: Any, parameter: nn.Parameter, key: str, group: Mapping[str, Any]) -> Any:
+    """A value of a parameter's state, placed as the optimiser itself would place it."""
     if not isinstance(value, Tensor):
         return value
     if key == "step" and not (group.get("fused") or group.get("capturable")):
@@ -134,10 +152,10 @@ def _placed(value: Any, parameter: nn.Parameter, key: str, group: Mapping[str, A
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each name with a prefix."""
+    """The tensors, with a prefix before each name."""
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
 def unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that have a prefix, without it."""
+    """The tensors whose names have a prefix, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

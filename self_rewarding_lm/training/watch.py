@@ -1,4 +1,4 @@
-"""The metrics of training, looked at by the checks while they come."""
+"""The checks of a training's metrics, made step by step as they come."""
 
 import math
 from collections import deque
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from self_rewarding_lm.checks import Checker
 
 WINDOW = 10
-"""Steps that are looked at together; one batch alone says little."""
+"""Steps whose metrics are averaged; one batch alone says little."""
 
 
 LEAST_PAIRS = 8
-"""In the first step: with fewer, all of them may be right by chance (1 in 256 for eight)."""
+"""In the first step: of fewer, all may be right by chance (1 in 256 for eight)."""
 
 
 LEAST_MARGIN = 0.1
@@ -22,33 +22,37 @@ NOTHING_LEARNT = math.log(2)
 """The loss of DPO while the policy is the reference: -log sigmoid(0)."""
 
 
-AS_SHOWN = 5e-4
-"""So near to it a loss reads 0.693."""
+SHOWN_DIGIT = 5e-4
+"""A loss this near to ln 2 is shown as 0.693."""
 
 
 class Watcher:
-    """Sees the metrics of each step of a training. begins_even: as an objective has it."""
+    """Checks the metrics of each step of a training.
+
+    begins_even: whether the reference is the policy itself at the first step.
+    """
 
     def __init__(self, checker: Checker, *, begins_even: bool = True) -> None:
         self.checker, self.begins_even = checker, begins_even
-        self._stuck = 0
-        self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._stuck_steps = 0
+        self._recent_rewards: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        """(chosen, rejected) of the last steps."""
 
     def see(self, metrics: Mapping[str, float], *, step: int, rows: int) -> None:
-        """metrics: of optimiser step `step` (the first is 1) on so many rows.
+        """Check the metrics of optimiser step `step`, from 1, which trained on `rows` rows.
 
-        Raises TrainingError where a check that is set to "error" is beyond its limit.
+        Raises TrainingError if a check that is set to "error" is beyond its limit.
         """
         if "rewards/margins" not in metrics:
             return
         if step == 1 and self.begins_even and rows >= LEAST_PAIRS:
-            self._see_start(metrics["rewards/accuracies"])
-        self._see_loss(metrics)
-        self._recent.append((metrics["rewards/chosen"], metrics["rewards/rejected"]))
-        if len(self._recent) == WINDOW:
-            self._see_falling()
+            self._check_start(metrics["rewards/accuracies"])
+        self._check_stuck(metrics)
+        self._recent_rewards.append((metrics["rewards/chosen"], metrics["rewards/rejected"]))
+        if len(self._recent_rewards) == WINDOW:
+            self._check_falling()
 
-    def _see_start(self, accuracy: float) -> None:
+    def _check_start(self, accuracy: float) -> None:
         self.checker.see(
             "accuracy_at_start",
             accuracy,
@@ -58,23 +62,24 @@ class Watcher:
             "(another chat template or precision).",
         )
 
-    def _see_loss(self, metrics: Mapping[str, float]) -> None:
-        """A loss with the winner's NLL is another number: its margins alone are looked at."""
-        reads = "nll" in metrics or abs(metrics["loss"] - NOTHING_LEARNT) <= AS_SHOWN
-        still = reads and abs(metrics["rewards/margins"]) <= 2 * AS_SHOWN
-        self._stuck = self._stuck + 1 if still else 0
+    def _check_stuck(self, metrics: Mapping[str, float]) -> None:
+        # with the winner's NLL the loss is another number, and the margins alone can tell
+        is_ln2 = "nll" in metrics or abs(metrics["loss"] - NOTHING_LEARNT) <= SHOWN_DIGIT
+        is_stuck = is_ln2 and abs(metrics["rewards/margins"]) <= 2 * SHOWN_DIGIT
+        self._stuck_steps = self._stuck_steps + 1 if is_stuck else 0
         self.checker.see(
             "loss_stuck",
-            self._stuck,
-            f"for {self._stuck} steps the loss has been 0.693 (ln 2) with margins of 0: the model "
-            "gives chosen and rejected what its reference gives them, so nothing is learnt. Unless "
-            "this is a slow warm-up: raise optim.learning_rate or dpo_beta; see that weights are "
-            "trained (requires_grad, an adapter that is switched on) and that their type can hold "
-            "such small updates (lost_updates).",
+            self._stuck_steps,
+            f"for {self._stuck_steps} steps the loss has been 0.693 (ln 2) with margins of 0: the "
+            "model gives chosen and rejected what its reference gives them, so nothing is learnt. "
+            "Unless this is a slow warm-up: raise optim.learning_rate or dpo_beta; see that "
+            "weights are trained (requires_grad, an adapter that is switched on) and that their "
+            "type can hold such small updates (lost_updates).",
         )
 
-    def _see_falling(self) -> None:
-        chosen, rejected = (sum(values) / WINDOW for values in zip(*self._recent, strict=True))
+    def _check_falling(self) -> None:
+        sides = zip(*self._recent_rewards, strict=True)
+        chosen, rejected = (sum(rewards) / WINDOW for rewards in sides)
         margin = chosen - rejected
         if margin < LEAST_MARGIN:
             return

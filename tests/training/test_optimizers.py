@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.training.optimizers import (
-    LOOKED_AT,
+    SAMPLED_NUMBERS,
     check_optimizer,
     learning_rate_at,
     make_optimizers,
@@ -683,7 +683,7 @@ def test_the_share_is_that_of_a_step_of_adamw(rate, dtype):
 
 
 def test_of_a_large_weight_numbers_all_over_it_are_looked_at():
-    count = 3 * LOOKED_AT
+    count = 3 * SAMPLED_NUMBERS
     values = torch.full((count,), 1.0)
     values[count // 4 :] = 1e-3
     large, small = nn.Parameter(values.bfloat16()), parameter([1e-3] * 7)

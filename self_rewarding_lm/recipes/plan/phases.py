@@ -22,7 +22,7 @@ from self_rewarding_lm.recipes.plan.memory import (
 from self_rewarding_lm.recipes.plan.model import ModelShape
 from self_rewarding_lm.stages.base import TrainingConfig
 from self_rewarding_lm.stages.work import Asking, Training
-from self_rewarding_lm.training.reference import Moving
+from self_rewarding_lm.training.reference import MovingReference
 
 GENERATING, JUDGING, TRAINING = "generating", "judging", "training"
 
@@ -168,7 +168,7 @@ def _trained(
 ) -> Phase:
     name, block, types = RECOMPUTED if again else TRAINING, shape.block, device.types
     weights = shape.weight_bytes + (types.product * shape.products if types.mixed else 0)
-    if isinstance(getattr(stage, "reference", None), Moving):  # float32 at least
+    if isinstance(getattr(stage, "reference", None), MovingReference):  # float32 at least
         weights += max(shape.gradient_bytes, EXACT * shape.trainable)
     fixed = {"gradients": shape.gradient_bytes, "optimizer": optimizer, "tokens": tokens}
     if block is None:

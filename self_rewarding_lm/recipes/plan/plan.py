@@ -32,7 +32,7 @@ from self_rewarding_lm.stages.preference import NO_REFERENCE, PreferenceConfig
 from self_rewarding_lm.stages.ranges import NOTHING, Range
 from self_rewarding_lm.stages.work import Counting, Work
 from self_rewarding_lm.training.loss_config import losses_in, read_by
-from self_rewarding_lm.training.reference import Moving
+from self_rewarding_lm.training.reference import MovingReference
 
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -167,7 +167,9 @@ def _seconds(
         times = 1 + (2 if shape.adapter is None else 1) + stage.optim.gradient_checkpointing
         operations = training.tokens.times(forward * times)
         if training.pairs and _reads_reference(stage):
-            moves = isinstance(stage, PreferenceConfig) and isinstance(stage.reference, Moving)
+            moves = isinstance(stage, PreferenceConfig) and isinstance(
+                stage.reference, MovingReference
+            )
             asked = training.tokens if moves else training.rows.times(training.row.tokens)
             operations = operations + asked.times(forward)
         found["training"] = machine.computing(operations)
