@@ -6,6 +6,7 @@ None or absent.
 
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from self_rewarding_lm.runs.run import Run
+from self_rewarding_lm.scores import label_of
 
 BINS = 20
 """Bars of a histogram where there are more different scores than that."""
@@ -46,7 +48,9 @@ class StageFigures:
 
     start: the stage whose weights it starts from, in words. seconds: by phase ("data": sampling,
     judging, pairing, reference; "training"), of attempts whose end is known. lost: attempts whose
-    end is not. stopped: the words of the error that ended the last attempt.
+    end is not. stopped: the words of the error that ended the last attempt. histograms: of scores
+    by the name of an ensemble's member or an earlier model, whose scales may differ; "" is the
+    stage's own judge.
     """
 
     name: str
@@ -63,7 +67,12 @@ class StageFigures:
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     data: dict[str, float] = field(default_factory=dict)
     warnings: list[dict[str, Any]] = field(default_factory=list)
-    scores: Histogram | None = None
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Histogram | None:
+        """Of the scores that the stage's own judge gave."""
+        return self.histograms.get("")
 
     @property
     def dropped(self) -> dict[str, float]:
@@ -174,16 +183,18 @@ def _add_records(found: StageFigures, run: Run) -> None:
 
 
 def _add_judgements(found: StageFigures, run: Run) -> None:
-    scores, characters, count = array("d"), 0, 0
+    scores, characters, count = defaultdict[str, array](lambda: array("d")), 0, 0
     for judgement in run.judgements(found.name):
         count += 1
         characters += len(judgement.text or "")
         if judgement.score is not None and math.isfinite(judgement.score):
-            scores.append(judgement.score)
+            scores[judgement.judge if label_of(judgement) else ""].append(judgement.score)
     if count:
         found.counts["judgements"] = count
         found.tokens["judge_characters"] = characters
-    found.scores = histogram(scores)
+    for judge in sorted(scores):
+        if (bars := histogram(scores[judge])) is not None:
+            found.histograms[judge] = bars
 
 
 def histogram(scores: Sequence[float]) -> Histogram | None:

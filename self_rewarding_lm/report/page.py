@@ -254,11 +254,12 @@ def _stage(place: int, name: str, runs: Sequence[RunFigures]) -> Safe:
         charts[key] = line_chart(
             f"curve-{place}-{i}", words_of(key), lines, across="step", share=key in SHARES
         )
-    bars = [
-        _bars(f"scores-{place}-{i}", f"Scores of {run.label if len(runs) > 1 else name}", s.scores)
-        for i, (run, s) in enumerate(zip(runs, stages, strict=True))
-        if s is not None and s.scores is not None
-    ]
+    bars = []
+    for run, stage in zip(runs, stages, strict=True):
+        for judge, scores in ({} if stage is None else stage.histograms).items():
+            title = f"Scores of {run.label if len(runs) > 1 else name}"
+            title = f"{title}, {judge}" if judge else title
+            bars.append(_bars(f"scores-{place}-{len(bars)}", title, scores))
     parts = [tag("div", *(charts[k] for k in main), *bars, class_="charts")]
     rest = [chart for key, chart in charts.items() if key not in main]
     if any(rest):
@@ -271,9 +272,7 @@ def _stage(place: int, name: str, runs: Sequence[RunFigures]) -> Safe:
     return tag("section", tag("h3", name, id=f"s{place}"), *parts, aria_labelledby=f"s{place}")
 
 
-def _bars(key: str, title: str, scores: Histogram | None) -> Safe:
-    if scores is None:
-        return Safe("")
+def _bars(key: str, title: str, scores: Histogram) -> Safe:
     names = [number(value) for value in scores.values]
     if not names:
         edges = [number(edge) for edge in scores.edges]
@@ -367,8 +366,8 @@ def _pieces(runs: Sequence[Run], examples: int) -> Iterator[str]:
     yield f'<script type="application/json" id="runs">{in_script(labels)}</script>\n'
     yield '<script type="application/json" id="data">['
     comma = "\n"
-    for part in parts:
-        for line in example_lines(part):
+    while parts:
+        for line in example_lines(parts.pop(0)):  # its files are closed behind it
             yield comma + line
             comma = ",\n"
     yield f"\n]</script>\n<script>{script}</script>\n</body>\n</html>\n"
@@ -404,7 +403,7 @@ def _hash(text: str) -> str:
 
 def _examples_section(parts: Sequence[Part]) -> Safe:
     title = tag("h2", SECTIONS["examples"], id="examples-title")
-    total, taken = sum(len(p.records) for p in parts), sum(len(p.places) for p in parts)
+    total, taken = sum(len(p.examples) for p in parts), sum(len(p.places) for p in parts)
     inner: list[Safe] = [tag("p", "No stage has examples with a text so far.")]
     if taken:
         left = f"{total - taken} more are left out; `--examples N` sets how many the page holds."

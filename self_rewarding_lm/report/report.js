@@ -49,7 +49,9 @@
   function judgement(said) {
     const made = element("details", "judgement");
     const reason = said.r ? ` (${said.r})` : "";
-    made.append(element("summary", "", `${number(said.x)}${reason}: ${said.b}`));
+    const title = element("summary", "", `${number(said.x)}${reason}: ${said.b}`);
+    if (said.l) title.append(" ", element("span", "label", said.l.toUpperCase()));
+    made.append(title);
     made.append(said.t === null ? element("p", "note", "no words") : written(said.t));
     made.open = byId("words").checked && said.t !== null;
     return made;
@@ -58,7 +60,7 @@
   function answer(one) {
     const made = element("section", `answer ${one.l || ""}`);
     const name = /^\d+$/.test(one.n) ? `Candidate ${one.n}` : one.n;
-    const title = element("h4", "", `${name}, ${number(one.x)} `);
+    const title = element("h4", "", `${name}, ${one.w || number(one.x)} `);
     if (one.l) title.append(element("span", "label", one.l.toUpperCase()));
     const notes = [one.k === undefined ? "" : `${one.k} tokens`, one.e || ""].filter(Boolean);
     made.append(title, written(one.t));
@@ -90,7 +92,8 @@
   }
 
   function pairless(one) {
-    return one.c.some((c) => c.l) ? "" : "No pair was made of this prompt.";
+    const used = one.c.some((c) => c.l || c.j.some((j) => j.l));
+    return used ? "" : "No pair was made of this prompt.";
   }
 
   const best = (one) =>

@@ -6,17 +6,23 @@ terminal and to the trackers, under the names that metrics.jsonl has. Knows noth
 
 import logging
 import textwrap
-from collections.abc import Container, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
-from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
-from self_rewarding_lm.report.examples import SAMPLE, sample_rows
+from self_rewarding_lm.records import Candidate, Judgement
+from self_rewarding_lm.report.examples import (
+    SAMPLE,
+    Example,
+    Response,
+    examples,
+    sample_rows,
+    score_said_of,
+)
 from self_rewarding_lm.report.figures import StageFigures, stage_figures
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.scores import candidate_scores, label_of
 
 WIDTH = 100
 
@@ -130,92 +136,59 @@ def _last_sampled(run: Run) -> str | None:
 
 
 def _examples(run: Run, name: str, count: int) -> list[str]:
-    candidates: dict[str, list[Candidate]] = {}
-    for candidate in run.candidates(name):
-        candidates.setdefault(candidate.prompt_id, []).append(candidate)
-    judgements: dict[str, list[Judgement]] = {}
-    for judgement in run.judgements(name):
-        for candidate_id in judgement.candidate_ids:
-            judgements.setdefault(candidate_id, []).append(judgement)
-    pairs = {pair.id: pair for pair in run.pairs(name)}
-    learnt = {made.id for made in run.demonstrations(name)}
-    prompts = sorted(run.prompts(name), key=lambda prompt: prompt.id not in pairs)
-    prompts = [p for p in prompts if p.id in candidates or p.id in pairs][:count]
+    """So many examples of a stage, those with a pair first, and as many demonstrations."""
+    found, has_pairs = examples(run, name), len(run.pairs(name)) > 0
+    shown = list(islice((e for e in found.worked if e.is_paired), count)) if has_pairs else []
+    others = (example for example in found.worked if not (has_pairs and example.is_paired))
+    shown += islice(others, count - len(shown))
     lines = []
-    for prompt in prompts:
-        own = candidates.get(prompt.id, [])
-        lines += _example(prompt.id, prompt, own, judgements, pairs.get(prompt.id), learnt)
-        if pairs and prompt.id not in pairs:
+    for example in (*shown, *found.demonstrations[:count]):
+        lines += _example(example)
+        if has_pairs and not example.is_paired and example.responses[0].candidate is not None:
             lines.append("no pair")
-    if not prompts:
-        for pair in list(pairs.values())[:count]:
-            lines += _example(pair.id, None, [], {}, pair)
-    answered = {candidate.id for own in candidates.values() for candidate in own}
-    for shown in [d for d in run.demonstrations(name) if d.id not in answered][:count]:
-        lines += ["", f"{shown.id}"]
-        lines += _text("prompt  ", shown.prompt, shown.prompt_ids)
-        lines += _text("learnt  ", shown.completion, shown.completion_ids)
     return lines
 
 
-def _example(
-    record_id: str,
-    prompt: Prompt | None,
-    candidates: Sequence[Candidate],
-    judgements: dict[str, list[Judgement]],
-    pair: PreferencePair | None,
-    learnt: Container[str] = (),
-) -> list[str]:
-    """A prompt, its candidates with their scores and judgements, and its pair."""
-    lines = ["", record_id]
-    if prompt is not None:
-        lines += _text("prompt  ", prompt.text, prompt.ids)
-    elif pair is not None:
-        lines += _text("prompt  ", pair.prompt, pair.prompt_ids)
-    chosen, rejected = (pair.chosen_id, pair.rejected_id) if pair else (None, None)
-    if pair is not None and chosen is None:
-        lines += _text("chosen  ", pair.chosen, pair.chosen_ids)
-    if pair is not None and rejected is None:
-        lines += _text("rejected", pair.rejected, pair.rejected_ids)
-    asked = {j.id: j for c in candidates for j in judgements.get(c.id, ())}  # of two: once
-    scores = candidate_scores(candidates, [j for j in asked.values() if label_of(j) is None])
-    if pair is not None:  # what members of an ensemble come to is known of the pair alone
-        scores |= {chosen or "": pair.chosen_score, rejected or "": pair.rejected_score}
-    for candidate in candidates:
-        role = "learnt  " if candidate.id in learnt else "        "
-        role = {chosen: "chosen  ", rejected: "rejected"}.get(candidate.id, role)
-        lines += _text(role, candidate.text, candidate.ids)
-        own = judgements.get(candidate.id, [])
-        if own:
-            lines += _wrapped(_scores(own, candidate, scores[candidate.id]), " " * 10)
-        if own and own[0].text is not None and role.strip():
-            lines += _text("  judge:", own[0].text, ())
+def _example(example: Example) -> list[str]:
+    """A prompt, the responses that it was given with, and its candidates with their judgements."""
+    lines = ["", example.id, *_text("prompt  ", example.prompt, example.prompt_ids)]
+    for response in sorted(example.responses, key=lambda response: response.candidate is not None):
+        lines += _text(f"{response.role or '':8}", response.text, response.ids)
+        if response.candidate is None or not response.judgements:
+            continue
+        lines += _wrapped(_scores(response, response.candidate), " " * 10)
+        first = response.judgements[0]
+        if first.text is not None and response.role is not None:
+            lines += _text("  judge:", first.text, ())
+        for judgement in response.judgements:
+            role = example.judgement_roles.get(judgement.id)
+            if role is not None:
+                lines += _text(f"  {role} judgement:", judgement.text, ())
     return lines
 
 
-def _scores(judgements: Sequence[Judgement], candidate: Candidate, score: float | None) -> str:
-    each = [_said(j, candidate) for j in judgements]
+def _scores(response: Response, candidate: Candidate) -> str:
+    judgements = response.judgements
+    said = ", ".join(_said(judgement, candidate) for judgement in judgements)
     judges = ", ".join(dict.fromkeys(f"{j.judge}, {j.source}" for j in judgements))
     cut = "; cut off" if candidate.finished is False else ""
-    parts = "no score" if any(label_of(j) is None for j in judgements) else "parts of a score"
-    words = parts if score is None else f"score {_number(score)}"
-    return f"          {words} of {', '.join(each)} ({judges}){cut}"
+    words = "parts of a score" if response.has_parts else "no score"
+    words = words if response.score is None else f"score {_number(response.score)}"
+    return f"          {words} of {said} ({judges}){cut}"
 
 
 def _said(judgement: Judgement, candidate: Candidate) -> str:
-    """What a judgement says of a candidate, which may be the second of two that were compared."""
-    if judgement.score is None:
-        return judgement.reason or "no score"
-    second = judgement.candidate_ids[0] != candidate.id
-    return _number(1 - judgement.score if second else judgement.score)
+    score = score_said_of(judgement, candidate.id)
+    return judgement.reason or "no score" if score is None else _number(score)
 
 
 def _text(role: str, text: str | None, ids: Sequence[int]) -> list[str]:
     """A text in a few lines behind its role; ids where there is no text."""
     words = f"ids {' '.join(map(str, ids))}" if text is None else _plain(text)
-    lines = textwrap.wrap(words, WIDTH - 10) or ['""']
+    width = WIDTH - len(role) - 2
+    lines = textwrap.wrap(words, width) or ['""']
     if len(lines) > LINES_OF_TEXT:
-        lines = [*lines[: LINES_OF_TEXT - 1], lines[LINES_OF_TEXT - 1][: WIDTH - 14] + " ..."]
+        lines = [*lines[: LINES_OF_TEXT - 1], lines[LINES_OF_TEXT - 1][: width - 4] + " ..."]
     return [f"{role if i == 0 else ' ' * len(role)}  {line}" for i, line in enumerate(lines)]
 
 
