@@ -5,7 +5,6 @@ and checked when a trainer is built; configurations compare by identity and are 
 settings of one stage, judge or loss stand in its own file.
 """
 
-import difflib
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
 
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, did_you_mean
 from self_rewarding_lm.rubrics import (
     COMPARISON_PROMPT,
     DEFAULT_JUDGE_PROMPT,
@@ -49,8 +48,7 @@ def _in_words(cls: type[Config], error: ValidationError) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(where, names)
             lines.append(f"{where!r} is no setting; {hint}It has: {', '.join(names)}.")
         elif item["type"] == "missing":
             lines.append(f"{where!r} is required.")

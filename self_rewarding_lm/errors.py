@@ -4,6 +4,9 @@ Each is also a standard Python type, so that code that knows nothing of this lib
 A message says what was expected, what came and what to do.
 """
 
+import difflib
+from collections.abc import Iterable
+
 from beartype import BeartypeConf, beartype
 
 
@@ -12,7 +15,15 @@ class SelfRewardingError(Exception):
 
 
 class ConfigError(SelfRewardingError, ValueError):
-    """A setting is unknown, out of its range, or does not go with another."""
+    """A setting is unknown, out of its range, or does not go with another.
+
+    path: names and places that lead from a stage to its setting, by which a recipe's line is found;
+    () if the error is of no single setting.
+    """
+
+    def __init__(self, message: str, *, path: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class ArgumentTypeError(SelfRewardingError, TypeError):
@@ -69,3 +80,9 @@ class Interrupted(KeyboardInterrupt):
 
 typed = beartype(conf=BeartypeConf(violation_type=ArgumentTypeError, is_pep484_tower=True))
 """Checks the types of a public function's arguments; a wrong one is an ArgumentTypeError."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Words that propose the known name most like a wrong one; "" if none is like it."""
+    nearest = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {nearest[0]!r}? " if nearest else ""

@@ -4,7 +4,6 @@ RLCD (arXiv:2307.12950), its pairs trained on by DPO in place of a reward model 
 contrasts that ship, and how a prompt looks with one, stand here too.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from self_rewarding_lm.data.chat import Message
 from self_rewarding_lm.data.control_tokens import fill
 from self_rewarding_lm.data.rows import prompt_of
 from self_rewarding_lm.data.tokens import Rendered, Tokens
-from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.errors import ConfigError, DataError, did_you_mean
 from self_rewarding_lm.judges.asking import FIRST_LOOK
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
@@ -388,8 +387,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
     def _groups_known(cls, given: tuple[str | Contrast, ...]) -> tuple[str | Contrast, ...]:
         for name in given:
             if isinstance(name, str) and name not in GROUPS:
-                near = difflib.get_close_matches(name, GROUPS, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                hint = did_you_mean(name, GROUPS)
                 raise ValueError(
                     f"{name!r} is no group of contrasts; {hint}there are {', '.join(GROUPS)}, and "
                     "Contrast(positive=..., negative=...) for your own"

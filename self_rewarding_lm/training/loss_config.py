@@ -3,7 +3,6 @@
 A loss's settings are the parameters of its function. Knows nothing of the arithmetic.
 """
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,7 +12,7 @@ from pydantic import Field, create_model
 from torch import Tensor
 
 from self_rewarding_lm.config import Config
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, did_you_mean
 from self_rewarding_lm.training.losses import PAIR_LOSSES, PairBatch, PairLoss, Reads, reads_of
 
 NO_DEFAULT = inspect.Parameter.empty
@@ -119,11 +118,10 @@ def _function_of(name: Any) -> PairLoss:
     function: Any = PAIR_LOSSES.get(name) if isinstance(name, str) else name
     if callable(function):
         return function  # type: ignore[return-value]
-    near = difflib.get_close_matches(str(name), PAIR_LOSSES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
-        f"{name!r} is no loss; {hint}There are: {', '.join(PAIR_LOSSES)}; or give a function "
-        "(PairBatch, its parameters by name) -> a number per pair."
+        f"{name!r} is no loss; {did_you_mean(name, PAIR_LOSSES)}There are: "
+        f"{', '.join(PAIR_LOSSES)}; or give a function (PairBatch, its parameters by name) -> a "
+        "number per pair."
     )
 
 
