@@ -5,14 +5,14 @@ rank that has the rows. The local engine decodes with the model's own weights; a
 given them as files.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from self_rewarding_lm.config import FinetuneConfig, RewardConfig, SamplingConfig
+from self_rewarding_lm.config import FinetuneConfig, FromStage, RewardConfig, SamplingConfig
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError, StoreError
@@ -69,10 +69,7 @@ class Context:
         """Reward prompts by name; ConfigError for a name that the trainer has none of."""
         for name in names:
             if name not in self.rewards:
-                raise ConfigError(
-                    f"{self.stage}: self_reward_config_keyname {name!r} is none of the trainer's "
-                    f"reward prompts: {', '.join(map(repr, self.rewards))}."
-                )
+                raise no_reward_prompt(self.stage, name, self.rewards)
         return {name: self.rewards[name] for name in names}
 
     @contextmanager
@@ -202,14 +199,35 @@ class Context:
             engine.join(*address)
 
 
-def check_weights_named(stage: FinetuneConfig, name: str, earlier: Sequence[str]) -> None:
-    """Raise ConfigError where a stage names weights that there will not be."""
+def wrong_names(stage: FinetuneConfig, name: str, earlier: Sequence[str]) -> Iterator[ConfigError]:
+    """An error for each setting that names weights or records which no earlier stage makes.
+
+    name: the stage's name. earlier: the names of the stages before it.
+    """
     for used in sorted(stage.weights_used() - {INITIAL, *earlier}):
         if not Path(used).exists():
             fields = ("init_from", "reference", "fit_from", "rejected_from")
-            given = next((f for f in fields if str(getattr(stage, f, None)) == used), "weights")
-            own = "'previous', " if given == "init_from" else ""
-            raise ConfigError(
-                f"{name}: {given} must be {own}'initial', the name of an earlier stage "
-                f"({', '.join(earlier) or 'there is none'}) or a path; got {used!r}."
+            field = next((f for f in fields if str(getattr(stage, f, None)) == used), "weights")
+            previous = "'previous', " if field == "init_from" else ""
+            yield ConfigError(
+                f"{name}: {field} must be {previous}'initial', the name of an earlier stage "
+                f"({', '.join(earlier) or 'there is none'}) or a path; got {used!r}.",
+                path=(field,),
             )
+    for field, dataset in stage.datasets().items():
+        for place, item in enumerate(dataset if isinstance(dataset, list) else [dataset]):
+            if isinstance(item, FromStage) and item.stage not in earlier:
+                yield ConfigError(
+                    f"{name}: from_stage({item.stage!r}) must name an earlier stage; before it "
+                    f"come: {', '.join(earlier) or 'none'}.",
+                    path=(field, *((place,) if isinstance(dataset, list) else ()), "from_stage"),
+                )
+
+
+def no_reward_prompt(stage: str, name: str, rewards: Iterable[str]) -> ConfigError:
+    """The error of a stage that judges by a reward prompt whose name is none of `rewards`."""
+    return ConfigError(
+        f"{stage}: self_reward_config_keyname {name!r} is none of the trainer's reward prompts: "
+        f"{', '.join(map(repr, rewards))}.",
+        path=("self_reward_config_keyname",),
+    )

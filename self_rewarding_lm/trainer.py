@@ -20,8 +20,8 @@ from self_rewarding_lm.config import (
     RewardConfig,
     SamplingConfig,
 )
-from self_rewarding_lm.context import Context, check_weights_named
-from self_rewarding_lm.data.datasets import Rows, check_sources
+from self_rewarding_lm.context import Context, wrong_names
+from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.tokenizers import CallableTokenizer, Tokenizer
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, StoreError, typed
@@ -291,7 +291,8 @@ class SelfRewardingTrainer:
 
     def _context(self, place: int) -> Context:
         stage, name, earlier = self.stages[place], self.names[place], self.names[:place]
-        check_weights_named(stage, name, earlier)
+        for error in wrong_names(stage, name, earlier):
+            raise error
         self.tokens.compare_template(name, Path(stage.init_from))
 
         def resolve(source: FromStage) -> Sequence[Any]:
@@ -299,8 +300,6 @@ class SelfRewardingTrainer:
             return self._run.training_data(source.stage)
 
         datasets = stage.datasets()
-        for dataset in datasets.values():
-            check_sources(dataset, name, earlier)
         if self._run is None:
             rows = {field: Rows(data, field, resolve) for field, data in datasets.items()}
         else:

@@ -29,7 +29,7 @@ from self_rewarding_lm.data.files import (
 from self_rewarding_lm.data.forms import is_conversation
 from self_rewarding_lm.data.rows import check_prompt, prompt_of
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
+from self_rewarding_lm.errors import DataError, TokenizerError
 from self_rewarding_lm.records import Demonstration, PreferencePair, Prompt, RankedReplies
 
 logger = logging.getLogger(__name__)
@@ -46,16 +46,6 @@ SHOWN_REASONS = 3  # of rows that were left out
 
 ROWS = (str, Mapping, tuple, PreferencePair, Demonstration, RankedReplies)
 """Types of rows by which a list within a list is known to be a dataset."""
-
-
-def check_sources(dataset: Any, stage: str, earlier: Sequence[str]) -> None:
-    """Raise ConfigError where a dataset of a stage is of one that does not come before it."""
-    for item in dataset if isinstance(dataset, list) else [dataset]:
-        if isinstance(item, FromStage) and item.stage not in earlier:
-            raise ConfigError(
-                f"{stage}: from_stage({item.stage!r}) must name an earlier stage; before it come: "
-                f"{', '.join(earlier) or 'none'}."
-            )
 
 
 def create_mock_dataset(length: int, output: Any) -> Dataset:

@@ -6,7 +6,6 @@ folder). Objects (functions, modules, classes) are named `package.module:attribu
 looked for in that folder too.
 """
 
-import difflib
 import importlib
 import re
 import sys
@@ -21,15 +20,15 @@ from torch import nn
 from self_rewarding_lm.config import (
     Config,
     FinetuneConfig,
-    FromStage,
     RewardConfig,
     SelfInstruct,
     from_stage,
 )
+from self_rewarding_lm.context import no_reward_prompt, wrong_names
 from self_rewarding_lm.data.files import SUFFIXES_IN_WORDS, suffix_of
 from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
 from self_rewarding_lm.describe import config_in, model_of
-from self_rewarding_lm.errors import ConfigError, SelfRewardingError
+from self_rewarding_lm.errors import ConfigError, SelfRewardingError, did_you_mean
 from self_rewarding_lm.models.loading import load_tokenizer, lora_config
 from self_rewarding_lm.recipes.paper import paper_recipe
 from self_rewarding_lm.recipes.settings import (
@@ -43,7 +42,6 @@ from self_rewarding_lm.recipes.settings import (
 )
 from self_rewarding_lm.recipes.yaml_nodes import Node
 from self_rewarding_lm.stages.base import stage_names
-from self_rewarding_lm.stages.preference import OWN
 
 if TYPE_CHECKING:
     from self_rewarding_lm.trainer import SelfRewardingTrainer
@@ -76,12 +74,11 @@ WRONG: Any = object()
 
 
 class Reader:
-    """problems: one line each. sources: every from_stage with its node and its keys."""
+    """Reads values of nodes. problems: a line for each value that was refused."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
         self.trees: dict[str, Any] = {}
-        self.sources: list[tuple[FromStage, Node, Keys]] = []
 
     def refuse(self, node: Node, keys: Keys, words: str) -> Any:
         """Write down a problem; the value becomes WRONG."""
@@ -172,8 +169,7 @@ class Reader:
             if key in fields:
                 values[key] = self._value(key, fields[key], child, (*keys, key))
             else:
-                near = difflib.get_close_matches(key, list(fields), n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                hint = did_you_mean(key, fields)
                 words = f"this is no setting; {hint}There are: {', '.join(fields)}."
                 self.refuse(child, (*keys, key), words)
         return values
@@ -243,8 +239,7 @@ class Reader:
         if not isinstance(inner.value, str):
             words = f"this must be a stage's name; got {shape(inner)}."
             return self.refuse(inner, (*keys, kind), words)
-        self.sources.append((from_stage(inner.value), inner, (*keys, kind)))
-        return self.sources[-1][0]
+        return from_stage(inner.value)
 
     def _trees(self, node: Node, rest: dict[str, Node], keys: Keys) -> Any:
         """A part of Open Assistant message trees; the file is read once for all parts of it."""
@@ -478,29 +473,12 @@ class RecipeReader(Reader):
             self.refuse(root.at(("stages",)), ("stages",), str(error))
             return
         for place, stage in enumerate(stages):
-            keys = ("stages", place)
-            earlier = ", ".join(names[:place]) or "none"
-            for source, node, where in self.sources:
-                used = any(_holds(data, source) for data in stage.datasets().values())
-                if used and source.stage not in names[:place]:
-                    words = f"must name an earlier stage (there is: {earlier}); got {shape(node)}."
-                    self.refuse(node, where, words)
-            named = {"init_from": ("previous",), "fit_from": ("current",), "reference": OWN}
-            for name, own in {**named, "rejected_from": ("null",)}.items():
-                start = getattr(stage, name, own[0])
-                if start in (*own, "initial", *names[:place]) or not isinstance(start, str | Path):
-                    continue
-                if Path(start).exists():
-                    continue
-                words = f"must be {', '.join(own)}, initial, an earlier stage ({earlier}) or a path"
-                where = (*keys, name)
-                self.refuse(root.at(where), where, f"{words}; got {str(start)!r}.")
-            asked = getattr(stage, "self_reward_config_keyname", ())
-            for reward in (asked,) if isinstance(asked, str) else asked:
-                if reward not in rewards:
-                    where = (*keys, "self_reward_config_keyname")
-                    words = f"must be one of reward_prompts ({', '.join(rewards)}); got {reward!r}."
-                    self.refuse(root.at(where), where, words)
+            errors = [*wrong_names(stage, names[place], names[:place])]
+            missing = [name for name in stage.reward_names() if name not in rewards]
+            errors += [no_reward_prompt(names[place], name, rewards) for name in missing]
+            for error in errors:
+                keys = ("stages", place, *error.path) if "stages" in root.value else ("paper",)
+                self.refuse(root.at(keys), keys, str(error))
 
     def model(self, node: Node, keys: Keys) -> Any:
         """A folder, a file, a name on the hub, or an object."""
@@ -528,10 +506,3 @@ class RecipeReader(Reader):
         if not path.exists() and OBJECT_NAME.fullmatch(node.value):
             return self.object(node, keys)
         return str(path) if path.exists() else node.value
-
-
-def _holds(dataset: Any, source: Any) -> bool:
-    """Whether a dataset is `source`, or has it among its parts or as the seeds of new prompts."""
-    parts = [*dataset] if isinstance(dataset, list) else [dataset]
-    parts += [getattr(part, "seed_dataset", None) for part in parts]
-    return any(part is source for part in parts)

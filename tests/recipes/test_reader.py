@@ -411,18 +411,19 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
         ),
         (
             "model: m0\nstages:\n  - stage: dpo\n    train_dataset: {from_stage: m1}\n",
-            "line 4: stages[0].train_dataset.from_stage: must name an earlier stage (there is: "
-            "none); got 'm1'.",
+            "line 4: stages[0].train_dataset.from_stage: dpo: from_stage('m1') must name an earlier "
+            "stage; before it come: none.",
         ),
         (
             "model: m0\nstages:\n  - stage: sft\n    train_dataset: ift.jsonl\n    init_from: m1\n",
-            "line 5: stages[0].init_from: must be previous, initial, an earlier stage (none)",
+            "line 5: stages[0].init_from: sft: init_from must be 'previous', 'initial', the name of an "
+            "earlier stage (there is none) or a path; got 'm1'.",
         ),
         (
             "model: m0\nstages:\n  - stage: self_reward\n    prompt_dataset: prompts.jsonl\n"
             "    self_reward_config_keyname: mine\n",
-            "line 5: stages[0].self_reward_config_keyname: must be one of reward_prompts "
-            "(default); got 'mine'.",
+            "line 5: stages[0].self_reward_config_keyname: self_reward: self_reward_config_keyname "
+            "'mine' is none of the trainer's reward prompts: 'default'.",
         ),
         (
             "model: m0\nstages:\n  - {stage: sft, name: a, train_dataset: ift.jsonl}\n"
@@ -449,6 +450,17 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
         (
             PAPER + "  positive_only: true\n  self_reward: {dpo_beta: 0.2}\n",
             "line 6: paper.self_reward: dpo_beta: a setting of pairs, and this stage makes none.",
+        ),
+        (
+            PAPER + "  self_reward: {reference: m9}\n",
+            "line 2: paper: m3: reference must be 'initial', the name of an earlier stage (m1, m2) "
+            "or a path; got 'm9'.",
+        ),
+        (
+            "model: m0\nstages:\n  - stage: self_reward\n    prompt_dataset:\n      self_instruct: "
+            "{seed_dataset: {from_stage: m1}, num_prompts: 1, model: m1}\n",
+            "line 3: stages[0].weights: self_reward: weights must be 'initial', the name of an "
+            "earlier stage (there is none) or a path; got 'm1'.",
         ),
         ("[1, 2]\n", "line 1: this must be a mapping of settings; got [1, 2]."),
     ],
