@@ -385,6 +385,10 @@ class FinetuneConfig(Config):
         stages, no `ctx.run`, and a temporary folder. No weights may be changed. Default: nothing.
         """
 
+    def work(self, counting: Any) -> Any:
+        """The `Work` that a plan counts of the stage. counting: Counting. None if unknown."""
+        return None
+
     def reward_names(self) -> tuple[str, ...]:
         """Which of the trainer's reward prompts the stage judges by."""
         return ()

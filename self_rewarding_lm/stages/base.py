@@ -16,6 +16,16 @@ from self_rewarding_lm.errors import ConfigError, DataError, SelfRewardingError,
 from self_rewarding_lm.records import Candidate, Record
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Stored
+from self_rewarding_lm.stages.lengths import Measure
+from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range
+from self_rewarding_lm.stages.work import (
+    Counting,
+    RowShape,
+    Training,
+    Work,
+    given_row,
+    unknown_work,
+)
 from self_rewarding_lm.training.early_stopping import EarlyStopping, StageEvaluation
 from self_rewarding_lm.training.fit import Fit, Trial
 from self_rewarding_lm.training.objectives import Objective
@@ -133,6 +143,36 @@ class TrainingConfig(FinetuneConfig):
         """The loss of an objective's first row and its gradient, and no step; for `rehearse`."""
         optim = self.optim.completed(*self.default_learning_rates, self.default_epochs)
         Trial(ctx, out, objective, optim, num_train_steps=1, dropout=self.dropout).run()
+
+    def work(self, counting: Counting) -> Work:
+        row = RowShape().capped(counting.limit(self.max_seq_len))
+        return Work(training=self.planned_training(UNKNOWN, row), notes=(unknown_work(self),))
+
+    def work_on(self, dataset: Any, counting: Counting, measure: Measure, answers: int) -> Work:
+        """The work of a stage that trains on a dataset. answers: how many each row has."""
+        data = counting.data(dataset, measure)
+        row = given_row(data.lengths, answers).capped(counting.limit(self.max_seq_len))
+        return Work(training=self.planned_training(data.rows, row), made=data.rows)
+
+    def planned_training(self, rows: Range, row: RowShape) -> Training:
+        """Training on so many rows of one shape."""
+        batch = self.optim.batch_size
+        if self.num_train_steps is not None:
+            steps = Range.of(self.num_train_steps)
+            trained = NOTHING if rows.most == 0 else steps.times(batch)
+        else:
+            most = None if rows.most is None else self.planned_steps(rows.most)
+            steps = Range(self.planned_steps(rows.least), most)
+            trained = rows.times(self.optim.epochs or self.default_epochs)
+        if self.early_stopper_eval_module is not None:
+            first_check = min(self.optim.eval_every, steps.least)
+            steps = Range(first_check, steps.most)
+            trained = Range(min(first_check * batch, trained.least), trained.most)
+        return Training(rows, row, steps, trained.times(row.tokens))
+
+    def own_weights(self) -> int:
+        """Folders of weights that the stage keeps for itself until it is done."""
+        return 0
 
 
 def check_rows(rows: Rows, on_bad_row: OnBadRow, check: Callable[[Any, str], Any]) -> None:

@@ -24,8 +24,10 @@ from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
 from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts
+from self_rewarding_lm.stages.ranges import Range
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.work import Asking, Counting, Work
 
 SIDES = ("positive", "negative")
 
@@ -449,6 +451,17 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
         found = prompt_of(row, where, ctx.tokens)
         if found.messages is None:
             comes_from_data(Prompt(where, 0, found.ids, found.text), ctx.tokens)
+
+    def work(self, counting: Counting) -> Work:
+        texts = [text for c in self.pairs() for text in (c.positive, c.negative)]
+        return self.sampled_work(counting, texts=texts)
+
+    def judging_work(
+        self, counting: Counting, candidates: Asking, prompt: Range
+    ) -> tuple[Asking, tuple[str, ...]]:
+        if not self.is_judged:
+            return Asking(), ()
+        return super().judging_work(counting, candidates, prompt)
 
     @property
     def _parent(self) -> type[SampledPreferenceConfig]:

@@ -11,7 +11,9 @@ from self_rewarding_lm.data.rows import preference_row, truncated
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
+from self_rewarding_lm.stages.lengths import pair_lengths
 from self_rewarding_lm.stages.preference import PreferenceConfig
+from self_rewarding_lm.stages.work import Counting, Work
 
 
 class DPOConfig(PreferenceConfig):
@@ -43,6 +45,9 @@ class DPOConfig(PreferenceConfig):
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         pairs = self._pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)
         self.try_fit(ctx, out, self.objective(ctx, out, pairs))
+
+    def work(self, counting: Counting) -> Work:
+        return self.work_on(self.train_dataset, counting, pair_lengths, answers=2)
 
     def _pairs(
         self, ctx: Context, rows: Rows, name: str, out: StageDir

@@ -49,6 +49,9 @@ from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.scores import number_text
 from self_rewarding_lm.stages.base import check_rows, read_once
+from self_rewarding_lm.stages.lengths import ranked_lengths
+from self_rewarding_lm.stages.ranges import UNKNOWN, Range
+from self_rewarding_lm.stages.work import Asking, Counting, Work, prompt_tokens
 
 Accept = Literal["instruction", "reply"]
 
@@ -246,6 +249,40 @@ class BuildEFTConfig(FinetuneConfig):
             "min_kept": 0,
         }
         self.model_copy(update=fewer).run(ctx, out)
+
+    def work(self, counting: Counting) -> Work:
+        data = counting.data(self.ranked_dataset, ranked_lengths)
+        lengths, compares = data.lengths, self.method == "comparisons"
+        # 1. what is judged: replies, or each two that differ in rank
+        count = Range(2 * data.rows.least)  # two replies a row at least
+        if compares:
+            replies = 2 if lengths is None else lengths.answers
+            count = Range(data.rows.least, data.rows.times(replies * (replies - 1) / 2).most)
+        elif lengths is not None:  # all rows have as many as those that were looked at
+            count = data.rows.times(lengths.answers)
+        # 2. what a judge prompt shows
+        shown, longest, sides = UNKNOWN, None, 2 if compares else 1
+        if lengths is not None:
+            shown = Range.of(round(lengths.prompt + sides * lengths.answer))
+            longest = lengths.longest_prompt + sides * lengths.longest_answer
+        # 3. judgements
+        asks = counting.rewards.get(self.self_reward_config_keyname)
+        if compares:
+            asks = self.written_comparison()
+        elif asks is not None and self.method == "judgements":
+            asks = asks.as_written()
+        judgements, answers = Asking(), Asking(count)
+        if self.method != "ranks":
+            settings = (asks, self.judging, answers, self.attempts, shown, longest)
+            judgements = counting.judgements(*settings)
+        rubric, _ = counting.rubric(asks)
+        return Work(
+            data.rows,
+            prompt_tokens(lengths, counting.max_len),
+            judgements=judgements,
+            made=Range(0, count.most),
+            example=UNKNOWN if rubric is None else shown + Range.of(rubric),
+        )
 
     @property
     def attempts(self) -> int:

@@ -50,26 +50,26 @@ class Counted:
     lengths: Lengths | None = None
 
 
-def supervised(row: Any, where: str, tokens: Tokens) -> Parts:
-    """A row that is learnt."""
+def training_row_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
+    """Of a row that is learnt."""
     ids, targets = training_row(row, where, tokens)
     learnt = sum(targets)
     return len(ids) - learnt, (learnt,)
 
 
-def pair(row: Any, where: str, tokens: Tokens) -> Parts:
-    """A pair of responses."""
+def pair_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
+    """Of a pair of responses."""
     found = preference_row(row, where, tokens)
     return len(found.prompt_ids), (len(found.chosen_ids), len(found.rejected_ids))
 
 
-def prompt(row: Any, where: str, tokens: Tokens) -> Parts:
-    """A prompt to be answered."""
+def prompt_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
+    """Of a prompt to be answered."""
     return len(prompt_of(row, where, tokens).ids), ()
 
 
-def ranked(row: Any, where: str, tokens: Tokens) -> Parts:
-    """Replies that were ranked."""
+def ranked_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
+    """Of replies that were ranked."""
     item = ranked_row(row, where)
     replies = tuple(len(tokens.encode_part(reply)) for reply in item.replies)
     return len(tokens.prompt(item.prompt, where).ids), replies

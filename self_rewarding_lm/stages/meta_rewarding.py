@@ -7,7 +7,7 @@ become strengths by the paper's position weights and battles (section 2.2).
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from statistics import pvariance
 from typing import Any, ClassVar
@@ -32,6 +32,10 @@ from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.work import Counting, Work
+
+COMPARING = "comparing judgements is not counted, nor are their pairs; see docs/meta_rewarding.md"
+
 
 SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
 
@@ -144,6 +148,10 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
             judge = JudgePairMaker(self, ctx, out).make_beside(len(own))
         made = Groups(out.known(PreferencePair))
         return Joined(super().trained(ctx, out, made.in_order(own)), made.in_order(judge))
+
+    def work(self, counting: Counting) -> Work:
+        work = super().work(counting)
+        return replace(work, notes=(*work.notes, COMPARING)) if self.train_judge else work
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         if not self.train_judge:

@@ -5,6 +5,7 @@ reference and the schedule of the learning rate go through all rounds as if they
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +27,9 @@ from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Pr
 from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
+from self_rewarding_lm.stages.lengths import Counted, Lengths, prompt_lengths
 from self_rewarding_lm.stages.pair_maker import PairMaker, PairSettings
+from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.stages.self_instruct.write import (
     CURRENT,
     SEED,
@@ -34,10 +37,25 @@ from self_rewarding_lm.stages.self_instruct.write import (
     seed_text,
     write_prompts,
 )
+from self_rewarding_lm.stages.work import (
+    Asking,
+    Counting,
+    RowShape,
+    Work,
+    longest_prompt,
+    new_tokens,
+    prompt_tokens,
+)
 from self_rewarding_lm.training.loss_config import losses_in, read_by
 from self_rewarding_lm.training.state import RoundState
 
 logger = logging.getLogger(__name__)
+
+
+OBJECT = "its judge is an object, of which nothing is known here"
+
+
+WRITING = "writing the new prompts is not counted, as it is not known how many lists that takes"
 
 
 class SampledPreferenceConfig(PairSettings):
@@ -202,9 +220,96 @@ class SampledPreferenceConfig(PairSettings):
         rows = [{"prompt": from_data(r.text), "instruction_id": r.id} for r in written]
         return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts", no_stage)})
 
+    def work(self, counting: Counting) -> Work:
+        return self.sampled_work(counting)
+
+    def sampled_work(
+        self,
+        counting: Counting,
+        *,
+        models: int = 1,
+        texts: Sequence[str] = (),
+        rows_of_prompt: int | None = None,
+        answers: int = 2,
+    ) -> Work:
+        """The work of a stage that samples and trains on what it sampled.
+
+        models: how many answer each prompt. texts: one of them stands beside the prompt of each
+        candidate. rows_of_prompt: rows to train on that a prompt gives at most; None for those of
+        `pairing`. answers: how many each of these rows has.
+        """
+        rows_of_prompt = rows_of_prompt or self.pairing.pairs_per_prompt
+        limit, new = counting.limit(self.max_seq_len), new_tokens(self.generation)
+        # 1. prompts
+        notes: tuple[str, ...] = ()
+        if isinstance(self.prompt_dataset, SelfInstruct):
+            data, notes = Counted(Range.of(self.prompt_dataset.num_prompts)), (WRITING,)
+        else:
+            data = counting.data(self.prompt_dataset, prompt_lengths)
+        prompts_of_round = self._prompts_needed(data.rows, rows_of_prompt)
+        prompts, prompt = prompts_of_round.times(self.rounds), prompt_tokens(data.lengths, limit)
+        # 2. candidates
+        each = self.num_candidate_responses * models
+        read = prompts.times(prompt)
+        longest = longest_prompt(data.lengths, self.max_seq_len, new)
+        if texts:  # the prompt of each candidate is read for itself
+            added = counting.sizes(texts)
+            read = prompts.times(each).times(prompt + added)
+            longest = None if longest is None or added.most is None else longest + added.most
+        at_once = self.prompts_per_block * each
+        candidates = Asking(prompts.times(each), new, read, longest, at_once)
+        # 3. judgements
+        judgements, unknown = self.judging_work(counting, candidates, prompt)
+        # 4. training, in each round
+        wanted = self.num_generated_preference_pairs
+        most = prompts_of_round.times(rows_of_prompt).most
+        made = Range.of(wanted) if wanted else Range(0, most)
+        mixed = total(counting.made.get(name, UNKNOWN) for name in self.mix_pairs)
+        row = sampled_row(data.lengths, new, answers).capped(limit)
+        training = self.planned_training(made + mixed, row).repeated(self.rounds)
+        made = made.times(self.rounds)
+        notes = (*unknown, *notes)
+        return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
+
+    def judging_work(
+        self, counting: Counting, candidates: Asking, prompt: Range
+    ) -> tuple[Asking, tuple[str, ...]]:
+        """The judgements of candidates, and notes on what is not known of them. prompt: tokens."""
+        if self.judge is not None:
+            return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
+        return Asking(candidates.count, NOTHING, NOTHING, here=False), ()
+
+    def _prompts_needed(self, rows: Range, rows_of_prompt: int) -> Range:
+        """Prompts that a round works on until it has as many pairs as are wanted. rows: of the
+        dataset."""
+        wanted, block = self.num_generated_preference_pairs, self.prompts_per_block
+        if self.prompts_per_round is not None:
+            return Range(1 if wanted else self.prompts_per_round, self.prompts_per_round)
+        if wanted is None:
+            return rows.times(self.max_prompt_passes or 1)
+        least = block * math.ceil(wanted / rows_of_prompt / block)
+        if not rows.most:
+            return Range(least)
+        passes = self.max_prompt_passes or 4 * math.ceil(wanted / rows.most)
+        return Range(least, passes * rows.most).capped(passes * rows.most)
+
 
 def no_stage(source: FromStage) -> Sequence[Any]:
     raise AssertionError(f"new prompts are of no stage: {source}")
+
+
+def sampled_row(lengths: Lengths | None, new: Range, answers: int) -> RowShape:
+    """The shape of a dataset's prompt with sampled answers of `new` tokens each."""
+    if lengths is None:
+        return RowShape(answer=new, answers=answers)
+    most = new.most or 0
+    return RowShape(
+        Range.of(round(lengths.prompt)) + new.times(answers),
+        new,
+        lengths.longest_prompt + answers * most,
+        lengths.longest_prompt + most,
+        answers,
+    )
 
 
 def work_rounds(stage: "SampledPreferenceConfig", ctx: Context, out: StageDir) -> None:

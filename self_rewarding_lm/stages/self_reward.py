@@ -1,5 +1,6 @@
 """Self-rewarding DPO: the model answers and judges itself (arXiv:2401.10020, sections 2.2, 2.3)."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -20,9 +21,14 @@ from self_rewarding_lm.judges.self_judge import (
 )
 from self_rewarding_lm.judges.server import ServerJudge
 from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.stages.ranges import Range
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
+from self_rewarding_lm.stages.work import Asking, Counting, together
 
 DEFAULT = "default"
+
+
+OTHER = "another model judges: its memory and time are not in this plan"
 
 
 class SelfRewardDPOConfig(SampledPreferenceConfig):
@@ -121,6 +127,25 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         reward = next(iter(self._rewards(ctx).values()))
         numbers = reward.allowed_scores or reward.score_range
         return None if numbers is None else (float(min(numbers)), float(max(numbers)))
+
+    def judging_work(
+        self, counting: Counting, candidates: Asking, prompt: Range
+    ) -> tuple[Asking, tuple[str, ...]]:
+        if self.judge is not None:
+            return super().judging_work(counting, candidates, prompt)
+        asks, times, sides = [], self.num_sampled_reward_responses, 1
+        if self.comparison is None:
+            asks = [counting.rewards.get(name) for name in self.reward_names()]
+        else:  # each candidate is shown before all others
+            asks, times, sides = [self.comparison], self.num_candidate_responses - 1, 2
+        new, longest = candidates.new, candidates.longest
+        shown = prompt + new.times(sides)
+        longest = None if longest is None else longest + sides * (new.most or 0)
+        judgements = together(
+            [counting.judgements(a, self.judging, candidates, times, shown, longest) for a in asks]
+        )
+        here = self.rewarding_model is None
+        return replace(judgements, here=here), () if here else (OTHER,)
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)

@@ -17,11 +17,14 @@ from self_rewarding_lm.judges.server import ServerJudge
 from self_rewarding_lm.records import Candidate, Demonstration, Prompt
 from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.stages.lengths import training_row_lengths
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts
+from self_rewarding_lm.stages.ranges import total
 from self_rewarding_lm.stages.sampled import no_stage
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
+from self_rewarding_lm.stages.work import Counting, Work, given_row
 from self_rewarding_lm.training.objectives import SupervisedObjective
 
 CURRENT = "current"
@@ -94,6 +97,20 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
         rows = supervised.training_rows(ctx, found, f"{ctx.stage}/top", out)
         self.try_fit(ctx, out, SupervisedObjective(rows))
+
+    def work(self, counting: Counting) -> Work:
+        each = self.num_candidate_responses
+        work = self.sampled_work(counting, rows_of_prompt=each, answers=1)
+        if self.train_dataset is None or work.training is None:
+            return work
+        data = counting.data(self.train_dataset, training_row_lengths)
+        row, limit = work.training.row, counting.limit(self.max_seq_len)
+        other = given_row(data.lengths, 1).capped(limit)
+        training = self.planned_training(work.made + data.rows, row.beside(other))
+        if self.num_train_steps is None:
+            parts = (work.training, self.planned_training(data.rows, other))
+            training = replace(training, tokens=total(part.tokens for part in parts))
+        return replace(work, training=training)
 
     def least_score(self, ctx: Context) -> float:
         """The least mean score that counts as the top."""

@@ -11,6 +11,8 @@ from self_rewarding_lm.data.rows import training_row, truncated
 from self_rewarding_lm.records import TrainingRow
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import TrainingConfig, read_once, see_cut
+from self_rewarding_lm.stages.lengths import training_row_lengths
+from self_rewarding_lm.stages.work import Counting, Work
 from self_rewarding_lm.training.objectives import SupervisedObjective
 
 
@@ -48,6 +50,9 @@ class SFTConfig(TrainingConfig):
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         rows = self.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
         self.try_fit(ctx, out, SupervisedObjective(rows))
+
+    def work(self, counting: Counting) -> Work:
+        return self.work_on(self.train_dataset, counting, training_row_lengths, answers=1)
 
     def training_rows(
         self, ctx: Context, rows: Rows, name: str, out: StageDir

@@ -16,7 +16,19 @@ from self_rewarding_lm.runs.lines import Joined, Picked
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups, Stored
 from self_rewarding_lm.stages.base import read_once, report_unanswered
+from self_rewarding_lm.stages.lengths import Lengths, training_row_lengths
 from self_rewarding_lm.stages.preference import PreferenceConfig
+from self_rewarding_lm.stages.ranges import Range
+from self_rewarding_lm.stages.work import (
+    Asking,
+    Counting,
+    RowShape,
+    Work,
+    given_row,
+    longest_prompt,
+    new_tokens,
+    prompt_tokens,
+)
 
 
 class SelfPlayConfig(PreferenceConfig):
@@ -85,6 +97,26 @@ class SelfPlayConfig(PreferenceConfig):
         answers = ctx.sample([human], self.generation.shortened(), 1, max_seq_len=self.max_seq_len)
         self.try_pair(ctx, out, human.ids, human.completion, next(answers).ids)
 
+    def work(self, counting: Counting) -> Work:
+        data = counting.data(self.train_dataset, training_row_lengths)
+        limit, new = counting.limit(self.max_seq_len), new_tokens(self.generation)
+        # 1. an own answer to each row, in each iteration
+        prompts, prompt = data.rows.times(self.iterations), prompt_tokens(data.lengths, limit)
+        longest = longest_prompt(data.lengths, self.max_seq_len, new)
+        candidates = Asking(prompts, new, prompts.times(prompt), longest)
+        # 2. a pair of each row at most
+        pairs, row = Range(0, data.rows.most), played_row(data.lengths, new).capped(limit)
+        first = self.planned_training(pairs, row)
+        later = first
+        if self.mix_previous:  # all iterations but the first have twice the pairs
+            later = self.planned_training(pairs.times(2), row)
+        training = first.plus(later.repeated(self.iterations - 1))
+        made = pairs.times(self.iterations)
+        return Work(prompts, prompt, candidates, training=training, made=made)
+
+    def own_weights(self) -> int:
+        return self.iterations - 1
+
     def _humans(self, ctx: Context, out: StageDir, rows: Rows, name: str) -> Stored[Prompt]:
         """The rows as prompts that hold their human completion."""
 
@@ -148,6 +180,21 @@ class SelfPlayConfig(PreferenceConfig):
             "one, token by token, there is nothing to learn. More iterations give nothing.",
         )
         return found
+
+
+def played_row(lengths: Lengths | None, new: Range) -> RowShape:
+    """The shape of a dataset's row with its own answer and one of `new` sampled tokens."""
+    human = given_row(lengths, 1)
+    if lengths is None or human.longest is None:
+        return RowShape(answers=2)
+    most = new.most or 0
+    return RowShape(
+        human.tokens + new,
+        Range(min(human.answer.least, new.least), max(human.answer.most or 0, most)),
+        human.longest + most,
+        lengths.longest_prompt + max(lengths.longest_answer, most),
+        2,
+    )
 
 
 def _own_id(human_id: str, iteration: int) -> str:

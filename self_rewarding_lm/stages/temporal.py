@@ -20,6 +20,7 @@ from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.pair_maker import PairMaker, prompt_id_of
 from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, ranked
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
+from self_rewarding_lm.stages.work import Counting, Work
 
 ANCHOR, NEXT = "anchor", "next"
 """In ids of candidates, <prompt id>/anchor/<k>: whose they are. Those of the stage's start have no
@@ -153,6 +154,14 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
         objective = self.objective(ctx, out, pairs, round=1)
         steps = self.fit(ctx, out, objective, round=1, first_step=ahead)
         out.summary |= {"pairs": len(pairs), "steps": ahead + steps}
+
+    def work(self, counting: Counting) -> Work:
+        models = 1 + (self.rejected_from is not None) + self.chosen_from_next
+        work = self.sampled_work(counting, models=models)
+        if not self.chosen_from_next or work.training is None:
+            return work
+        ahead = self.planned_training(work.made, work.training.row)  # no pairs are mixed in
+        return replace(work, training=work.training.plus(ahead))
 
     def _train_ahead(self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]) -> int:
         """Train and save the next weights, and put those of the start back; the planned steps."""

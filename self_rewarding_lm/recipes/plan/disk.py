@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from self_rewarding_lm.config import FinetuneConfig
 from self_rewarding_lm.stages.base import TrainingConfig
 from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
-from self_rewarding_lm.stages.spin import SelfPlayConfig
 from self_rewarding_lm.stages.work import Work
 
 RECORD = 160
@@ -58,8 +57,7 @@ def stage_disk(
             meanwhile = meanwhile + Range(0, most)
         if stage.early_stopper_eval_module is not None:
             meanwhile = meanwhile + Range.of(weights)
-        if isinstance(stage, SelfPlayConfig):
-            meanwhile = meanwhile + Range.of((stage.iterations - 1) * weights)
+        meanwhile = meanwhile + Range.of(stage.own_weights() * weights)
     return StageDisk(weights, meanwhile + kept, kept, records(work, vocab))
 
 
