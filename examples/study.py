@@ -24,8 +24,7 @@ import torch
 from study_report import report
 from study_settings import SETTINGS, Lab, Setting, rewards
 
-from self_rewarding_lm import Run, SelfRewardingTrainer
-from self_rewarding_lm.errors import JudgeError, PairingError
+from self_rewarding_lm import JudgeError, PairingError, Run, SelfRewardingTrainer
 
 PROMPTS = 500  # of a round
 SFT_STEPS = 700

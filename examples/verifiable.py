@@ -24,6 +24,7 @@ from torch import nn
 from x_transformers import Decoder, TransformerWrapper
 
 from self_rewarding_lm import (
+    CallableTokenizer,
     ExternalRewardDPOConfig,
     OptimConfig,
     Run,
@@ -32,7 +33,6 @@ from self_rewarding_lm import (
     SFTConfig,
     generate,
 )
-from self_rewarding_lm.data.tokenizers import CallableTokenizer
 
 ALPHABET = string.digits + " +-="
 END = len(ALPHABET)
