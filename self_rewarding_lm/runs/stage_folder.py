@@ -69,7 +69,15 @@ def ends_told(tell: Callable[..., None]) -> Iterator[None]:
 logger = logging.getLogger(__name__)
 
 
-WEIGHTS_FOLDERS = ("model", "best", "iteration-[0-9]*", "checkpoint-[0-9]*")
+AHEAD = "ahead"  # weights of a model that is trained ahead of a stage's own training
+
+
+UNTIL_DONE = ("best", AHEAD, "iteration-[0-9]*")
+"""Folders of weights that go at a stage's end: early stopping's best, those of a model that was
+trained ahead, those of SPIN's iterations."""
+
+
+WEIGHTS_FOLDERS = ("model", "checkpoint-[0-9]*", *UNTIL_DONE)
 
 
 LIBRARY = "self_rewarding_lm"
@@ -323,10 +331,9 @@ class StageDir(StageFiles):
 
 
 def clear(stage: Path) -> None:
-    """Delete what a stage needs only until it is done: the state of its training, best weights of
-    early stopping, those of iterations."""
+    """Delete what a stage needs only until it is done: its training state and UNTIL_DONE."""
     (stage / STATE).unlink(missing_ok=True)
-    for folder in (f for pattern in ("best", "iteration-[0-9]*") for f in stage.glob(pattern)):
+    for folder in (f for pattern in UNTIL_DONE for f in stage.glob(pattern)):
         remove_weights(folder)
 
 

@@ -15,7 +15,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges
 from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, Prompt
 from self_rewarding_lm.runs.run import INITIAL
-from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stage_folder import AHEAD, StageDir
 from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.pair_maker import PairMaker, prompt_id_of
 from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, ranked
@@ -27,8 +27,8 @@ ANCHOR, NEXT = "anchor", "next"
 such word."""
 
 
-AHEAD = "iteration-0"
-"""The folder of the next weights; it goes when the stage is done."""
+AHEAD_BEFORE = "iteration-0"
+"""The folder of the next weights in runs that version 0.1.0 began; now it is AHEAD."""
 
 
 class AnchoredMaker(PairMaker):
@@ -65,7 +65,7 @@ class NextMaker(AnchoredMaker):
     """Makes the pairs of the same prompts when there are candidates of the next weights too."""
 
     def _sample(self, prompts: Sequence[Prompt]) -> None:
-        ahead = self.out.weights(AHEAD)
+        ahead = next_weights(self.out)
         assert ahead is not None
         self._sample_with(ahead, NEXT, prompts)
 
@@ -166,12 +166,17 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
     def _train_ahead(self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]) -> int:
         """Train and save the next weights, and put those of the start back; the planned steps."""
         objective = self.objective(ctx, out, pairs)
-        if out.weights(AHEAD) is None:
+        if next_weights(out) is None:
             start = ctx.model.state()
             self.fit(ctx, out, objective)
             out.save_weights(ctx.model, AHEAD)
             ctx.model.module.load_state_dict(start, strict=False)
         return self.planned_steps(len(objective))
+
+
+def next_weights(out: StageDir) -> Path | None:
+    """The file of the weights that were trained ahead, if they were written."""
+    return out.weights(AHEAD) or out.weights(AHEAD_BEFORE)
 
 
 def anchored(rated: Sequence[Rated], tie_break: str) -> list[tuple[Rated, Rated]]:

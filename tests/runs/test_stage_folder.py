@@ -477,6 +477,17 @@ def test_removing_a_stage_leaves_weights_in_a_folder_that_the_library_did_not_ma
     assert files(stage.path) == ["my-best/model.safetensors"]
 
 
+def test_at_a_stages_end_go_the_weights_that_it_needed_until_then(tmp_path):
+    stage = stage_dir(tmp_path)
+    for name in ("model", "checkpoint-10", "best", "ahead", "iteration-0"):
+        stage.save_weights(Saved(nn.Linear(2, 2)), name)
+    (stage.path / "ahead" / "notes.txt").write_text("mine")
+    stage.finish()
+    folders = {p.name: files(p) for p in stage.path.iterdir() if p.is_dir()}
+    file = ["model.safetensors"]
+    assert folders == {"model": file, "checkpoint-10": file, "ahead": ["notes.txt"]}
+
+
 def test_dropping_weights_leaves_others(tmp_path):
     stage = stage_dir(tmp_path)
     for name in ("model", "iteration-0"):

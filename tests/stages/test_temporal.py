@@ -148,7 +148,7 @@ def test_a_whole_run_does_what_the_paper_says(tmp_path):
     parts = {part_of(i) for p in last.values() for i in (p.chosen_id, p.rejected_id)}
     assert parts == {"", "anchor", "next"}  # or nothing was shown
     assert len(judge.weights) == 1  # those of the start judge all
-    assert not list((tmp_path / "run").glob("*/iteration-*"))
+    assert not list((tmp_path / "run").glob("*/ahead"))
 
 
 def test_each_model_is_the_one_it_should_be(tmp_path):
@@ -225,6 +225,27 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, judged, eva
     found = trainer_of(tmp_path / "stopped", stages(-1), resumed)(rehearse=False)
     for read in (Run.prompts, Run.candidates, Run.judgements, Run.pairs, Run.reference):
         assert list(read(found, "temporal")) == list(read(wanted, "temporal"))
+    assert same(weights_of(resumed), weights_of(straight))
+
+
+def test_a_stage_that_version_0_1_0_began_goes_on_with_the_weights_that_it_trained_ahead(tmp_path):
+    def stages():
+        return [sft(), temporal(Letters(), early_stopper_eval_module=evaluated)]
+
+    seen[:] = [0, 0]
+    straight, resumed = model64(), model64()
+    trainer_of(tmp_path / "straight", stages(), straight)(rehearse=False)
+    seen[:] = [0, 4]  # in the last training
+    with pytest.raises(StopError):
+        trainer_of(tmp_path / "stopped", stages(), model64())(rehearse=False)
+    (stage,) = (tmp_path / "stopped").glob("*-temporal")
+    (stage / "ahead").rename(stage / "iteration-0")
+    digests = (stage / "files.json").read_text()
+    (stage / "files.json").write_text(digests.replace('"ahead/', '"iteration-0/'))
+    seen[:] = [3, 0]
+    trainer_of(tmp_path / "stopped", stages(), resumed)(rehearse=False)
+    assert seen[0] == 5  # nothing was trained ahead again
+    assert not (stage / "iteration-0").exists() and not (stage / "ahead").exists()
     assert same(weights_of(resumed), weights_of(straight))
 
 
