@@ -82,22 +82,22 @@ def _check_and_write(
     if old is not None:
         check_ours(folder, old)
     ours = old["stages"] if old is not None else []
+    in_the_way = [
+        stage
+        for stage in stages
+        if stage not in ours and (folder / stage).exists() and any((folder / stage).iterdir())
+    ]
+    if (old is None or overwrite) and in_the_way:
+        raise StoreError(
+            f"{folder / in_the_way[0]} holds files, but no run of this library is recorded in "
+            f"{folder}. Nothing was changed; choose another checkpoints_folder or move them."
+        )
     if old is not None and overwrite:
         for name in old["stages"]:
             remove_stage(folder / name)
         remove_weights(folder / INITIAL)
         (folder / REPORT).unlink(missing_ok=True)
         old = None
-    in_the_way = [
-        stage
-        for stage in stages
-        if stage not in ours and (folder / stage).exists() and any((folder / stage).iterdir())
-    ]
-    if old is None and in_the_way:
-        raise StoreError(
-            f"{folder / in_the_way[0]} holds files, but no run of this library is recorded in "
-            f"{folder}. Nothing was changed; choose another checkpoints_folder or move them."
-        )
     if old is not None:
         _compare(folder, old, stages, settings)
         for name in (name for name in old["stages"] if StageFiles(folder / name).is_done):

@@ -634,6 +634,18 @@ def test_files_in_a_stages_place_that_no_run_made_stop_the_start(tmp_path, overw
     assert files(tmp_path) == ["00-sft/candidates.jsonl"]
 
 
+def test_files_in_the_way_of_a_run_that_starts_anew_leave_the_earlier_run_as_it_was(tmp_path):
+    run = begin(tmp_path)
+    writable(run).begin({})
+    (tmp_path / "02-more").mkdir()
+    (tmp_path / "02-more" / "notes.txt").write_text("mine")
+    before = files(tmp_path)
+    more = {"stages": [*STAGES, "02-more"], "settings": ({}, {}, {})}
+    with pytest.raises(StoreError, match="02-more holds files"):
+        begin(tmp_path, overwrite=True, **more)
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_file_of_another_program_stops_the_start(tmp_path, overwrite):
     (tmp_path / "run.json").write_text('{"library": "another"}')
