@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import json
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import nn
 
 from self_rewarding_lm.errors import RunMismatchError, StoreError
 from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now
-from self_rewarding_lm.runs.run import INITIAL, REPORT, Run, logger
+from self_rewarding_lm.runs.run import INITIAL, REPORT, Run
 from self_rewarding_lm.runs.stage_folder import (
     LIBRARY,
     StageFiles,
@@ -33,6 +34,20 @@ from self_rewarding_lm.runs.weights import (
 )
 from self_rewarding_lm.runtime import Runtime
 
+logger = logging.getLogger(__name__)
+
+
+PACKAGES = (
+    "self-rewarding-lm",
+    "torch",
+    "accelerate",
+    "x-transformers",
+    "numpy",
+    "pydantic",
+    "safetensors",
+)
+"""Whose versions run.json holds."""
+
 
 def begin_run(
     folder: Path,
@@ -46,11 +61,12 @@ def begin_run(
 ) -> Run:
     """Open `folder` for this run: a new one, or one that goes on.
 
-    Raises RunMismatchError where a started stage had other settings, StoreError where files are in
-    the way that this library did not make. `overwrite` removes an earlier run's own files first.
+    stages: their folders' names, such as 01-sft; settings: the fingerprint of each. overwrite: an
+    earlier run's own files are removed first. Raises RunMismatchError if a stage that has started
+    had other settings or weights, StoreError if files of others are in the way.
     """
     if runtime.is_main:
-        _check_and_write(folder, stages, settings, model, seed, overwrite)
+        _begin(folder, stages, settings, model, seed, overwrite)
     runtime.barrier()
     return Run(folder)
 
@@ -68,7 +84,7 @@ def save_initial(run: Run, model: Savable, module: nn.Module, runtime: Runtime) 
     runtime.barrier()
 
 
-def _check_and_write(
+def _begin(
     folder: Path,
     stages: Sequence[str],
     settings: Sequence[dict[str, Any]],
@@ -76,92 +92,67 @@ def _check_and_write(
     seed: int,
     overwrite: bool,
 ) -> None:
+    """The decisions of `begin_run`, in the main process."""
+    # 1. what is in the folder
     check_folders(list(stages), folder)
-    path = folder / "run.json"
-    old = read_json(path) if path.exists() else None
-    if old is not None:
-        check_ours(folder, old)
-    ours = old["stages"] if old is not None else []
-    in_the_way = [
-        stage
-        for stage in stages
-        if stage not in ours and (folder / stage).exists() and any((folder / stage).iterdir())
-    ]
-    if (old is None or overwrite) and in_the_way:
-        raise StoreError(
-            f"{folder / in_the_way[0]} holds files, but no run of this library is recorded in "
-            f"{folder}. Nothing was changed; choose another checkpoints_folder or move them."
-        )
-    if old is not None and overwrite:
-        for name in old["stages"]:
-            remove_stage(folder / name)
-        remove_weights(folder / INITIAL)
-        (folder / REPORT).unlink(missing_ok=True)
-        old = None
-    if old is not None:
-        _compare(folder, old, stages, settings)
-        for name in (name for name in old["stages"] if StageFiles(folder / name).is_done):
-            clear(folder / name)  # a run may have been killed before it did
-    folder.mkdir(parents=True, exist_ok=True)
+    earlier = _earlier_run(folder)
+    goes_on = earlier is not None and not overwrite
     info = _run_info(stages, model, seed)
-    if old is not None:
-        info["created"] = old["created"]
-        if (folder / stages[0] / "done.json").exists():
-            info["model"] = old["model"]  # the weights that count are the last stage's
-        else:
-            _check_first_weights(folder / stages[0], old["model"], info["model"])
-    write_json(path, info)
+
+    # 2. may this run go on, or begin, in it
+    if earlier is not None and goes_on:
+        _check_settings(folder, earlier["stages"], stages, settings)
+        _check_first_weights(folder / stages[0], earlier["model"], info["model"])
+    else:
+        _check_nothing_in_the_way(folder, stages, [] if earlier is None else earlier["stages"])
+
+    # 3. what is removed
+    if earlier is not None and goes_on:
+        for name in earlier["stages"]:
+            if StageFiles(folder / name).is_done:
+                clear(folder / name)  # the run may have been killed before it did
+    elif earlier is not None:
+        _remove_run(folder, earlier["stages"])
+
+    # 4. what is written
+    if earlier is not None and goes_on:
+        info["created"] = earlier["created"]
+        if StageFiles(folder / stages[0]).is_done:
+            info["model"] = earlier["model"]  # the model now has the weights of a later stage
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", info)
 
 
-def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Responses sampled by other weights than the model's must not be trained on as its own."""
-    if before["hash"] == now["hash"] or not (first / "config.json").exists():
-        return
-    made = [*first.glob("candidates*.jsonl"), *first.glob("reference*.jsonl")]
-    words = (
-        f"the first stage in {first} was begun with other weights (hash {before['hash']}) than the "
-        f"model has now ({now['hash']})"
-    )
-    if made:
-        raise RunMismatchError(
-            f"{words}, and holds what those weights gave. Start with the same weights (for a "
-            "random model: the same torch.manual_seed; after an interruption: a fresh model), or "
-            "call the trainer with overwrite_checkpoints=True."
-        )
-    logger.warning("%s; it is trained again from those of now.", words)
+def _earlier_run(folder: Path) -> dict[str, Any] | None:
+    """What run.json holds, or None if there is none; StoreError if another program wrote it."""
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    info = read_json(path)
+    check_ours(folder, info)
+    return info
 
 
-def _run_info(stages: Sequence[str], model: nn.Module, seed: int) -> dict[str, Any]:
-    packages = (
-        "self-rewarding-lm",
-        "torch",
-        "accelerate",
-        "x-transformers",
-        "numpy",
-        "pydantic",
-        "safetensors",
-    )
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "library": LIBRARY,
-        "format": 1,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seed": seed,
-        "stages": list(stages),
-        "model": {
-            "class": f"{type(model).__module__}.{type(model).__qualname__}",
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "hash": weights_hash(model),
-        },
-        "versions": {"python": platform.python_version(), **versions},
-    }
+def _check_nothing_in_the_way(folder: Path, stages: Sequence[str], ours: Sequence[str]) -> None:
+    """Raise StoreError if the folder of a stage, none of `ours`, holds files."""
+    for stage in stages:
+        path = folder / stage
+        if stage not in ours and path.exists() and any(path.iterdir()):
+            raise StoreError(
+                f"{path} holds files, but no run of this library is recorded in "
+                f"{folder}. Nothing was changed; choose another checkpoints_folder or move them."
+            )
 
 
-def _compare(
-    folder: Path, old: dict[str, Any], stages: Sequence[str], settings: Sequence[dict[str, Any]]
+def _check_settings(
+    folder: Path,
+    earlier: Sequence[str],
+    stages: Sequence[str],
+    settings: Sequence[dict[str, Any]],
 ) -> None:
+    """Raise RunMismatchError if a stage that has begun had other settings than now."""
     now = dict(zip(stages, settings, strict=True))
-    for name in (n for n in old["stages"] if (folder / n / "config.json").exists()):
+    for name in (name for name in earlier if (folder / name / "config.json").exists()):
         before = as_named_now(_bound(read_json(folder / name / "config.json")))
         after = now.get(name)
         if before == json.loads(json.dumps(after)):
@@ -180,13 +171,62 @@ def _compare(
         )
 
 
+def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise RunMismatchError if the first stage, not done, holds what other weights gave.
+
+    first: its folder. before, now: what run.json holds of the model. Responses that other weights
+    sampled must not be trained on as the model's own.
+    """
+    has_begun = (first / "config.json").exists() and not StageFiles(first).is_done
+    if not has_begun or before["hash"] == now["hash"]:
+        return
+    words = (
+        f"the first stage in {first} was begun with other weights (hash {before['hash']}) than the "
+        f"model has now ({now['hash']})"
+    )
+    if any((*first.glob("candidates*.jsonl"), *first.glob("reference*.jsonl"))):
+        raise RunMismatchError(
+            f"{words}, and holds what those weights gave. Start with the same weights (for a "
+            "random model: the same torch.manual_seed; after an interruption: a fresh model), or "
+            "call the trainer with overwrite_checkpoints=True."
+        )
+    logger.warning("%s; it is trained again from those of now.", words)
+
+
+def _remove_run(folder: Path, stages: Sequence[str]) -> None:
+    """Delete what an earlier run wrote; other files stay."""
+    for name in stages:
+        remove_stage(folder / name)
+    remove_weights(folder / INITIAL)
+    (folder / REPORT).unlink(missing_ok=True)
+
+
+def _run_info(stages: Sequence[str], model: nn.Module, seed: int) -> dict[str, Any]:
+    """What run.json holds of a run that begins now."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "library": LIBRARY,
+        "format": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seed": seed,
+        "stages": list(stages),
+        "model": {
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "hash": weights_hash(model),
+        },
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
 def _bound(value: Any) -> Any:
-    """Settings without the free ones, which earlier versions wrote down too."""
+    """Settings without those that may change, which earlier versions wrote down too."""
     free = FREE_SETTINGS if isinstance(value, dict) else ()
     return {k: _bound(v) for k, v in value.items() if k not in free} if free else value
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The lines of two settings that differ, as a diff."""
     then, now = (json.dumps(v, indent=1, ensure_ascii=False).splitlines() for v in (before, after))
     changed = difflib.unified_diff(then, now, "then", "now", lineterm="", n=0)
     return "\n".join(line for line in changed if not line.startswith("@@"))
