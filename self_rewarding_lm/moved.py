@@ -230,8 +230,7 @@ NAMES = {
         "report.export": "write_rows",
     },
     "judges": {
-        "judges.base": "filtered_out ids_of_judgements judged_scores weights_of_judge",
-        "judges.functions": "FunctionJudge ModuleJudge judge_of reward_scores",
+        "judges.functions": "FunctionJudge ModuleJudge reward_scores",
         "judges.self_judge": "SelfJudge SeveralJudges check_judge_prompt form_of score_parser",
     },
     "judging": {

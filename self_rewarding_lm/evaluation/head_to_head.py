@@ -332,15 +332,14 @@ def _judged(
 ) -> list[Judgement]:
     """All judgements, those that are known among them, in the order of their ids."""
     known = {} if out is None else {j.id: j for j in out.known(Judgement)}
-    judged = {candidate_id for j in known.values() for candidate_id in j.candidate_ids}
-    ids_of = getattr(judge, "judgement_ids", None)
-
-    def misses(candidates: list[Candidate]) -> bool:
-        if ids_of is not None:
-            return not known.keys() >= set(ids_of(candidates))
-        return not judged.issuperset(c.id for c in candidates)
-
-    mine = [group for group in ctx.runtime.share(list(groups)) if misses(group[1])]
+    of_prompt: dict[str, list[Judgement]] = {}
+    for judgement in known.values():
+        of_prompt.setdefault(judgement.candidate_ids[0].rpartition("/")[0], []).append(judgement)
+    mine = [
+        (prompt, candidates)
+        for prompt, candidates in ctx.runtime.share(list(groups))
+        if not judge.has_judged(candidates, of_prompt.get(prompt.id, ()))
+    ]
     found = list[Judgement]()
     with ctx.runtime.progress(None, "compare: judging", "judgement") as bar:
         coming = judge.judge(ctx, *map(list, zip(*mine, strict=True))) if mine else ()
@@ -353,7 +352,7 @@ def _judged(
     if out is not None:
         out.merge(Judgement)
     shown = {candidate.id for _, own in groups for candidate in own}
-    ids = None if ids_of is None else {i for _, own in groups for i in ids_of(own)}
+    ids = {i for _, own in groups for i in judge.judgement_ids(own)} if judge.knows_ids else ()
     every = known | {j.id: j for j in ctx.runtime.gather(found)}
     asked = [
         j for j in every.values() if shown.issuperset(j.candidate_ids) and (not ids or j.id in ids)

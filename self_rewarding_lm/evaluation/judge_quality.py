@@ -32,7 +32,7 @@ from self_rewarding_lm.evaluation.agreement import Agreement, RankedScores, agre
 from self_rewarding_lm.evaluation.contexts import open_context
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.local import LocalEngine
-from self_rewarding_lm.judges.base import Judge, judged_scores
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.make import check_judge, make_judge, top_score_of
 from self_rewarding_lm.judges.tally import judge_metrics
 from self_rewarding_lm.records import Judgement, RankedReplies
@@ -358,7 +358,7 @@ def _asked(ctx: Context, ranked: Sequence[RankedReplies]) -> list[Asked]:
 
 def _judged(ctx: Context, asked: Sequence[Asked], judge: Judge) -> list[Judgement]:
     found: list[Judgement] = []
-    total = getattr(judge, "num_judgements", 1) * sum(len(candidates) for _, candidates in asked)
+    total = judge.num_judgements * sum(len(candidates) for _, candidates in asked)
     with ctx.runtime.progress(total, f"{ctx.stage}: judging", "judgement") as bar:
         for judgement in judge.judge(ctx, [p for p, _ in asked], [own for _, own in asked]):
             found.append(judgement)
@@ -376,7 +376,7 @@ def _evaluation(
     seed: int,
 ) -> JudgeEvaluation:
     everyone = [candidate for _, own in asked for candidate in own]
-    scores = judged_scores(judge, everyone, judgements)
+    scores = judge.scores(everyone, judgements)
     items = tuple(
         RankedScores(item.group, item.ranks, tuple(scores[c.id] for c in candidates))
         for item, (_, candidates) in zip(ranked, asked, strict=True)

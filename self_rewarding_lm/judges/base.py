@@ -1,56 +1,103 @@
-"""Candidates to judgements: a model with a reward prompt, a text function, a reward module."""
+"""What a judge is: candidates in, judgements out, and what the rest of the library asks it."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.scores import candidate_scores
 
 
-@runtime_checkable
-class Judge(Protocol):
-    """Scores candidates. `candidates_PG`: for each prompt the list of its candidates.
+class Judge:
+    """Scores candidates. A subclass writes `judge`; everything else has a default.
 
-    It may have `num_judgements`, those of each candidate (default 1), or
-    `judgement_ids(candidates)`, the ids of all judgements of one prompt's candidates; a stage that
-    goes on asks for the prompts that miss some. It may have `scores(candidates, judgements)`, what
-    its judgements come to for one prompt's candidates (by id, None where unknown; default
-    `judging.candidate_scores`), `filtered(candidates, judgements)`, the ids of those that it lets
-    through to no pair, and `weights_used()`, names of the weights that it asks the context for.
+    `make_judge` gives these defaults to any object with a method `judge` too.
     """
+
+    name: str = "judge"
+    """Who made the judgements; written into each of them."""
+    num_judgements: int = 1
+    """Judgements of each candidate."""
+    reads_weights: bool = True
+    """Whether its judgements may change when the weights in the context's model change."""
+    judges_singly: bool = False
+    """Whether it judges each candidate without the other candidates of its prompt."""
+    knows_ids: bool = True
+    """Whether `judgement_ids` holds. If not, the judgements of each candidate are counted."""
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> Iterable[Judgement]:
-        """Judgements of all candidates, in any order; ids <candidate id>/j<k>."""
-        ...
+        """Judgements of all candidates, in any order; ids <candidate id>/j<k>.
+
+        candidates_PG: for each prompt the list of its candidates.
+        """
+        raise NotImplementedError
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        """Ids of all judgements of one prompt's candidates."""
+        numbers = range(self.num_judgements)
+        return [f"{candidate.id}/j{k}" for candidate in candidates for k in numbers]
+
+    def has_judged(self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]) -> bool:
+        """Whether these are all judgements of one prompt's candidates."""
+        if self.knows_ids:
+            return {j.id for j in judgements}.issuperset(self.judgement_ids(candidates))
+        counts = Counter(candidate_id for j in judgements for candidate_id in j.candidate_ids)
+        return all(counts[candidate.id] >= self.num_judgements for candidate in candidates)
+
+    def scores(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        """The score of each of one prompt's candidates by its id; None if it is unknown."""
+        return candidate_scores(candidates, judgements)
+
+    def filtered(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> set[str]:
+        """Ids of candidates that this judge excludes from all pairs."""
+        return set()
+
+    def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
+        """Those of a stage's judgements that the stage's own judge made."""
+        return list(judgements)
+
+    def weights_used(self) -> set[str]:
+        """Names of the weights that it asks the context for: "initial", stages, paths."""
+        return set()
 
 
-def ids_of_judgements(judge: Judge, candidates: Sequence[Candidate]) -> list[str]:
-    """Ids of all judgements that a judge makes of one prompt's candidates."""
-    told = getattr(judge, "judgement_ids", None)
-    if told is not None:
-        return told(candidates)
-    numbers = range(getattr(judge, "num_judgements", 1))
-    return [f"{candidate.id}/j{k}" for candidate in candidates for k in numbers]
+class WrappedJudge(Judge):
+    """Any object with a method `judge`: what it does not define itself is as in `Judge`."""
 
+    def __init__(self, judge: Any) -> None:
+        self.inner = judge
+        self.name = getattr(judge, "name", type(judge).__name__)
+        self.num_judgements = getattr(judge, "num_judgements", 1)
+        self.reads_weights = getattr(judge, "reads_weights", True)
+        self.knows_ids = hasattr(judge, "judgement_ids")
 
-def judged_scores(
-    judge: Judge, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
-) -> dict[str, float | None]:
-    """What a judge's judgements come to for each of one prompt's candidates, by its id."""
-    return getattr(judge, "scores", candidate_scores)(candidates, judgements)
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterable[Judgement]:
+        return self.inner.judge(ctx, prompts, candidates_PG)
 
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        return self._method("judgement_ids")(candidates)
 
-def filtered_out(
-    judge: Judge, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
-) -> set[str]:
-    """Ids of the candidates that a judge lets through to no pair, whatever their score."""
-    told = getattr(judge, "filtered", None)
-    return set() if told is None else told(candidates, judgements)
+    def scores(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        return self._method("scores")(candidates, judgements)
 
+    def filtered(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> set[str]:
+        return self._method("filtered")(candidates, judgements)
 
-def weights_of_judge(judge: Any) -> set[str]:
-    """Names of the weights that a judge asks for: "initial", stages, paths."""
-    return getattr(judge, "weights_used", set)()
+    def weights_used(self) -> set[str]:
+        return self._method("weights_used")()
+
+    def _method(self, name: str) -> Any:
+        return getattr(self.inner, name, getattr(super(), name))

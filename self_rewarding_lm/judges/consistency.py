@@ -11,24 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges.base import (
-    Judge,
-    filtered_out,
-    ids_of_judgements,
-    judged_scores,
-    weights_of_judge,
-)
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.ensemble import Member
-from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
 from self_rewarding_lm.judges.implicit import CURRENT, ImplicitJudge, implicit_judgements
-from self_rewarding_lm.judges.reward_model import RewardModelJudge
-from self_rewarding_lm.judges.server import ServerAsker, ServerJudge
-from self_rewarding_lm.judges.votes import VoteJudge
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.run import INITIAL
@@ -57,7 +47,7 @@ class ConsistencyConfig(Config):
     """The rank correlation; of Kendall's it is tau-b, which allows for ties."""
 
 
-class ComparingJudge:
+class ComparingJudge(Judge):
     """A stage's judge, and beside it the rankings that are compared.
 
     The judge's own judgements are what they were without; those of the earlier model are called
@@ -67,19 +57,20 @@ class ComparingJudge:
 
     def __init__(self, judge: Judge, config: ConsistencyConfig) -> None:
         self.inner, self.config = judge, config
-        self.name = getattr(judge, "name", type(judge).__name__)
+        self.name = judge.name
         which = str(config.previous)
-        self.current: Any = judge
+        self.current: Judge = judge
+        self.added: list[Member] = []
         if config.by == "judge":
             self.previous = Member(EarlierJudge(judge, which), "previous")
         else:
             if not isinstance(judge, ImplicitJudge):
                 self.current = Member(ImplicitJudge(), "current")
+                self.added.append(self.current)
             reference = None if which == INITIAL else INITIAL
             earlier = ImplicitJudge(weights=which, reference=reference)
             self.previous = Member(earlier, "previous")
-        own = [] if self.current is judge else [self.current]
-        self.added: list[Member] = [*own, self.previous]
+        self.added.append(self.previous)
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -96,10 +87,10 @@ class ComparingJudge:
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
         more = [i for member in self.added for i in member.judgement_ids(candidates)]
-        return [*ids_of_judgements(self.inner, candidates), *more]
+        return [*self.inner.judgement_ids(candidates), *more]
 
     def weights_used(self) -> set[str]:
-        return set().union(*map(weights_of_judge, (self.inner, *(m.inner for m in self.added))))
+        return set().union(*(judge.weights_used() for judge in (self.inner, *self.added)))
 
     def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
         """Those of the stage's judge itself."""
@@ -110,13 +101,13 @@ class ComparingJudge:
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> dict[str, float | None]:
         """The stage's judge's scores of one prompt's candidates."""
-        return judged_scores(self.inner, candidates, self.own(judgements))
+        return self.inner.scores(candidates, self.own(judgements))
 
     def filtered(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> set[str]:
         """Ids of those that the stage's judge lets through to no pair."""
-        return filtered_out(self.inner, candidates, self.own(judgements))
+        return self.inner.filtered(candidates, self.own(judgements))
 
     def smoothing(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
@@ -127,7 +118,7 @@ class ComparingJudge:
         """
         judgements = list(judgements)
         own = self.own(judgements) if self.current is self.inner else judgements
-        now = judged_scores(self.current, candidates, own)
+        now = self.current.scores(candidates, own)
         before = self.previous.scores(candidates, judgements)
         both = [(now[c.id], before[c.id]) for c in candidates]
         known = [(a, b) for a, b in both if a is not None and b is not None]
@@ -135,7 +126,7 @@ class ComparingJudge:
         return None if tau is None else (1 - tau) / 2
 
 
-class EarlierJudge:
+class EarlierJudge(Judge):
     """A judge asked with earlier weights in the model, in this process: a server holds others.
 
     With equal weights it says the same, for it has the same noise.
@@ -143,7 +134,7 @@ class EarlierJudge:
 
     def __init__(self, judge: Judge, which: str) -> None:
         self.inner, self.which = judge, which
-        self.name = getattr(judge, "name", type(judge).__name__)
+        self.name = judge.name
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -154,23 +145,23 @@ class EarlierJudge:
             return list(ctx.runtime.stopping.between(judged))
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
-        return ids_of_judgements(self.inner, candidates)
+        return self.inner.judgement_ids(candidates)
 
     def weights_used(self) -> set[str]:
-        return {self.which} | weights_of_judge(self.inner)
+        return {self.which} | self.inner.weights_used()
 
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> dict[str, float | None]:
-        return judged_scores(self.inner, candidates, judgements)
+        return self.inner.scores(candidates, judgements)
 
 
 def check_consistency(stage: str, config: ConsistencyConfig, judge: Judge) -> None:
     """Raise ConfigError where two rankings would always be the same, or of equal scores."""
-    if config.by == "judge" and _is_fixed(judge):
+    if config.by == "judge" and not judge.reads_weights:
         raise ConfigError(
             f"{stage}: consistency by='judge' asks the stage's judge with earlier weights in the "
-            f"model, and {getattr(judge, 'name', type(judge).__name__)!r} does not ask the model: "
+            f"model, and {judge.name!r} does not ask the model: "
             "both rankings would be the same. Take by='implicit'."
         )
     if config.by == "judge" and isinstance(judge, ImplicitJudge):
@@ -179,17 +170,6 @@ def check_consistency(stage: str, config: ConsistencyConfig, judge: Judge) -> No
                 f"{stage}: with the weights {judge.reference!r} in the model an ImplicitJudge that "
                 "refers to them gives all candidates 0. Take consistency by='implicit'."
             )
-
-
-def _is_fixed(judge: Any) -> bool:
-    """Whether a judge is known to say the same whatever weights the model has."""
-    parts = getattr(judge, "judges", None) or [m.inner for m in getattr(judge, "members", ())]
-    if parts:
-        return all(map(_is_fixed, parts))
-    asker = getattr(judge, "asker", None)
-    other = isinstance(asker, ServerAsker) or getattr(asker, "model", None) is not None
-    fixed = FunctionJudge | ModuleJudge | RewardModelJudge | ServerJudge | VoteJudge
-    return other or isinstance(judge, fixed)
 
 
 def smoothed(

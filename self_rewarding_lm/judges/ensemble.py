@@ -10,13 +10,13 @@ from typing import Any
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import JudgeError
-from self_rewarding_lm.judges.base import Judge, ids_of_judgements, judged_scores, weights_of_judge
-from self_rewarding_lm.judges.functions import judge_of
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.scores import label_of
 
 
-class Member:
+class Member(Judge):
     """A judge whose judgements stand among others' under a label, of which it knows nothing.
 
     What it calls `<candidate id>/j0` is `<candidate id>/<label>/j0` on disk, by `<label>:<judge>`.
@@ -25,7 +25,8 @@ class Member:
 
     def __init__(self, judge: Judge, label: str) -> None:
         self.inner, self.label = judge, label
-        self.name = f"{label}:{getattr(judge, 'name', type(judge).__name__)}"
+        self.name = f"{label}:{judge.name}"
+        self.reads_weights = judge.reads_weights
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -49,7 +50,7 @@ class Member:
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
         heads = [candidate.id for candidate in candidates]
-        found = ids_of_judgements(self.inner, candidates)
+        found = self.inner.judgement_ids(candidates)
         return [self._named(i, next(h for h in heads if i.startswith(f"{h}/"))) for i in found]
 
     def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
@@ -68,13 +69,16 @@ class Member:
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> dict[str, float | None]:
         """The inner judge's scores of one prompt's candidates."""
-        return judged_scores(self.inner, candidates, self.own(judgements))
+        return self.inner.scores(candidates, self.own(judgements))
+
+    def weights_used(self) -> set[str]:
+        return self.inner.weights_used()
 
     def _named(self, record_id: str, head: str) -> str:
         return f"{head}/{self.label}/{record_id[len(head) + 1 :]}"
 
 
-class EnsembleJudge:
+class EnsembleJudge(Judge):
     """Any judges: the weighted mean of what each comes to is a candidate's score.
 
     judges: judges, or (judge, weight) with a weight over 0 (default 1); scales should be alike.
@@ -90,13 +94,14 @@ class EnsembleJudge:
         self._check(pairs, filters)
         different = {id(judge): judge for judge, _ in (*pairs, *filters)}
         members = {
-            key: Member(judge_of(judge), f"m{i}")
+            key: Member(make_judge(judge), f"m{i}")
             for i, (key, judge) in enumerate(different.items())
         }
         self.members = tuple(members.values())
         self.weighted = [(members[id(judge)], float(weight)) for judge, weight in pairs]
         self.filters = [(members[id(judge)], float(least)) for judge, least in filters]
         self.name = ", ".join(member.name for member in self.members)
+        self.reads_weights = any(member.reads_weights for member in self.members)
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -109,7 +114,7 @@ class EnsembleJudge:
         return [i for member in self.members for i in member.judgement_ids(candidates)]
 
     def weights_used(self) -> set[str]:
-        return set().union(*(weights_of_judge(member.inner) for member in self.members))
+        return set().union(*(member.weights_used() for member in self.members))
 
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]

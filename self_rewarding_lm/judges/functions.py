@@ -16,8 +16,10 @@ from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.scores import score_of
 
 
-class FunctionJudge:
+class FunctionJudge(Judge):
     """A text function in TRL's form: f(prompts, completions, **columns) -> list[float | None]."""
+
+    reads_weights = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -51,12 +53,14 @@ class FunctionJudge:
         return {key: [(p.columns or {}).get(key) for p in prompts] for key in sorted(names)}
 
 
-class ModuleJudge:
+class ModuleJudge(Judge):
     """A reward module (or function) ids (b, t) -> (b,), (b, 1) or (b, classes).
 
     It sees prompt and response, unpadded, in batches of equal length. Of classes, the expected
     class number under their softmax is the score.
     """
+
+    reads_weights = False
 
     def __init__(self, reward: Callable[[Tensor], Tensor], *, max_rows: int = 64) -> None:
         self.reward = reward
@@ -110,15 +114,3 @@ def reward_scores(output: Any, batch: int) -> list[float]:
         f"a reward model of ids ({batch}, t) must return ({batch},), ({batch}, 1) or "
         f"({batch}, classes); got {came}."
     )
-
-
-def judge_of(reward_model: Any) -> Judge:
-    """The judge of a `reward_model`: a Judge, a text function in TRL's form, or ids -> scores."""
-    if hasattr(reward_model, "judge"):
-        return reward_model
-    if (
-        not isinstance(reward_model, nn.Module)
-        and "completions" in signature(reward_model).parameters
-    ):
-        return FunctionJudge(reward_model)
-    return ModuleJudge(reward_model)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from self_rewarding_lm.context import Context
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.models.batching import grouped
 from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
@@ -21,7 +22,7 @@ Sums = Mapping[str, float]
 """Summed log-probs by candidate id."""
 
 
-class ImplicitJudge:
+class ImplicitJudge(Judge):
     """log pi(y|x) - log pi_ref(y|x), summed over the response's tokens, without the beta of DPO.
 
     reference: "initial", an earlier stage's name or a path; None: no reference, log pi alone.
@@ -35,7 +36,7 @@ class ImplicitJudge:
     for bit the same whatever else is asked, stopped, or worked by other processes.
     """
 
-    num_judgements = 1
+    name = "implicit"
 
     def __init__(
         self,
@@ -49,7 +50,6 @@ class ImplicitJudge:
         self.weights = str(weights)
         self.length_mean = reference is None if length_mean is None else length_mean
         self.micro_batch_tokens = micro_batch_tokens
-        self.name = "implicit"
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]

@@ -1,12 +1,15 @@
-"""Judges of what names one: a prompt for a model, a function, a module, an object."""
+"""The judge that a value stands for: a prompt for a model, a function, a module, an object."""
 
+from inspect import signature
 from typing import Any
+
+from torch import nn
 
 from self_rewarding_lm.config import ComparisonConfig, RewardConfig, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.judges.base import Judge
-from self_rewarding_lm.judges.functions import judge_of
+from self_rewarding_lm.judges.base import Judge, WrappedJudge
+from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
 from self_rewarding_lm.judges.self_judge import (
     PairwiseJudge,
     SelfJudge,
@@ -23,11 +26,13 @@ def make_judge(
     num_judgements: int = 1,
     model: TokenModel | None = None,
 ) -> Judge:
-    """A judge of what names one.
+    """The judge that `judge` stands for.
 
-    A RewardConfig or ComparisonConfig: a model is asked, `model` or the context's own; judging
-    and num_judgements are for these. Else a Judge, a text function in TRL's form or a reward
-    module. Raises ConfigError for settings that do not go together.
+    A RewardConfig or ComparisonConfig: a model is asked with it, `model` or the context's own;
+    judging and num_judgements are for these. A Judge: itself. Any other object with a method
+    `judge`: the same with the defaults of `Judge`. A function with a parameter `completions` is a
+    text function in TRL's form; any other callable is a reward module of ids. Raises ConfigError
+    for anything else and for settings that do not go together.
     """
     if num_judgements < 1:
         raise ConfigError(f"num_judgements must be 1 or more; got {num_judgements}.")
@@ -45,7 +50,11 @@ def make_judge(
             "a judge is a RewardConfig, a ComparisonConfig, an object with judge(ctx, prompts, "
             f"candidates), a text function or a reward module; got {type(judge).__name__}."
         )
-    return judge_of(judge)
+    if hasattr(judge, "judge"):
+        return judge if isinstance(judge, Judge) else WrappedJudge(judge)
+    if not isinstance(judge, nn.Module) and "completions" in signature(judge).parameters:
+        return FunctionJudge(judge)
+    return ModuleJudge(judge)
 
 
 def check_judge(judge: Any, ctx: Context) -> None:

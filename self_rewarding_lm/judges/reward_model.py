@@ -14,6 +14,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokenizers import Ids
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.functions import reward_scores
 from self_rewarding_lm.models.batching import micro_batches, pad_rows
 from self_rewarding_lm.models.inference import inferring
@@ -23,7 +24,7 @@ from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.scores import score_of
 
 
-class RewardModelJudge:
+class RewardModelJudge(Judge):
     """A sequence-classification model that reads prompt and response as a conversation.
 
     model: a folder, a name on the hub or a module. tokenizer: default the one beside the model.
@@ -37,7 +38,7 @@ class RewardModelJudge:
     Raises ConfigError for what cannot be loaded, JudgeError without a template.
     """
 
-    num_judgements = 1
+    reads_weights = False
 
     def __init__(
         self,

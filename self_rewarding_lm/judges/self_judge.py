@@ -7,6 +7,7 @@ from self_rewarding_lm.config import ComparisonConfig, RewardConfig, SamplingCon
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.judges.asking import Asker, Asks, Question
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.parsing import (
     VerdictForm,
     call_parse_reward,
@@ -19,7 +20,7 @@ from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.scores import ParsedScore
 
 
-class SelfJudge:
+class SelfJudge(Judge):
     """A model asked with a reward prompt, several times a candidate (arXiv:2401.10020, 2.2).
 
     num_judgements: 1 whatever is asked where `reward.forced_ending` is "at_once", for nothing is
@@ -41,6 +42,7 @@ class SelfJudge:
         asker: Asks | None = None,
     ) -> None:
         self.name = name
+        self.reads_weights = model is None and asker is None
         self.num_judgements = 1 if reward.forced_ending == "at_once" else num_judgements
         self.first = first
         self.render = compile_prompt_template(
@@ -72,7 +74,7 @@ class SelfJudge:
         return [f"{candidate.id}/j{k}" for candidate in candidates for k in numbers]
 
 
-class SeveralJudges:
+class SeveralJudges(Judge):
     """Judges that each judge every candidate; in its score they count alike.
 
     Their judgements of a candidate must have different ids, see SelfJudge's `first`.
@@ -81,6 +83,7 @@ class SeveralJudges:
     def __init__(self, judges: Sequence[SelfJudge]) -> None:
         self.judges = tuple(judges)
         self.name = ", ".join(judge.name for judge in judges)
+        self.reads_weights = any(judge.reads_weights for judge in judges)
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -128,7 +131,7 @@ def check_judge_prompt(reward: RewardConfig, tokens: Tokens, limit: int | None) 
     judge.asker.check(judge.render("", ""), tokens, limit)
 
 
-class PairwiseJudge:
+class PairwiseJudge(Judge):
     """A model asked which of two candidates is better, in both orders, once each.
 
     A Judgement names the two in the order in which they were shown; its score is 1 where the first
@@ -151,6 +154,7 @@ class PairwiseJudge:
     ) -> None:
         comparison = comparison or ComparisonConfig()
         self.name = name
+        self.reads_weights = model is None and asker is None
         self.render = compile_comparison_template(
             comparison.prompt_template, auto_dedent=comparison.auto_dedent
         )

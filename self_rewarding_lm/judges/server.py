@@ -18,6 +18,7 @@ from self_rewarding_lm.errors import ConfigError, typed
 from self_rewarding_lm.generation.server.client import Body, HttpClient, Refusal
 from self_rewarding_lm.generation.server.completions import SEED_BITS, first_choice
 from self_rewarding_lm.judges.asking import Question
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.parsing import VerdictForm
 from self_rewarding_lm.judges.self_judge import (
     PairwiseJudge,
@@ -30,7 +31,7 @@ from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
 PATH = "/chat/completions"
 
 
-class ServerJudge:
+class ServerJudge(Judge):
     """A model at an OpenAI-compatible address as the judge (the LLM annotator of arXiv:2402.04792).
 
     As `rewarding_model` of a self-reward stage it takes the stage's reward prompts (or comparison),
@@ -46,6 +47,8 @@ class ServerJudge:
     Scores are read in what it says. Raises ConfigError for expected and forced scores, which need
     the policy's own tokens, and for filter_fn.
     """
+
+    reads_weights = False
 
     @typed
     def __init__(

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 
 READ_CHARACTERS = 20_000  # of the end of a text
@@ -95,7 +96,7 @@ EXTRACTORS: dict[str, Callable[[str], Hashable | None]] = {
 }
 
 
-class VoteJudge:
+class VoteJudge(Judge):
     """The share of a prompt's candidates that give a candidate's answer is its score.
 
     extract: "number" (`last_number`), "choice" (`last_choice`), or a function of a response's text
@@ -103,6 +104,8 @@ class VoteJudge:
     the prompt's candidates (k of arXiv:2411.04109, section 2), those without an answer included;
     these have no score (`no_answer`). A judgement's text is the answer. No model is asked.
     """
+
+    reads_weights = False
 
     def __init__(self, extract: str | Callable[[str], Hashable | None] = "number") -> None:
         found = EXTRACTORS.get(extract) if isinstance(extract, str) else extract

@@ -469,7 +469,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
         return SelfRewardDPOConfig if self.is_judged else SampledPreferenceConfig
 
 
-class _Nobody:
+class _Nobody(Judge):
     """The judge where none is asked."""
 
     def judge(

@@ -8,7 +8,8 @@ from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges.base import Judge
-from self_rewarding_lm.judges.functions import FunctionJudge, judge_of
+from self_rewarding_lm.judges.functions import FunctionJudge
+from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
 
@@ -31,7 +32,7 @@ class ExternalRewardDPOConfig(SampledPreferenceConfig):
         return self.reward_model if self.judge is None else self.judge
 
     def build_judge(self, ctx: Context) -> Judge:
-        return self.judge or judge_of(self.reward_model)
+        return make_judge(self.judge or self.reward_model)
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)

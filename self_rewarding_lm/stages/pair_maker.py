@@ -19,8 +19,9 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import BadRows, read_prompt
 from self_rewarding_lm.errors import ConfigError, JudgeError, NoPairError
 from self_rewarding_lm.judges.asking import FIRST_LOOK
-from self_rewarding_lm.judges.base import Judge, filtered_out, judged_scores
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.consistency import ComparingJudge, ConsistencyConfig
+from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.judges.tally import JudgeWatcher, StageTally, together
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt, stable_hash
 from self_rewarding_lm.runs.lines import batched
@@ -97,7 +98,7 @@ class PairSettings(PreferenceConfig):
         """The stage's judge; `judge=` where that is given."""
         if self.judge is None:
             raise ConfigError(f"{ctx.stage}: give judge=, an object with a judge method.")
-        return self.judge
+        return make_judge(self.judge)
 
     def score_scale(self, ctx: Context) -> tuple[float, float] | None:
         """The lowest and the highest score that the judge may give; None where not known."""
@@ -141,7 +142,7 @@ class PairMaker:
 
     def __init__(self, config: PairSettings, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
-        self.judge = config.build_judge(ctx)
+        self.judge = make_judge(config.build_judge(ctx))
         if config.consistency is not None:
             self.judge = ComparingJudge(self.judge, config.consistency)
         self.known_prompts = Groups(out.known(Prompt))
@@ -209,7 +210,7 @@ class PairMaker:
         made = {prompt.id: self._made(prompt, drops) for prompt in mine}
         for prompt in mine:
             candidates, own = self.candidates[prompt.id], self._own(prompt.id)
-            self.tally.add(candidates, own, judged_scores(self.judge, candidates, own))
+            self.tally.add(candidates, own, self.judge.scores(candidates, own))
         failure = unreadable or self.watcher.see_scores(self.tally.judge)
         failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
@@ -327,14 +328,7 @@ class PairMaker:
 
     def _is_judged(self, prompt: Prompt) -> bool:
         """Whether a prompt's candidates have all the judgements that the judge makes of them."""
-        candidates = self._given(prompt)
-        found = self.judgements[prompt.id]
-        ids_of = getattr(self.judge, "judgement_ids", None)
-        if ids_of is not None:
-            return {j.id for j in found}.issuperset(ids_of(candidates))
-        wanted = getattr(self.judge, "num_judgements", 1)
-        counts = Counter(candidate_id for j in found for candidate_id in j.candidate_ids)
-        return all(counts[candidate.id] >= wanted for candidate in candidates)
+        return self.judge.has_judged(self._given(prompt), self.judgements[prompt.id])
 
     def _given(self, prompt: Prompt) -> list[Candidate]:
         """A prompt's candidates without those that no server answered."""
@@ -349,7 +343,7 @@ class PairMaker:
         prompt counted, where too few are left."""
         left = self._given(prompt)
         missing = Counter(c.reason for c in self.candidates[prompt.id] if c.reason is not None)
-        out = filtered_out(self.judge, left, self.judgements[prompt.id])
+        out = self.judge.filtered(left, self.judgements[prompt.id])
         left = [c for c in left if c.id not in out]
         missing += Counter(filtered=len(out))
         drops.candidates.update(missing)
@@ -379,12 +373,11 @@ class PairMaker:
 
     def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
         """The score of each of one prompt's candidates by its id."""
-        return judged_scores(self.judge, candidates, self.judgements[candidates[0].prompt_id])
+        return self.judge.scores(candidates, self.judgements[candidates[0].prompt_id])
 
     def _own(self, prompt_id: str) -> list[Judgement]:
         """A prompt's judgements by the stage's judge, without those that it is compared with."""
-        found = self.judgements[prompt_id]
-        return self.judge.own(found) if isinstance(self.judge, ComparingJudge) else found
+        return self.judge.own(self.judgements[prompt_id])
 
     def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
         """What a prompt gives: its pairs, or nothing."""

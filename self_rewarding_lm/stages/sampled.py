@@ -21,8 +21,8 @@ from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import check_prompt, prompt_of
 from self_rewarding_lm.errors import ConfigError, NoPairError, StoreError
 from self_rewarding_lm.generation.candidates import decoding_of
-from self_rewarding_lm.judges.base import weights_of_judge
 from self_rewarding_lm.judges.consistency import check_consistency, smoothed
+from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Prompt
 from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
@@ -83,7 +83,9 @@ class SampledPreferenceConfig(PairSettings):
         )
         named = {writer} if isinstance(writer, str) and writer != "current" else set()
         compared = {str(self.consistency.previous)} if self.consistency is not None else set()
-        return super().weights_used() | named | compared | weights_of_judge(self.given_judge())
+        judge = self.given_judge()
+        judging = make_judge(judge).weights_used() if hasattr(judge, "judge") else set()
+        return super().weights_used() | named | compared | judging
 
     def given_judge(self) -> Any:
         """The judge that is an object of the user's, if any."""

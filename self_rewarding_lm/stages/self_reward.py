@@ -12,6 +12,7 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.candidates import decoding_of
 from self_rewarding_lm.judges.asking import MIN_ANSWER_TOKENS
 from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.judges.self_judge import (
     PairwiseJudge,
     SelfJudge,
@@ -70,11 +71,11 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
 
     def build_judge(self, ctx: Context) -> Judge:
         if self.judge is not None:
-            return self.judge
+            return make_judge(self.judge)
         if isinstance(self.rewarding_model, ServerJudge):
             return self._server_judge(ctx, self.rewarding_model)
         if hasattr(self.rewarding_model, "judge"):
-            return self.rewarding_model  # type: ignore[return-value]
+            return make_judge(self.rewarding_model)
         name = "self" if self.rewarding_model is None else type(self.rewarding_model).__name__
         model = None if self.rewarding_model is None else ctx.adapt(self.rewarding_model)
         if self.comparison is not None:

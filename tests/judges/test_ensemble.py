@@ -14,7 +14,6 @@ from self_rewarding_lm import (
     VoteJudge,
 )
 from self_rewarding_lm.errors import ConfigError, JudgeError
-from self_rewarding_lm.judges.base import judged_scores
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.report.terminal import show_run
 from tests.support.models import Recurrent, Successor, context, lively
@@ -61,7 +60,7 @@ def asked(judge, *texts):
     prompt, candidates = group(*texts)
     found = list(judge.judge(context(Successor()), [prompt], [candidates]))
     assert sorted(j.id for j in found) == sorted(judge.judgement_ids(candidates))
-    scores = judged_scores(judge, candidates, found)
+    scores = judge.scores(candidates, found)
     return found, [scores[c.id] for c in candidates], candidates
 
 

@@ -13,10 +13,21 @@ from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.generation.engine import Completion, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.asking import FIRST_LOOK, MIN_ANSWER_TOKENS
-from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge, judge_of, reward_scores
-from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges, check_judge_prompt
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.ensemble import EnsembleJudge
+from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge, reward_scores
+from self_rewarding_lm.judges.implicit import ImplicitJudge
+from self_rewarding_lm.judges.kinds import JUDGES
+from self_rewarding_lm.judges.make import make_judge
+from self_rewarding_lm.judges.self_judge import (
+    PairwiseJudge,
+    SelfJudge,
+    SeveralJudges,
+    check_judge_prompt,
+)
+from self_rewarding_lm.judges.votes import VoteJudge
 from self_rewarding_lm.models.families import adapt
-from self_rewarding_lm.records import Candidate, Prompt, stable_hash
+from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
 from self_rewarding_lm.scores import candidate_scores
 from tests.support.models import (
     ALPHABET,
@@ -437,11 +448,11 @@ def test_the_judge_of_a_reward_model_is_chosen_by_what_it_takes():
             return []
 
     own = SelfJudge(REWARD, JUDGING, 1)
-    assert judge_of(own) is own
-    assert isinstance(judge_of(of_texts), FunctionJudge)
-    assert isinstance(judge_of(TextObject()), FunctionJudge)
-    assert isinstance(judge_of(of_ids), ModuleJudge)
-    assert isinstance(judge_of(Reward("flat")), ModuleJudge)
+    assert make_judge(own) is own
+    assert isinstance(make_judge(of_texts), FunctionJudge)
+    assert isinstance(make_judge(TextObject()), FunctionJudge)
+    assert isinstance(make_judge(of_ids), ModuleJudge)
+    assert isinstance(make_judge(Reward("flat")), ModuleJudge)
 
 
 # expected scores and forced endings
@@ -723,3 +734,81 @@ def test_several_reward_prompts_judge_every_candidate_with_ids_and_noise_of_thei
     }
     assert candidate_scores(candidates_PG[0], found) == {"s/0/0/0": 2.5, "s/0/0/1": 2.5}
     assert len({r.key for r in engine.requests}) == 6
+
+
+# what a judge says of itself
+
+
+def test_a_subclass_of_judge_and_any_object_with_a_method_judge_have_the_same_defaults():
+    class Subclass(Judge):
+        def judge(self, ctx, prompts, candidates_PG):
+            return []
+
+    class Plain:
+        def judge(self, ctx, prompts, candidates_PG):
+            return []
+
+    _, (candidates,) = asked(("a", ["b", "cc"]))
+    said = [Judgement(f"{c.id}/j0", (c.id,), "x", float(i)) for i, c in enumerate(candidates)]
+    subclass, plain = Subclass(), Plain()
+    assert make_judge(subclass) is subclass
+    assert [make_judge(subclass).name, make_judge(plain).name] == ["judge", "Plain"]
+    for judge in (make_judge(subclass), make_judge(plain)):
+        assert isinstance(judge, Judge) and make_judge(judge) is judge
+        assert judge.judgement_ids(candidates) == [j.id for j in said]
+        assert judge.has_judged(candidates, said) and not judge.has_judged(candidates, said[:1])
+        assert judge.scores(candidates, said) == {c.id: float(i) for i, c in enumerate(candidates)}
+        assert judge.filtered(candidates, said) == judge.weights_used() == set()
+        assert judge.own(said) == said and judge.reads_weights
+
+
+def test_what_an_object_defines_itself_is_asked_of_it():
+    class Own:
+        name, num_judgements, reads_weights = "own", 2, False
+
+        def judge(self, ctx, prompts, candidates_PG):
+            return [Judgement("an id", ("a",), "own", 3.0)]
+
+        def judgement_ids(self, candidates):
+            return ["an id"]
+
+        def scores(self, candidates, judgements):
+            return {"a": 1.0}
+
+        def filtered(self, candidates, judgements):
+            return {"b"}
+
+        def weights_used(self):
+            return {"initial"}
+
+    judge = make_judge(Own())
+    assert (judge.name, judge.num_judgements, judge.reads_weights) == ("own", 2, False)
+    assert [j.score for j in judge.judge(judging_context(), [], [])] == [3.0]
+    assert judge.judgement_ids([]) == ["an id"]
+    assert judge.scores([], []) == {"a": 1.0}
+    assert judge.filtered([], []) == {"b"} and judge.weights_used() == {"initial"}
+
+
+def test_judgements_are_counted_if_an_object_does_not_say_their_ids():
+    class Twice:
+        num_judgements = 2
+
+        def judge(self, ctx, prompts, candidates_PG):
+            return []
+
+    _, (candidates,) = asked(("a", ["b"]))
+    name = candidates[0].id
+    said = [Judgement(f"{name}/{k}", (name,), "x", 1.0) for k in ("first", "second")]
+    judge = make_judge(Twice())
+    assert judge.has_judged(candidates, said) and not judge.has_judged(candidates, said[1:])
+
+
+def test_only_judges_that_ask_the_policy_read_its_weights():
+    text = FunctionJudge(len)
+    fixed = [text, ModuleJudge(len), VoteJudge(), EnsembleJudge([text, VoteJudge()])]
+    fixed.append(SelfJudge(REWARD, JUDGING, 1, model=adapt(Successor(TEXT_VOCAB))))
+    asking = [SelfJudge(REWARD, JUDGING, 1), PairwiseJudge(), ImplicitJudge()]
+    asking.append(EnsembleJudge([text, SelfJudge(REWARD, JUDGING, 1)]))
+    assert not any(judge.reads_weights for judge in fixed)
+    assert all(judge.reads_weights for judge in asking)
+    assert {type(judge) for judge in (*fixed, *asking)} <= set(JUDGES)

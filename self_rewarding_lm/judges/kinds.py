@@ -1,0 +1,23 @@
+"""Every kind of judge: a row for each class."""
+
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.ensemble import EnsembleJudge
+from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
+from self_rewarding_lm.judges.implicit import ImplicitJudge
+from self_rewarding_lm.judges.reward_model import RewardModelJudge
+from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
+from self_rewarding_lm.judges.server import ServerJudge
+from self_rewarding_lm.judges.votes import VoteJudge
+
+JUDGES: tuple[type[Judge], ...] = (
+    EnsembleJudge,
+    FunctionJudge,
+    ImplicitJudge,
+    ModuleJudge,
+    PairwiseJudge,
+    RewardModelJudge,
+    SelfJudge,
+    ServerJudge,
+    VoteJudge,
+)
+"""In alphabetical order. The package exports each of them under its name."""
