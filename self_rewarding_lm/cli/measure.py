@@ -77,9 +77,9 @@ class _Flags:
     """Values of flags as what they name; ConfigError where one names nothing."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from self_rewarding_lm.recipes.reader import RecipeReader
+        from self_rewarding_lm.recipes.reader import Reader
 
-        self.options, self.reader = options, RecipeReader()
+        self.options, self.reader = options, Reader()
 
     def of(self, flag: str, kind: str) -> Any:
         """What a flag's value is: a model, tokenizer, object or dataset; None where not given."""

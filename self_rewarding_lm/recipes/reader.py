@@ -1,16 +1,15 @@
 """A recipe in a file or in flags becomes the trainer's arguments, checked in full before any work.
 
-If a value is wrong, its key and line are named together with what is allowed; all wrong values are
-told at once. A relative path starts at the folder of the recipe file (of a flag: at the current
-folder). Objects (functions, modules, classes) are named `package.module:attribute`; modules are
-looked for in that folder too.
+All wrong values are named in one error, each with its key, its line and what is allowed. A relative
+path starts at the folder of the recipe file (of a flag: at the current folder). Objects (functions,
+modules, classes) are named `package.module:attribute`; modules are searched for in that folder too.
 """
 
 import importlib
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from self_rewarding_lm.recipes.paper import paper_recipe
 from self_rewarding_lm.recipes.settings import (
     HUB_NAME,
     NESTED,
+    NOT_AS_THEY_ARE,
     RUBRICS,
     STAGE_KINDS,
     LoraSettings,
@@ -48,16 +48,18 @@ if TYPE_CHECKING:
 
 
 Keys = tuple[Any, ...]
+"""Names and places that lead from the top of a recipe to a value."""
 
 
 OBJECT_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 
 
 DATASETS = ("ift", "valid_ift", "ranked", "prompts", "seeds")
-"""Arguments that are datasets, beside all that end in _dataset."""
+"""Arguments that are datasets, as are all whose name ends in _dataset."""
 
 
 SOURCES = ("from_stage", "open_assistant", "self_instruct")
+"""Keys of a mapping that is a dataset."""
 
 
 DATASET_IN_WORDS = (
@@ -71,233 +73,6 @@ PARTS = tuple(f.name for f in fields(OpenAssistant) if f.name != "left_out")
 
 WRONG: Any = object()
 """Stands for a value that was refused."""
-
-
-class Reader:
-    """Reads values of nodes. problems: a line for each value that was refused."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.trees: dict[str, Any] = {}
-
-    def refuse(self, node: Node, keys: Keys, words: str) -> Any:
-        """Write down a problem; the value becomes WRONG."""
-        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
-        self.problems.append(f"{node.place}: {name[1:] + ': ' if name else ''}{words}")
-        return WRONG
-
-    def settings(
-        self, cls: type[Config], node: Node, keys: Keys, *, filled: Mapping[str, Any] = {}
-    ) -> Any:
-        """An instance of a Config class. filled: values of what the node does not say."""
-        values = self._values(cls, node, keys)
-        return values if values is WRONG else self._made(cls, {**filled, **values}, node, keys)
-
-    def part(self, cls: type[Config], node: Node, keys: Keys) -> Any:
-        """Some settings of a class as a dict; what it requires may be missing."""
-        values = self._values(cls, node, keys)
-        if values is WRONG:
-            return WRONG
-        required = [name for name, field in cls.model_fields.items() if field.is_required()]
-        made = self._made(cls, {**dict.fromkeys(required), **values}, node, keys)
-        return made if made is WRONG else {name: getattr(made, name) for name in values}
-
-    def mapping(self, node: Node, keys: Keys) -> dict[str, Node]:
-        """The items of a mapping; of anything else none, and a problem."""
-        if isinstance(node.value, dict):
-            return node.value
-        self.refuse(node, keys, f"this must be a mapping of settings; got {shape(node)}.")
-        return {}
-
-    def object(self, node: Node, keys: Keys) -> Any:
-        """What `package.module:attribute` names."""
-        name = node.value
-        if not isinstance(name, str) or not OBJECT_NAME.fullmatch(name):
-            words = "an object is named package.module:attribute"
-            return self.refuse(node, keys, f"{words}; got {shape(node)}.")
-        if str(node.folder) not in sys.path:
-            sys.path.append(str(node.folder))
-        module, attributes = name.split(":")
-        try:
-            found: Any = importlib.import_module(module)
-            for attribute in attributes.split("."):
-                found = getattr(found, attribute)
-        except Exception as error:  # whatever the user's module raises
-            words = f"{name} cannot be imported: {type(error).__name__}: {error}."
-            return self.refuse(node, keys, words)
-        return found
-
-    def dataset(self, node: Node, keys: Keys) -> Any:
-        """A file, an object, from_stage, Open Assistant trees, new prompts; or a list of those."""
-        value = node.value
-        if isinstance(value, list) and value:
-            parts = [self.dataset(item, (*keys, i)) for i, item in enumerate(value)]
-            return WRONG if any_wrong(parts) else parts[0] if len(parts) == 1 else parts
-        if isinstance(value, dict):
-            return self._source(node, keys)
-        if not isinstance(value, str):
-            words = f"a dataset is {DATASET_IN_WORDS}; got {shape(node)}."
-            return self.refuse(node, keys, words)
-        path = node.folder / Path(value).expanduser()
-        if OBJECT_NAME.fullmatch(value) and not path.exists():
-            return self.object(node, keys)
-        if not path.is_file():
-            return self.refuse(node, keys, f"there is no file {str(path)!r}.")
-        if suffix_of(path) is None:
-            words = f"a dataset's file must be {SUFFIXES_IN_WORDS}; got {value!r}."
-            return self.refuse(node, keys, words)
-        return str(path)
-
-    def call(self, function: Any, node: Node, keys: Keys) -> Any:
-        """The result of a function on settings that are its arguments."""
-        made = self.settings(model_of(function), node, keys)
-        if made is WRONG:
-            return WRONG
-        try:
-            return function(**{name: getattr(made, name) for name in made.model_fields_set})
-        except SelfRewardingError as error:
-            return self.refuse(node, keys, str(error))
-
-    def _values(self, cls: type[Config], node: Node, keys: Keys) -> Any:
-        """Values by field, settings within settings made; WRONG where it is no mapping."""
-        if not isinstance(node.value, dict):
-            self.mapping(node, keys)
-            return WRONG
-        fields = cls.model_fields
-        values = {}
-        for key, child in node.value.items():
-            if key in fields:
-                values[key] = self._value(key, fields[key], child, (*keys, key))
-            else:
-                hint = did_you_mean(key, fields)
-                words = f"this is no setting; {hint}There are: {', '.join(fields)}."
-                self.refuse(child, (*keys, key), words)
-        return values
-
-    def _value(self, name: str, field: Any, node: Node, keys: Keys) -> Any:
-        if node.value is None:
-            return None
-        nested = config_in(field.annotation)
-        if nested is not None:
-            return self.settings(nested, node, keys)
-        if name == "init_from" or (name == "reference" and isinstance(node.value, str)):
-            return self._weights(node)
-        if field.annotation is not Any:
-            return node.plain()
-        if name.endswith("_dataset") or name in DATASETS:
-            return self.dataset(node, keys)
-        if isinstance(field.default, str) and not OBJECT_NAME.fullmatch(str(node.value)):
-            return node.plain()
-        return self.object(node, keys)
-
-    def _weights(self, node: Node) -> Any:
-        """A stage's name as it is; a path from the file's folder."""
-        path = node.folder / Path(str(node.value)).expanduser()
-        return path if path.exists() else node.plain()
-
-    def _made(self, cls: type[Config], values: dict[str, Any], node: Node, keys: Keys) -> Any:
-        wrong = {name for name, value in values.items() if value is WRONG}
-        try:
-            made = cls(**{name: value for name, value in values.items() if name not in wrong})
-            return WRONG if wrong else made
-        except ConfigError as error:
-            cause = error.__context__
-            if not isinstance(cause, ValidationError):
-                return self.refuse(node, keys, str(error))
-        found: dict[Keys, list[str]] = {}
-        for item in cause.errors():
-            place = item["loc"]
-            if wrong and (not place or place[0] in wrong):
-                continue  # said already, or of values that are not all there
-            if item["type"] == "missing":
-                self.refuse(node, keys, f"{place[-1]!r} is required.")
-                continue
-            words = item["msg"].removeprefix("Value error, ")
-            found.setdefault(_known(node, place), []).append(words)
-        for place, words in found.items():
-            at = node.at(place)
-            came = f"; got {shape(at)}." if place else "."
-            first, *others = dict.fromkeys(words)  # the parts of a union
-            told = [first, *(word.removeprefix("Input should be ") for word in others)]
-            self.refuse(at, (*keys, *place), " or ".join(told).rstrip(".") + came)
-        return WRONG
-
-    def _source(self, node: Node, keys: Keys) -> Any:
-        """A dataset that is a mapping: the key of SOURCES in it says what it is."""
-        kind = next((name for name in SOURCES if name in node.value), None)
-        if kind is None:
-            return self.refuse(node, keys, f"a dataset is {DATASET_IN_WORDS}; got {shape(node)}.")
-        rest = {name: child for name, child in node.value.items() if name != kind}
-        if kind == "open_assistant":
-            return self._trees(node, rest, keys)
-        for name, child in rest.items():
-            words = f"{name!r} does not go with {kind!r}; it stands alone."
-            self.refuse(child, (*keys, name), words)
-        inner = node.value[kind]
-        if kind == "self_instruct":
-            return self.settings(SelfInstruct, inner, (*keys, kind))
-        if not isinstance(inner.value, str):
-            words = f"this must be a stage's name; got {shape(inner)}."
-            return self.refuse(inner, (*keys, kind), words)
-        return from_stage(inner.value)
-
-    def _trees(self, node: Node, rest: dict[str, Node], keys: Keys) -> Any:
-        """A part of Open Assistant message trees; the file is read once for all parts of it."""
-        part = rest.pop("part", None)
-        if part is None or part.value not in PARTS:
-            words = f"must be one of {', '.join(PARTS)}; got {shape(part) if part else 'none'}."
-            return self.refuse(part or node, (*keys, "part"), words)
-        file = node.value["open_assistant"]
-        path = file.folder / Path(str(file.value)).expanduser()
-        if not path.is_file():
-            return self.refuse(file, (*keys, "open_assistant"), f"there is no file {str(path)!r}.")
-        rest["path"] = Node(str(path), file.place, file.folder)
-        lines = rest.get("trees")
-        if lines is not None:
-            rest["trees"] = self._lines(lines, (*keys, "trees"))
-        name = repr({key: child.plain() for key, child in sorted(rest.items())})
-        if name not in self.trees:
-            arguments = Node(rest, node.place, node.folder)
-            self.trees[name] = self.call(open_assistant, arguments, keys)
-        found = self.trees[name]
-        return found if found is WRONG else getattr(found, part.value)
-
-    def _lines(self, node: Node, keys: Keys) -> Node:
-        """[first, behind the last] as the lines from the one to the other."""
-        ends = node.plain()
-        if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_line, ends)):
-            words = "must be [first, behind the last], lines counted from 0, such as [0, 70]"
-            self.refuse(node, keys, f"{words}; got {shape(node)}.")
-            return Node(None, node.place, node.folder)
-        lines = [Node(line, node.place, node.folder) for line in range(*ends)]
-        return Node(lines, node.place, node.folder)
-
-
-def _is_line(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def any_wrong(values: Iterable[Any]) -> bool:
-    """Whether one of the values was refused."""
-    return any(value is WRONG for value in values)
-
-
-def shape(node: Node) -> str:
-    """Words for a value in an error."""
-    if isinstance(node.value, dict):
-        return f"a mapping with {', '.join(map(repr, node.value)) or 'nothing in it'}"
-    return f"{node.plain()!r:.100}"
-
-
-def _known(node: Node, place: Keys) -> Keys:
-    """The beginning of an error's place that the file has; the rest names a type of a union."""
-    known: list[Any] = []
-    for key in place:
-        inner = node.at((key,))
-        if inner is node:
-            break
-        node, known = inner, [*known, key]
-    return tuple(known)
 
 
 @dataclass(frozen=True)
@@ -339,10 +114,10 @@ class Recipe:
 def read_recipe(root: Node) -> Recipe:
     """The recipe of the mapping at the top of a file.
 
-    Raises ConfigError that names every wrong value. Reads the data and imports the modules that
-    the recipe names; loads no model.
+    Reads the data and imports the modules that the recipe names; loads no model. Raises ConfigError
+    that names every wrong value.
     """
-    reader = RecipeReader()
+    reader = Reader()
     recipe = reader.recipe(root)
     if reader.problems:
         count = len(reader.problems)
@@ -352,34 +127,57 @@ def read_recipe(root: Node) -> Recipe:
     return recipe
 
 
-class RecipeReader(Reader):
-    """A reader that knows what stands at the top of a recipe."""
+class Reader:
+    """Makes values of nodes. Each method returns WRONG for a value that it refuses.
+
+    keys: where a node stands in the recipe, for the error. problems: a line for each value that was
+    refused. trees: Open Assistant's rows by file and settings, so that a file is read once.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.trees: dict[str, Any] = {}
+
+    def refuse(self, node: Node, keys: Keys, words: str) -> Any:
+        """Write down a problem; the value becomes WRONG."""
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+        self.problems.append(f"{node.place}: {name[1:] + ': ' if name else ''}{words}")
+        return WRONG
+
+    # -- the parts of a recipe ---------------------------------------------------------------------
 
     def recipe(self, root: Node) -> Any:
+        """The Recipe of the mapping at the top of a file."""
         items = self.mapping(root, ())
-        nested = {name: child for name, child in items.items() if name in NESTED}
-        rest = {name: child for name, child in items.items() if name not in NESTED}
-        top = self.settings(RecipeSettings, Node(rest, root.place, root.folder), ())
+
+        # 1. the settings that stand at the top themselves
+        plain = {name: child for name, child in items.items() if name not in NESTED}
+        top = self.settings(RecipeSettings, replace(root, value=plain), ())
+
+        # 2. the stages: those of the paper, or a list
         stages: Any = WRONG
-        if ("paper" in nested) == ("stages" in nested):
+        if ("paper" in items) == ("stages" in items):
             words = "give paper (settings of the paper's stages) or stages (a list), one of them."
             self.refuse(root, (), words)
-        if "paper" in nested:
-            stages = self._paper(nested["paper"], ("paper",))
-        elif "stages" in nested:
-            stages = self._stages(nested["stages"], ("stages",))
-        rewards = self._rewards(nested.get("reward_prompts"), ("reward_prompts",))
+        if "paper" in items:
+            stages = self._paper(items["paper"], ("paper",))
+        elif "stages" in items:
+            stages = self._stages(items["stages"], ("stages",))
+
+        # 3. the judge's prompts, and the names by which stages ask for others' things
+        rewards = self._rewards(items.get("reward_prompts"), ("reward_prompts",))
         if stages is not WRONG and rewards is not WRONG:
             self._check_names(stages, root, rewards)
+
+        # 4. the model and its tokenizer
         model = self.model(items["model"], ("model",)) if "model" in items else WRONG
         tokenizer = self.tokenizer(items.get("tokenizer"), ("tokenizer",))
+
         if top is WRONG or self.problems:
             return WRONG
         out = items["out"].folder if "out" in items else root.folder
-        taken = ("chat_template", "torch_dtype", "device_map", "load_in_4bit", "merge_adapter")
-        taken = (*taken, "keep_stages", "report", "eos_id", "seed")
         arguments = {
-            **{name: getattr(top, name) for name in taken},
+            **{name: value for name, value in top if name not in NOT_AS_THEY_ARE},
             "finetune_configs": stages,
             "self_reward_prompt_config": rewards,
             "checkpoints_folder": out / Path(top.out).expanduser(),
@@ -391,34 +189,27 @@ class RecipeReader(Reader):
         """The stages of paper_recipe."""
         items = dict(self.mapping(node, keys))
         positive = "positive_only" in items and items["positive_only"].value is True
-        parts = {
+        kinds = {
             "sft": STAGE_KINDS["sft"],
             "eft": STAGE_KINDS["eft"],
             "self_reward": STAGE_KINDS["self_reward_sft" if positive else "self_reward"],
         }
-        given = {}
-        for name, kind in parts.items():
+        values = {}
+        for name, kind in kinds.items():
             if name in items:
-                given[name] = self.part(kind, items.pop(name), (*keys, name))
-        rounds = items.get("prompts")
-        if rounds is not None and isinstance(rounds.value, dict) and "rounds" in rounds.value:
-            given["prompts"] = self._a_dataset_a_round(items.pop("prompts"), (*keys, "prompts"))
-        rest = Node(items, node.place, node.folder)
-        made = self.settings(model_of(paper_recipe), rest, keys, filled=given)
-        if made is WRONG:
-            return WRONG
-        try:
-            return paper_recipe(**{name: getattr(made, name) for name in made.model_fields_set})
-        except SelfRewardingError as error:
-            return self.refuse(node, keys, str(error))
+                values[name] = self._some_settings(kind, items.pop(name), (*keys, name))
+        prompts = items.get("prompts")
+        if prompts is not None and isinstance(prompts.value, dict) and "rounds" in prompts.value:
+            values["prompts"] = self._datasets_by_round(items.pop("prompts"), (*keys, "prompts"))
+        return self.call(paper_recipe, replace(node, value=items), keys, others=values)
 
-    def _a_dataset_a_round(self, node: Node, keys: Keys) -> Any:
+    def _datasets_by_round(self, node: Node, keys: Keys) -> Any:
         rounds = node.value["rounds"]
         if len(node.value) > 1 or not isinstance(rounds.value, list):
             words = f"datasets by round are {{rounds: [first, second]}}; got {shape(node)}."
             return self.refuse(node, keys, words)
-        found = [self.dataset(n, (*keys, "rounds", i)) for i, n in enumerate(rounds.value)]
-        return WRONG if any_wrong(found) else tuple(found)
+        datasets = [self.dataset(n, (*keys, "rounds", i)) for i, n in enumerate(rounds.value)]
+        return WRONG if any_wrong(datasets) else tuple(datasets)
 
     def _stages(self, node: Node, keys: Keys) -> Any:
         """A list of stages, each a mapping with its kind under `stage`."""
@@ -439,34 +230,33 @@ class RecipeReader(Reader):
             allowed = f"{', '.join(STAGE_KINDS)}, or package.module:Class of a FinetuneConfig"
             came = shape(kind) if kind is not None else "no `stage`"
             return self.refuse(kind or node, (*keys, "stage"), f"must be {allowed}; got {came}.")
-        return self.settings(cls, Node(items, node.place, node.folder), keys)
+        return self.settings(cls, replace(node, value=items), keys)
 
     def _rewards(self, node: Node | None, keys: Keys) -> Any:
-        """Reward prompts by name; what a rubric's settings leave out is the library's own."""
-        found: dict[str, Any] = {"default": RUBRICS["paper"]}
+        """The judge's prompts by name; `default` is the paper's if the recipe has none."""
+        rewards: dict[str, Any] = {"default": RUBRICS["paper"]}
         for name, child in (self.mapping(node, keys) if node is not None else {}).items():
-            found[name] = self.reward(child, (*keys, name))
-        return WRONG if any_wrong(found.values()) else found
+            rewards[name] = self.reward(child, (*keys, name))
+        return WRONG if any_wrong(rewards.values()) else rewards
 
     def reward(self, node: Node, keys: Keys) -> Any:
-        """One reward prompt."""
+        """A judge's prompt: whole, or settings over those of one of RUBRICS."""
         items = self.mapping(node, keys)
         if "prompt_template" in items:
             return self.settings(RewardConfig, node, keys)
         rubric = items["rubric"].value if "rubric" in items else "paper"
         base = RUBRICS.get(rubric if isinstance(rubric, str) else "", RUBRICS["paper"])
-        filled = {name: getattr(base, name) for name in base.model_fields_set}
-        made = self.settings(RubricSettings, node, keys, filled=filled)
-        if made is WRONG:
+        base_values = {name: getattr(base, name) for name in base.model_fields_set}
+        settings = self.settings(RubricSettings, node, keys, others=base_values)
+        if settings is WRONG:
             return WRONG
-        return RewardConfig(
-            **{name: getattr(made, name) for name in {*filled, *items} - {"rubric"}}
-        )
+        names = {*base_values, *items} - {"rubric"}
+        return RewardConfig(**{name: getattr(settings, name) for name in names})
 
     def _check_names(
         self, stages: Sequence[FinetuneConfig], root: Node, rewards: Mapping[str, Any]
     ) -> None:
-        """Stages, weights and reward prompts that other settings name must be there."""
+        """Refuse names of stages, weights and reward prompts that there are not."""
         try:
             names = stage_names(stages)
         except ConfigError as error:
@@ -484,25 +274,233 @@ class RecipeReader(Reader):
         """A folder, a file, a name on the hub, or an object."""
         name = node.value
         if not isinstance(name, str):
-            return WRONG  # said already
-        path = node.folder / Path(name).expanduser()
-        if path.exists():
-            return str(path)
+            return WRONG  # RecipeSettings refused it
+        if node.path.exists():
+            return str(node.path)
         if OBJECT_NAME.fullmatch(name):
-            found = self.object(node, keys)
-            if found is not WRONG and not callable(found):
-                words = f"must be a torch module or a function; got {type(found).__name__}."
+            model = self.object(node, keys)
+            if model is not WRONG and not callable(model):
+                words = f"must be a torch module or a function; got {type(model).__name__}."
                 return self.refuse(node, keys, words)
-            return found
+            return model
         if not HUB_NAME.fullmatch(name) or name.startswith(".") or name.endswith(".gguf"):
-            return self.refuse(node, keys, f"there is no file or folder {str(path)!r}.")
+            return self.refuse(node, keys, f"there is no file or folder {str(node.path)!r}.")
         return name
 
     def tokenizer(self, node: Node | None, keys: Keys) -> Any:
-        """A folder, a name on the hub, or an object; None where nothing is said."""
+        """A folder, a name on the hub, or an object; None if the recipe names none."""
         if node is None or not isinstance(node.value, str):
             return None
-        path = node.folder / Path(node.value).expanduser()
-        if not path.exists() and OBJECT_NAME.fullmatch(node.value):
+        if node.path.exists():
+            return str(node.path)
+        return self.object(node, keys) if OBJECT_NAME.fullmatch(node.value) else node.value
+
+    # -- settings of a class or a function ---------------------------------------------------------
+
+    def settings(
+        self, cls: type[Config], node: Node, keys: Keys, *, others: Mapping[str, Any] = {}
+    ) -> Any:
+        """An instance of a Config class. others: values of settings that the node does not name."""
+        values = self._values(cls, node, keys)
+        return values if values is WRONG else self._build(cls, {**others, **values}, node, keys)
+
+    def call(self, function: Any, node: Node, keys: Keys, *, others: Mapping[str, Any] = {}) -> Any:
+        """The result of a function whose arguments are the node's settings and `others`."""
+        settings = self.settings(model_of(function), node, keys, others=others)
+        if settings is WRONG:
+            return WRONG
+        try:
+            return function(**{name: getattr(settings, name) for name in settings.model_fields_set})
+        except SelfRewardingError as error:
+            return self.refuse(node, keys, str(error))
+
+    def mapping(self, node: Node, keys: Keys) -> dict[str, Node]:
+        """The items of a mapping; none, and a problem, for anything else."""
+        if isinstance(node.value, dict):
+            return node.value
+        self.refuse(node, keys, f"this must be a mapping of settings; got {shape(node)}.")
+        return {}
+
+    def _some_settings(self, cls: type[Config], node: Node, keys: Keys) -> Any:
+        """The settings of a class that the node names, as a dict; required ones may be missing."""
+        values = self._values(cls, node, keys)
+        if values is WRONG:
+            return WRONG
+        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        config = self._build(cls, {**dict.fromkeys(required), **values}, node, keys)
+        return config if config is WRONG else {name: getattr(config, name) for name in values}
+
+    def _values(self, cls: type[Config], node: Node, keys: Keys) -> Any:
+        """Values by field, nested settings as instances of their class."""
+        if not isinstance(node.value, dict):
+            self.mapping(node, keys)
+            return WRONG
+        fields = cls.model_fields
+        values = {}
+        for key, child in node.value.items():
+            if key in fields:
+                values[key] = self._value(key, fields[key], child, (*keys, key))
+            else:
+                hint = did_you_mean(key, fields)
+                words = f"this is no setting; {hint}There are: {', '.join(fields)}."
+                self.refuse(child, (*keys, key), words)
+        return values
+
+    def _value(self, name: str, field: Any, node: Node, keys: Keys) -> Any:
+        if node.value is None:
+            return None
+        nested = config_in(field.annotation)
+        if nested is not None:
+            return self.settings(nested, node, keys)
+        if name == "init_from" or (name == "reference" and isinstance(node.value, str)):
+            path = node.path  # or a stage's name
+            return path if path.exists() else node.plain()
+        if field.annotation is not Any:
+            return node.plain()
+        if name.endswith("_dataset") or name in DATASETS:
+            return self.dataset(node, keys)
+        if isinstance(field.default, str) and not OBJECT_NAME.fullmatch(str(node.value)):
+            return node.plain()
+        return self.object(node, keys)
+
+    def _build(self, cls: type[Config], values: dict[str, Any], node: Node, keys: Keys) -> Any:
+        """An instance of a class; what pydantic finds wrong is refused at its own line."""
+        refused = {name for name, value in values.items() if value is WRONG}
+        try:
+            config = cls(**{name: value for name, value in values.items() if name not in refused})
+            return WRONG if refused else config
+        except ConfigError as error:
+            cause = error.__context__
+            if not isinstance(cause, ValidationError):
+                return self.refuse(node, keys, str(error))
+        messages: dict[Keys, list[str]] = {}
+        for item in cause.errors():
+            place = item["loc"]
+            if refused and (not place or place[0] in refused):
+                continue  # follows from a value that was refused already
+            if item["type"] == "missing":
+                self.refuse(node, keys, f"{place[-1]!r} is required.")
+                continue
+            words = item["msg"].removeprefix("Value error, ")
+            messages.setdefault(_known_part(node, place), []).append(words)
+        for place, sentences in messages.items():
+            at = node.at(place)
+            came = f"; got {shape(at)}." if place else "."
+            first, *others = dict.fromkeys(sentences)  # one for each type of a union
+            allowed = [first, *(words.removeprefix("Input should be ") for words in others)]
+            self.refuse(at, (*keys, *place), " or ".join(allowed).rstrip(".") + came)
+        return WRONG
+
+    # -- objects and datasets ----------------------------------------------------------------------
+
+    def object(self, node: Node, keys: Keys) -> Any:
+        """What `package.module:attribute` names."""
+        name = node.value
+        if not isinstance(name, str) or not OBJECT_NAME.fullmatch(name):
+            words = "an object is named package.module:attribute"
+            return self.refuse(node, keys, f"{words}; got {shape(node)}.")
+        if str(node.folder) not in sys.path:
+            sys.path.append(str(node.folder))
+        module, attributes = name.split(":")
+        try:
+            value: Any = importlib.import_module(module)
+            for attribute in attributes.split("."):
+                value = getattr(value, attribute)
+        except Exception as error:  # whatever the user's module raises
+            words = f"{name} cannot be imported: {type(error).__name__}: {error}."
+            return self.refuse(node, keys, words)
+        return value
+
+    def dataset(self, node: Node, keys: Keys) -> Any:
+        """A file, an object, a mapping with a key of SOURCES; or a list of those."""
+        value = node.value
+        if isinstance(value, list) and value:
+            parts = [self.dataset(item, (*keys, i)) for i, item in enumerate(value)]
+            return WRONG if any_wrong(parts) else parts[0] if len(parts) == 1 else parts
+        if isinstance(value, dict):
+            return self._source(node, keys)
+        if not isinstance(value, str):
+            words = f"a dataset is {DATASET_IN_WORDS}; got {shape(node)}."
+            return self.refuse(node, keys, words)
+        if OBJECT_NAME.fullmatch(value) and not node.path.exists():
             return self.object(node, keys)
-        return str(path) if path.exists() else node.value
+        if not node.path.is_file():
+            return self.refuse(node, keys, f"there is no file {str(node.path)!r}.")
+        if suffix_of(node.path) is None:
+            words = f"a dataset's file must be {SUFFIXES_IN_WORDS}; got {value!r}."
+            return self.refuse(node, keys, words)
+        return str(node.path)
+
+    def _source(self, node: Node, keys: Keys) -> Any:
+        """A dataset that is a mapping with one of the keys of SOURCES."""
+        kind = next((name for name in SOURCES if name in node.value), None)
+        if kind is None:
+            return self.refuse(node, keys, f"a dataset is {DATASET_IN_WORDS}; got {shape(node)}.")
+        rest = {name: child for name, child in node.value.items() if name != kind}
+        if kind == "open_assistant":
+            return self._trees(node, rest, keys)
+        for name, child in rest.items():
+            words = f"{name!r} does not go with {kind!r}; it stands alone."
+            self.refuse(child, (*keys, name), words)
+        inner = node.value[kind]
+        if kind == "self_instruct":
+            return self.settings(SelfInstruct, inner, (*keys, kind))
+        if not isinstance(inner.value, str):
+            words = f"this must be a stage's name; got {shape(inner)}."
+            return self.refuse(inner, (*keys, kind), words)
+        return from_stage(inner.value)
+
+    def _trees(self, node: Node, rest: dict[str, Node], keys: Keys) -> Any:
+        """A part of Open Assistant message trees; the file is read once for all parts of it."""
+        part = rest.pop("part", None)
+        if part is None or part.value not in PARTS:
+            words = f"must be one of {', '.join(PARTS)}; got {shape(part) if part else 'none'}."
+            return self.refuse(part or node, (*keys, "part"), words)
+        file = node.value["open_assistant"]
+        if not file.path.is_file():
+            words = f"there is no file {str(file.path)!r}."
+            return self.refuse(file, (*keys, "open_assistant"), words)
+        rest["path"] = replace(file, value=str(file.path))
+        if "trees" in rest:
+            rest["trees"] = self._lines(rest["trees"], (*keys, "trees"))
+        settings = repr({key: child.plain() for key, child in sorted(rest.items())})
+        if settings not in self.trees:
+            self.trees[settings] = self.call(open_assistant, replace(node, value=rest), keys)
+        rows = self.trees[settings]
+        return rows if rows is WRONG else getattr(rows, part.value)
+
+    def _lines(self, node: Node, keys: Keys) -> Node:
+        """[first, behind the last] as a list of the lines from the one to the other."""
+        ends = node.plain()
+        if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_line, ends)):
+            words = "must be [first, behind the last], lines counted from 0, such as [0, 70]"
+            self.refuse(node, keys, f"{words}; got {shape(node)}.")
+            return replace(node, value=None)
+        return replace(node, value=[replace(node, value=line) for line in range(*ends)])
+
+
+def _is_line(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def any_wrong(values: Iterable[Any]) -> bool:
+    """Whether one of the values was refused."""
+    return any(value is WRONG for value in values)
+
+
+def shape(node: Node) -> str:
+    """Words for a value in an error."""
+    if isinstance(node.value, dict):
+        return f"a mapping with {', '.join(map(repr, node.value)) or 'nothing in it'}"
+    return f"{node.plain()!r:.100}"
+
+
+def _known_part(node: Node, place: Keys) -> Keys:
+    """The beginning of an error's place that the file has; the rest names a type of a union."""
+    known: list[Any] = []
+    for key in place:
+        inner = node.at((key,))
+        if inner is node:
+            break
+        node, known = inner, [*known, key]
+    return tuple(known)

@@ -99,3 +99,8 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 NESTED = ("paper", "stages", "reward_prompts")
+"""Settings of which each holds a mapping or a list of further settings."""
+
+
+NOT_AS_THEY_ARE = ("model", "out", "tokenizer", "peft", "accelerate", *NESTED)
+"""Settings that the trainer takes in another form; it takes all others as they are."""

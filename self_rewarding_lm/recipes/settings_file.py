@@ -83,11 +83,6 @@ def recipe_text() -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def uncommented(text: str) -> str:
-    """The text with all settings in force; words stay comments."""
-    return re.sub(r"^( *)#(?: (.*))?$", r"\1\2", text, flags=re.MULTILINE)
-
-
 def _rewards(setting: Setting) -> Iterator[str]:
     yield from _words(0, setting.words)
     yield from ("# reward_prompts:", "#   default:")

@@ -33,6 +33,11 @@ class Node:
     place: str
     folder: Path
 
+    @property
+    def path(self) -> Path:
+        """The file or folder that the value names, if it is taken for a path."""
+        return self.folder / Path(str(self.value)).expanduser()
+
     def plain(self) -> Any:
         """The value without its places."""
         if isinstance(self.value, dict):

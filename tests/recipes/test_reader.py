@@ -1,7 +1,9 @@
 """Recipes in YAML: what is read, what is refused and where, and that the example tells all."""
 
+import inspect
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,12 +14,19 @@ from self_rewarding_lm.describe import REQUIRED, settings_of
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.recipes.paper import paper_recipe
 from self_rewarding_lm.recipes.reader import Recipe, read_recipe
-from self_rewarding_lm.recipes.settings import RUBRICS, STAGE_KINDS, LoraSettings, RecipeSettings
-from self_rewarding_lm.recipes.settings_file import STAGES_MARK, recipe_text, uncommented
+from self_rewarding_lm.recipes.settings import (
+    NOT_AS_THEY_ARE,
+    RUBRICS,
+    STAGE_KINDS,
+    LoraSettings,
+    RecipeSettings,
+)
+from self_rewarding_lm.recipes.settings_file import STAGES_MARK, recipe_text
 from self_rewarding_lm.recipes.yaml_nodes import Node, parse_yaml, read_yaml
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
 from self_rewarding_lm.stages.sft import SFTConfig
+from self_rewarding_lm.trainer import SelfRewardingTrainer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "recipe.yaml"
 
@@ -510,6 +519,18 @@ def test_the_example_is_the_text_that_the_settings_give():
 def test_the_example_is_a_recipe(folder):
     recipe = read(folder, recipe_text())
     assert [s.name for s in recipe.stages] == ["sft_baseline", "eft", "m1", "m2", "m3"]
+
+
+def test_settings_that_the_trainer_takes_as_they_are_have_its_defaults():
+    arguments = inspect.signature(SelfRewardingTrainer).parameters
+    for name, field in RecipeSettings.model_fields.items():
+        if name not in NOT_AS_THEY_ARE:
+            assert field.default == arguments[name].default, name
+
+
+def uncommented(text):
+    """The text with all settings in force; words stay comments."""
+    return re.sub(r"^( *)#(?: (.*))?$", r"\1\2", text, flags=re.MULTILINE)
 
 
 def paper_part(text):
