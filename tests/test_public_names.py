@@ -97,7 +97,10 @@ def test_an_old_module_is_an_error_that_names_the_new_place(old, new):
         ),
         ("from self_rewarding_lm.judging import parse_score", "self_rewarding_lm.judges.parsing"),
         ("from self_rewarding_lm import votes", "self_rewarding_lm.judges.votes"),
-        ("from self_rewarding_lm.judges import judged_scores", "self_rewarding_lm.judges.base"),
+        (
+            "from self_rewarding_lm.judges import reward_scores",
+            "self_rewarding_lm.judges.functions",
+        ),
         ("from self_rewarding_lm.judges import form_of", "self_rewarding_lm.judges.self_judge"),
         (
             "from self_rewarding_lm.recipes import paper_config_of",
