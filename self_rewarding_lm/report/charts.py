@@ -6,8 +6,9 @@ nothing of runs.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from self_rewarding_lm.report.markup import Safe, details, number, safe, table, tag
+from self_rewarding_lm.report.markup import Safe, number, safe, tag
 
 WIDTH, HEIGHT = 360, 200
 
@@ -30,6 +31,23 @@ ROWS = 12
 Points = Sequence[tuple[float, float]]
 
 
+class Table(NamedTuple):
+    """A table of texts; the first cell of a row is its header. None is an empty cell."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | None]]
+
+
+class Chart(NamedTuple):
+    """A drawing with its numbers. key: an id that no other chart of the page has."""
+
+    key: str
+    title: str
+    svg: Safe
+    table: Table
+
+
 def line_chart(
     key: str,
     title: str,
@@ -38,15 +56,14 @@ def line_chart(
     across: str,
     names: Sequence[str] = (),
     share: bool = False,
-) -> Safe:
-    """Lines over numbers, or over names at 0, 1, ....
+) -> Chart | None:
+    """Lines over numbers, or over names at 0, 1, ....; None if no line has points.
 
-    key: an id that no other chart has. lines: (name, style, points); those without points are left
-    out, and "" comes where none is left. share: the axis goes from 0 to 1.
+    lines: (name, style, points). share: the axis goes from 0 to 1.
     """
     lines = [line for line in lines if line[2]]
     if not lines:
-        return Safe("")
+        return None
     every = [point for _, _, points in lines for point in points]
     xs, ys = ([p[i] for p in every] for i in (0, 1))
     across_ticks = [float(i) for i in range(len(names))] if names else ticks(min(xs), max(xs), 4)
@@ -61,13 +78,12 @@ def line_chart(
     parts += [_line(name, style, points, x_of, y_of, names) for name, style, points in lines]
     words = "; ".join(_told(name, points, across, names) for name, _, points in lines)
     head = [across, *(name for name, _, _ in lines)]
-    return _figure(key, title, words, parts, table(title, head, _rows(lines, names)))
+    svg = _drawing(key, title, words, parts)
+    return Chart(key, title, svg, Table(title, head, _rows(lines, names)))
 
 
-def bar_chart(key: str, title: str, bars: Sequence[tuple[str, float]], *, across: str) -> Safe:
-    """Bars, each with its name; "" where there are none."""
-    if not bars:
-        return Safe("")
+def bar_chart(key: str, title: str, bars: Sequence[tuple[str, float]], *, across: str) -> Chart:
+    """Bars, each with its name; at least one."""
     up_ticks = ticks(0, max(count for _, count in bars), 4)
     y_of = _scale((0, *up_ticks, *(count for _, count in bars)), HEIGHT - BOTTOM, TOP)
     width = (WIDTH - LEFT - RIGHT) / len(bars)
@@ -87,7 +103,8 @@ def bar_chart(key: str, title: str, bars: Sequence[tuple[str, float]], *, across
     most = max(bars, key=lambda bar: bar[1])
     words = f"{len(bars)} bars; the highest is {most[0]} with {number(most[1])}"
     rows = [(name, number(count)) for name, count in bars]
-    return _figure(key, title, words, parts, table(title, [across, "count"], rows))
+    svg = _drawing(key, title, words, parts)
+    return Chart(key, title, svg, Table(title, [across, "count"], rows))
 
 
 def legend(names: Sequence[str]) -> Safe:
@@ -128,8 +145,8 @@ def _scale(values: Sequence[float], start: float, end: float):
     )
 
 
-def _figure(key: str, title: str, words: str, parts: Sequence[Safe], numbers: Safe) -> Safe:
-    svg = tag(
+def _drawing(key: str, title: str, words: str, parts: Sequence[Safe]) -> Safe:
+    return tag(
         "svg",
         tag("title", title, id=f"{key}-t"),
         tag("desc", words, id=f"{key}-d"),
@@ -138,7 +155,6 @@ def _figure(key: str, title: str, words: str, parts: Sequence[Safe], numbers: Sa
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         aria_labelledby=f"{key}-t {key}-d",
     )
-    return tag("figure", tag("figcaption", title), svg, details("Numbers", numbers))
 
 
 def _up_axis(values: Sequence[float], y_of) -> Safe:
@@ -197,7 +213,7 @@ def _told(name: str, points: Points, across: str, names: Sequence[str]) -> str:
     return f"{words}, lowest {number(min(ys))}, highest {number(max(ys))}"
 
 
-def _rows(lines: Sequence[tuple[str, int, Points]], names: Sequence[str]) -> list[list[object]]:
+def _rows(lines: Sequence[tuple[str, int, Points]], names: Sequence[str]) -> list[list[str | None]]:
     found = [dict(points) for _, _, points in lines]
     every = sorted({x for points in found for x in points})
     if len(every) > ROWS:
@@ -205,7 +221,7 @@ def _rows(lines: Sequence[tuple[str, int, Points]], names: Sequence[str]) -> lis
     return [
         [
             names[int(x)] if names else number(x),
-            *("" if x not in p else number(p[x]) for p in found),
+            *(number(p[x]) if x in p else None for p in found),
         ]
         for x in every
     ]
