@@ -16,6 +16,9 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
+Ids = tuple[int, ...]
+"""Token ids of one text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

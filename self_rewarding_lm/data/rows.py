@@ -25,10 +25,7 @@ from self_rewarding_lm.data.forms import (
 )
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError
-from self_rewarding_lm.records import Demonstration, PreferencePair, RankedReplies
-
-Ids = tuple[int, ...]
-
+from self_rewarding_lm.records import Demonstration, Ids, PreferencePair, RankedReplies
 
 PAIR_NUMBERS = {
     "weight": math.inf,

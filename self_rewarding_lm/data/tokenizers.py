@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from self_rewarding_lm.data.control_tokens import Controls, Piece
-
-Ids = tuple[int, ...]
-
+from self_rewarding_lm.records import Ids
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 """Special tokens that end a text in the vocabularies that have them."""

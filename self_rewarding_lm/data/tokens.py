@@ -26,8 +26,9 @@ from self_rewarding_lm.data.chat import (
 )
 from self_rewarding_lm.data.chat import transcript as transcript_of
 from self_rewarding_lm.data.control_tokens import Controls, Filled, Mask
-from self_rewarding_lm.data.tokenizers import HuggingFaceTokenizer, Ids, Tokenizer
+from self_rewarding_lm.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
+from self_rewarding_lm.records import Ids
 
 logger = logging.getLogger(__name__)
 

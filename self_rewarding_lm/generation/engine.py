@@ -9,8 +9,9 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.generation.score_trie import Ids, NodeChances, ScoreTrie
+from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.records import Ids
 
 
 @dataclass(frozen=True, slots=True)

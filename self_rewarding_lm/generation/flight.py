@@ -18,8 +18,8 @@ from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.sampling import penalise_repetition, sample_next, uniforms
 from self_rewarding_lm.generation.schedule import Group
-from self_rewarding_lm.generation.score_trie import Ids
 from self_rewarding_lm.models.interface import Plan, Session, TokenModel, device_of
+from self_rewarding_lm.records import Ids
 
 AHEAD = 256
 """Tokens of prompts that are computed before there is room for their rows: a forward of few tokens

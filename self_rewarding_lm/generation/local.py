@@ -17,9 +17,10 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.flight import Flight
 from self_rewarding_lm.generation.schedule import Group, plans
-from self_rewarding_lm.generation.score_trie import Ids, NodeChances, ScoreTrie
+from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.models.inference import inferring
 from self_rewarding_lm.models.interface import Session, TokenModel
+from self_rewarding_lm.records import Ids
 
 ROWS_AT_ONCE = 16  # rows whose probabilities are held in float64
 

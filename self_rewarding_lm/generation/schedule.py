@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from self_rewarding_lm.models.interface import Plan, TokenModel, device_of
 from self_rewarding_lm.models.sessions import common_beginning
+from self_rewarding_lm.records import Ids
 
 MIN_ROOT = 16
 """Shorter beginnings of all prompts are left to the prompts: a root costs products of its own."""
@@ -16,9 +17,6 @@ MIN_ROOT = 16
 
 MIN_SHARED = 8
 """Prompts that share this many tokens behind the root are one family."""
-
-
-Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.records import Ids
 from self_rewarding_lm.scores import number_text
-
-Ids = tuple[int, ...]
-
 
 MIN_SCORE_MASS = 0.1
 """Below this probability of all allowed numbers together the judge was about to say something

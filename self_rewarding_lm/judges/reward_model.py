@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.data.tokenizers import Ids
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judges.base import Judge
@@ -20,7 +19,7 @@ from self_rewarding_lm.models.batching import micro_batches, pad_rows
 from self_rewarding_lm.models.inference import inferring
 from self_rewarding_lm.models.interface import device_of
 from self_rewarding_lm.models.loading import load_classifier, longest_input
-from self_rewarding_lm.records import Candidate, Judgement, Prompt
+from self_rewarding_lm.records import Candidate, Ids, Judgement, Prompt
 from self_rewarding_lm.scores import score_of
 
 

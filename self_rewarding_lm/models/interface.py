@@ -37,9 +37,6 @@ SHARE_OF_FREE = 0.5
 """Of the memory that is free when a session begins; ours: the rest is for a forward's own needs."""
 
 
-Ids = Sequence[int]
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a session is for.
@@ -110,7 +107,7 @@ class Session(Protocol):
     joins: bool
     held: int
 
-    def prefill(self, prompts: Sequence[Ids]) -> Float[Tensor, "n v"]:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
         """Hold some prompts; the logits of what follows each."""
         ...
 

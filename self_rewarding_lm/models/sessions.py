@@ -14,9 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from self_rewarding_lm.models.attention import KeyValues, Sizes, Span
-from self_rewarding_lm.models.interface import Cache, Ids, Plan
+from self_rewarding_lm.models.interface import Cache, Plan
 
-Start = Callable[[Sequence[Ids]], tuple[Tensor, Cache]]
+Start = Callable[[Sequence[Sequence[int]]], tuple[Tensor, Cache]]
 
 
 class BatchSession:
@@ -34,7 +34,7 @@ class BatchSession:
         self._running: Cache | None = None
         self._held: dict[int, tuple[Cache, int]] = {}
 
-    def prefill(self, prompts: Sequence[Ids]) -> Float[Tensor, "n v"]:
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
         logits, cache = self.start(prompts)
         for row in range(len(prompts)):
             self._held[self.held] = cache, row
@@ -80,7 +80,7 @@ class _Stem:
     """A prompt behind the root. users: its rows, and one for each who may still need it."""
 
     place: int
-    ids: Ids
+    ids: Sequence[int]
     users: int = 1
 
 
@@ -125,8 +125,8 @@ class AttendingSession:
             self.memory.at_root()
             self._run(plan.root, range(len(plan.root)))
 
-    def prefill(self, prompts: Sequence[Ids]) -> Float[Tensor, "n v"]:
-        parts: list[list[Ids]] = [[]]
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
+        parts: list[list[Sequence[int]]] = [[]]
         packed = 0
         for prompt in prompts:
             packed += len(prompt)
@@ -136,7 +136,7 @@ class AttendingSession:
             parts[-1].append(prompt)
         return torch.cat([self._prefill(part) for part in parts])
 
-    def _prefill(self, prompts: Sequence[Ids]) -> Tensor:
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         root, spans, ids, positions = len(self.plan.root), [], [], []
         before = self._last
         for prompt in prompts:
@@ -190,7 +190,7 @@ class AttendingSession:
         for row in before:
             self._leave(row.stem)
 
-    def _run(self, ids: Tensor | Ids, positions: Ids) -> Tensor:
+    def _run(self, ids: Tensor | Sequence[int], positions: Sequence[int]) -> Tensor:
         """Logits of the wanted tokens; ids and positions of one packed row."""
         packed = torch.as_tensor(ids, device=self.device)[None]
         at = torch.tensor([*positions], device=self.device)[None]

@@ -35,9 +35,6 @@ from self_rewarding_lm.training.state import RoundState
 logger = logging.getLogger(__name__)
 
 
-Ids = tuple[int, ...]
-
-
 class TrainingConfig(FinetuneConfig):
     """A stage that fits weights.
 

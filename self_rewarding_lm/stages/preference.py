@@ -13,7 +13,7 @@ from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import START, Context
 from self_rewarding_lm.data.rows import truncated
 from self_rewarding_lm.errors import ConfigError, NoPairError
-from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
+from self_rewarding_lm.records import Ids, PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import TrainingConfig, see_cut
@@ -26,9 +26,6 @@ from self_rewarding_lm.training.reference import (
     PairSums,
     StoredReference,
 )
-
-Ids = tuple[int, ...]
-
 
 NO_REFERENCE, OF_ROUND = "none", "round"
 

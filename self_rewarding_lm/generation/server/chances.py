@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.generation.score_trie import Ids, NodeChances, ScoreTrie
+from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.generation.server.client import HttpClient, Refusal
 from self_rewarding_lm.generation.server.completions import (
     PATH,
@@ -17,6 +17,7 @@ from self_rewarding_lm.generation.server.completions import (
     given_chances,
     given_score,
 )
+from self_rewarding_lm.records import Ids
 
 MOST_NAMED = 128
 """Tokens whose log-probs are asked for by id in one request, at most."""

@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from self_rewarding_lm.data.tokenizers import Ids
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, ServerError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.server.client import Body, HttpClient, Refusal
+from self_rewarding_lm.records import Ids
 
 PATH = "/completions"
 

@@ -15,7 +15,7 @@ from typing import Any
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, ServerError, typed
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
-from self_rewarding_lm.generation.score_trie import Ids, NodeChances, ScoreTrie
+from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.generation.server.chances import NodeAsker, check_chances
 from self_rewarding_lm.generation.server.client import Body, HttpClient, check_openai
 from self_rewarding_lm.generation.server.completions import (
@@ -27,6 +27,7 @@ from self_rewarding_lm.generation.server.completions import (
 )
 from self_rewarding_lm.generation.server.process import LaunchedServer, check_command
 from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.records import Ids
 
 logger = logging.getLogger(__name__)
 
