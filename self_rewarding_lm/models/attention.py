@@ -1,9 +1,13 @@
 """Keys and values of rows that are decoded together, and attention over them.
 
-Three parts, so that what rows have in common is stored and computed once: the root, with which all
-prompts begin; a stem for each prompt, its tokens behind the root; and each row's own tokens. The
-memory of a session is allocated at its first forward and written in place: nothing grows and
-nothing is copied from token to token. Knows tensors; nothing of models, tokens or sampling.
+What rows have in common is stored and computed once, so keys and values stand in three parts: the
+root, with which all prompts begin; a stem for each prompt, its tokens after the root; and each
+row's own tokens, those that it has sampled. A session's memory is allocated at its first forward
+and written in place: nothing grows, and nothing is copied from token to token. Knows tensors;
+nothing of models, tokens or sampling.
+
+Axes: h heads of queries, g heads of keys, n = h / g heads of queries that look at one head of keys,
+t tokens, r rows, s stems, d and e the widths of keys and values.
 """
 
 from collections.abc import Sequence
@@ -12,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +25,7 @@ from self_rewarding_lm.models.inference import product_dtype
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a session holds at most. stem and new: tokens of a stem and of a row's own."""
+    """What a session holds at most. root, stem, new: tokens of the root, a stem, a row's own."""
 
     root: int
     stems: int
@@ -35,10 +40,10 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A prompt's new tokens among those that go through the model together.
+    """The tokens that a prompt adds to a forward of several prompts, packed one after the other.
 
-    stem: its place. start, count: among the packed tokens. reused: tokens before them that are
-    copied from the stem `source`.
+    stem: the place of the prompt's stem. start, count: where its tokens are among the packed ones.
+    reused: how many tokens before those are copied from the stem at the place `source`.
     """
 
     stem: int
@@ -50,7 +55,10 @@ class Span:
 
 @dataclass(slots=True)
 class _Layer:
-    """(Hkv, root, d), (stems, Hkv, stem, d) and (rows, Hkv, new, d), each of keys and of values."""
+    """Keys and values of one attention layer.
+
+    root: (g, t, d); stems: (s, g, t, d); own: (r, g, t, d); values have e in the place of d.
+    """
 
     root: tuple[Tensor, Tensor]
     stems: tuple[Tensor, Tensor]
@@ -58,11 +66,10 @@ class _Layer:
 
 
 class KeyValues:
-    """A session's keys and values, to which a model's attention layers turn.
+    """A session's keys and values, which a model's attention layers call.
 
     `attend` is their attention; `needed` picks the tokens whose logits are wanted, before the last
-    linear layer. What the tokens of a forward are is set before it by `at_root`, `at_prompts` or
-    `at_step`.
+    linear layer. Before each forward `at_root`, `at_prompts` or `at_step` says what its tokens are.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
@@ -70,27 +77,29 @@ class KeyValues:
         self.layers: dict[int, _Layer] = {}
         self.windows: set[int] = set()
         self._wanted: Tensor | None = None
-        self._now: _Root | _Prompts | _Step | None = None
+        self._forward: _Root | _Prompts | _Step | None = None
 
     def at_root(self) -> None:
         """The next forward's tokens are the root."""
-        self._now, self._wanted = _Root(), torch.tensor([self.sizes.root - 1], device=self.device)
+        self._forward = _Root()
+        self._wanted = torch.tensor([self.sizes.root - 1], device=self.device)
 
     def at_prompts(self, spans: Sequence[Span]) -> None:
         """The next forward's tokens are those of the spans, one after the other."""
         ends = [span.start + span.count - 1 for span in spans]
-        self._now = _Prompts(spans, self.sizes.root)
+        self._forward = _Prompts(spans, self.sizes.root)
         self._wanted = torch.tensor(ends, device=self.device)
 
     def at_step(
         self, stems: Sequence[int], stem_lengths: Sequence[int], lengths: Sequence[int]
     ) -> None:
-        """The next forward has a token of each row.
+        """The next forward has one token of each row.
 
-        stems: each row's stem, its length, and how many tokens of its own a row has already.
+        stems: the place of each row's stem; stem_lengths: its tokens; lengths: how many tokens of
+        its own each row has already.
         """
+        self._forward = _Step(self.sizes.root, stems, stem_lengths, lengths, self.device)
         self._wanted = None
-        self._now = _Step(self.sizes.root, stems, stem_lengths, lengths, self.device)
 
     def attend(
         self,
@@ -103,15 +112,16 @@ class KeyValues:
         window: int | None = None,
         dropout: float = 0.0,
     ) -> Float[Tensor, "1 h n e"]:
-        """Causal attention of the present tokens to their rows' whole past, themselves included.
+        """Causal attention of the n present tokens to the whole past of their rows, and to
+        themselves.
 
-        Keys and values are kept. Heads of queries are a multiple of those of keys (grouped-query
-        attention), nothing is repeated for it. scale: default 1 / sqrt(d). window: how many of the
-        last tokens are seen, the present one included (sliding attention). dropout: 0, nothing is
-        trained in a session.
+        Keys and values are kept for later forwards. The number of heads h is a multiple of g
+        (grouped-query attention, arXiv:2305.13245); keys are not repeated for it. scale: of the
+        scores, default 1 / sqrt(d). window: how many of the last tokens are seen, the present one
+        included (sliding attention). dropout: must be 0, as nothing is trained in a session.
         """
         assert dropout == 0.0, "a session's forward is without dropout"
-        assert self._now is not None, "attend is called inside a session's forward alone"
+        assert self._forward is not None, "attend is called inside a session's forward alone"
         dtype = product_dtype(query)
         kept = self._layer(layer, key, value, dtype)
         factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -119,7 +129,7 @@ class KeyValues:
             self.windows.add(window)
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (t[0].to(dtype) for t in (query, key, value))
-            return self._now.attend(kept, q * factor, k, v, window)[None].to(query.dtype)
+            return self._forward.attend(kept, q * factor, k, v, window)[None].to(query.dtype)
 
     def needed(self, hidden: Float[Tensor, "1 n d"]) -> Float[Tensor, "1 m d"]:
         """The hidden states of the tokens whose logits are wanted."""
@@ -127,186 +137,213 @@ class KeyValues:
 
     @property
     def wanted(self) -> Tensor | None:
-        """Places of the tokens whose logits are wanted; None: of all."""
+        """Places of the tokens whose logits are wanted; None if those of all are."""
         return self._wanted
 
     def move_rows(self, rows: Sequence[int], length: int) -> None:
-        """Row i's own tokens, of which no row has more than `length`, become those of rows[i]."""
-        to = [i for i, row in enumerate(rows) if i != row]
-        if not to or not length:
+        """Row i gets the own tokens of rows[i]. length: of the row that has the most of them."""
+        moved = [i for i, row in enumerate(rows) if i != row]
+        if not moved or not length:
             return
-        target = torch.tensor(to, device=self.device)
-        source = torch.tensor([rows[i] for i in to], device=self.device)
-        for kept in self.layers.values():
-            for tensor in kept.own:
-                part = tensor[:, :, :length]
-                part[target] = part[source]
+        target = torch.tensor(moved, device=self.device)
+        source = torch.tensor([rows[i] for i in moved], device=self.device)
+        for layer in self.layers.values():
+            for tensor in layer.own:
+                filled = tensor[:, :, :length]  # (r, g, t, d)
+                filled[target] = filled[source]
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all layers that were attended to."""
+        """Bytes that one token's keys and values take in all layers that were attended to."""
         return sum(
             t.shape[1] * t.shape[3] * t.element_size()
-            for la in self.layers.values()
-            for t in la.own
+            for layer in self.layers.values()
+            for t in layer.own
         )
 
     def _layer(self, number: int, key: Tensor, value: Tensor, dtype: torch.dtype) -> _Layer:
+        """The memory of a layer, which is allocated when it is first attended to."""
         if number not in self.layers:
-            s = self.sizes
+            sizes, heads = self.sizes, key.shape[1]
 
-            def made(*leading: int) -> tuple[Tensor, Tensor]:
-                shapes = [(*leading, t.shape[-1]) for t in (key, value)]
-                return _zeros(shapes[0], dtype, self.device), _zeros(shapes[1], dtype, self.device)
+            def zeros(*leading: int) -> tuple[Tensor, Tensor]:
+                keys = _zeros((*leading, key.shape[-1]), dtype, self.device)
+                return keys, _zeros((*leading, value.shape[-1]), dtype, self.device)
 
-            heads = key.shape[1]
             self.layers[number] = _Layer(
-                made(heads, s.root), made(s.stems, heads, s.stem), made(s.rows, heads, s.new)
+                root=zeros(heads, sizes.root),
+                stems=zeros(sizes.stems, heads, sizes.stem),
+                own=zeros(sizes.rows, heads, sizes.new),
             )
         return self.layers[number]
 
 
 class _Root:
-    """The beginning that all prompts have."""
+    """A forward of the tokens with which all prompts begin."""
 
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         for tensor, new in zip(kept.root, (k, v), strict=True):
-            tensor.copy_(new)
-        mask = None if window is None else seen(q.shape[1], q.shape[1], window, q.device)
-        return whole_attention(q, k, v, mask)
+            tensor.copy_(new)  # (g, t, d)
+        length = q.shape[1]
+        mask = None if window is None else causal_mask(length, length, window, q.device)
+        return causal_attention(q, k, v, mask)
 
 
 class _Prompts:
-    """Prompts of any lengths, packed one behind the other: no token of padding is computed."""
+    """A forward of prompts of any lengths, packed one after the other without padding."""
 
     def __init__(self, spans: Sequence[Span], root: int) -> None:
         self.spans, self.root = spans, root
         self.masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        for tensor, new in zip(kept.stems, (k, v), strict=True):
-            for s in self.spans:
-                if s.reused:  # a source in this forward stands before the spans that copy from it
-                    tensor[s.stem, :, : s.reused] = tensor[s.source, :, : s.reused]
-                own = new[:, s.start : s.start + s.count]
-                tensor[s.stem, :, s.reused : s.reused + s.count] = own
-        out = []
-        for i, s in enumerate(self.spans):
-            keys, values = (t[s.stem, :, : s.reused + s.count] for t in kept.stems)
+        # 1. write each prompt's keys and values into its stem
+        for tensor, new in zip(kept.stems, (k, v), strict=True):  # (s, g, t, d), (g, t, d)
+            for span in self.spans:  # a span whose stem is copied comes before those that copy it
+                end = span.reused + span.count
+                if span.reused:
+                    tensor[span.stem, :, : span.reused] = tensor[span.source, :, : span.reused]
+                tensor[span.stem, :, span.reused : end] = new[:, _packed(span)]
+
+        # 2. each prompt's attention to the root, to what it reuses and to itself
+        outputs = []
+        for i, span in enumerate(self.spans):
+            keys, values = (t[span.stem, :, : span.reused + span.count] for t in kept.stems)
             if self.root:
-                keys = torch.cat([kept.root[0], keys], dim=1)
-                values = torch.cat([kept.root[1], values], dim=1)
+                keys = torch.cat([kept.root[0], keys], dim=1)  # (g, t, d)
+                values = torch.cat([kept.root[1], values], dim=1)  # (g, t, e)
             mask = self._mask(i, keys.shape[1], window, q.device)
-            out.append(whole_attention(q[:, s.start : s.start + s.count], keys, values, mask))
-        return torch.cat(out, dim=1)
+            outputs.append(causal_attention(q[:, _packed(span)], keys, values, mask))
+        return torch.cat(outputs, dim=1)  # (h, t, e)
 
     def _mask(self, i: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
+        """What the tokens of span i see of `length` tokens; None if all those up to themselves."""
         if (i, window) not in self.masks:
             count = self.spans[i].count
-            plain = length == count and window is None
-            self.masks[i, window] = None if plain else seen(count, length, window, device)
+            whole = length == count and window is None
+            self.masks[i, window] = None if whole else causal_mask(count, length, window, device)
         return self.masks[i, window]
+
+
+def _packed(span: Span) -> slice:
+    """Where a span's tokens are among the packed ones."""
+    return slice(span.start, span.start + span.count)
 
 
 @dataclass(slots=True)
 class _Step:
-    """A token a row. Scores of root, stem and own tokens are side by side in one softmax."""
+    """A forward of one token of each row.
+
+    stems, stem_lengths, lengths: as `KeyValues.at_step` takes them. ends (r,): the place of each
+    row's new token. columns: how many of the root, the stems and the rows' own tokens are looked
+    at. members (s, m): the rows of each stem, filled up with row 0, whose products are not read.
+    place: stem and place in it of each row, so that members[place] are all rows.
+    """
 
     root: int
     stems: Sequence[int]
     stem_lengths: Sequence[int]
     lengths: Sequence[int]
     device: torch.device
+    columns: tuple[int, int, int] = field(init=False)
     rows: Tensor = field(init=False)
     ends: Tensor = field(init=False)
-    table: Tensor = field(init=False)
+    members: Tensor = field(init=False)
     place: tuple[Tensor, Tensor] = field(init=False)
     masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        members: list[list[int]] = [[] for _ in range(max(self.stems) + 1)]
+        rows_of: list[list[int]] = [[] for _ in range(max(self.stems) + 1)]
         places = []
         for row, stem in enumerate(self.stems):
-            places.append(len(members[stem]))
-            members[stem].append(row)
-        most = max(map(len, members))
-        table = [rows + [0] * (most - len(rows)) for rows in members]  # a row too many is harmless
+            places.append(len(rows_of[stem]))
+            rows_of[stem].append(row)
+        most = max(map(len, rows_of))
+        self.columns = self.root, max(self.stem_lengths), max(self.lengths) + 1
         self.rows = torch.arange(len(self.stems), device=self.device)
         self.ends = torch.tensor(self.lengths, device=self.device)
-        self.table = torch.tensor(table, device=self.device)
+        self.members = torch.tensor(
+            [rows + [0] * (most - len(rows)) for rows in rows_of], device=self.device
+        )
         self.place = (
             torch.tensor(self.stems, device=self.device),
             torch.tensor(places, device=self.device),
         )
 
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        groups, count, size = k.shape
+        groups, count, _ = k.shape
+        root, stem, own = self.columns
+
+        # 1. write each row's new key and value after its own ones
         for tensor, new in zip(kept.own, (k, v), strict=True):
-            tensor[self.rows, :, self.ends] = new.transpose(0, 1)
-        q = q.view(groups, -1, count, size).permute(2, 0, 1, 3).contiguous()  # rows g repeats d
-        stem, own = max(self.stem_lengths), max(self.lengths) + 1
-        parts = []
-        if self.root:
-            flat = q.transpose(0, 1).reshape(groups, -1, size)
-            found = torch.bmm(flat, kept.root[0].transpose(1, 2))
-            parts.append(found.view(groups, count, -1, self.root).transpose(0, 1))
-        parts.append(self._of_stems(q, kept.stems[0][:, :, :stem].transpose(2, 3)))
-        parts.append(_of_rows(q, kept.own[0][:count, :, :own].transpose(2, 3)))
-        scores = torch.cat(parts, dim=-1)
-        scores += self._hidden(stem, own, window, scores.dtype)[:, None, None]
-        exact = torch.float32 if scores.dtype.itemsize < 4 else scores.dtype
-        shares = torch.softmax(scores, dim=-1, dtype=exact).to(scores.dtype)
-        of_root, of_stem, of_own = shares.split([self.root, stem, own], dim=-1)
-        out = self._of_stems(of_stem, kept.stems[1][:, :, :stem])
-        out += _of_rows(of_own, kept.own[1][:count, :, :own])
-        if self.root:
-            flat = of_root.transpose(0, 1).reshape(groups, -1, self.root)
-            out += (
-                torch.bmm(flat, kept.root[1]).view(groups, count, -1, v.shape[-1]).transpose(0, 1)
-            )
-        return out.permute(1, 2, 0, 3).flatten(0, 1)
+            tensor[self.rows, :, self.ends] = new.transpose(0, 1)  # (r, g, d)
+        root_keys, root_values = kept.root  # (g, t, d)
+        stem_keys, stem_values = (t[: len(self.members), :, :stem] for t in kept.stems)
+        own_keys, own_values = (t[:count, :, :own] for t in kept.own)  # (r, g, t, d)
 
-    def _of_stems(self, left: Tensor, right: Tensor) -> Tensor:
-        """Products of each row (r, g, repeats, a) with its stem's matrix (stems, g, a, b).
+        # 2. score root, stem and own tokens side by side, for one softmax over all of them
+        q = rearrange(q, "(g n) r d -> r g n d", g=groups)
+        scores = [self._times_stems(q, stem_keys.mT), q @ own_keys.mT]  # (r, g, n, t) each
+        if root:
+            scores.insert(0, _times_root(q, root_keys.mT))
+        joined = torch.cat(scores, dim=-1)  # (r, g, n, root + stem + own)
+        joined += self._mask(window, joined.dtype)[:, None, None]
+        exact = torch.float32 if joined.dtype.itemsize < 4 else joined.dtype
+        shares = torch.softmax(joined, dim=-1, dtype=exact).to(joined.dtype)
 
-        Rows of one stem are side by side in one product.
+        # 3. sum up the values by their shares
+        of_root, of_stem, of_own = shares.split(self.columns, dim=-1)
+        out = self._times_stems(of_stem, stem_values)  # (r, g, n, e)
+        out += of_own @ own_values
+        if root:
+            out += _times_root(of_root, root_values)
+        return rearrange(out, "r g n e -> (g n) r e")
+
+    def _times_stems(self, left: Tensor, right: Tensor) -> Tensor:
+        """Each row's (r, g, n, a) by its stem's (s, g, a, b), the rows of a stem in one product.
+
+        Views instead of einops here and in `_times_root`, where its calls took as long as a small
+        model's products.
         """
-        stems, most = self.table.shape
-        groups, repeats = left.shape[1:3]
-        grouped = left[self.table].transpose(1, 2).reshape(stems * groups, most * repeats, -1)
-        found = torch.bmm(grouped, right[:stems].flatten(0, 1))
-        found = found.view(stems, groups, most, repeats, -1)
-        return found[self.place[0], :, self.place[1]]
+        stems, members = self.members.shape
+        _, groups, queries, _ = left.shape
+        grouped = left[self.members].transpose(1, 2)  # (s, g, m, n, a)
+        grouped = grouped.reshape(stems * groups, members * queries, -1)  # (s g, m n, a)
+        products = torch.bmm(grouped, right.flatten(0, 1))  # (s g, m n, b)
+        products = products.view(stems, groups, members, queries, -1)  # (s, g, m, n, b)
+        return products[self.place[0], :, self.place[1]]  # (r, g, n, b)
 
-    def _hidden(self, stem: int, own: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """-inf for the columns that a row must not see, else 0: (r, root + stem + own).
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """-inf at the columns that a row must not see, 0 at the others: (r, root + stem + own).
 
-        Added, because filling by a broadcast mask took several times as long on a CPU.
+        To be added: filling by a broadcast mask took several times as long on a CPU.
         """
         if window not in self.masks:
-            stem_lengths = torch.tensor(self.stem_lengths, device=self.device)[:, None]
-            of_stem = torch.arange(stem, device=self.device)[None]
-            of_own = torch.arange(own, device=self.device)[None]
-            of_root = torch.zeros(len(self.rows), self.root, dtype=torch.bool, device=self.device)
-            ends = self.ends[:, None]
-            hidden = torch.cat([of_root, of_stem >= stem_lengths, of_own > ends], dim=1)
+            root = self.root
+            device, shape = self.device, (len(self.rows), -1)
+            stem_lengths = torch.tensor(self.stem_lengths, device=device)[:, None]  # (r, 1)
+            ends = self.ends[:, None]  # (r, 1)
+            in_root, in_stem, in_own = (torch.arange(n, device=device)[None] for n in self.columns)
+            hidden = [(in_root < 0).expand(shape), in_stem >= stem_lengths, in_own > ends]
+            is_hidden = torch.cat(hidden, dim=1)  # (r, root + stem + own)
             if window is not None:
-                of_root = torch.arange(self.root, device=self.device).expand(len(self.rows), -1)
-                at = [of_root, (self.root + of_stem).expand(len(self.rows), -1)]
-                columns = torch.cat([*at, self.root + stem_lengths + of_own], dim=1)
-                hidden |= columns <= self.root + stem_lengths + ends - window
-            shown = torch.zeros(hidden.shape, dtype=dtype, device=self.device)
-            self.masks[window] = shown.masked_fill_(hidden, -torch.inf)
+                before = [in_root.expand(shape), (root + in_stem).expand(shape)]
+                positions = torch.cat([*before, root + stem_lengths + in_own], dim=1)
+                is_hidden |= positions <= root + stem_lengths + ends - window
+            mask = torch.zeros(is_hidden.shape, dtype=dtype, device=device)
+            self.masks[window] = mask.masked_fill_(is_hidden, -torch.inf)
         return self.masks[window]
 
 
-def _of_rows(left: Tensor, right: Tensor) -> Tensor:
-    """Products of (r, g, repeats, a) and (r, g, a, b), neither of them copied."""
-    found = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
-    return found.view(*left.shape[:3], -1)
+def _times_root(left: Tensor, right: Tensor) -> Tensor:
+    """Each row's (r, g, n, a) by the root's (g, a, b), all rows in one product."""
+    rows, groups, queries, _ = left.shape
+    flat = left.transpose(0, 1).reshape(groups, rows * queries, -1)  # (g, r n, a)
+    products = torch.bmm(flat, right).view(groups, rows, queries, -1)  # (g, r, n, b)
+    return products.transpose(0, 1)  # (r, g, n, b)
 
 
-def whole_attention(
+def causal_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -315,10 +352,10 @@ def whole_attention(
     scale: float | None = 1.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention (h, n, e) of queries (h, n, d) to (g, t, d) and (g, t, e).
+    """Attention (h, n, e) of queries (h, n, d) to keys (g, t, d) and values (g, t, e).
 
-    mask: which of them each sees, or what is added to the scores; None: those up to itself, where n
-    is t. scale: of the scores; None: 1 / sqrt(d).
+    mask (n, t): True at what a query sees, or numbers to be added to the scores; if None, each
+    query sees the keys up to its own place, and n is t. scale: of the scores; if None, 1 / sqrt(d).
     """
     return F.scaled_dot_product_attention(
         q[None],
@@ -332,12 +369,12 @@ def whole_attention(
     )[0]
 
 
-def seen(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which of `length` tokens each of the last `count` sees (n, t)."""
-    at = torch.arange(length - count, length, device=device)[:, None]
-    columns = torch.arange(length, device=device)[None]
-    seen = columns <= at
-    return seen if window is None else seen & (columns > at - window)
+def causal_mask(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """True where one of the last `count` of `length` tokens sees a token: (n, t)."""
+    places = torch.arange(length - count, length, device=device)[:, None]  # (n, 1)
+    columns = torch.arange(length, device=device)[None]  # (1, t)
+    sees = columns <= places
+    return sees if window is None else sees & (columns > places - window)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from self_rewarding_lm.models.attention import seen, whole_attention
+from self_rewarding_lm.models.attention import causal_attention, causal_mask
 
 LEAST_SHARED = 8
 """Tokens in common from which on they are shared: fewer are not worth a mask."""
@@ -96,7 +96,7 @@ class Packing:
                 keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)
                 values = torch.cat([v[part.leader][:, : part.shared], values], dim=1)
             mask = self._mask(part, window, own)
-            out.append(whole_attention(own, keys, values, mask, scale=scale, dropout=dropout))
+            out.append(causal_attention(own, keys, values, mask, scale=scale, dropout=dropout))
         if self.filled:
             out.append(query.new_zeros(query.shape[1], self.filled, value.shape[-1]))
         return torch.cat(out, dim=1).unflatten(1, (query.shape[0], query.shape[2])).transpose(0, 1)
@@ -108,7 +108,7 @@ class Packing:
             return None
         name = (part.count, length, window)
         if name not in self._masks:
-            hidden = ~seen(part.count, length, window, like.device)
+            hidden = ~causal_mask(part.count, length, window, like.device)
             mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
             self._masks[name] = mask.masked_fill_(hidden, -torch.inf)
         return self._masks[name]

@@ -380,7 +380,7 @@ def _alone(rows):
     mutants={
         "keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)": "keys = torch.cat([k[0][:, : part.shared], keys], dim=1)",
         "positions.append(torch.arange(shared, length))": "positions.append(torch.arange(0, length - shared))",
-        "hidden = ~seen(": "hidden = seen(",
+        "hidden = ~causal_mask(": "hidden = causal_mask(",
         "if leader == row:": "if True:",
     },
     examples=200,
