@@ -6,9 +6,8 @@ two replies whose verdict is known to be right (rejection sampling, arXiv:2408.0
 """
 
 import logging
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import Any, ClassVar, Literal
@@ -24,10 +23,10 @@ from self_rewarding_lm.config import (
 )
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import OnBadRow
-from self_rewarding_lm.data.ranked import Asked, as_candidates, ranked_row
+from self_rewarding_lm.data.ranked import as_candidates, ranked_row
 from self_rewarding_lm.errors import ConfigError, DataError, JudgeError
 from self_rewarding_lm.evaluation.agreement import agreeing, orders_agree
-from self_rewarding_lm.judges.asking import FIRST_LOOK, MIN_ANSWER_TOKENS, Asks, Question
+from self_rewarding_lm.judges.asking import MIN_ANSWER_TOKENS, Asks, Question
 from self_rewarding_lm.judges.self_judge import (
     PairwiseJudge,
     SelfJudge,
@@ -45,7 +44,6 @@ from self_rewarding_lm.records import (
     RankedReplies,
     stable_hash,
 )
-from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.scores import number_text
 from self_rewarding_lm.stages.base import check_rows, read_once
@@ -53,37 +51,41 @@ from self_rewarding_lm.stages.lengths import ranked_lengths
 from self_rewarding_lm.stages.ranges import UNKNOWN, Range
 from self_rewarding_lm.stages.work import Asking, Counting, Work, prompt_tokens
 
+logger = logging.getLogger(__name__)
+
+
 Accept = Literal["instruction", "reply"]
 
 
 def first_agreeing(
     ranks: Sequence[float], scores_KG: Sequence[Sequence[float | None]], *, accept: Accept
 ) -> list[int | None]:
-    """For each reply the first attempt whose scores agree with the ranks; None where none does.
+    """For each reply the first attempt whose scores agree with the ranks, None if none does.
 
-    scores_KG: for each attempt the scores of all replies. accept: "instruction" takes or leaves
-    all replies of an attempt (`agreement.orders_agree`). "reply" leaves out replies without a
-    score, and takes each one that stands rightly to all others (`agreement.agreeing`), if there is
-    one that people ranked differently.
+    scores_KG: for each attempt the scores of all replies. accept: "instruction" takes all replies
+    of an attempt or none (`agreement.orders_agree`). "reply" ignores replies without a score and
+    takes each reply that is in the right order with all others (`agreement.agreeing`), if at least
+    one of them has another rank.
     """
-    picked: list[int | None] = [None] * len(ranks)
+    attempts: list[int | None] = [None] * len(ranks)
     for k, scores in enumerate(scores_KG):
         if accept == "instruction":
             places = list(range(len(ranks))) if orders_agree(ranks, scores) else []
         else:
-            places = _standing_rightly(ranks, scores)
+            places = _places_in_order(ranks, scores)
         for place in places:
-            if picked[place] is None:
-                picked[place] = k
-    return picked
+            if attempts[place] is None:
+                attempts[place] = k
+    return attempts
 
 
-def _standing_rightly(ranks: Sequence[float], scores: Sequence[float | None]) -> list[int]:
+def _places_in_order(ranks: Sequence[float], scores: Sequence[float | None]) -> list[int]:
+    """Places of the replies that are in the right order with all others that have a score."""
     scored = [place for place, score in enumerate(scores) if score is not None]
-    known = [ranks[place] for place in scored]
-    if len(set(known)) < 2:  # nothing to compare with
+    scored_ranks = [ranks[place] for place in scored]
+    if len(set(scored_ranks)) < 2:  # nothing to compare with
         return []
-    flags = agreeing(known, [scores[place] for place in scored])
+    flags = agreeing(scored_ranks, [scores[place] for place in scored])
     return [place for place, flag in zip(scored, flags, strict=True) if flag]
 
 
@@ -95,20 +97,21 @@ def thinned(
     max_per_score: int | None,
     scores: Collection[float] = (),
 ) -> set[str]:
-    """The ids that are kept where no score may be over-represented.
+    """The ids that are kept so that no score is over-represented.
 
-    of_ids: the score of each id. scores: such as count though no id may have them. All have one
-    cap: the highest with which none has more than `max_share` of what is kept (with n scores that
-    cannot be under 1/n, which is taken then), and not over `max_per_score`. Which ids of a score
-    stay is a function of the seed and the ids.
+    of_ids: the score of each id. scores: those that count even if no id has them. Each score keeps
+    at most `cap` ids. The cap is the highest with which no score has more than `max_share` of what
+    is kept (of n scores one has 1/n at least; a lower share is read as 1/n), and is never over
+    `max_per_score`. Which ids of a score stay is a function of the seed and the ids.
     """
     counts = Counter(dict.fromkeys(scores, 0))
     counts.update(of_ids.values())
     cap = max(counts.values(), default=0)
     if max_share is not None and counts:
         share = max(max_share, 1 / len(counts))
+        # the cap falls until it is no more than its share of what it keeps
         while cap > (fair := int(share * sum(min(n, cap) for n in counts.values()) + 1e-9)):
-            cap = fair  # falls to the highest cap that holds
+            cap = fair
     if max_per_score is not None:
         cap = min(cap, max_per_score)
     by_score: dict[float, list[str]] = {}
@@ -120,15 +123,15 @@ def thinned(
 def scores_of_ranks(ranks: Sequence[float], allowed: Sequence[float]) -> list[float]:
     """Scores made of ranks: the best rank gets the highest allowed score, the worst the lowest.
 
-    The different ranks between them are spread evenly and rounded to the nearest allowed score,
-    halves up; equal ranks get equal scores. Of 0 to 5: two ranks 5, 0; three 5, 3, 0; four
-    5, 3, 2, 0. With more ranks than scores neighbours share one. Needs two different ranks.
+    The ranks between them are spread evenly and rounded to the nearest allowed score, halves up;
+    equal ranks get equal scores. With scores from 0 to 5 two ranks give 5, 0; three 5, 3, 0; four
+    5, 3, 2, 0. With more ranks than scores neighbours share a score. Needs two different ranks.
     """
     order = sorted(set(ranks))
     last, low, high = len(order) - 1, min(allowed), max(allowed)
 
     def score_at(place: int) -> float:
-        # compared as multiples of 1/last, so that whole numbers stay exact
+        # distances are compared in units of 1/last, so that whole numbers stay exact
         wanted = high * last - place * (high - low)
         return min(allowed, key=lambda score: (abs(score * last - wanted), -score))
 
@@ -136,10 +139,10 @@ def scores_of_ranks(ranks: Sequence[float], allowed: Sequence[float]) -> list[fl
 
 
 def score_targets(reward: RewardConfig, stage: str) -> dict[float, str]:
-    """For each allowed score what a judge says to give it: the reward template, filled in.
+    """For each allowed score the text with which a judge gives it: the reward template, filled in.
 
-    Raises ConfigError where the reward prompt does not say its scores (`allowed_numbers`) or has no
-    template, and where it reads another score in a text.
+    Raises ConfigError if the reward prompt has no template or does not say which scores it allows
+    (`allowed_numbers`), and if it reads another score in such a text.
     """
     template = reward.reward_regex_template
     allowed = reward.allowed_numbers()
@@ -159,6 +162,51 @@ def score_targets(reward: RewardConfig, stage: str) -> dict[float, str]:
                 f"reward prompt reads {parse(text).score} in it."
             )
     return targets
+
+
+@dataclass(frozen=True)
+class RankedPrompt:
+    """A row of the dataset as judges see it."""
+
+    row: RankedReplies
+    prompt: Prompt
+    candidates: list[Candidate]
+    """The replies, in the order of the row."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A demonstration and the score, or verdict, that it teaches."""
+
+    demonstration: Demonstration
+    score: float
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        made = self.demonstration
+        return len(made.prompt_ids) + len(made.completion_ids)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All that a stage could teach, and the words with which it is reported."""
+
+    examples: list[Example]
+    judgements: Mapping[str, Judgement]
+    """All that were asked for, by id; empty if none were."""
+    metrics: dict[str, Any]
+    """How many judgements came how far."""
+    words: str
+    """The same, as the beginning of a sentence."""
+    advice: str
+    """What to change if too few examples are left."""
+    error: type[JudgeError] | type[DataError] = JudgeError
+    label: Callable[[float], str] = number_text
+    """A score as it is reported."""
+    teaches: str = "Scores"
+    scores: tuple[float, ...] = ()
+    """Scores that count in the thinning even if no example teaches them."""
 
 
 class BuildEFTConfig(FinetuneConfig):
@@ -225,22 +273,91 @@ class BuildEFTConfig(FinetuneConfig):
         check_rows(rows, self.on_bad_row, lambda row, where: self.check_row(row, where, ctx))
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
-        """Raise DataError or TokenizerError where a row is no ranking."""
+        """Raise DataError or TokenizerError if a row is no ranking."""
         ranked_replies(row, where, f"{ctx.stage}/0", ctx)
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        rows = ctx.rows["ranked_dataset"]
+        dataset = ctx.rows["ranked_dataset"]
 
-        def make(row: int, record_id: str) -> RankedReplies:
-            return ranked_replies(rows.read(row), rows.where(row), record_id, ctx)
+        def make(place: int, record_id: str) -> RankedReplies:
+            return ranked_replies(dataset.read(place), dataset.where(place), record_id, ctx)
 
-        ranked = read_once(
-            ctx, out, rows, RankedReplies, ctx.stage, make, on_bad_row=self.on_bad_row
+        # 1. prompts and replies, on disk as if the replies had been sampled
+        rows = read_once(
+            ctx, out, dataset, RankedReplies, ctx.stage, make, on_bad_row=self.on_bad_row
         )
+        ranked = [RankedPrompt(row, *as_candidates(row, ctx.tokens)) for row in rows]
+        if ctx.runtime.is_main:
+            out.append([r.prompt for r in ranked])
+            out.append([c for r in ranked for c in r.candidates])
+        out.merge(Prompt)
+        out.merge(Candidate)
+        # 2. all that could be taught
         if self.method == "comparisons":
-            ComparisonBuilder(self, ctx, out, ranked).build()
+            all_examples = examples_of_comparisons(self, ctx, out, ranked)
+        elif self.method == "judgements":
+            all_examples = examples_of_judgements(self, ctx, out, ranked, self._reward(ctx))
         else:
-            ReplyBuilder(self, ctx, out, ranked, self._reward(ctx)).build()
+            all_examples = examples_of_ranks(self, ctx, ranked, self._reward(ctx))
+        # 3. those that the model has room for, thinned
+        limit = ctx.limit(None)
+        fitting = [e for e in all_examples.examples if limit is None or e.length <= limit]
+        kept_ids = thinned(
+            {e.demonstration.id: e.score for e in fitting},
+            seed=ctx.seed,
+            max_share=self.max_score_share,
+            max_per_score=self.max_per_score,
+            scores=all_examples.scores,
+        )
+        kept = [e for e in fitting if e.demonstration.id in kept_ids]
+        if ctx.runtime.is_main:
+            out.append([e.demonstration for e in kept])
+        out.merge(Demonstration)
+        # 4. metrics, and an error if too few are kept
+        self._report(ctx, out, ranked, all_examples, fitting, kept)
+
+    def _report(
+        self,
+        ctx: Context,
+        out: StageDir,
+        ranked: Sequence[RankedPrompt],
+        all_examples: Examples,
+        fitting: Sequence[Example],
+        kept: Sequence[Example],
+    ) -> None:
+        """Log how many examples came how far, and their scores before and after thinning.
+
+        Raises JudgeError or DataError if fewer than min_kept are kept.
+        """
+        candidates = [c for r in ranked for c in r.candidates]
+        too_long = len(all_examples.examples) - len(fitting)
+        before, after = histogram(all_examples, fitting), histogram(all_examples, kept)
+        metrics: dict[str, Any] = {
+            "eft/instructions": len(ranked),
+            "eft/replies": len(candidates),
+            **all_examples.metrics,
+        }
+        if all_examples.judgements:
+            metrics |= judge_metrics(candidates, list(all_examples.judgements.values()))
+        metrics |= {"eft/too_long": too_long, "eft/kept": len(kept)}
+        metrics |= {"eft/scores_before": before, "eft/scores_after": after}
+        out.log({"step": 0, **metrics})
+        out.summary |= {"demonstrations": len(kept), "metrics": metrics}
+        words = all_examples.words
+        if too_long:
+            words += f", {too_long} of them too long for the model"
+        words += f"; {len(kept)} kept"
+        if before:
+            words += (
+                f". {all_examples.teaches} before thinning: {in_words(before)}; "
+                f"after: {in_words(after) or 'none'}"
+            )
+        if len(kept) < self.min_kept:
+            raise all_examples.error(
+                f"{ctx.stage}: {words}, and min_kept is {self.min_kept}.{all_examples.advice} "
+                f"All records made so far are kept in {out.path}."
+            )
+        logger.log(logging.INFO if kept else logging.WARNING, "%s: %s", ctx.stage, words)
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         fewer = {
@@ -303,401 +420,281 @@ class BuildEFTConfig(FinetuneConfig):
 
 
 def ranked_replies(row: Any, where: str, record_id: str, ctx: Context) -> RankedReplies:
-    """A row as it is stored; DataError or TokenizerError where it cannot be used."""
-    item = replace(ranked_row(row, where), id=record_id)
-    as_candidates(item, ctx.tokens, where=where)
-    return item
+    """A row as it is stored. Raises DataError or TokenizerError if it cannot be used."""
+    replies = replace(ranked_row(row, where), id=record_id)
+    as_candidates(replies, ctx.tokens, where=where)
+    return replies
 
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A demonstration and the score, or verdict, that it teaches."""
-
-    made: Demonstration
-    score: float
-
-
-class Builder(ABC):
-    """Makes a stage's demonstrations; what is on disk already is used again."""
-
-    teaches = "Scores"
-    """What its demonstrations say."""
-    scores: tuple[float, ...] = ()
-    """All that they may say, where those that none says count too."""
-
-    def __init__(
-        self,
-        config: "BuildEFTConfig",
-        ctx: Context,
-        out: StageDir,
-        ranked: Sequence[RankedReplies],
-    ) -> None:
-        self.config, self.ctx, self.out, self.ranked = config, ctx, out, ranked
-        self.asked: list[Asked] = [as_candidates(item, ctx.tokens) for item in ranked]
-        self.candidates = [c for _, candidates in self.asked for c in candidates]
-        self.judgements: dict[str, Judgement] = {}
-
-    @abstractmethod
-    def found(self) -> list[Example]:
-        """All that could be learnt."""
-
-    @abstractmethod
-    def counts(self, found: Sequence[Example]) -> dict[str, Any]:
-        """Metrics of how far the judgements came."""
-
-    @abstractmethod
-    def in_words(self, metrics: Mapping[str, Any]) -> str:
-        """The same as a sentence's beginning."""
-
-    @abstractmethod
-    def too_few(self, words: str) -> Exception:
-        """The error where fewer than min_kept are left, with what to change."""
-
-    @abstractmethod
-    def score_text(self, score: float) -> str:
-        """A score as it is reported."""
-
-    def build(self) -> list[Demonstration]:
-        """The stage's demonstrations, all records of their making on disk."""
-        config, out = self.config, self.out
-        if self.ctx.runtime.is_main:
-            out.append([prompt for prompt, _ in self.asked])
-            out.append(self.candidates)
-        out.merge(Prompt)
-        out.merge(Candidate)
-        found = self.found()
-        limit = self.ctx.limit(None)
-        fitting = [e for e in found if limit is None or _length(e.made) <= limit]
-        kept = thinned(
-            {e.made.id: e.score for e in fitting},
-            seed=self.ctx.seed,
-            max_share=config.max_score_share,
-            max_per_score=config.max_per_score,
-            scores=self.scores,
-        )
-        taken = [e for e in fitting if e.made.id in kept]
-        if self.ctx.runtime.is_main:
-            out.append([e.made for e in taken])
-        out.merge(Demonstration)
-        self._report(found, fitting, taken)
-        return [e.made for e in taken]
-
-    def ask(self, asker: Asks, groups: Sequence[Sequence[Question]]) -> None:
-        """Have judged what is not judged yet, each process a part of the groups."""
-        ctx = self.ctx
-        known = {j.id for j in self.out.known(Judgement)}
-        missing = [[q for q in group if q.id not in known] for group in groups]
-        mine = [q for group in ctx.runtime.share([g for g in missing if g]) for q in group]
-        found = batched(ctx.runtime.stopping.between(asker.ask(ctx, mine)), FIRST_LOOK)
-        with ctx.runtime.progress(len(mine), f"{ctx.stage}: judging", "judgement") as bar:
-            for batch in found:
-                self.out.append(batch)
-                bar.update(len(batch))
-        self.out.merge(Judgement)
-        self.judgements = {j.id: j for j in self.out.read(Judgement)}
-
-    def example(
-        self,
-        record_id: str,
-        shown: str,
-        target: str,
-        score: float,
-        parents: Sequence[str],
-    ) -> Example:
-        """What the judge reads, and what it should say."""
-        rendered = self.ctx.tokens.prompt(shown)
-        made = Demonstration(
-            id=record_id,
-            prompt_ids=rendered.ids,
-            completion_ids=self.ctx.tokens.response(shown, target),
-            prompt=rendered.text,
-            completion=target,
-            parents=tuple(parents),
-            messages=rendered.messages,
-        )
-        return Example(made, score)
-
-    def unread(self) -> str:
-        """Texts of the judge without a score, to show in an error."""
-        without = [j for j in self.judgements.values() if j.score is None]
-        lines = dict.fromkeys(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in without)
-        texts = "\n".join(islice(lines, 3))
-        return f"Texts without a score:\n{texts}\n" if texts else ""
-
-    def _report(
-        self, found: Sequence[Example], fitting: Sequence[Example], taken: Sequence[Example]
-    ) -> None:
-        """How many came how far, and the scores before and after thinning."""
-        metrics: dict[str, Any] = {
-            "eft/instructions": len(self.ranked),
-            "eft/replies": len(self.candidates),
-            **self.counts(found),
-        }
-        if self.judgements:
-            metrics |= judge_metrics(self.candidates, list(self.judgements.values()))
-        metrics |= {"eft/too_long": len(found) - len(fitting), "eft/kept": len(taken)}
-        metrics |= {
-            "eft/scores_before": self._histogram(fitting),
-            "eft/scores_after": self._histogram(taken),
-        }
-        self.out.log({"step": 0, **metrics})
-        self.out.summary |= {"demonstrations": len(taken), "metrics": metrics}
-        words = self._in_words(metrics)
-        if len(taken) < self.config.min_kept:
-            raise self.too_few(
-                f"{self.ctx.stage}: {words}, and min_kept is {self.config.min_kept}."
-            )
-        level = logging.INFO if taken else logging.WARNING
-        logger.log(level, "%s: %s", self.ctx.stage, words)
-
-    def _in_words(self, metrics: Mapping[str, Any]) -> str:
-        words = self.in_words(metrics)
-        if metrics["eft/too_long"]:
-            words += f", {metrics['eft/too_long']} of them too long for the model"
-        before, after = (
-            ", ".join(f"{count} x {score}" for score, count in metrics[f"eft/{name}"].items())
-            for name in ("scores_before", "scores_after")
-        )
-        words += f"; {metrics['eft/kept']} kept"
-        if not before:
-            return words
-        return f"{words}. {self.teaches} before thinning: {before}; after: {after or 'none'}"
-
-    def _histogram(self, examples: Sequence[Example]) -> dict[str, int]:
-        counts = Counter(example.score for example in examples)
-        return {self.score_text(score): count for score, count in sorted(counts.items())}
-
-
-def _length(made: Demonstration) -> int:
-    return len(made.prompt_ids) + len(made.completion_ids)
-
-
-class ReplyBuilder(Builder):
-    """Of each reply one demonstration at most (arXiv:2401.10020, 3.1.1)."""
-
-    def __init__(
-        self,
-        config: "BuildEFTConfig",
-        ctx: Context,
-        out: StageDir,
-        ranked: Sequence[RankedReplies],
-        reward: RewardConfig,
-    ) -> None:
-        super().__init__(config, ctx, out, ranked)
-        self.reward = reward
-        self.judge = SelfJudge(reward, config.judging, config.attempts)
-
-    def found(self) -> list[Example]:
-        if self.config.method == "ranks":
-            return self._from_ranks()
-        groups = []
-        for prompt, candidates in self.asked:
-            for c in candidates:
-                text, ids = self._shown(prompt, c), self.judge.judgement_ids([c])
-                groups.append([Question(record_id, (c.id,), text) for record_id in ids])
-        self.ask(self.judge.asker, groups)
-        return self._from_judgements()
-
-    def _shown(self, prompt: Prompt, candidate: Candidate) -> str:
-        return self.judge.render(prompt.text or "", candidate.text or "")
-
-    def _from_judgements(self) -> list[Example]:
-        """Of every reply the first judgement that agrees with people, if there is one."""
-        found = []
-        for item, (prompt, candidates) in zip(self.ranked, self.asked, strict=True):
-            told_KG = [
-                [self.judgements[f"{c.id}/j{k}"] for c in candidates]
-                for k in range(self.config.attempts)
-            ]
-            scores_KG = [[j.score for j in told] for told in told_KG]
-            picked = first_agreeing(item.ranks, scores_KG, accept=self.config.accept)
-            for place, k in enumerate(picked):
-                if k is not None:
-                    told = told_KG[k][place]
-                    assert told.score is not None and told.text is not None
-                    found.append(
-                        self._example(item, prompt, candidates[place], told.text, told.score, told)
-                    )
-        return found
-
-    def _from_ranks(self) -> list[Example]:
-        """Of every reply the score that its rank stands for."""
-        targets = score_targets(self.reward, self.ctx.stage)
-        return [
-            self._example(item, prompt, candidate, targets[score], score, None)
-            for item, (prompt, candidates) in zip(self.ranked, self.asked, strict=True)
-            for candidate, score in zip(
-                candidates, scores_of_ranks(item.ranks, tuple(targets)), strict=True
-            )
+def examples_of_judgements(
+    stage: BuildEFTConfig,
+    ctx: Context,
+    out: StageDir,
+    ranked: Sequence[RankedPrompt],
+    reward: RewardConfig,
+) -> Examples:
+    """Of each reply the first judgement that agrees with people (arXiv:2401.10020, 3.1.1)."""
+    # 1. each reply is judged several times
+    judge = SelfJudge(reward, stage.judging, stage.attempts)
+    questions = [
+        [Question(i, (c.id,), judge_prompt(judge, r, c)) for i in judge.judgement_ids([c])]
+        for r in ranked
+        for c in r.candidates
+    ]
+    judgements = ask(ctx, out, judge.asker, questions)
+    # 2. of each reply the first attempt whose scores are in the human order
+    examples: list[Example] = []
+    for r in ranked:
+        judgements_KG = [
+            [judgements[f"{c.id}/j{k}"] for c in r.candidates] for k in range(stage.attempts)
         ]
+        scores_KG = [[j.score for j in attempt] for attempt in judgements_KG]
+        attempts = first_agreeing(r.row.ranks, scores_KG, accept=stage.accept)
+        for place, (candidate, k) in enumerate(zip(r.candidates, attempts, strict=True)):
+            if k is not None:
+                judgement = judgements_KG[k][place]
+                assert judgement.score is not None and judgement.text is not None
+                examples.append(
+                    example(
+                        ctx,
+                        reply_id(r, candidate),
+                        prompt=judge_prompt(judge, r, candidate),
+                        target=judgement.text,
+                        score=judgement.score,
+                        parents=(r.row.id, candidate.id, judgement.id),
+                    )
+                )
+    # 3. how far the judgements came
+    readable = {j.candidate_ids[0] for j in judgements.values() if j.score is not None}
+    words = (
+        f"{replies_in_words(ranked)}, {len(readable)} with a score that could be read, "
+        f"{len(examples)} in agreement with people"
+    )
+    advice = (
+        f"\n{unread_texts(judgements)}"
+        "Change one of these: method='ranks', which makes scores of the ranks and needs no "
+        "judge, for a model that cannot judge yet; more num_judgements; accept='reply', which "
+        "asks less; judging.max_new_tokens, if the texts are cut off; or the reward prompt's "
+        "reward_regex_template, if they state their scores in another form."
+    )
+    metrics = {"eft/parsed": len(readable), "eft/agreed": len(examples)}
+    return Examples(examples, judgements, metrics, words, advice)
 
-    def _example(
-        self,
-        item: RankedReplies,
-        prompt: Prompt,
-        candidate: Candidate,
-        target: str,
-        score: float,
-        judgement: Judgement | None,
-    ) -> Example:
-        record_id = f"{item.id}/{candidate.id.rsplit('/', 1)[1]}"
-        parents = (item.id, candidate.id, *([judgement.id] if judgement else []))
-        return self.example(record_id, self._shown(prompt, candidate), target, score, parents)
 
-    def counts(self, found: Sequence[Example]) -> dict[str, Any]:
-        if self.config.method == "ranks":
-            return {}
-        read = {j.candidate_ids[0] for j in self.judgements.values() if j.score is not None}
-        return {"eft/parsed": len(read), "eft/agreed": len(found)}
-
-    def score_text(self, score: float) -> str:
-        return number_text(score)
-
-    def in_words(self, metrics: Mapping[str, Any]) -> str:
-        words = f"{metrics['eft/replies']} replies to {metrics['eft/instructions']} instructions"
-        if "eft/parsed" in metrics:
-            words += (
-                f", {metrics['eft/parsed']} with a score that could be read, "
-                f"{metrics['eft/agreed']} in agreement with people"
+def examples_of_ranks(
+    stage: BuildEFTConfig, ctx: Context, ranked: Sequence[RankedPrompt], reward: RewardConfig
+) -> Examples:
+    """Of each reply the score that its rank stands for; no model is asked."""
+    judge, targets = SelfJudge(reward, stage.judging, 1), score_targets(reward, ctx.stage)
+    examples: list[Example] = []
+    for r in ranked:
+        scores = scores_of_ranks(r.row.ranks, tuple(targets))
+        for candidate, score in zip(r.candidates, scores, strict=True):
+            examples.append(
+                example(
+                    ctx,
+                    reply_id(r, candidate),
+                    prompt=judge_prompt(judge, r, candidate),
+                    target=targets[score],
+                    score=score,
+                    parents=(r.row.id, candidate.id),
+                )
             )
-        return words
-
-    def too_few(self, words: str) -> Exception:
-        where = f"All records made so far are kept in {self.out.path}."
-        if self.config.method == "ranks":
-            return DataError(
-                f"{words} The judge prompt with a reply and its score must have "
-                f"room in the model's {self.ctx.limit(None)} tokens; use a shorter reward prompt "
-                f"or shorter replies. {where}"
-            )
-        return JudgeError(
-            f"{words}\n{self.unread()}"
-            "Change one of these: method='ranks', which makes scores of the ranks and needs no "
-            "judge, for a model that cannot judge yet; more num_judgements; accept='reply', which "
-            "asks less; judging.max_new_tokens, if the texts are cut off; or the reward prompt's "
-            f"reward_regex_template, if they state their scores in another form. {where}"
-        )
+    advice = (
+        " The judge prompt with a reply and its score must have "
+        f"room in the model's {ctx.limit(None)} tokens; use a shorter reward prompt "
+        "or shorter replies."
+    )
+    return Examples(examples, {}, {}, replies_in_words(ranked), advice, DataError)
 
 
 @dataclass(frozen=True)
-class Shown:
+class RankedPair:
     """Two replies of which one is better, in the order in which the judge is shown them."""
 
     id: str
-    item: RankedReplies
+    of: RankedPrompt
     first: Candidate
     second: Candidate
     better_first: bool
-    text: str
 
-    def questions(self, attempts: int) -> list[Question]:
-        """One for each attempt."""
-        ids = (self.first.id, self.second.id)
-        return [Question(f"{self.id}/j{k}", ids, self.text) for k in range(attempts)]
+    def questions(self, judge: PairwiseJudge, attempts: int) -> list[Question]:
+        """The same question for each attempt."""
+        ids, text = (self.first.id, self.second.id), self.judge_prompt(judge)
+        return [Question(f"{self.id}/j{k}", ids, text) for k in range(attempts)]
+
+    def judge_prompt(self, judge: PairwiseJudge) -> str:
+        """What the judge reads."""
+        prompt = self.of.prompt.text or ""
+        return judge.render(prompt, self.first.text or "", self.second.text or "")
 
     def is_right(self, judgement: Judgement) -> bool:
-        """Whether the better one was said to be; a tie is not right."""
+        """Whether the judge names the better reply; a tie is not right."""
         return judgement.score == float(self.better_first)
 
 
-class ComparisonBuilder(Builder):
-    """Of each two replies with different ranks one demonstration at most.
+def examples_of_comparisons(
+    stage: BuildEFTConfig, ctx: Context, out: StageDir, ranked: Sequence[RankedPrompt]
+) -> Examples:
+    """Of each two replies with different ranks the first judgement with the right verdict
+    (rejection sampling, arXiv:2408.02666, 3.3)."""
+    # 1. each pair is judged several times, in its one order
+    comparison, attempts = stage.written_comparison(), stage.attempts
+    judge = PairwiseJudge(comparison, stage.judging)
+    pairs = ranked_pairs(ranked, ctx.seed)
+    judgements = ask(ctx, out, judge.asker, [p.questions(judge, attempts) for p in pairs])
+    # 2. of each pair the first right verdict
+    examples: list[Example] = []
+    readable: dict[str, list[Judgement]] = {}
+    for pair in pairs:
+        of_pair = [judgements[f"{pair.id}/j{k}"] for k in range(attempts)]
+        readable[pair.id] = [j for j in of_pair if j.score is not None]
+        right = next((j for j in of_pair if pair.is_right(j)), None)
+        if right is not None:
+            assert right.score is not None and right.text is not None
+            examples.append(
+                example(
+                    ctx,
+                    pair.id,
+                    prompt=pair.judge_prompt(judge),
+                    target=right.text,
+                    score=right.score,
+                    parents=(pair.of.row.id, *right.candidate_ids, right.id),
+                )
+            )
+    # 3. how far the judgements came
+    metrics: dict[str, Any] = {
+        "eft/pairs": len(pairs),
+        "eft/parsed": sum(map(bool, readable.values())),
+        "eft/agreed": len(examples),
+    }
+    words = (
+        f"{len(pairs)} pairs of {len(ranked)} instructions, {metrics['eft/parsed']} with a verdict "
+        f"that could be read, {len(examples)} with a right one"
+    )
+    # a judge without a bias for a place is right equally often in both
+    for place, better_first in (("first", True), ("second", False)):
+        are_right = [
+            pair.is_right(judgement)
+            for pair in pairs
+            if pair.better_first == better_first
+            for judgement in readable[pair.id]
+        ]
+        if are_right:
+            share = sum(are_right) / len(are_right)
+            metrics[f"eft/right_better_{place}"] = share
+            words += f" ({share:.0%} right where the better is shown {place})"
+    advice = (
+        f"\n{unread_texts(judgements)}"
+        "Change one of these: more num_judgements; a higher judging.temperature; "
+        "judging.max_new_tokens, if the texts are cut off; comparison.verdict_prefix, if they "
+        "state their verdicts in another form; max_score_share=None, which keeps all, if the "
+        "judge names one place alone; or train the model on judge examples first "
+        "(method='ranks' needs no judge)."
+    )
+    return Examples(
+        examples,
+        judgements,
+        metrics,
+        words,
+        advice,
+        label=lambda score: comparison.labels[score == 0.0],
+        teaches="Verdicts",
+        scores=(0.0, 1.0),
+    )
 
-    Half of the pairs, by a hash of the seed and their ids, show the better reply first.
+
+def ranked_pairs(ranked: Sequence[RankedPrompt], seed: int) -> list[RankedPair]:
+    """Each two replies with different ranks. Half of them, by a hash of the seed and their ids,
+    show the better reply first."""
+    pairs: dict[str, tuple[RankedPrompt, Candidate, Candidate]] = {}
+    for r in ranked:
+        for i, j in combinations(range(len(r.candidates)), 2):
+            if r.row.ranks[i] != r.row.ranks[j]:
+                better, worse = sorted((i, j), key=lambda place: r.row.ranks[place])
+                pair = (r, r.candidates[better], r.candidates[worse])
+                pairs[f"{r.prompt.id}/{better}/vs/{worse}"] = pair
+    by_hash = sorted(pairs, key=lambda i: (stable_hash(seed, "order", i), i))
+    better_first = set(by_hash[::2])
+    return [
+        RankedPair(pair_id, r, better, worse, True)
+        if pair_id in better_first
+        else RankedPair(pair_id, r, worse, better, False)
+        for pair_id, (r, better, worse) in pairs.items()
+    ]
+
+
+def ask(
+    ctx: Context, out: StageDir, asker: Asks, questions: Sequence[Sequence[Question]]
+) -> dict[str, Judgement]:
+    """All judgements by id; those that are not on disk are asked for.
+
+    questions: in groups that read one judge prompt; each process asks a part of the groups.
     """
+    missing_ids = set(out.missing(Judgement, (q.id for group in questions for q in group)))
+    missing = [[q for q in group if q.id in missing_ids] for group in questions]
+    share = [q for group in ctx.runtime.share([g for g in missing if g]) for q in group]
+    with ctx.runtime.progress(len(share), f"{ctx.stage}: judging", "judgement") as bar:
+        for judgements in out.keep(asker.ask(ctx, share)):
+            bar.update(len(judgements))
+    out.merge(Judgement)
+    return {judgement.id: judgement for judgement in out.read(Judgement)}
 
-    teaches = "Verdicts"
-    scores = (0.0, 1.0)
 
-    def __init__(
-        self,
-        config: "BuildEFTConfig",
-        ctx: Context,
-        out: StageDir,
-        ranked: Sequence[RankedReplies],
-    ) -> None:
-        super().__init__(config, ctx, out, ranked)
-        self.comparison = config.written_comparison()
-        self.judge = PairwiseJudge(self.comparison, config.judging)
-        self.pairs = self._in_order()
+def judge_prompt(judge: SelfJudge, ranked: RankedPrompt, candidate: Candidate) -> str:
+    """What the judge reads of one reply."""
+    return judge.render(ranked.prompt.text or "", candidate.text or "")
 
-    def _in_order(self) -> list[Shown]:
-        """All pairs, each in its one order."""
-        better: dict[str, tuple[RankedReplies, str, Candidate, Candidate]] = {}
-        for item, (prompt, candidates) in zip(self.ranked, self.asked, strict=True):
-            for i, j in combinations(range(len(candidates)), 2):
-                if item.ranks[i] != item.ranks[j]:
-                    one, other = sorted((i, j), key=lambda place: item.ranks[place])
-                    pair = (item, prompt.text or "", candidates[one], candidates[other])
-                    better[f"{prompt.id}/{one}/vs/{other}"] = pair
-        by_hash = sorted(better, key=lambda i: (stable_hash(self.ctx.seed, "order", i), i))
-        first = set(by_hash[::2])
-        found = []
-        for pair_id, (item, asked, best, worst) in better.items():
-            sides = (best, worst) if pair_id in first else (worst, best)
-            text = self.judge.render(asked, *(side.text or "" for side in sides))
-            found.append(Shown(pair_id, item, *sides, pair_id in first, text))
-        return found
 
-    def found(self) -> list[Example]:
-        attempts = self.config.attempts
-        self.ask(self.judge.asker, [shown.questions(attempts) for shown in self.pairs])
-        found = []
-        for shown in self.pairs:
-            told = next((j for j in self._told(shown) if shown.is_right(j)), None)
-            if told is not None:
-                assert told.score is not None and told.text is not None
-                parents = (shown.item.id, *told.candidate_ids, told.id)
-                found.append(self.example(shown.id, shown.text, told.text, told.score, parents))
-        return found
+def reply_id(ranked: RankedPrompt, candidate: Candidate) -> str:
+    """The id of a reply's demonstration: the row's and the reply's place in it."""
+    return f"{ranked.row.id}/{candidate.id.rsplit('/', 1)[1]}"
 
-    def _told(self, shown: Shown) -> list[Judgement]:
-        """A pair's judgements, in the order of the attempts."""
-        return [self.judgements[q.id] for q in shown.questions(self.config.attempts)]
 
-    def counts(self, found: Sequence[Example]) -> dict[str, Any]:
-        """eft/right_...: of verdicts that could be read, those that are right, by the place of the
-        better reply; a judge without a bias for a place has the same share in both."""
-        read = {
-            shown.id: [j for j in self._told(shown) if j.score is not None] for shown in self.pairs
-        }
-        metrics: dict[str, Any] = {
-            "eft/pairs": len(self.pairs),
-            "eft/parsed": sum(map(bool, read.values())),
-            "eft/agreed": len(found),
-        }
-        for name, place in (("first", True), ("second", False)):
-            right = [
-                s.is_right(j) for s in self.pairs if s.better_first == place for j in read[s.id]
-            ]
-            if right:
-                metrics[f"eft/right_better_{name}"] = sum(right) / len(right)
-        return metrics
+def example(
+    ctx: Context,
+    record_id: str,
+    *,
+    prompt: str,
+    target: str,
+    score: float,
+    parents: tuple[str, ...],
+) -> Example:
+    """What the judge reads, what it should say, and the score that this says.
 
-    def score_text(self, score: float) -> str:
-        return self.comparison.labels[score == 0.0]
+    parents: ids of the records that it is made of.
+    """
+    rendered = ctx.tokens.prompt(prompt)
+    demonstration = Demonstration(
+        id=record_id,
+        prompt_ids=rendered.ids,
+        completion_ids=ctx.tokens.response(prompt, target),
+        prompt=rendered.text,
+        completion=target,
+        parents=parents,
+        messages=rendered.messages,
+    )
+    return Example(demonstration, score)
 
-    def in_words(self, metrics: Mapping[str, Any]) -> str:
-        words = (
-            f"{metrics['eft/pairs']} pairs of {metrics['eft/instructions']} instructions, "
-            f"{metrics['eft/parsed']} with a verdict that could be read, {metrics['eft/agreed']} "
-            "with a right one"
-        )
-        for name in ("first", "second"):
-            share = metrics.get(f"eft/right_better_{name}")
-            if share is not None:
-                words += f" ({share:.0%} right where the better is shown {name})"
-        return words
 
-    def too_few(self, words: str) -> Exception:
-        return JudgeError(
-            f"{words}\n{self.unread()}"
-            "Change one of these: more num_judgements; a higher judging.temperature; "
-            "judging.max_new_tokens, if the texts are cut off; comparison.verdict_prefix, if they "
-            "state their verdicts in another form; max_score_share=None, which keeps all, if the "
-            "judge names one place alone; or train the model on judge examples first "
-            f"(method='ranks' needs no judge). All records made so far are kept in {self.out.path}."
-        )
+def replies_in_words(ranked: Sequence[RankedPrompt]) -> str:
+    replies = sum(len(r.candidates) for r in ranked)
+    return f"{replies} replies to {len(ranked)} instructions"
+
+
+def unread_texts(judgements: Mapping[str, Judgement]) -> str:
+    """Three texts of the judge without a score, to show in an error."""
+    unread = [j for j in judgements.values() if j.score is None]
+    lines = dict.fromkeys(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in unread)
+    texts = "\n".join(islice(lines, 3))
+    return f"Texts without a score:\n{texts}\n" if texts else ""
+
+
+def histogram(all_examples: Examples, some: Sequence[Example]) -> dict[str, int]:
+    """How many examples teach each score, by the score as it is reported, lowest first."""
+    counts = Counter(example.score for example in some)
+    return {all_examples.label(score): count for score, count in sorted(counts.items())}
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {score}" for score, count in counts.items())
