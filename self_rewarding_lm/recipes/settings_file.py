@@ -54,7 +54,7 @@ EXAMPLES = {
     "ranked_dataset": "{open_assistant: trees.jsonl, part: eft_train}",
     "reward_model": "my_rewards:score",
 }
-"""What stands for a setting that must be given, or that the example gives."""
+"""What stands for a setting that must be given, or that the example gives; else it is `...`."""
 
 
 LINES_IN_WORDS = "[first, behind the last]: lines of the file, counted from 0, such as [0, 70]."
@@ -152,7 +152,7 @@ def _commented(
             own = getattr(value, inner.name)
             yield from _commented(base, inner, depth=depth + 1, value=own)
         return
-    text = EXAMPLES[setting.name] if value is REQUIRED else _yaml(value)
+    text = EXAMPLES.get(setting.name, "...") if value is REQUIRED else _yaml(value)
     yield f"{mark}{setting.name}: {text}"
     if value is None and setting.nested is not None:
         for inner in settings_of(setting.nested):
