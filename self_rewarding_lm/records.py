@@ -11,6 +11,7 @@ Knows nothing of models, tensors or files.
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -242,6 +243,24 @@ def is_trained(record_id: str) -> bool:
     They were not on those of a valid_dataset, nor on those of a model that was not kept.
     """
     return record_id.split("/")[1] not in ("valid", FIRST)
+
+
+def prompt_id_of(record_id: str) -> str:
+    """The id of the prompt, stage/row/pass, with which the id of a record made of it begins."""
+    return "/".join(record_id.split("/")[:3])
+
+
+def same_text(one: Candidate, other: Candidate) -> bool:
+    """Whether two responses say the same: equal ids, or texts equal but for space around them."""
+    if one.ids == other.ids:
+        return True
+    return one.text is not None and one.text.strip() == (other.text or "").strip()
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold; JSON has larger ones, NaN and infinity."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def columns_of(pair: PreferencePair) -> dict[str, Any]:

@@ -6,7 +6,6 @@ ranked the replies of a message, 0 best. The files `*.trees.jsonl(.gz)` of the p
 """
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from self_rewarding_lm.data.files import UnreadableLine, place_in, read_rows
 from self_rewarding_lm.errors import ConfigError, DataError, typed
-from self_rewarding_lm.records import RankedReplies
+from self_rewarding_lm.records import RankedReplies, is_number
 
 READY = "ready_for_export"
 
@@ -98,7 +97,7 @@ class _Filter:
         found: Any = message
         for name in ("labels", "quality", "value"):
             found = found.get(name) if isinstance(found, Mapping) else None
-        return not _is_number(found) or found < self.min_quality
+        return not is_number(found) or found < self.min_quality
 
     def _is_kept(self, reason: str | None) -> bool:
         if reason is not None:
@@ -213,7 +212,7 @@ def _check_message(message: Any, role: str, where: str) -> None:
             f"{where}: a message has message_id, text and role; got {str(message)[:120]}."
         )
     rank, replies = message.get("rank"), message.get("replies") or []
-    ranked = rank is None or _is_number(rank)
+    ranked = rank is None or is_number(rank)
     if not ranked or not isinstance(replies, list):
         raise DataError(
             f"{where}: message {message['message_id']} must have a number as rank, if any, and a "
@@ -226,12 +225,6 @@ def _check_message(message: Any, role: str, where: str) -> None:
         )
     for reply in replies:
         _check_message(reply, "assistant" if role == "prompter" else "prompter", where)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
 
 
 def _turns(path: tuple[Message, ...], depth: str, keep: _Filter) -> Iterator[_Turn]:

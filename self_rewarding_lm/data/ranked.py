@@ -4,7 +4,6 @@ Knows nothing of ids: judges read texts.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from self_rewarding_lm.data.forms import (
 from self_rewarding_lm.data.rows import prompt_of
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError
-from self_rewarding_lm.records import Candidate, PreferencePair, Prompt, RankedReplies
+from self_rewarding_lm.records import Candidate, PreferencePair, Prompt, RankedReplies, is_number
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _check(replies: Any, ranks: Any, where: str) -> None:
         raise DataError(
             f"{where}: judges read texts, so a reply must be a text; got {shape_of(wrong[0])}."
         )
-    if not isinstance(ranks, Sequence) or not all(map(_is_number, ranks)):
+    if not isinstance(ranks, Sequence) or not all(map(is_number, ranks)):
         raise DataError(f"{where}: ranks must be numbers, 0 for the best; got {str(ranks)[:80]}.")
     if len(replies) < 2 or len(replies) != len(ranks):
         raise DataError(
@@ -100,12 +99,6 @@ def _check(replies: Any, ranks: Any, where: str) -> None:
         raise DataError(
             f"{where}: all {len(ranks)} replies have the rank {ranks[0]:g}; nothing is preferred."
         )
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold: JSON has larger ones, and NaN."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
 
 
 def _replies(row: Row, where: str) -> _Ranking:

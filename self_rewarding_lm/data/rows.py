@@ -25,7 +25,7 @@ from self_rewarding_lm.data.forms import (
 )
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError
-from self_rewarding_lm.records import Demonstration, Ids, PreferencePair, RankedReplies
+from self_rewarding_lm.records import Demonstration, Ids, PreferencePair, RankedReplies, is_number
 
 PAIR_NUMBERS = {
     "weight": math.inf,
@@ -287,8 +287,7 @@ def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
     value, most = row.get(name), PAIR_NUMBERS[name]
     if value is None:
         return None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= most or value == math.inf:
+    if not is_number(value) or not 0 <= value <= most:
         bounds = "0 or more" if most == math.inf else f"from 0 to {most:g}"
         raise DataError(f"{where}: {name} must be a number {bounds}; got {str(value)[:80]}.")
     return float(value)

@@ -19,7 +19,7 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.ensemble import Member
 from self_rewarding_lm.judges.implicit import CURRENT, ImplicitJudge, implicit_judgements
-from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt, prompt_id_of
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.run import INITIAL
 from self_rewarding_lm.runs.stage_folder import StageDir
@@ -181,7 +181,8 @@ def smoothed(
     prompts; where none has any, pairs are trained as they are, with a warning.
     """
     of_prompts = [
-        next(own).label_smoothing for _, own in groupby(pairs, key=lambda p: _prompt_id_of(p))
+        next(own).label_smoothing
+        for _, own in groupby(pairs, key=lambda p: prompt_id_of(p.chosen_id or p.id))
     ]
     known = [value for value in of_prompts if value is not None]
     mean = math.fsum(known) / len(known) if known else None
@@ -206,8 +207,3 @@ def smoothed(
         return replace(pair, label_smoothing=mean)
 
     return Picked(pairs, change=change)
-
-
-def _prompt_id_of(pair: PreferencePair) -> str:
-    """Of a pair, or of its candidate: <stage>/<row>/<pass>, whatever stands behind."""
-    return "/".join((pair.chosen_id or pair.id).split("/")[:3])

@@ -12,7 +12,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.make import make_judge
-from self_rewarding_lm.records import Candidate, Judgement, Prompt
+from self_rewarding_lm.records import Candidate, Judgement, Prompt, is_number
 from self_rewarding_lm.scores import label_of
 
 
@@ -140,18 +140,13 @@ class EnsembleJudge(Judge):
             raise JudgeError("an EnsembleJudge needs a judge that scores; filters alone do not.")
         for what, given in (("judges", pairs), ("filters", filters)):
             for one in given:
-                good = isinstance(one, tuple) and len(one) == 2 and _is_number(one[1])
+                good = isinstance(one, tuple) and len(one) == 2 and is_number(one[1])
                 good = good and (hasattr(one[0], "judge") or callable(one[0]))
                 if not good or (what == "judges" and one[1] <= 0):
                     form = "(judge, weight over 0)" if what == "judges" else "(judge, least score)"
                     raise JudgeError(
                         f"EnsembleJudge: {what} are given as {form}; got {one!r:.200}."
                     )
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
 
 
 def _mean(found: Sequence[tuple[dict[str, float | None], float]], name: str) -> float | None:

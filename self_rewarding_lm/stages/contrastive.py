@@ -20,7 +20,7 @@ from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, did_you_mean
 from self_rewarding_lm.judges.asking import FIRST_LOOK
 from self_rewarding_lm.judges.base import Judge
-from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
+from self_rewarding_lm.records import Candidate, Judgement, Prompt, same_text, stable_hash
 from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts
@@ -263,7 +263,7 @@ class ContrastMaker(PairMaker):
     def _is_whole(self, given: Sequence[Candidate]) -> bool:
         """Whether both sides gave a finished response, and not the same."""
         finished = len(given) == len(SIDES) and all(c.finished is not False for c in given)
-        return finished and not is_identical(*given)
+        return finished and not same_text(*given)
 
     def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
         """The judge's, where it was asked; else the positive side has the higher one."""
@@ -323,7 +323,7 @@ def counted(
         return found
     found["finished"] = 1
     one, other = scores[positive.id], scores[negative.id]
-    if is_identical(positive, negative):
+    if same_text(positive, negative):
         found["identical"] = 1
     elif one is not None and other is not None and one != other:
         found.update(told_apart=1, agreed=int(one > other))
@@ -479,13 +479,6 @@ class _Nobody(Judge):
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         return []
-
-
-def is_identical(one: Candidate, other: Candidate) -> bool:
-    """Whether two responses say the same."""
-    if one.ids == other.ids:
-        return True
-    return one.text is not None and one.text.strip() == (other.text or "").strip()
 
 
 def _disagrees(positive: float | None, negative: float | None) -> bool:

@@ -24,7 +24,14 @@ from self_rewarding_lm.judges.asking import FIRST_LOOK, MIN_ANSWER_TOKENS, Asker
 from self_rewarding_lm.judges.self_judge import SelfJudge, form_of_comparison
 from self_rewarding_lm.judges.tally import Share
 from self_rewarding_lm.judges.templates import compile_meta_template
-from self_rewarding_lm.records import Candidate, Judgement, MetaJudgement, PreferencePair, Prompt
+from self_rewarding_lm.records import (
+    Candidate,
+    Judgement,
+    MetaJudgement,
+    PreferencePair,
+    Prompt,
+    prompt_id_of,
+)
 from self_rewarding_lm.rubrics import META_JUDGE_PROMPT
 from self_rewarding_lm.runs.lines import Joined, batched
 from self_rewarding_lm.runs.stage_folder import StageDir
@@ -290,7 +297,7 @@ class JudgePairMaker(PairMaker):
         self.render_meta = compile_meta_template(
             config.meta_judging.prompt_template, auto_dedent=config.meta_judging.auto_dedent
         )
-        self.known_meta = Groups(out.known(MetaJudgement), _prompt_of)
+        self.known_meta = Groups(out.known(MetaJudgement), lambda m: prompt_id_of(m.id))
         self.dropped: Counter[str] = Counter()
         self.followed = Share()
         """Of verdicts on judgements with different scores those for the higher one."""
@@ -304,7 +311,7 @@ class JudgePairMaker(PairMaker):
         prompts, out = list(self.known_prompts.records.ids()), self.out
         self._compare_all(prompts)
         out.merge(MetaJudgement)
-        self.known_meta = Groups(out.known(MetaJudgement), _prompt_of)
+        self.known_meta = Groups(out.known(MetaJudgement), lambda m: prompt_id_of(m.id))
         verdicts = Counter(
             None if told.score is None else verdict(told.score) for told in self.known_meta.records
         )
@@ -542,11 +549,6 @@ def _as_meta(told: Judgement) -> MetaJudgement:
 
 def _id(one: Judgement, other: Judgement) -> str:
     return f"{one.id}/vs/{other.id.rsplit('/', 1)[1]}"
-
-
-def _prompt_of(told: MetaJudgement) -> str:
-    """The prompt's id, stage/row/pass, with which a comparison's begins."""
-    return "/".join(told.id.split("/")[:3])
 
 
 def _number(judgement: Judgement) -> int:

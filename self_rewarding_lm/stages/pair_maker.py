@@ -23,7 +23,14 @@ from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.consistency import ComparingJudge, ConsistencyConfig
 from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.judges.tally import JudgeWatcher, StageTally, together
-from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt, stable_hash
+from self_rewarding_lm.records import (
+    Candidate,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    prompt_id_of,
+    stable_hash,
+)
 from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups, IdOrder, id_order
@@ -36,8 +43,6 @@ from self_rewarding_lm.stages.pairing import (
     score_variances,
 )
 from self_rewarding_lm.stages.preference import PreferenceConfig
-
-PROMPT_PARTS = 3  # of ids: stage, row, pass
 
 
 class PairSettings(PreferenceConfig):
@@ -414,11 +419,6 @@ class PairMaker:
             "and 'identical' for a higher temperature or more judgements, 'unscored' for a "
             f"judge that can be read. The records are in {self.out.path}."
         )
-
-
-def prompt_id_of(candidate_id: str) -> str:
-    """The prompt's id, with which a candidate's begins."""
-    return "/".join(candidate_id.split("/")[:PROMPT_PARTS])
 
 
 def _prompt_id_of(judgement: Judgement) -> str:

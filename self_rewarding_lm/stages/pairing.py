@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from self_rewarding_lm.config import Config
-from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt, same_text
 
 Rho = Annotated[float, Field(ge=0, le=1)]
 
@@ -279,7 +279,7 @@ def _problem(
     least, most = pairing.min_chosen_score, pairing.max_chosen_length
     problems = {
         "tie": lambda: margin == 0,
-        "identical": lambda: _same_response(chosen.candidate, rejected.candidate),
+        "identical": lambda: same_text(chosen.candidate, rejected.candidate),
         "margin": lambda: abs(margin) < min_margin,
         "low_score": lambda: least is not None and chosen.score < least,
         "too_long_chosen": lambda: most is not None and chosen.length > most,
@@ -315,9 +315,3 @@ def _pair(
 def length_of(candidate: Candidate) -> int:
     """Characters of its text; tokens where it has none."""
     return len(candidate.ids) if candidate.text is None else len(candidate.text)
-
-
-def _same_response(one: Candidate, other: Candidate) -> bool:
-    if one.ids == other.ids:
-        return True
-    return one.text is not None and one.text.strip() == (other.text or "").strip()

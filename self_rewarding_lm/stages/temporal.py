@@ -13,11 +13,18 @@ from pydantic import Field, model_validator
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges
-from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.records import (
+    FIRST,
+    Candidate,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    prompt_id_of,
+)
 from self_rewarding_lm.runs.run import INITIAL
 from self_rewarding_lm.runs.stage_folder import AHEAD, StageDir
 from self_rewarding_lm.runs.stored import Groups
-from self_rewarding_lm.stages.pair_maker import PairMaker, prompt_id_of
+from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, ranked
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.work import Counting, Work

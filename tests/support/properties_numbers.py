@@ -49,7 +49,7 @@ def _candidates(prompt, answers):
     st.tuples(st.lists(st.lists(ANSWER, max_size=5), max_size=4), RULES),
     mutants={
         '"tie": lambda: margin == 0': '"tie": lambda: False',
-        "lambda: _same_response(chosen.candidate, rejected.candidate)": "lambda: False",
+        "lambda: same_text(chosen.candidate, rejected.candidate)": "lambda: False",
         "lambda: abs(margin) < min_margin": "lambda: abs(margin) <= min_margin",
         "not is_valid_pair(chosen.score, rejected.score)": "not is_valid_pair(rejected.score, chosen.score)",
         "drops.kept += len(found)": "drops.kept += 0",

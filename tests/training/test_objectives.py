@@ -242,5 +242,6 @@ def test_numbers_of_pairs_are_read_from_rows_and_kept_in_records():
     for wrong in ({"weight": -1}, {"weight": "1"}, {"win_probability": 1.5}, {"weight": True}):
         with pytest.raises(DataError, match=f"{next(iter(wrong))} must be a number"):
             preference_row({**row, **wrong}, "row 0", tokens)
-    with pytest.raises(DataError, match="weight must be a number 0 or more"):
-        preference_row({**row, "weight": torch.inf}, "row 0", tokens)
+    for value in (torch.inf, 10**400):  # of the second no float can be made
+        with pytest.raises(DataError, match="weight must be a number 0 or more"):
+            preference_row({**row, "weight": value}, "row 0", tokens)
