@@ -35,13 +35,6 @@ NAMES = {
     "generation.server.engine": "ServerEngine",
     "judges.base": "Judge",
     "judges.consistency": "ConsistencyConfig",
-    "judges.ensemble": "EnsembleJudge",
-    "judges.functions": "FunctionJudge ModuleJudge",
-    "judges.implicit": "ImplicitJudge",
-    "judges.reward_model": "RewardModelJudge",
-    "judges.self_judge": "PairwiseJudge SelfJudge",
-    "judges.server": "ServerJudge",
-    "judges.votes": "VoteJudge",
     "models.loading": "load_causal_lm",
     "recipes.paper": "create_default_paper_config paper_recipe",
     "recipes.reader": "read_recipe",
@@ -63,7 +56,7 @@ NAMES = {
 }
 """File -> public names that it defines."""
 
-KINDS = {"stages.kinds": "STAGES"}
+KINDS = {"stages.kinds": "STAGES", "judges.kinds": "JUDGES"}
 """File -> its rows: classes that are public by being there."""
 
 sys.meta_path.append(MovedModules())

@@ -10,6 +10,7 @@ import pytest
 
 import self_rewarding_lm
 from self_rewarding_lm.config import FinetuneConfig
+from self_rewarding_lm.judges import kinds as judge_kinds
 from self_rewarding_lm.moved import MODULES, NAMES, PACKAGE
 from self_rewarding_lm.stages import kinds as stage_kinds
 from tests.support import public_names
@@ -65,6 +66,16 @@ def test_a_row_is_enough_for_a_stage_to_be_public(monkeypatch):
     assert self_rewarding_lm.NewStage is NewStage
     assert "NewStage" in self_rewarding_lm.__all__ and "NewStage" in dir(self_rewarding_lm)
     assert f"from {__name__} import NewStage\n" in public_names.stub()
+
+
+def test_a_row_is_enough_for_a_judge_to_be_public(monkeypatch):
+    class NewJudge(self_rewarding_lm.Judge):
+        """A judge that was added."""
+
+    monkeypatch.setattr(judge_kinds, "JUDGES", (*judge_kinds.JUDGES, NewJudge))
+    assert self_rewarding_lm.NewJudge is NewJudge
+    assert "NewJudge" in self_rewarding_lm.__all__ and "NewJudge" in dir(self_rewarding_lm)
+    assert f"from {__name__} import NewJudge\n" in public_names.stub()
 
 
 def test_the_names_that_editors_read_are_those_of_the_rows():
