@@ -156,7 +156,7 @@ def _command() -> Iterator[str]:
     yield "# The command\n\nWhat `self-rewarding-lm COMMAND --help` prints.\n"
     commands = next(
         action
-        for action in cli._parser()._actions
+        for action in cli.make_parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     for name, parser in commands.choices.items():

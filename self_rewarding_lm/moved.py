@@ -39,7 +39,7 @@ MODULES = {
     "checkpoints": "evaluation.head_to_head",
     "checks": "checks",
     "cli": "cli",
-    "cli_evaluate": "cli.measure",
+    "cli_evaluate": "cli.judge",
     "closed": "config",
     "comparing": "judges.self_judge",
     "config": "config",

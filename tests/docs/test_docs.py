@@ -34,7 +34,7 @@ import pytest
 import torch
 import yaml
 
-from self_rewarding_lm.cli import _parser
+from self_rewarding_lm.cli import make_parser
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.recipes.settings import STAGE_KINDS, RecipeSettings
@@ -292,7 +292,7 @@ def check_command(words: list[str]) -> None:
         case []:
             pass
         case ["self-rewarding-lm", *rest] | ["python", "-m", "self_rewarding_lm", *rest]:
-            _parser().parse_args(rest)
+            make_parser().parse_args(rest)
         case ["accelerate", "config"]:
             pass
         case ["accelerate", "launch", *rest]:
@@ -301,7 +301,7 @@ def check_command(words: list[str]) -> None:
             launched = launch_command_parser().parse_args(rest)
             if launched.training_script == "self_rewarding_lm":
                 assert launched.module
-                _parser().parse_args(launched.training_script_args)
+                make_parser().parse_args(launched.training_script_args)
             else:
                 assert launched.training_script == "script.py"
         case ["python", file, *rest]:

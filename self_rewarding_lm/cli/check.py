@@ -1,0 +1,34 @@
+"""`self-rewarding-lm check`: every stage of a recipe in short."""
+
+import argparse
+
+from self_rewarding_lm.cli.recipe_flags import add_recipe_flags, in_order, recipe_root
+
+SUMMARY = "try every stage of a recipe in short; begin nothing"
+
+
+DESCRIPTION = """\
+Try every stage of a recipe in short, and begin nothing:
+
+  self-rewarding-lm check recipe.yaml
+
+The model is loaded. Each stage reads a few rows, samples two tokens, has them judged and computes
+one loss with its gradient, in a temporary folder. `run` does the same before its first stage.
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add_recipe_flags(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from self_rewarding_lm.recipes.reader import read_recipe
+    from self_rewarding_lm.stages.rehearsal import rehearse_stages
+
+    recipe = read_recipe(recipe_root(options))
+    trainer = recipe.trainer(quiet=True)
+    told = rehearse_stages(trainer)
+    if trainer.runtime.is_main:
+        print("\n".join(f"  {line}" for line in told))
+        print(in_order(recipe))
+    return 0
