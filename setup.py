@@ -25,6 +25,8 @@ TEST = [
     "hypothesis>=6.100",
     *NOTEBOOKS,
     "nbclient>=0.10",
+    "playwright>=1.50",  # with the Chromium of the machine
+    "setuptools>=77",  # a test builds the wheel
 ]
 
 setup(

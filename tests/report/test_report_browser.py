@@ -7,19 +7,19 @@ import pytest
 
 from self_rewarding_lm.report.page import write_report
 from tests.report.test_report import HOSTILE, made_run, sampled, two_rounds
-from tests.support.browser import PROGRAM, Browser
+from tests.support.browser import MISSING, Browser
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium on this machine")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 ARABIC = "مرحبا بالعالم"
 LONG = "w" * 3000
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    found = Browser(tmp_path_factory.mktemp("browser"))
-    yield found
-    found.close()
+def browser():
+    opened = Browser()
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="module")
