@@ -1,7 +1,10 @@
-"""The rows of one session, from the first request to the last.
+"""The sequences of one session, from the first request to the last.
 
-A fixed number of rows is in flight; the place of one that has ended is given to the next at once,
-as far as the model's session can join rows.
+A sequence is waiting until a row is free and its prompt is computed, running while its row gets a
+token at each step, and finished when an end token, a stop text or its limit is reached. A step is
+schedule, sample, postprocess, run: waiting sequences take the free rows, each running sequence gets
+a token, those that it finishes leave their rows, and the others' tokens go through the model. A
+free row is taken at the next step, as far as the model's session can join rows.
 """
 
 from collections import deque
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from self_rewarding_lm.checks import not_finite
-from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.errors import AdapterError, SelfRewardingError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.sampling import penalise_repetition, sample_next, uniforms
 from self_rewarding_lm.generation.schedule import Group
@@ -27,27 +30,36 @@ costs nearly as much as one of many."""
 
 
 @dataclass(eq=False, slots=True)
-class _Row:
-    """A request on its way. noise: its uniform numbers, one a token."""
+class _Sequence:
+    """A running sequence. request: its index; noise: its uniform numbers, one for each token."""
 
-    index: int
-    limit: int
+    request: int
+    max_new_tokens: int
     noise: np.ndarray
-    new: list[int] = field(default_factory=list)
+    new_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
-class _Ready:
-    """A prompt that is held by the session. members: the requests that have no row yet."""
+class _Prefilled:
+    """A prompt that the session holds, by its number there.
+
+    waiting: its requests that have no row yet. logits (1, v): of the first new token.
+    """
 
     number: int
     ids: Ids
-    members: deque[int]
+    waiting: deque[int]
     logits: Tensor
 
 
 class Flight:
-    """Requests that are worked with one session; its memory goes with it."""
+    """Requests that are worked with one session, whose memory goes when they are done.
+
+    waiting: prompts that are still to be computed, with their requests. prefilled: prompts that are
+    computed and have requests without a row. running: one sequence a row of the session. logits
+    (r, v): of each running sequence's next token. occurred (r, v): which tokens are in its prompt
+    or response, None if repetition is not penalised.
+    """
 
     def __init__(
         self,
@@ -62,143 +74,179 @@ class Flight:
         self.max_prefill_tokens = max_prefill_tokens
         self.device = device_of(model.module)
         self.waiting = deque(groups)
-        self.ready: deque[_Ready] = deque()
-        self.rows: list[_Row] = []
+        self.prefilled: deque[_Prefilled] = deque()
+        self.running: list[_Sequence] = []
         self.logits: Tensor | None = None
-        self.seen: Tensor | None = None
+        self.occurred: Tensor | None = None
         self.session: Session | None = None
 
     @property
-    def busy(self) -> bool:
-        return bool(self.rows or self.ready or self.waiting)
+    def is_done(self) -> bool:
+        return not (self.running or self.prefilled or self.waiting)
 
-    def until_some_end(self) -> list[tuple[int, Completion]]:
-        """Go on until rows have ended; these. Their places are free then."""
-        session = self.session = self.session or self.model.session(self.plan)
+    def until_some_finish(self) -> list[tuple[int, Completion]]:
+        """Take steps until sequences are finished: their requests' indices and completions."""
         while True:
-            self._admit(session)
-            tokens = self._choose()
-            ended = self._take(tokens.tolist())
-            order = _closed_up(len(self.rows), ended.keys())
-            done = [(self.rows[i].index, completion) for i, completion in ended.items()]
-            if ended:
-                session.select(order)
-                self.rows = [self.rows[i] for i in order]
-                kept = torch.tensor(order, device=self.device, dtype=torch.long)
-                tokens = tokens[kept]
-                self.seen = None if self.seen is None else self.seen[kept]
-            self.logits = session.extend(tokens) if self.rows else None
-            if ended:
-                return done
+            finished = self.step()
+            if finished:
+                return finished
 
-    def _admit(self, session: Session) -> None:
-        """Give free places to the next requests, those of one prompt one after the other."""
-        if self.rows and not session.joins:
+    def step(self) -> list[tuple[int, Completion]]:
+        """Give each running sequence a token; the sequences that are finished by it."""
+        session = self.session = self.session or self.model.session(self.plan)
+        self._schedule(session)
+        tokens = self._sample()
+        finished, tokens = self._postprocess(session, tokens)
+        self.logits = session.extend(tokens) if self.running else None
+        return finished
+
+    # 1. schedule
+
+    def _schedule(self, session: Session) -> None:
+        """Give the free rows to waiting sequences, those of one prompt one after the other."""
+        if self.running and not session.joins:
             return
-        room, numbers, done = self.plan.max_rows - len(self.rows), [], []
+        free = self.plan.max_rows - len(self.running)
+        added: list[int] = []  # for each new row the number of its prompt
+        released: list[int] = []
         logits = [] if self.logits is None else [self.logits]
-        while room and (self.ready or self.waiting):
-            if not self.ready:
-                if numbers and not session.joins:
+        while free and (self.prefilled or self.waiting):
+            if not self.prefilled:
+                if added and not session.joins:
                     break
-                self._prefill(session, room)
-            prompt = self.ready[0]
-            count = min(room, len(prompt.members))
-            numbers += [prompt.number] * count
-            logits.append(prompt.logits.expand(count, -1))
-            self._begin([prompt.members.popleft() for _ in range(count)], prompt.ids)
-            room -= count
-            if not prompt.members:
-                done.append(self.ready.popleft().number)
-        if numbers:
-            session.add(numbers)
-            session.release(done)
-            self.logits = torch.cat(logits)
+                self._prefill(session, free)
+            prompt = self.prefilled[0]
+            count = min(free, len(prompt.waiting))
+            self._start([prompt.waiting.popleft() for _ in range(count)], prompt.ids)
+            added += [prompt.number] * count
+            logits.append(prompt.logits.expand(count, -1))  # (count, v)
+            free -= count
+            if not prompt.waiting:
+                released.append(self.prefilled.popleft().number)
+        if added:
+            session.add(added)
+            session.release(released)
+            self.logits = torch.cat(logits)  # (r, v)
 
-    def _prefill(self, session: Session, room: int) -> None:
-        """The next prompts, as many as go through the model together."""
-        some: list[Group] = []
-        copies = longest = 0
-        while self.waiting and len(some) < session.room():
+    def _prefill(self, session: Session, free: int) -> None:
+        """Compute the next prompts, as many as go through the model together."""
+        groups: list[Group] = []
+        rows = longest = 0
+        while self.waiting and len(groups) < session.room():
             longest = max(longest, len(self.waiting[0].ids))
-            tokens = (len(some) + 1) * longest
+            tokens = (len(groups) + 1) * longest
             if session.joins:
-                enough = copies >= room and tokens > AHEAD
+                enough = rows >= free and tokens > AHEAD
             else:  # what is left over would be a batch of its own
-                enough = copies + len(self.waiting[0].members) > room
-            if some and (enough or tokens > self.max_prefill_tokens):
+                enough = rows + len(self.waiting[0].members) > free
+            if groups and (enough or tokens > self.max_prefill_tokens):
                 break
-            some.append(self.waiting.popleft())
-            copies += len(some[-1].members)
+            groups.append(self.waiting.popleft())
+            rows += len(groups[-1].members)
         first = session.held
-        logits = session.prefill([group.ids for group in some])
-        for i, group in enumerate(some):
-            self.ready.append(_Ready(first + i, group.ids, deque(group.members), logits[i : i + 1]))
+        logits = session.prefill([group.ids for group in groups])  # (n, v)
+        for i, group in enumerate(groups):
+            waiting = deque(group.members)
+            self.prefilled.append(_Prefilled(first + i, group.ids, waiting, logits[i : i + 1]))
 
-    def _begin(self, members: Sequence[int], ids: Ids) -> None:
-        for i in members:
-            limit = self.requests[i].max_new_tokens
-            noise = uniforms(np.array([self.requests[i].key], dtype=np.int64), limit)[0]
-            self.rows.append(_Row(i, limit, noise))
+    def _start(self, requests: Sequence[int], ids: Ids) -> None:
+        """Requests with the prompt `ids` become running sequences."""
+        for request in requests:
+            limit = self.requests[request].max_new_tokens
+            key = np.array([self.requests[request].key], dtype=np.int64)
+            self.running.append(_Sequence(request, limit, uniforms(key, limit)[0]))
         if self.decoding.repetition_penalty != 1.0:
-            new = torch.zeros(len(members), self.model.vocab, dtype=torch.bool, device=self.device)
-            new[:, list(ids)] = True
-            self.seen = new if self.seen is None else torch.cat([self.seen, new])
+            shape = len(requests), self.model.vocab
+            in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            in_prompt[:, list(ids)] = True
+            parts = [in_prompt] if self.occurred is None else [self.occurred, in_prompt]
+            self.occurred = torch.cat(parts)  # (r, v)
 
-    def _choose(self) -> Tensor:
-        d, logits = self.decoding, self.logits
+    # 2. sample
+
+    def _sample(self) -> Tensor:
+        """A token for each running sequence (r,); the vocabulary's size if it has none."""
+        decoding, logits = self.decoding, self.logits
         assert logits is not None
-        if self.seen is not None:
-            logits = penalise_repetition(logits, self.seen, d.repetition_penalty)
-        early = [i for i, row in enumerate(self.rows) if len(row.new) < d.min_new_tokens]
-        if d.end_ids and early:
+        if self.occurred is not None:
+            logits = penalise_repetition(logits, self.occurred, decoding.repetition_penalty)
+        may_not_end = [
+            row
+            for row, sequence in enumerate(self.running)
+            if len(sequence.new_ids) < decoding.min_new_tokens
+        ]
+        if decoding.end_ids and may_not_end:
             logits = logits.clone()
-            logits[torch.tensor(early)[:, None], list(d.end_ids)] = -torch.inf
-        if d.filter_fn is not None:
-            logits = _filtered(d.filter_fn, logits)
-        noise = np.array([row.noise[len(row.new)] for row in self.rows])
+            logits[torch.tensor(may_not_end)[:, None], list(decoding.end_ids)] = -torch.inf
+        if decoding.filter_fn is not None:
+            logits = _filtered(decoding.filter_fn, logits)
+        noise = np.array([sequence.noise[len(sequence.new_ids)] for sequence in self.running])
         tokens = sample_next(
             logits,
             torch.from_numpy(noise).to(self.device),
-            temperature=d.temperature,
-            top_k=d.top_k,
-            top_p=d.top_p,
-            min_p=d.min_p,
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            min_p=decoding.min_p,
         )
-        if self.seen is not None:
-            there = tokens.clamp(max=self.model.vocab - 1)  # a row may have no token, see _take
-            self.seen[torch.arange(len(tokens), device=self.device), there] = True
+        if self.occurred is not None:
+            known = tokens.clamp(max=self.model.vocab - 1)  # without one `_postprocess` raises
+            self.occurred[torch.arange(len(tokens), device=self.device), known] = True
         return tokens
 
-    def _take(self, tokens: list[int]) -> dict[int, Completion]:
-        """Append a token to each row; the places of those that end by it."""
-        d, ended = self.decoding, {}
-        can_end = bool(d.end_ids) or d.is_stop is not None
-        if max(tokens) >= self.model.vocab:
-            self._nothing_to_sample(tokens)
-        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            row.new.append(token)
-            if token in d.end_ids or (d.is_stop is not None and d.is_stop(row.new)):
-                ended[place] = Completion(tuple(row.new), True)
-            elif len(row.new) >= row.limit:
-                ended[place] = Completion(tuple(row.new), False if can_end else None)
-        return ended
+    # 3. postprocess
 
-    def _nothing_to_sample(self, tokens: list[int]) -> None:
-        """Raise where rows have no token: the model's logits are not finite, or a filter's are."""
+    def _postprocess(
+        self, session: Session, tokens: Tensor
+    ) -> tuple[list[tuple[int, Completion]], Tensor]:
+        """Append the tokens; take the sequences that are finished out of the session.
+
+        What is finished, and the tokens of the sequences that go on, in their new rows.
+        """
+        completions = self._completions(tokens.tolist())
+        if not completions:
+            return [], tokens
+        finished = [(self.running[row].request, done) for row, done in completions.items()]
+        rows = _rows_closed_up(len(self.running), completions.keys())
+        session.select(rows)
+        self.running = [self.running[row] for row in rows]
+        kept = torch.tensor(rows, device=self.device, dtype=torch.long)
+        self.occurred = None if self.occurred is None else self.occurred[kept]
+        return finished, tokens[kept]
+
+    def _completions(self, tokens: list[int]) -> dict[int, Completion]:
+        """Append a token to each sequence; the completions of those that end by it, by row."""
+        decoding = self.decoding
+        can_end = bool(decoding.end_ids) or decoding.is_stop is not None
+        if max(tokens) >= self.model.vocab:
+            raise self._nothing_to_sample(tokens)
+        completions = {}
+        for row, (sequence, token) in enumerate(zip(self.running, tokens, strict=True)):
+            new_ids = sequence.new_ids
+            new_ids.append(token)
+            if token in decoding.end_ids or (
+                decoding.is_stop is not None and decoding.is_stop(new_ids)
+            ):
+                completions[row] = Completion(tuple(new_ids), True)
+            elif len(new_ids) >= sequence.max_new_tokens:
+                completions[row] = Completion(tuple(new_ids), False if can_end else None)
+        return completions
+
+    def _nothing_to_sample(self, tokens: list[int]) -> SelfRewardingError:
+        """The error of rows without a token: the model's logits are not finite, or a filter's."""
         assert self.logits is not None
-        places = [place for place, token in enumerate(tokens) if token >= self.model.vocab]
-        names = [self.requests[self.rows[place].index].name for place in places]
-        own = self.logits[places]
-        if self.decoding.filter_fn is not None and own.amax(dim=-1).isfinite().all():
-            raise AdapterError(
+        rows = [row for row, token in enumerate(tokens) if token >= self.model.vocab]
+        names = [self.requests[self.running[row].request].name for row in rows]
+        logits = self.logits[rows]  # before the filter
+        if self.decoding.filter_fn is not None and logits.amax(dim=-1).isfinite().all():
+            return AdapterError(
                 f"filter_fn left no token to sample for {names[0]}: its logits have no finite "
                 "maximum. It must leave one token at least, and no NaN."
             )
-        seen = "NaN" if own.isnan().any() else "no finite maximum"
-        raise not_finite(
-            f"generating, {len(self.rows[places[0]].new)} tokens behind the prompt",
-            f"the model's logits have {seen}, so nothing can be sampled",
+        what = "NaN" if logits.isnan().any() else "no finite maximum"
+        return not_finite(
+            f"generating, {len(self.running[rows[0]].new_ids)} tokens behind the prompt",
+            f"the model's logits have {what}, so nothing can be sampled",
             names,
             "Records of a stage begin with its name; those that were finished are on disk. The "
             "weights have diverged or are damaged, or their type is too narrow: go back to "
@@ -207,19 +255,20 @@ class Flight:
         )
 
 
-def _closed_up(count: int, ended: Collection[int]) -> list[int]:
-    """The places that go on; those at the end take the places before them that are free."""
-    going = [i for i in range(count) if i not in ended]
-    tail = [i for i in going if i >= len(going)]
-    return [i if i not in ended else tail.pop() for i in range(len(going))]
+def _rows_closed_up(count: int, finished: Collection[int]) -> list[int]:
+    """The rows that go on, the last ones in the places of those before them that are finished."""
+    going = [row for row in range(count) if row not in finished]
+    last = [row for row in going if row >= len(going)]
+    return [row if row not in finished else last.pop() for row in range(len(going))]
 
 
 def _filtered(filter_fn: Callable[[Tensor], Any], logits: Tensor) -> Tensor:
-    out = filter_fn(logits.clone())
-    if not isinstance(out, Tensor) or out.shape != logits.shape:
-        came = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    filtered = filter_fn(logits.clone())
+    if not isinstance(filtered, Tensor) or filtered.shape != logits.shape:
+        is_tensor = isinstance(filtered, Tensor)
+        came = tuple(filtered.shape) if is_tensor else type(filtered).__name__
         raise AdapterError(
             f"filter_fn must return logits of the shape it is given, {tuple(logits.shape)}; "
             f"got {came}."
         )
-    return out
+    return filtered

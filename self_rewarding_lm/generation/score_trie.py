@@ -1,7 +1,7 @@
-"""What a judge may state, as paths of tokens, and what their probabilities come to.
+"""The scores that a judge may state, as paths of tokens, and their probabilities.
 
-Token ids and floats only: the ids come from whoever has a tokenizer, the probabilities of single
-tokens from whoever has a model.
+Token ids and floats only: the caller has encoded the scores, and an engine gives the probabilities
+of single tokens.
 """
 
 import math
@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.models.sessions import common_beginning
 from self_rewarding_lm.records import Ids
 from self_rewarding_lm.scores import number_text
 
 MIN_SCORE_MASS = 0.1
-"""Below this probability of all allowed numbers together the judge was about to say something
-else, and their shares of it are no score."""
+"""If all allowed scores together have less probability, the judge was about to say something else,
+and there is no score."""
 
 
 DECIMALS = 9
@@ -22,10 +23,10 @@ DECIMALS = 9
 
 @dataclass(frozen=True, slots=True)
 class ScoreTrie:
-    """The token paths of the scores behind what all of them share.
+    """The scores' token paths, after the ids that all their encodings begin with.
 
-    context: ids that every encoding begins with. paths: for each score the ids that follow. A node
-    is a beginning of a path; an inner node has a path that goes on from it.
+    context: these ids. paths: each score with the ids that follow them. A node is a beginning of a
+    path; from an inner node a path goes on.
     """
 
     context: Ids
@@ -54,8 +55,11 @@ class ScoreTrie:
 
 @dataclass(frozen=True, slots=True)
 class NodeChances:
-    """What follows a node. tokens: the probability of each child. stop: that the score ends there,
-    where one may: no child follows and nothing else that makes another number of it."""
+    """What follows a node. tokens: the probability of each child.
+
+    stop: the probability that a score ends there, if one may: that neither a child follows nor
+    another token that makes another number of it.
+    """
 
     tokens: Mapping[int, float]
     stop: float = 0.0
@@ -63,8 +67,10 @@ class NodeChances:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The mean of the scores under their probabilities; None with its reason. mass: of all scores
-    together, before they were made to sum to 1."""
+    """The mean of the scores under their probabilities; None with its reason if there is none.
+
+    mass: the probability of all scores together.
+    """
 
     score: float | None
     mass: float | None
@@ -72,14 +78,16 @@ class Expected:
 
 
 def build_trie(encodings: Mapping[float, Sequence[int]], others: Iterable[Ids] = ()) -> ScoreTrie:
-    """The trie of scores' encodings, all of the same words with another number behind them.
+    """The trie of the encodings of scores, each of the same words with its number behind them.
 
-    others: encodings that are no scores and still bound what counts as shared. With those of all
-    ten digits a digit that all allowed numbers begin with (10 to 19) is no context, so that its
-    probability counts. Raises ConfigError where two scores have the same ids.
+    others: further encodings of these words, which bound what all have in common. Given those of
+    all ten digits, a digit that all scores begin with (10 to 19) is no context, so that its
+    probability counts. Raises ConfigError if two scores have the same ids.
     """
     ids = {score: tuple(encoding) for score, encoding in encodings.items()}
-    shared = _common_beginning([*ids.values(), *others])
+    rows = [*ids.values(), *others]
+    first, last = min(rows), max(rows)  # what these begin with alike all rows in between do
+    shared = first[: common_beginning(first, last)]
     paths = tuple((score, encoding[len(shared) :]) for score, encoding in sorted(ids.items()))
     seen: dict[Ids, float] = {}
     for score, path in paths:
@@ -95,19 +103,20 @@ def build_trie(encodings: Mapping[float, Sequence[int]], others: Iterable[Ids] =
 
 
 def score_probabilities(trie: ScoreTrie, chances: Mapping[Ids, NodeChances]) -> dict[float, float]:
-    """The probability of each score: the product along its path, and that it ends there.
+    """The probability of each score, from the chances of all inner nodes.
 
-    The end counts where another path goes on. chances: of all inner nodes.
+    The product of its path's tokens and, if another path goes on from its end, that it ends there.
     """
-    found = {}
+    probabilities = {}
     for score, path in trie.paths:
         steps = [chances[path[:n]].tokens[token] for n, token in enumerate(path)]
-        found[score] = math.prod(steps) * (chances[path].stop if path in chances else 1.0)
-    return found
+        ends = chances[path].stop if path in chances else 1.0
+        probabilities[score] = math.prod(steps) * ends
+    return probabilities
 
 
 def expected_score(probabilities: Mapping[float, float]) -> Expected:
-    """The mean score; None where the mass is under MIN_SCORE_MASS (`low_mass`) or no number.
+    """The mean score; None if the mass is under MIN_SCORE_MASS (`low_mass`) or not finite.
 
     Both are rounded to 9 decimals, so that a model in float64 gives the same in any batch.
     """
@@ -118,9 +127,3 @@ def expected_score(probabilities: Mapping[float, float]) -> Expected:
         return Expected(None, round(mass, DECIMALS), "low_mass")
     mean = math.fsum(score * p for score, p in probabilities.items()) / mass
     return Expected(round(mean, DECIMALS), round(mass, DECIMALS))
-
-
-def _common_beginning(rows: Sequence[Ids]) -> Ids:
-    first, last = min(rows), max(rows)
-    length = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
-    return first[: len(first) if length is None else length]

@@ -1,9 +1,9 @@
-"""Sessions: the rows in flight over one model, as the engine sees them.
+"""Sessions: the rows that are decoded together over one model, as the engine sees them.
 
 A session belongs to one call of the engine, so the weights do not change under it, and its memory
-is given back with it. What prompts have in common is computed once: the beginning that all of
-them share is the session's root, and two prompts that follow each other share their own
-beginning.
+is given back with it. What prompts have in common is computed once: the beginning of all prompts is
+the session's root, and of two prompts that follow each other the second reuses what it begins with
+alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from self_rewarding_lm.models.attention import KeyValues, Sizes, Span
 from self_rewarding_lm.models.interface import Cache, Plan
 
 Start = Callable[[Sequence[Sequence[int]]], tuple[Tensor, Cache]]
+"""Rows of ids to the logits (r, v) of what follows each, and their cache."""
 
 
 class BatchSession:
     """A session over a model's own kind of cache: prompts are computed whole and rows are copied.
 
-    Rows are not joined, as that copies the whole cache. start: the first logits and the cache of
-    some rows.
+    Rows are not joined to others in flight, as that would copy the whole cache.
     """
 
     joins = False
@@ -31,28 +31,28 @@ class BatchSession:
     def __init__(self, start: Start, *, max_rows: int, device: torch.device) -> None:
         self.start, self.max_rows, self.device = start, max_rows, device
         self.held = 0
+        self._prompts: dict[int, tuple[Cache, int]] = {}  # by number: a cache and a row of it
         self._running: Cache | None = None
-        self._held: dict[int, tuple[Cache, int]] = {}
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
         logits, cache = self.start(prompts)
         for row in range(len(prompts)):
-            self._held[self.held] = cache, row
+            self._prompts[self.held] = cache, row
             self.held += 1
         return logits
 
     def room(self) -> int:
-        return self.max_rows - len(self._held)
+        return self.max_rows - len(self._prompts)
 
     def add(self, prompts: Sequence[int]) -> None:
-        held = [self._held[number] for number in prompts]
-        assert self._running is None and len({id(cache) for cache, _ in held}) == 1
-        self._running = held[0][0].copy()
-        self._running.select(torch.tensor([row for _, row in held], device=self.device))
+        places = [self._prompts[number] for number in prompts]
+        assert self._running is None and len({id(cache) for cache, _ in places}) == 1
+        self._running = places[0][0].copy()
+        self._running.select(torch.tensor([row for _, row in places], device=self.device))
 
     def release(self, prompts: Sequence[int]) -> None:
         for number in prompts:
-            del self._held[number]
+            del self._prompts[number]
 
     def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
         assert self._running is not None
@@ -66,7 +66,10 @@ class BatchSession:
 
 
 def common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens at the beginning that two rows share."""
+    """How many tokens two rows begin with alike.
+
+    `os.path.commonprefix` would tell as well, but Python 3.15 deprecates it.
+    """
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -77,7 +80,11 @@ Forward = Callable[[Tensor, Tensor, KeyValues], Tensor]
 
 @dataclass(eq=False, slots=True)
 class _Stem:
-    """A prompt behind the root. users: its rows, and one for each who may still need it."""
+    """A prompt's tokens behind the root, and their place in memory.
+
+    users: rows that go on from it, and one for each reason to keep it: that the prompt was not
+    released, and that the next prompt may copy from it. Without users its place is free.
+    """
 
     place: int
     ids: Sequence[int]
@@ -86,14 +93,16 @@ class _Stem:
 
 @dataclass(slots=True)
 class _Row:
+    """A row in flight. length: how many tokens of its own it has."""
+
     stem: _Stem
     length: int = 0
 
 
 class AttendingSession:
-    """Rows of one model over one memory, see `attention.py`.
+    """A session over our own keys and values, see `attention.py`.
 
-    max_packed: tokens that the model takes in one row; None: any number.
+    max_packed: tokens that the model takes in one packed row; None if any number.
     """
 
     joins = True
@@ -116,66 +125,76 @@ class AttendingSession:
             new=plan.max_new,
         )
         self.memory = KeyValues(sizes, device)
-        self._free = list(range(plan.stems - 1, -1, -1))
-        self._held: dict[int, _Stem] = {}
-        self._rows: list[_Row] = []
-        self._last: _Stem | None = None
         self.held = 0
+        self._prompts: dict[int, _Stem] = {}  # by number
+        self._rows: list[_Row] = []
+        self._latest: _Stem | None = None  # of the last prompt; the next one may copy from it
+        self._free_places = list(range(plan.stems - 1, -1, -1))
         if plan.root:
             self.memory.at_root()
             self._run(plan.root, range(len(plan.root)))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
-        parts: list[list[Sequence[int]]] = [[]]
+        batches: list[list[Sequence[int]]] = [[]]
         packed = 0
         for prompt in prompts:
             packed += len(prompt)
-            if self.max_packed is not None and parts[-1] and packed > self.max_packed:
-                parts.append([])
+            if self.max_packed is not None and batches[-1] and packed > self.max_packed:
+                batches.append([])
                 packed = len(prompt)
-            parts[-1].append(prompt)
-        return torch.cat([self._prefill(part) for part in parts])
+            batches[-1].append(prompt)
+        return torch.cat([self._prefill_packed(batch) for batch in batches])
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _prefill_packed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Hold prompts that go through the model in one packed row; the logits (n, v)."""
+        # 1. a stem for each prompt, and what it copies from the one before
         root, spans, ids, positions = len(self.plan.root), [], [], []
-        before = self._last
+        latest = self._latest
         for prompt in prompts:
             rest = prompt[root:]
-            shared = 0 if before is None else min(common_beginning(before.ids, rest), len(rest) - 1)
-            stem = _Stem(self._free.pop(), rest)
-            source = before.place if before is not None and shared else 0
-            spans.append(Span(stem.place, len(ids), len(rest) - shared, shared, source))
-            ids += rest[shared:]
-            positions += range(root + shared, root + len(rest))
-            self._held[self.held] = before = stem
+            reused, source = 0, 0
+            if latest is not None:  # the last token is always computed, for its logits
+                reused = min(common_beginning(latest.ids, rest), len(rest) - 1)
+                source = latest.place if reused else 0
+            stem = _Stem(self._free_places.pop(), rest)
+            spans.append(Span(stem.place, len(ids), len(rest) - reused, reused, source))
+            ids += rest[reused:]
+            positions += range(root + reused, root + len(rest))
+            self._prompts[self.held] = latest = stem
             self.held += 1
-        if before is not None:
-            before.users += 1
+
+        # 2. one forward of all their new tokens
         self.memory.at_prompts(spans)
         logits = self._run(ids, positions)
-        last, self._last = self._last, before
-        if last is not None:
-            self._leave(last)
+
+        # 3. keep the last stem for the next prompt, in place of the one before these prompts
+        if latest is not None:
+            latest.users += 1
+        before, self._latest = self._latest, latest
+        if before is not None:
+            self._leave(before)
         return logits
 
     def room(self) -> int:
-        return len(self._free)
+        return len(self._free_places)
 
     def add(self, prompts: Sequence[int]) -> None:
         for number in prompts:
-            stem = self._held[number]
+            stem = self._prompts[number]
             stem.users += 1
             self._rows.append(_Row(stem))
 
     def release(self, prompts: Sequence[int]) -> None:
         for number in prompts:
-            self._leave(self._held.pop(number))
+            self._leave(self._prompts.pop(number))
 
     def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
-        root, rows = len(self.plan.root), self._rows
-        lengths = [len(row.stem.ids) for row in rows]
-        self.memory.at_step([r.stem.place for r in rows], lengths, [r.length for r in rows])
-        positions = [root + n + row.length for n, row in zip(lengths, rows, strict=True)]
+        rows = self._rows
+        stem_lengths = [len(row.stem.ids) for row in rows]
+        lengths = [row.length for row in rows]
+        self.memory.at_step([row.stem.place for row in rows], stem_lengths, lengths)
+        root = len(self.plan.root)
+        positions = [root + stem + own for stem, own in zip(stem_lengths, lengths, strict=True)]
         logits = self._run(tokens, positions)
         for row in rows:
             row.length += 1
@@ -191,13 +210,15 @@ class AttendingSession:
             self._leave(row.stem)
 
     def _run(self, ids: Tensor | Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Logits of the wanted tokens; ids and positions of one packed row."""
-        packed = torch.as_tensor(ids, device=self.device)[None]
-        at = torch.tensor([*positions], device=self.device)[None]
-        return self.forward(packed, at, self.memory)[0]
+        """The logits (m, v) of the wanted tokens of one packed row."""
+        packed = torch.as_tensor(ids, device=self.device)[None]  # (1, n)
+        places = torch.tensor([*positions], device=self.device)[None]  # (1, n)
+        return self.forward(packed, places, self.memory)[0]
 
     def _leave(self, stem: _Stem) -> None:
+        """One user of a stem less; without any its place is free."""
         stem.users -= 1
         if not stem.users:
-            self._free.append(stem.place)
-            self._free.sort(reverse=True)  # the lowest place is taken first: fewer stems to pass
+            self._free_places.append(stem.place)
+            # the lowest place is taken first: a step looks at all stems up to the last one in use
+            self._free_places.sort(reverse=True)

@@ -24,7 +24,7 @@ pytest.importorskip("peft")
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
-from self_rewarding_lm.generation.schedule import Group, plans
+from self_rewarding_lm.generation.schedule import Group, plan_sessions
 from self_rewarding_lm.models import interface
 from self_rewarding_lm.models.attention import KeyValues
 from self_rewarding_lm.models.families import adapt
@@ -99,7 +99,7 @@ def test_every_request_is_in_one_group_families_side_by_side_and_the_longest_fir
     draw, roots, multiple = random.Random(0), 0, 0
     for _ in range(300):
         requests = some_requests(draw)
-        [(plan, groups)] = plans(keeping(0), requests, 64, None)
+        [(plan, groups)] = plan_sessions(keeping(0), requests, 64, None)
         assert sorted(i for g in groups for i in g.members) == list(range(len(requests)))
         assert (plan.max_rows, plan.is_cut) == (len(requests), False)
         check_groups(groups, plan, requests)
@@ -121,12 +121,12 @@ def test_every_request_is_in_one_group_families_side_by_side_and_the_longest_fir
     ],
 )
 def test_the_root_is_what_all_prompts_begin_with(rows, root):
-    [(plan, _)] = plans(keeping(0), [(row, 1) for row in rows], 8, None)
+    [(plan, _)] = plan_sessions(keeping(0), [(row, 1) for row in rows], 8, None)
     assert plan.root == rows[0][:root]
 
 
 def test_no_requests_need_no_session():
-    assert list(plans(keeping(0), [], 8, None)) == []
+    assert list(plan_sessions(keeping(0), [], 8, None)) == []
 
 
 def tokens_of(plan: Plan, rows: int) -> int:
@@ -141,7 +141,7 @@ def test_as_many_rows_are_in_flight_as_memory_has_room_for(copies):
     for _ in range(200):
         requests, allowed = some_requests(draw), draw.randint(100, 2000)
         try:
-            found = list(plans(keeping(8), requests, 9, 8 * allowed, copies=copies))
+            found = list(plan_sessions(keeping(8), requests, 9, 8 * allowed, copies=copies))
         except ConfigError:
             groups = [Group(ids, ()) for ids, _ in requests]
             whole = Plan(
@@ -168,12 +168,12 @@ def test_as_many_rows_are_in_flight_as_memory_has_room_for(copies):
 def test_short_prompts_have_a_session_of_their_own_where_long_ones_leave_room_for_fewer_rows():
     """With the long ones: 4 + 2 stems of 100 and 4 x 10. Without: 8 + 1 + 2 of 9 and 8 x 10."""
     long, short = [((9, i) * 50, 10) for i in range(2)], [((i,) * 9, 10) for i in range(8)]
-    (first, longer), (second, others) = plans(keeping(1), [*long, *short], 8, 640)
+    (first, longer), (second, others) = plan_sessions(keeping(1), [*long, *short], 8, 640)
     assert [g.members for g in longer] == [(0,), (1,)]
     assert (first.longest, first.max_rows) == (100, 2)
     assert sorted(g.members[0] for g in others) == list(range(2, 10))
     assert (second.longest, second.max_rows, second.is_cut) == (9, 8, False)
-    [(both, groups)] = plans(keeping(1), [*long, *short], 4, 640)
+    [(both, groups)] = plan_sessions(keeping(1), [*long, *short], 4, 640)
     assert (both.longest, both.max_rows, both.is_cut) == (100, 4, False) and len(groups) == 10
 
 
@@ -181,8 +181,8 @@ def test_one_row_that_does_not_fit_is_an_error_with_both_sizes():
     """A row of a prompt of 20 tokens and 5 new ones: the root of 19 once, 3 stems of 1, 5 own."""
     mib = 2**20
     with pytest.raises(ConfigError, match=r"20 tokens.*5 new.*27 MiB.*1 rows.*26 MiB"):
-        list(plans(keeping(mib), [((1,) * 20, 5)], 8, 26 * mib))
-    [(plan, _)] = plans(keeping(mib), [((1,) * 20, 5)], 8, 27 * mib)
+        list(plan_sessions(keeping(mib), [((1,) * 20, 5)], 8, 26 * mib))
+    [(plan, _)] = plan_sessions(keeping(mib), [((1,) * 20, 5)], 8, 27 * mib)
     assert plan.max_rows == 1
 
 
@@ -291,7 +291,7 @@ def test_a_place_that_is_free_is_taken_before_the_next_token(kind, how, max_rows
     module, decoding, requests, expected = worked(kind, how)
     model = adapt(module)
     sizes = [(r.ids, r.max_new_tokens) for r in requests]
-    [(_, groups)] = plans(model, sizes, max_rows, None)
+    [(_, groups)] = plan_sessions(model, sizes, max_rows, None)
     lengths = [len(expected[i].ids) for g in groups for i in g.members]
     found = rounds_of(model, requests, decoding, max_rows=max_rows)
     assert found == served(lengths, max_rows)
@@ -305,7 +305,9 @@ def test_rows_that_cannot_be_joined_wait_for_their_batch(kind, max_rows):
     """No prompt of these has more than three requests, so none is in two batches."""
     module, decoding, requests, expected = worked(kind, "sampled")
     model = adapt(module)
-    [(_, groups)] = plans(model, [(r.ids, r.max_new_tokens) for r in requests], max_rows, None)
+    [(_, groups)] = plan_sessions(
+        model, [(r.ids, r.max_new_tokens) for r in requests], max_rows, None
+    )
     parties = [[len(expected[i].ids) for i in g.members] for g in groups]
     assert max(map(len, parties)) <= 3
     found = rounds_of(model, requests, decoding, max_rows=max_rows)
