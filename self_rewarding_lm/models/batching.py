@@ -1,4 +1,4 @@
-"""Ragged rows into rectangles, and rows into micro-batches. Padding sits on the right.
+"""Rows of different lengths as rectangles, and rows in micro-batches. Padding is on the right.
 
 Masks come from lengths; padding is never recognised by its value, so any valid id may pad.
 """
@@ -39,13 +39,14 @@ def micro_batches(
 ) -> list[list[int]]:
     """Indices of rows, in groups of similar length.
 
-    A group has at most `token_budget` tokens: rows x its longest row where rows are padded, else
-    the sum of its rows. A row longer than that stands alone. `max_rows` bounds the rows of a group.
+    A group has at most `token_budget` tokens, or a single row that is longer. If rows are padded
+    its tokens are its rows times its longest row, else the sum of its rows. max_rows: rows of a
+    group at most.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []
     tokens = 0
-    for i in order:  # ascending: the row that is being placed is the longest of its group
+    for i in order:  # ascending, so row i is the longest of its group
         group = groups[-1] if groups else []
         tokens = (len(group) + 1) * lengths[i] if padded else tokens + lengths[i]
         if group and tokens <= token_budget and (max_rows is None or len(group) < max_rows):
@@ -57,7 +58,7 @@ def micro_batches(
 
 
 def packs(model: TokenModel) -> bool:
-    """Whether rows go through a model without padding."""
+    """Whether rows go through a model packed, without padding."""
     return model.training is not None and model.training.packs
 
 
@@ -70,7 +71,7 @@ def grouped(
 ) -> list[list[int]]:
     """Indices of rows, each of one or more sequences, in groups that go through the model at once.
 
-    token_budget: tokens of a group, with its padding where the model does not pack.
+    token_budget: tokens of a group at most, padding included if the model does not pack.
     """
     packed = packs(model)
     if packed:

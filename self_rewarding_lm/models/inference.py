@@ -1,9 +1,9 @@
-"""How forwards without gradients run: the mode of the module, and products in narrow types.
+"""How forwards without gradients run: the module's mode, and products in narrow types.
 
 A CPU without instructions for bfloat16 multiplies bfloat16 matrices several times slower than
-float32 ones. There a linear layer's weights are widened piece by piece while they are used, and
-attention is computed and kept in float32; no second copy of the weights is made, and sums are more
-exact for it.
+float32 ones. On such a CPU a linear layer's weights are widened piece by piece while they are used,
+and attention is computed and kept in float32. There is no second copy of the weights, and sums are
+more exact.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_f
 
 @contextmanager
 def modes_kept(module: nn.Module) -> Iterator[None]:
-    """Each submodule is afterwards in training or evaluation mode as before."""
+    """Put each submodule back into training or evaluation mode afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield
@@ -35,7 +35,7 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, and as before afterwards."""
+    """Put a module into evaluation mode, and back afterwards."""
     with modes_kept(module):
         module.eval()
         yield
@@ -43,7 +43,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inferring(module: nn.Module) -> Iterator[None]:
-    """Forwards without gradients and dropout, products as this machine does them best."""
+    """Run forwards without gradients and dropout, with the products this machine is fastest at."""
     slow = any(is_slow(p.dtype, p.device) for p in module.parameters())
     with torch.no_grad(), evaluating(module), WideProducts() if slow else nullcontext():
         yield
@@ -51,15 +51,18 @@ def inferring(module: nn.Module) -> Iterator[None]:
 
 @cache
 def _lacks(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no instructions for products of a narrow type (x86 alone is known)."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
-    if dtype not in NATIVE or known.get("architecture") != "x86_64":
+    """Whether this CPU has no instructions for products of a narrow type; False if unknown.
+
+    Only x86 CPUs tell.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
+    if dtype not in NATIVE or capabilities.get("architecture") != "x86_64":
         return False
-    return not any(known.get(name) for name in NATIVE[dtype])
+    return not any(capabilities.get(name) for name in NATIVE[dtype])
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of a type are done faster in float32."""
+    """Whether products of a type are faster in float32."""
     return device.type == "cpu" and _lacks(dtype)
 
 
@@ -69,7 +72,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class WideProducts(TorchFunctionMode):
-    """Linear layers in a narrow type whose products are computed in float32."""
+    """Within it, linear layers with narrow weights compute their products in float32."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -85,11 +88,12 @@ def _is_narrow(weight: Tensor) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x (..., d) and weight (v, d) in float32, a few rows of the weight at a time."""
     rows = max(1, WIDENED_AT_ONCE // weight.shape[1])
-    wide, out = x.float(), []
+    wide, parts = x.float(), []
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
-            added = None if bias is None else bias[part].float()
-            out.append(F.linear(wide, weight[part].float(), added).to(x.dtype))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+            wide_bias = None if bias is None else bias[part].float()
+            parts.append(F.linear(wide, weight[part].float(), wide_bias).to(x.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

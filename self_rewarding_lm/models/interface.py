@@ -1,6 +1,7 @@
-"""What a model must offer, and may offer: `TokenModel`, `Training`, `Plan`, `Session`, `Cache`.
+"""What a model must offer: `TokenModel`, and for it `Training`, `Plan`, `Session` and `Cache`.
 
 The engine and the training loop know a model by these alone. Knows nothing of any model family.
+Axes: b rows, t tokens, v words of the vocabulary, d the width of hidden states, r rows in flight.
 """
 
 import os
@@ -19,12 +20,17 @@ from self_rewarding_lm.errors import AdapterError, ConfigError
 from self_rewarding_lm.models.logprobs import Head
 from self_rewarding_lm.models.packing import Packing
 
+SHARE_OF_FREE = 0.5
+"""Of the memory that is free when a session begins (ours): the rest is for the forwards' needs."""
+
 
 @dataclass(frozen=True)
 class Training:
-    """hidden: ids (b, t) -> (b, t, d), of right-padded rows or, with a Packing, of its lines.
+    """Hidden states and the head apart, so that logits are made only where they are wanted.
 
-    packs: whether it takes a Packing. width: tokens in a line of it at most; None: any number.
+    hidden: ids (b, t) to hidden states (b, t, d), of right-padded rows or, given a Packing, of its
+    lines. head: what makes logits of them. packs: whether `hidden` takes a Packing. width: tokens
+    in a line of it at most; None if any number.
     """
 
     hidden: Callable[[Tensor, Packing | None], Tensor]
@@ -33,18 +39,14 @@ class Training:
     width: int | None = None
 
 
-SHARE_OF_FREE = 0.5
-"""Of the memory that is free when a session begins; ours: the rest is for a forward's own needs."""
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a session is for.
 
     root: ids with which all its prompts begin. longest: tokens of the longest prompt, root
-    included. max_new: tokens that a row takes at most. max_rows: rows in flight, min_rows: without
-    which it is of no use. cache_bytes: what keys and values may take; None: a safe share of what is
-    free. is_cut: whether memory made max_rows smaller than it was wanted.
+    included. max_new: new tokens of a row at most. max_rows: rows in flight at most. min_rows: the
+    fewest rows with which a session is of use. cache_bytes: what keys and values may take; if None,
+    SHARE_OF_FREE of the free memory. is_cut: whether memory has no room for the rows asked for.
     """
 
     root: tuple[int, ...]
@@ -57,19 +59,19 @@ class Plan:
 
     @property
     def stems(self) -> int:
-        """Prompts that are held: those of the rows, and some that are ready for the next ones."""
+        """Prompts that are held: one for each row, and some that wait for a row."""
         return self.max_rows + self.max_rows // 8 + 2
 
     @property
     def tokens(self) -> int:
-        """Tokens that there is memory for."""
+        """Tokens whose keys and values have a place in memory."""
         root = len(self.root)
         return root + self.stems * (self.longest - root) + self.max_rows * self.max_new
 
     def fitting(self, bytes_per_token: int, device: torch.device) -> "Plan":
-        """The same with as many rows as the memory has room for.
+        """This plan with as many rows as fit into memory; bytes_per_token as TokenModel has it.
 
-        Raises ConfigError where it has none for min_rows.
+        Raises ConfigError if min_rows do not fit.
         """
         if not bytes_per_token:
             return self
@@ -90,7 +92,7 @@ class Plan:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody uses; a machine's is divided among a launcher's processes."""
+    """Free memory of a device; that of a machine is divided among its launcher's processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -98,33 +100,33 @@ def free_bytes(device: torch.device) -> int:
 
 @runtime_checkable
 class Session(Protocol):
-    """Prompts that are held, and the rows that go on from them.
+    """Prompts that are held in memory, and the rows that go on from them.
 
-    Prompts are numbered in the order in which they come, from 0; held: how many came. joins:
-    whether rows may be added while others are in flight.
+    joins: whether rows may be added while others are in flight. held: how many prompts came so far;
+    prompts are numbered from 0 in the order in which they come.
     """
 
     joins: bool
     held: int
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n v"]:
-        """Hold some prompts; the logits of what follows each."""
+        """Hold prompts; the logits of the token after each."""
         ...
 
     def room(self) -> int:
-        """How many further prompts can be held now."""
+        """How many more prompts can be held now."""
         ...
 
     def add(self, prompts: Sequence[int]) -> None:
-        """Rows behind those in flight, each from one of the prompts that are held."""
+        """Add rows behind those in flight; prompts: the number of each row's prompt."""
         ...
 
     def release(self, prompts: Sequence[int]) -> None:
-        """No further rows of these prompts will be added."""
+        """Let go of prompts to which no more rows will be added."""
         ...
 
     def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
-        """Append a token to each row; the logits of what follows."""
+        """Append a token to each row; the logits of the token after it."""
         ...
 
     def select(self, rows: Sequence[int]) -> None:
@@ -134,10 +136,10 @@ class Session(Protocol):
 
 @runtime_checkable
 class Cache(Protocol):
-    """The state of rows that are decoded together, of a model that keeps it in its own way."""
+    """Rows that are decoded together by a model that keeps keys and values in its own way."""
 
     def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
-        """Append a token to each row; the logits of what follows."""
+        """Append a token to each row; the logits of the token after it."""
         ...
 
     def select(self, rows: Int[Tensor, " n"]) -> None:
@@ -145,39 +147,42 @@ class Cache(Protocol):
         ...
 
     def copy(self) -> "Cache":
-        """The same rows once more, of which one can go on without the other."""
+        """A second cache of the same rows, which goes on independently."""
         ...
 
 
 @runtime_checkable
 class TokenModel(Protocol):
-    """A causal token-level transformer. The pad side is the adapter's own business.
+    """A causal token-level transformer. On which side rows are padded is its own business.
 
-    bytes_per_token: what a session's memory takes for one token of one row; 0 where it keeps none.
-    training: its hidden states and head apart; None where it gives logits alone.
+    max_len: tokens of a row at most; None if it says no limit. vocab: how many tokens it gives
+    logits for. bytes_per_token: what a session keeps for one token of one row; 0 if nothing.
+    training: its hidden states and head apart; None if it only gives logits.
     """
 
     module: nn.Module
     max_len: int | None
     vocab: int
     bytes_per_token: int
-    training: "Training | None"
+    training: Training | None
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         """Logits of right-padded rows, with gradients."""
         ...
 
     def checkpointing(self) -> AbstractContextManager[None]:
-        """Layers are computed again in the backward pass instead of being kept (gradient
-        checkpointing); AdapterError where the model cannot do that."""
+        """Within it, activations are computed again in the backward pass instead of being kept.
+
+        Raises AdapterError if the model cannot do gradient checkpointing.
+        """
         ...
 
     def refresh(self) -> None:
-        """Called before generating and training: weights may have changed since the last one."""
+        """Called before each generating and training, as weights may have changed."""
         ...
 
     def session(self, plan: Plan) -> Session:
-        """Rows to be decoded together, with the present weights."""
+        """A new session with the present weights."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -185,7 +190,7 @@ class TokenModel(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the weights, and what else loading them needs, into a folder."""
+        """Write the weights, and what is needed to load them, into a folder."""
         ...
 
     def load(self, file: Path) -> None:
@@ -194,7 +199,10 @@ class TokenModel(Protocol):
 
 
 def logits_of(output: Any, batch: int, length: int) -> Tensor:
-    """The logits in a model's output: a tensor, or an object with `.logits`."""
+    """The logits (b, t, v) in a model's output, which is a tensor or an object with `.logits`.
+
+    Raises AdapterError for anything else.
+    """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (batch, length):
         came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -207,7 +215,7 @@ def logits_of(output: Any, batch: int, length: int) -> Tensor:
 
 
 def not_checkpointed(module: nn.Module) -> AdapterError:
-    """The error of a model that cannot compute its layers again."""
+    """The error of a model that cannot do gradient checkpointing."""
     return AdapterError(
         "optim.gradient_checkpointing=True needs a model of transformers, which can compute its "
         f"layers again; got {type(module).__name__}. Leave it out, or use a smaller "
@@ -216,7 +224,7 @@ def not_checkpointed(module: nn.Module) -> AdapterError:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters (or buffers) live; the CPU for one that has none."""
+    """The device of a module's parameters or buffers; the CPU if it has none."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
@@ -232,11 +240,11 @@ def copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def limit_of(module: nn.Module) -> int | None:
-    """The longest sequence a module says it takes: `.max_seq_len`, or its config's."""
+    """The longest row that a module says it takes, as `.max_seq_len` or in its config."""
     config = getattr(module, "config", None)
-    found = (
+    limits = (
         getattr(module, "max_seq_len", None),
         getattr(config, "max_position_embeddings", None),
         getattr(config, "n_positions", None),
     )
-    return next((n for n in found if isinstance(n, int) and n > 0), None)
+    return next((n for n in limits if isinstance(n, int) and n > 0), None)

@@ -1,4 +1,4 @@
-"""Models, tokenizers and classifiers by name: a folder, a hub name or a GGUF file; adapters."""
+"""Models, tokenizers and classifiers by name (a folder, a hub name, a GGUF file), and adapters."""
 
 import importlib.util
 import logging
@@ -20,14 +20,22 @@ logger = logging.getLogger(__name__)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 DTYPES |= {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+ENDLESS = 1_000_000
+"""A tokenizer whose model_max_length is this or more knows of no limit."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded, and the adapter that is put on it; seed: of its first weights."""
+    """How a model is loaded, and which adapter is put on it.
+
+    seed: of the adapter's first weights. The others are arguments of SelfRewardingTrainer.
+    """
 
     torch_dtype: str | torch.dtype | None = None
     device_map: Any = None
@@ -38,9 +46,10 @@ class Loading:
 
 
 def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Module, Any]:
-    """A module as it is or loaded by name, with its adapter; and a tokenizer that came with it.
+    """A module with its adapter, as it was given or loaded by name, and its tokenizer.
 
-    Raises ConfigError for options that do not go together.
+    The tokenizer is None if the module was given or comes without one. Raises ConfigError for
+    options that do not go together.
     """
     tokenizer = None
     if options.load_in_4bit and options.merge_adapter:
@@ -50,8 +59,8 @@ def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Modu
             "peft.PeftModel.from_pretrained and call merge_and_unload."
         )
     if isinstance(model, nn.Module):
-        given = (options.torch_dtype, options.device_map, options.load_in_4bit or None)
-        if any(option is not None for option in given):
+        how = (options.torch_dtype, options.device_map, options.load_in_4bit or None)
+        if any(option is not None for option in how):
             raise ConfigError(
                 "torch_dtype, device_map and load_in_4bit say how a model is loaded by name; this "
                 f"one is loaded already (a {type(model).__name__}). Load it so, or leave them out."
@@ -80,9 +89,10 @@ def load_causal_lm(
 ) -> tuple[nn.Module, Any]:
     """A causal LM and its tokenizer from a folder, a hub name or a GGUF file.
 
-    A folder may hold an adapter of peft: its base model is loaded and the adapter is trained on.
-    torch_dtype: default float32, in which small learning rates are not rounded away. The tokenizer
-    is None where there is none. Raises ConfigError for what cannot be found or read.
+    A folder may hold an adapter of peft: then its base model is loaded too, and the adapter can be
+    trained further. torch_dtype: by default float32, in which the updates of small learning rates
+    are not rounded away. The tokenizer is None if there is none. Raises ConfigError for what cannot
+    be found or read.
     """
     require("transformers", "a model by name")
     path = Path(source)
@@ -106,7 +116,7 @@ def load_causal_lm(
 
 
 def gguf_of(source: str | Path) -> tuple[str, dict[str, str]]:
-    """What transformers calls a model, and beside it the name of a GGUF file where it is one."""
+    """The name that transformers takes, and for a GGUF file `{"gguf_file": its name}`, else {}."""
     path = Path(source)
     if path.suffix != ".gguf":
         return str(source), {}
@@ -117,10 +127,10 @@ def gguf_of(source: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Module:
-    """A model with a new adapter of peft, the only part that is trained then.
+    """A model with a new adapter of peft, which is then the only part that is trained.
 
-    seed: of the adapter's first weights, so that a run can be begun again with the same ones.
-    Raises ConfigError for a configuration that does not fit.
+    seed: of the adapter's first weights, so that a run that begins again has the same ones. Raises
+    ConfigError for a configuration that does not fit.
     """
     require("peft", "peft_config")
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -139,7 +149,7 @@ def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Mod
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ConfigError where a Hugging Face model has nothing that can be trained and saved."""
+    """Raise ConfigError if a Hugging Face model has nothing that can be trained and saved."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
             "the model holds an adapter that transformers loaded, beside its own weights. Put it "
@@ -176,7 +186,7 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def check_placement(model: nn.Module | str | Path, device_map: Any, processes: int) -> None:
-    """Raise ConfigError where a model is spread over devices though several processes run."""
+    """Raise ConfigError if a model is spread over devices while several processes run."""
     spread = getattr(model, "hf_device_map", None) or {}
     if processes > 1 and (device_map is not None or len(set(spread.values())) > 1):
         shown = device_map if device_map is not None else sorted(set(map(str, spread.values())))
@@ -189,7 +199,7 @@ def check_placement(model: nn.Module | str | Path, device_map: Any, processes: i
 
 
 def is_placed(model: nn.Module) -> bool:
-    """Whether a model's tensors must stay where they are: spread over devices, or quantised."""
+    """Whether tensors must stay on their devices: the model is spread over some, or quantised."""
     return bool(getattr(model, "hf_device_map", None)) or bool(
         getattr(model, "is_loaded_in_4bit", False)
     )
@@ -197,15 +207,15 @@ def is_placed(model: nn.Module) -> bool:
 
 def end_ids_of(model: nn.Module) -> tuple[int, ...]:
     """The end tokens that a Hugging Face model's generation config names."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if found is None:
+    eos_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos_id is None:
         return ()
-    return tuple(found) if isinstance(found, list | tuple) else (found,)
+    return tuple(eos_id) if isinstance(eos_id, list | tuple) else (eos_id,)
 
 
 def warn_of_low_precision(model: nn.Module) -> None:
-    """A word on weights that round small updates away."""
-    low = [p for p in model.parameters() if p.requires_grad and p.dtype in _LOW]
+    """Warn of trained weights in a type that rounds small updates away."""
+    low = [p for p in model.parameters() if p.requires_grad and p.dtype in LOW]
     if low:
         logger.warning(
             "the trained weights are %s: updates of a learning rate such as 1e-6 are rounded "
@@ -216,7 +226,7 @@ def warn_of_low_precision(model: nn.Module) -> None:
 
 
 def dtype_of(torch_dtype: str | torch.dtype | None) -> torch.dtype | str:
-    """A dtype by name; float32 for None. "auto" is the checkpoint's own."""
+    """A dtype by name; float32 for None; "auto" stays, for the checkpoint's own."""
     if torch_dtype is None:
         return torch.float32
     if isinstance(torch_dtype, torch.dtype) or torch_dtype == "auto":
@@ -230,7 +240,10 @@ def dtype_of(torch_dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def require(package: str, what: str) -> None:
-    """Raise ConfigError with the pip line where a package of the [hf] extra is missing."""
+    """Raise ConfigError with the pip line if a package of the [hf] extra is missing.
+
+    what: for which thing the package is needed.
+    """
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"{what} needs the package {package}, which is not installed: "
@@ -238,11 +251,8 @@ def require(package: str, what: str) -> None:
         )
 
 
-_LOW = (torch.bfloat16, torch.float16)
-
-
 def _read(name: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
-    """A model; and the name of its base model where it is an adapter."""
+    """A model and, if an adapter was read, the name of its base model."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -260,7 +270,7 @@ def _read(name: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
 
 
 def _check_adapter(model: nn.Module, peft_config: Any) -> None:
-    """Raise ConfigError where peft_config is none for this model."""
+    """Raise ConfigError if a model cannot have the adapter of peft_config."""
     from peft import PeftConfig
 
     if not isinstance(peft_config, PeftConfig):
@@ -283,6 +293,7 @@ def _check_adapter(model: nn.Module, peft_config: Any) -> None:
 
 
 def _four_bit() -> Any:
+    """The settings of bitsandbytes for 4-bit weights (NF4, arXiv:2305.14314)."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "load_in_4bit needs the package bitsandbytes, which is not installed: "
@@ -299,7 +310,7 @@ def _four_bit() -> Any:
 
 
 def _unpacked(model: nn.Module) -> nn.Module:
-    """A model read from GGUF without its marks of quantisation: the weights are plain tensors."""
+    """A model read from a GGUF file, without the marks of quantisation: its weights are plain."""
     config: Any = model.config
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
@@ -311,28 +322,26 @@ def _unpacked(model: nn.Module) -> nn.Module:
 
 
 def tokenizer_of(names: list[str], gguf: dict[str, str]) -> Any:
-    """The tokenizer of the first name that has one; None where none has."""
+    """The tokenizer of the first name that has one; None if none has."""
     from transformers import AutoTokenizer
 
     reason: object = None
     for name in names:
         try:
-            found = AutoTokenizer.from_pretrained(name, **gguf)
+            tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = error
             continue
-        if set(found.encode("a", add_special_tokens=False)) - set(found.all_special_ids):
-            return found
+        ids = tokenizer.encode("a", add_special_tokens=False)
+        if set(ids) - set(tokenizer.all_special_ids):
+            return tokenizer
         reason = "no vocabulary is there"  # transformers makes an empty one of the model's kind
     logger.warning("no tokenizer could be loaded from %s (%.200s)", " or ".join(names), reason)
     return None
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder, a name on the hub or a GGUF file.
-
-    Raises ConfigError where there is none.
-    """
+    """The tokenizer of a folder, a hub name or a GGUF file; ConfigError if there is none."""
     require("transformers", "a tokenizer by name")
     from transformers import AutoTokenizer
 
@@ -370,17 +379,13 @@ def lora_config(
     )
 
 
-ENDLESS = 1_000_000
-"""From here on a tokenizer's model_max_length says that it knows of no limit."""
-
-
 def load_classifier(
     source: nn.Module | str | Path, *, torch_dtype: str | torch.dtype = "auto"
 ) -> tuple[nn.Module, Any]:
-    """A sequence classifier and its tokenizer, from a folder or a name on the hub.
+    """A sequence classifier and its tokenizer, from a folder or a hub name.
 
-    A module is taken as it is, without a tokenizer; None too where none is beside the model.
-    Raises ConfigError for what cannot be found or read.
+    A module is returned as it is. The tokenizer is None for a module, and if there is none beside
+    the model. Raises ConfigError for what cannot be found or read.
     """
     if isinstance(source, nn.Module):
         return source, None
@@ -404,7 +409,8 @@ def load_classifier(
 def longest_input(model: nn.Module, tokenizer: Any) -> int | None:
     """Tokens that a model of transformers takes at most, as it or its tokenizer says."""
     config: Any = getattr(model, "config", None)
-    said = [getattr(config, "max_position_embeddings", None)]
-    said.append(getattr(tokenizer, "model_max_length", None))
-    known = [int(n) for n in said if n is not None and 0 < n < ENDLESS]
-    return min(known) if known else None
+    limits = [
+        getattr(config, "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    ]
+    return min((int(n) for n in limits if n is not None and 0 < n < ENDLESS), default=None)

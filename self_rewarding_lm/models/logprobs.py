@@ -1,8 +1,8 @@
 """Token log-probabilities: the only place where logits and the tokens they predict are aligned.
 
-Column i speaks of token i, so masks, ids and log-probs share a shape. Either from the logits of
-whole rows, or from hidden states and the head that makes logits of them, a piece at a time, so that
-tokens x vocabulary numbers never exist at once.
+Column i speaks of token i, so masks, ids and log-probs share a shape. They are made of the logits
+of whole rows, or of hidden states and the head that turns them into logits, a piece at a time, so
+that tokens x vocabulary numbers never exist at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 LEAST_LOGITS = 16_777_216
-"""Numbers that a piece's logits may have at least, 64 MiB in float32; else as many as the head's
-own weights, so that reading these is no more work than writing those."""
+"""A piece may have this many logits (64 MiB in float32), or as many as the head has weights if that
+is more: then reading the weights for each piece is no more work than writing its logits."""
 
 
 def token_logprobs(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """log p(ids[:, i] | ids[:, :i]) at column i; column 0 is 0.0, nothing predicts it.
 
-    Computed in float32, in float64 where the logits are float64.
+    Computed in float32, or in float64 if the logits are float64.
     """
     scores = _exact(logits[:, :-1])
     chosen = scores.gather(-1, ids[:, 1:, None].long()).squeeze(-1)
@@ -34,8 +34,8 @@ def token_logprobs(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> F
 class Head:
     """What makes logits of hidden states: softcap * tanh(scale * project(h) / softcap).
 
-    weight (v, d), bias (v): of a project that is a linear layer and nothing else; None for others.
-    softcap: None for none (Gemma 2, arXiv:2408.00118, has 30).
+    weight (v, d), bias (v,): of `project` if it is a linear layer and nothing more, else None.
+    softcap: None if there is none (Gemma 2, arXiv:2408.00118, has 30).
     """
 
     project: Callable[[Tensor], Tensor]
@@ -46,7 +46,7 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
         """The logits of hidden states, all at once."""
-        return _finished(self.project(hidden), self.scale, self.softcap)
+        return _scaled(self.project(hidden), self.scale, self.softcap)
 
 
 def label_logprobs(
@@ -57,17 +57,17 @@ def label_logprobs(
     vocab: int,
     logits_at_once: int | None = None,
 ) -> Float[Tensor, " n"]:
-    """log p(labels[i] | hidden[i]), the logits of few of them at a time, forward and backward.
+    """log p(labels[i] | hidden[i]), with the logits of a few of them at a time.
 
-    They are computed once more for the gradient. In float32 at least, whatever the head's type.
-    logits_at_once: numbers; default as LEAST_LOGITS says.
+    The gradient computes these logits once more. Log-probs are in float32 at least, whatever the
+    type of the head. logits_at_once: how many numbers; by default as LEAST_LOGITS says.
     """
     weights = vocab * hidden.shape[-1]
     rows = max(1, (logits_at_once or max(LEAST_LOGITS, weights)) // vocab)
     labels = labels.long()
     if head.weight is None:
         parts = [
-            checkpoint(_of_part, hidden[part], labels[part], head, use_reentrant=False)
+            checkpoint(_part_logprobs, hidden[part], labels[part], head, use_reentrant=False)
             for part in _parts(len(hidden), rows)
         ]
         return torch.cat(parts)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probs by a linear layer. Its logits live for one piece; kept is one number a row."""
+    """Log-probs by a linear layer, a piece of its logits at a time; kept is one number a row."""
 
     @staticmethod
     def forward(
@@ -99,25 +99,25 @@ class _LinearLogprobs(torch.autograd.Function):
         settings: tuple[float, float | None, int],
     ) -> Tensor:
         scale, softcap, rows = settings
-        found, totals = [], []
+        logprobs, totals = [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _parts(len(hidden), rows):
-                raw = F.linear(hidden[part], weight, bias)
-                scores = _exact(_finished(raw, scale, softcap))
+                raw = F.linear(hidden[part], weight, bias)  # (rows, v)
+                scores = _exact(_scaled(raw, scale, softcap))
                 chosen = scores.gather(-1, labels[part, None]).squeeze(-1)
                 most = scores.amax(dim=-1)
                 total = scores.sub_(most[:, None]).exp_().sum(dim=-1).log_().add_(most)
-                found.append(chosen - total)
+                logprobs.append(chosen - total)
                 totals.append(total)
                 del raw, scores  # before the next piece is made
         ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(totals))
         ctx.settings = settings
-        return torch.cat(found)
+        return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """d log p / d score = (1 at the label) - p, for all scores of a row."""
-        (gradient,) = gradients
+        (gradient,) = gradients  # (n,)
         hidden, weight, bias, labels, totals = ctx.saved_tensors
         scale, softcap, rows = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -127,7 +127,7 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _parts(len(hidden), rows):
                 raw = F.linear(hidden[part], weight, bias)
-                scores = _exact(_finished(raw, scale, softcap))
+                scores = _exact(_scaled(raw, scale, softcap))
                 slope = None if softcap is None else 1 - (scores / softcap).square()
                 moved = scores.sub_(totals[part, None]).exp_().mul_(-gradient[part, None])
                 moved.scatter_add_(1, labels[part, None], gradient[part, None])
@@ -154,22 +154,24 @@ class _LinearLogprobs(torch.autograd.Function):
         )
 
 
-def _of_part(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def _part_logprobs(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """Log-probs of one piece, whose logits are not kept."""
     scores = _exact(head.logits(hidden))
     return scores.gather(-1, labels[:, None]).squeeze(-1) - scores.logsumexp(dim=-1)
 
 
-def _finished(scores: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """In the type of the scores, as the models do it."""
+def _scaled(scores: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scores times `scale`, softly capped, in their own type, as the models do it."""
     scores = scores if scale == 1.0 else scores * scale
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
 def _exact(scores: Tensor) -> Tensor:
+    """Scores in float32, or in float64 if they are."""
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def _parts(count: int, rows: int) -> Iterator[slice]:
-    """Pieces of at most so many rows; one, without rows, where there are none."""
+    """Slices of at most `rows` of `count` rows; a single empty one if there are none."""
     for start in range(0, max(count, 1), rows):
         yield slice(start, min(start + rows, count))

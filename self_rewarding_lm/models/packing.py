@@ -1,26 +1,30 @@
-"""Rows of a training forward, one behind the other: nothing is padded, and what a row begins with
-as an earlier one does is computed once (chosen and rejected have one prompt).
+"""Rows of a training forward, packed one after the other without padding.
 
-All layers but attention work on each token alone; attention layers turn to `Packing` as they turn
-to `KeyValues` in a session, and each row sees itself and the beginning it shares.
+What a row begins with as an earlier one does is computed once: chosen and rejected have one prompt.
+All layers but attention work on each token alone. Attention layers call `Packing.attend`, as they
+call that of `KeyValues` in a session, so that each row sees itself and the beginning it shares.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from self_rewarding_lm.models.attention import causal_attention, causal_mask
 
 LEAST_SHARED = 8
-"""Tokens in common from which on they are shared: fewer are not worth a mask."""
+"""Tokens that rows must begin with alike to share them: fewer are not worth a mask."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A row's own tokens, and before them the first `shared` tokens of the part `leader`."""
+    """What is computed of a row: `count` tokens of its own.
+
+    It sees them, and before them the first `shared` tokens of the part number `leader`.
+    """
 
     count: int
     leader: int
@@ -28,11 +32,12 @@ class _Part:
 
 
 class Packing:
-    """Right-padded rows (b, t) of `lengths`, without their padding.
+    """Right-padded rows (b, t) of `lengths` (b,), without their padding.
 
-    ids, positions (n // width, width): the packed tokens and their places in their rows; a few
-    tokens of padding fill the last line. where (b, t): the packed place of each token of a row.
-    width: tokens in a line at most, for models that take no more; None: any number.
+    ids, positions (lines, n): the packed tokens and their places in their rows; a few tokens fill
+    up the last line. where (b, t): the packed place of each token of a row. width: tokens in a line
+    at most, for models that take no more; if None there is one line. least_shared: tokens that rows
+    must begin with alike to share them.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class Packing:
             zip(shares, lengths.tolist(), strict=True)
         ):
             if leader == row:
-                part = len(self.parts)  # of the rows that follow and begin like this one
+                part = len(self.parts)  # which the rows after it refer to
             own = length - shared
             where[row, :shared] = where[leader, :shared]
             where[row, shared:length] = torch.arange(count, count + own)
@@ -82,44 +87,53 @@ class Packing:
         window: int | None = None,
         dropout: float = 0.0,
     ) -> Float[Tensor, "b h n e"]:
-        """Causal attention of each token to its row, as `KeyValues.attend`; nothing is kept."""
+        """Causal attention of each token to its row, with the arguments of `KeyValues.attend`.
+
+        Nothing is kept for later forwards.
+        """
         self.layers.add(layer)
         counts = [part.count for part in self.parts] + [self.filled] * bool(self.filled)
         q, k, v = (
-            t.transpose(0, 1).flatten(1, 2).split(counts, dim=1) for t in (query, key, value)
+            rearrange(t, "b h n d -> h (b n) d").split(counts, dim=1) for t in (query, key, value)
         )
-        out = []
-        for part, own, keys, values in zip(
-            self.parts, q, k, v, strict=False
-        ):  # the filling is last
+        outputs = []
+        # what fills up the last line is no part, and comes after all parts
+        for part, queries, keys, values in zip(self.parts, q, k, v, strict=False):
             if part.shared:
                 keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)
                 values = torch.cat([v[part.leader][:, : part.shared], values], dim=1)
-            mask = self._mask(part, window, own)
-            out.append(causal_attention(own, keys, values, mask, scale=scale, dropout=dropout))
+            mask = self._mask(part, window, queries)
+            outputs.append(
+                causal_attention(queries, keys, values, mask, scale=scale, dropout=dropout)
+            )
         if self.filled:
-            out.append(query.new_zeros(query.shape[1], self.filled, value.shape[-1]))
-        return torch.cat(out, dim=1).unflatten(1, (query.shape[0], query.shape[2])).transpose(0, 1)
+            outputs.append(query.new_zeros(query.shape[1], self.filled, value.shape[-1]))
+        return rearrange(torch.cat(outputs, dim=1), "h (b n) e -> b h n e", b=len(query))
 
     def _mask(self, part: _Part, window: int | None, like: Tensor) -> Tensor | None:
-        """What is added to the scores: -inf for what a token must not see. None: all before it."""
+        """What is added to a part's scores: -inf at what a token must not see.
+
+        None if each token sees all tokens before it.
+        """
         length = part.shared + part.count
         if not part.shared and (window is None or window >= length):
             return None
-        name = (part.count, length, window)
-        if name not in self._masks:
+        kind = (part.count, length, window)
+        if kind not in self._masks:
             hidden = ~causal_mask(part.count, length, window, like.device)
             mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self._masks[name] = mask.masked_fill_(hidden, -torch.inf)
-        return self._masks[name]
+            self._masks[kind] = mask.masked_fill_(hidden, -torch.inf)
+        return self._masks[kind]
 
 
 def shared_beginnings(
     ids: Int[Tensor, "b t"], lengths: Int[Tensor, " b"], least: int = LEAST_SHARED
 ) -> list[tuple[int, int]]:
-    """For each row an earlier row, and how many tokens they begin with alike; itself and 0 where
-    those are fewer than `least`. Rows that share follow each other."""
-    found: list[tuple[int, int]] = []
+    """For each row an earlier row, and how many tokens the two begin with alike.
+
+    The row itself and 0 if these are fewer than `least`. Rows that share follow each other.
+    """
+    shares: list[tuple[int, int]] = []
     leader = 0
     for row, length in enumerate(lengths.tolist()):
         most = min(length, int(lengths[leader]))
@@ -127,12 +141,12 @@ def shared_beginnings(
         shared = int(alike.sum()) if row else 0
         if shared < least:
             leader, shared = row, 0
-        found.append((leader, shared))
-    return found
+        shares.append((leader, shared))
+    return shares
 
 
 def packed_length(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens that go through the model for rows that follow each other."""
+    """How many tokens go through the model for rows that follow each other."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
     lengths = torch.tensor([len(row) for row in rows])

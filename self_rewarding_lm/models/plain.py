@@ -1,4 +1,4 @@
-"""Any module ids (b, t) -> logits (b, t, v), and one that offers a cache by our protocol.
+"""Any module that turns ids (b, t) into logits (b, t, v), with a cache if it offers one.
 
 Without a cache each token costs a whole forward. A module offers one by a forward of the form
 forward(ids, positions=None, cache=None), see docs/adapters.md.
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlainModel:
-    """A module as it is; rows are padded on the right, which a causal model does not see."""
+    """A module as it is. Rows are padded on the right, which a causal model does not see."""
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -61,7 +61,7 @@ class PlainModel:
         raise not_checkpointed(self.module)
 
     def refresh(self) -> None:
-        """Try whether a cache of the module's own is right with the present weights.
+        """Try whether the module's cache gives the right logits with the present weights.
 
         A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
@@ -97,9 +97,9 @@ class PlainModel:
 
 
 def recomputing(model: TokenModel, plan: Plan) -> BatchSession:
-    """A session that computes whole rows anew for each token.
+    """A session that computes whole rows for each token.
 
-    Rows are not joined: a batch of rows of one age has the least padding.
+    Rows are not joined: rows that begin together have the least padding.
     """
 
     def start(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
@@ -110,7 +110,7 @@ def recomputing(model: TokenModel, plan: Plan) -> BatchSession:
 
 
 class RecomputedRows:
-    """The stand-in for a cache: it holds the rows and computes them anew for each token."""
+    """What stands in for a cache: it holds the rows' ids and computes whole rows for each token."""
 
     def __init__(self, model: TokenModel, rows: Sequence[Sequence[int]]) -> None:
         self.model = model

@@ -1,8 +1,8 @@
-"""Trials of a model: whether a fast way gives what the model's own forward gives.
+"""Trials of a model: whether a fast way gives the logits of the model's own forward.
 
-One trial is of the cache of keys and values, the other of hidden states and head taken apart, with
-which log-probs are computed only where they are wanted, a piece at a time, and over rows without
-padding where the model's attention allows it.
+One trial is of the cache of keys and values. The other is of hidden states and head taken apart,
+with which log-probs are computed only where they are wanted, a piece at a time, and without padding
+if the model's attention allows it.
 """
 
 import logging
@@ -23,13 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 PROBE_TOKENS = 6
-
-
 PROBES = 3
 
 
+LOUD = 100.0
+"""The largest logit of a trial of the head: with it a softcap or a scale shows, whatever the
+weights are."""
+
+
 def probe_vocab(module: nn.Module) -> int:
-    """The number of tokens a module gives logits for; fails where it gives none."""
+    """The number of tokens that a module gives logits for.
+
+    Raises AdapterError if its forward fails or gives no logits.
+    """
     ids = torch.zeros(2, 2, dtype=torch.long, device=device_of(module))
     with inferring(module):
         try:
@@ -44,15 +50,15 @@ def probe_vocab(module: nn.Module) -> int:
 
 
 def check_causal(model: TokenModel) -> None:
-    """Raise AdapterError where the logits of a token depend on the tokens after it."""
+    """Raise AdapterError if the logits of a token depend on the tokens after it."""
     length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
     device = device_of(model.module)
     ids = torch.zeros(2, length, dtype=torch.long, device=device)
     ids[1, -1] = model.vocab - 1
     with inferring(model.module):
-        one, other = model.logits(ids)[:, :-1].double()
-    tolerance = _tolerance(model.module, one, exact=3e-4, rounded=3e-2)
-    if bool(((one - other).abs() > tolerance).any()):
+        first, second = model.logits(ids)[:, :-1].double()  # (t - 1, v) each
+    tolerance = _tolerance(model.module, first, exact=3e-4, rounded=3e-2)
+    if bool(((first - second).abs() > tolerance).any()):
         raise AdapterError(
             "the model is not causal: the logits of a token change with the tokens after it. "
             "Give a decoder (causal attention); a bidirectional model cannot be sampled from."
@@ -60,15 +66,15 @@ def check_causal(model: TokenModel) -> None:
 
 
 def cache_agrees(model: TokenModel) -> bool:
-    """Whether a session of ragged rows gives the logits of the whole rows."""
+    """Whether a session of rows of different lengths gives the logits of whole rows."""
     return agrees_on_probes(model, _session_equals_whole)
 
 
 def agrees_on_probes(model: TokenModel, trial: Callable[[TokenModel, list[int]], bool]) -> bool:
-    """Whether a trial of a model and a row of tokens finds that logits are as they should be.
+    """Whether a trial of the model says yes to one of several rows of tokens.
 
-    A trained model may turn the rounding of tokens that never stand together into quite other
-    logits, above all in a narrow type, so it is enough that one of several rows agrees.
+    One is enough: a trained model may turn the rounding of tokens that never stand together into
+    quite other logits, above all in a narrow type. A trial that raises says no.
     """
     length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
     if length < 3:
@@ -84,14 +90,17 @@ def agrees_on_probes(model: TokenModel, trial: Callable[[TokenModel, list[int]],
 
 
 def _session_equals_whole(model: TokenModel, tokens: list[int]) -> bool:
-    """Two prompts with a common beginning; rows of them are exchanged, dropped and, where the
-    session allows it, added later, so that rows of different lengths go on together."""
+    """Decode two prompts with a common beginning, and compare all logits with those of whole rows.
+
+    Rows are exchanged, dropped and, if the session joins, added later, so that rows of different
+    lengths go on together.
+    """
     long, short, following = tokens[:-1], [tokens[0], *tokens[2:-1]], tokens[-1]
     device = device_of(model.module)
     session = model.session(Plan((tokens[0],), len(long), max_new=2, max_rows=2))
 
-    def agrees(rows: list[list[int]], logits: Tensor) -> bool:
-        return all(close(model, row, got) for row, got in zip(rows, logits, strict=True))
+    def agrees(rows: list[list[int]], logits: Tensor) -> bool:  # (r, v)
+        return all(close(model, row, of_row) for row, of_row in zip(rows, logits, strict=True))
 
     def extend(rows: list[list[int]]) -> bool:
         for row in rows:
@@ -113,19 +122,19 @@ def _session_equals_whole(model: TokenModel, tokens: list[int]) -> bool:
     return extend(rows)
 
 
-def close(model: TokenModel, row: list[int], got: Tensor) -> bool:
-    """Whether logits are those of what follows a row, computed alone and whole."""
-    whole = torch.tensor([row], device=got.device)
-    truth, got = model.logits(whole)[0, -1].double(), got.double()
+def close(model: TokenModel, row: list[int], logits: Tensor) -> bool:
+    """Whether logits (v,) are those of the token after a row, computed alone and whole."""
+    whole = torch.tensor([row], device=logits.device)
+    truth = model.logits(whole)[0, -1].double()
     tolerance = _tolerance(model.module, truth, exact=1e-4, rounded=1e-1)
-    return bool(((truth - got).abs() <= tolerance).all())
+    return bool(((truth - logits.double()).abs() <= tolerance).all())
 
 
 def _tolerance(module: nn.Module, logits: Tensor, *, exact: float, rounded: float) -> float:
-    """A share of the spread of logits, as weights that were just drawn give small ones.
+    """By how much logits may differ: a share of their spread, and what rounding adds.
 
-    exact: the share for a module in float32 or float64; rounded: for any other, whose logits may
-    come in float32 all the same. Rounding itself is always within it.
+    The spread, because new weights give small logits. exact: the share for a module in float32 or
+    float64; rounded: for any other, even if its logits come in float32.
     """
     if logits.numel() == 0:
         return 0.0
@@ -136,60 +145,56 @@ def _tolerance(module: nn.Module, logits: Tensor, *, exact: float, rounded: floa
 
 
 def _is_narrow(module: nn.Module) -> bool:
-    """Whether a module has weights of fewer than four bytes."""
+    """Whether a module has weights, or else buffers, of fewer than four bytes."""
     dtypes = {p.dtype for p in module.parameters()} or {b.dtype for b in module.buffers()}
     return any(d.itemsize < 4 and d != torch.bool for d in dtypes)
 
 
-LOUD = 100.0
-"""The largest logit of a trial by which a softcap or a scale shows, whatever the weights are."""
-
-
 def tried(model: TokenModel, training: Training) -> Training | None:
-    """The same where it gives the model's logits, without packing if need be; else None."""
+    """`training` if it gives the model's logits, without packing if only that does; else None."""
     ways = [training, replace(training, packs=False)] if training.packs else [training]
-    return next((way for way in ways if _agrees(model, way)), None)
+    return next((way for way in ways if _training_agrees(model, way)), None)
 
 
 def head_agrees(model: TokenModel, project: nn.Module, head: Head) -> bool:
-    """Whether a head's logits of large hidden states are those the model makes of them.
+    """Whether a head's logits of large hidden states are those that the model makes of them.
 
-    With small ones neither a softcap would show nor, before training, a wrong scale.
+    Small hidden states would show neither a softcap nor, before training, a wrong scale.
     """
-    loud: list[Tensor] = []
+    enlarged: list[Tensor] = []
 
-    def louder(_: nn.Module, args: tuple) -> tuple:
+    def enlarge(_: nn.Module, args: tuple) -> tuple:
         largest = project.forward(args[0]).abs().amax().clamp(min=1e-6)
-        loud.append(args[0] * (LOUD / largest))
-        return (loud[0], *args[1:])
+        enlarged.append(args[0] * (LOUD / largest))
+        return (enlarged[0], *args[1:])
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model.module))
     with inferring(model.module):
-        handle = project.register_forward_pre_hook(louder)
+        handle = project.register_forward_pre_hook(enlarge)
         try:
             truth = model.logits(ids)
         finally:
             handle.remove()
-        found = head.logits(loud[0])
-    return bool(torch.allclose(found.float(), truth.float(), rtol=1e-2, atol=1e-2 * LOUD))
+        logits = head.logits(enlarged[0])
+    return bool(torch.allclose(logits.float(), truth.float(), rtol=1e-2, atol=1e-2 * LOUD))
 
 
-def _agrees(model: TokenModel, training: Training) -> bool:
+def _training_agrees(model: TokenModel, training: Training) -> bool:
     def trial(model: TokenModel, tokens: list[int]) -> bool:
-        return _equals_whole(model, training, tokens)
+        return _training_equals_whole(model, training, tokens)
 
     return agrees_on_probes(model, trial)
 
 
-def _equals_whole(model: TokenModel, training: Training, tokens: list[int]) -> bool:
-    """Rows of which two begin alike, and of which the last is the first's beginning."""
+def _training_equals_whole(model: TokenModel, training: Training, tokens: list[int]) -> bool:
+    """Compare several rows with whole rows; two begin alike, and the last begins the third."""
     rows = [tokens[:-1], [tokens[0], *tokens[2:]], tokens[1:3], tokens[1:2]]
     ids, lengths = pad_rows(rows)
     device = device_of(model.module)
     if training.packs:
         width = None if training.width is None else min(training.width, len(tokens) - 1)
         packing = Packing(ids, lengths, device, width=width, least_shared=1)
-        hidden = training.hidden(packing.ids, packing).flatten(0, 1)[packing.where]
+        hidden = training.hidden(packing.ids, packing).flatten(0, 1)[packing.where]  # (b, t, d)
     else:
         hidden = training.hidden(ids.to(device), None)
     head = training.head()

@@ -1,4 +1,8 @@
-"""TransformerWrapper of x-transformers, with its key-value cache."""
+"""Models of x-transformers: a TransformerWrapper, alone or in an AutoregressiveWrapper.
+
+If its attention allows it, its layers use our keys and values, by hooks on their own; if not,
+x-transformers' growing cache.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -38,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 
 COPIES = 3
-"""Times that keys and values are held at most: x-transformers makes its cache longer by copying it,
-and the rows of prompts that are ready are copied out of theirs."""
+"""How many times keys and values are held at most: x-transformers makes its cache longer by copying
+it, and rows are copied out of the cache of their prompts."""
 
 
 class XTransformersModel:
@@ -116,11 +120,11 @@ class XTransformersModel:
         return cache.logits, cache
 
     def refresh(self) -> None:
-        """Try whether cached decoding and packed rows are right with the present weights.
+        """Try whether cached decoding and packed rows give the right logits with these weights.
 
         A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
-        self.attends, self.caches = True, False  # `session` shall do so while it is tried
+        self.attends, self.caches = True, False  # what `session` reads while it is tried
         self.attends = cache_agrees(self)
         self.caches = self.attends or bool(self.transformer.can_cache_kv)
         self.caches = self.attends or (self.caches and cache_agrees(self))
@@ -149,14 +153,14 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def attending(transformer: TransformerWrapper, cache: KeyValues | Packing) -> Iterator[None]:
-    """Attention of x-transformers' layers over our keys and values, by hooks on its own.
+    """Within it, x-transformers' layers attend over our keys and values, by hooks on their own.
 
-    The hook before hides all but one token from it, so that it costs nothing; the hook after gives
-    ours in place of what it made of that. Attention that is more than causal and scaled is an
-    AdapterError inside: masks, biases, memories, and what comes from other layers.
+    The hook before shows the layer's attention a single token, so that it costs nothing; the hook
+    after returns ours instead. Within it a forward raises AdapterError for attention that is more
+    than causal and scaled: masks, biases, memories, and keys from other layers.
     """
     parts = [part for part in transformer.attn_layers.modules() if isinstance(part, Attend)]
-    ours: dict[nn.Module, Tensor] = {}
+    ours: dict[nn.Module, Tensor] = {}  # (b, h, n, e) of the layers whose own attention runs
 
     def before(part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         q, k, v = args
@@ -200,9 +204,10 @@ class KeyValueRows:
         return self._forward(tokens[:, None])
 
     def select(self, rows: Int[Tensor, " n"]) -> None:
-        trim = int(self.starts[rows].min())  # columns that pad every row that is left
+        trim = int(self.starts[rows].min())  # columns of padding in all rows that are kept
         self.starts = self.starts[rows] - trim
         layers = [
+            # (b, h, t, d)
             replace(layer, cached_kv=tuple(t[rows][..., trim:, :] for t in layer.cached_kv))
             for layer in self.state.attn_intermediates
         ]

@@ -449,7 +449,7 @@ def token_log_probs_are_those_of_a_softmax_written_out(logprobs, case):
         "moved.scatter_add_(1, labels[part, None], gradient[part, None])": "pass",
         "1 - (scores / softcap).square()": "1 - (scores / softcap)",
         "                if scale != 1.0:\n                    moved *= scale\n": "",
-        "found.append(chosen - total)": "found.append(chosen)",
+        "logprobs.append(chosen - total)": "logprobs.append(chosen)",
         "of_bias += moved.sum(dim=0)": "of_bias = moved.sum(dim=0)",
     },
     examples=250,
