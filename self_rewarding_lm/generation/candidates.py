@@ -1,4 +1,4 @@
-"""Prompts to candidates, and the public `generate`."""
+"""Prompts become candidates, and the public `generate`."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +20,12 @@ from self_rewarding_lm.models.loading import end_ids_of
 from self_rewarding_lm.records import Candidate, Prompt, stable_hash
 from self_rewarding_lm.runs.weights import save_folder
 
-PROMPTS_AT_ONCE = 4096  # whose requests are in memory together
+PROMPTS_AT_ONCE = 4096
+"""Prompts whose requests are in memory together."""
 
 
-BYTES_PER_CHARACTER = 4  # at most: how many tokens one character of a stop text may take
+BYTES_PER_CHARACTER = 4
+"""How many tokens one character of a stop text may take at most."""
 
 
 def sample_candidates(
@@ -38,38 +40,45 @@ def sample_candidates(
     limit: int | None,
     known: Collection[str] = (),
 ) -> Iterator[Candidate]:
-    """The same of any model; `limit`: tokens of prompt and response together.
+    """`num_samples` candidates of each prompt, as an engine finishes them.
 
-    Of prompts beyond PROMPTS_AT_ONCE the engine is asked when it is through with those before.
+    limit: tokens of prompt and response together; None if there is no limit. known: ids of
+    candidates that are there already, which are left out. The noise of a candidate is a function of
+    the seed and its id. The engine gets PROMPTS_AT_ONCE prompts at a time.
     """
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        requests, owners = [], []
+        # 1. a request for each candidate that is missing
+        requests: list[Request] = []
+        owners: list[tuple[Prompt, str]] = []  # the prompt and the candidate's id of each request
         for prompt in prompts[start : start + PROMPTS_AT_ONCE]:
             room = sampling.max_new_tokens if limit is None else limit - len(prompt.ids)
-            new = min(sampling.max_new_tokens, room)
-            ids = (f"{prompt.id}/{sample}" for sample in range(num_samples))
-            for candidate_id in ids:
+            max_new_tokens = min(sampling.max_new_tokens, room)
+            for sample in range(num_samples):
+                candidate_id = f"{prompt.id}/{sample}"
                 if candidate_id in known:
                     continue
                 owners.append((prompt, candidate_id))
                 key = stable_hash(seed, candidate_id)
-                requests.append(Request(prompt.ids, key, new, candidate_id))
-        for index, done in engine.generate(model, requests, decoding_of(sampling, tokens)):
+                requests.append(Request(prompt.ids, key, max_new_tokens, candidate_id))
+
+        # 2. a candidate of each completion
+        decoding = decoding_of(sampling, tokens)
+        for index, completion in engine.generate(model, requests, decoding):
             prompt, candidate_id = owners[index]
             yield Candidate(
                 id=candidate_id,
                 prompt_id=prompt.id,
-                ids=done.ids,
-                text=tokens.decode(done.ids) if done.reason is None else None,
-                finished=done.finished,
+                ids=completion.ids,
+                text=tokens.decode(completion.ids) if completion.reason is None else None,
+                finished=completion.finished,
                 max_new_tokens=requests[index].max_new_tokens,
-                tokens=done.tokens,
-                reason=done.reason,
+                tokens=completion.tokens,
+                reason=completion.reason,
             )
 
 
 def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
-    """A SamplingConfig as the engine's plain values."""
+    """A SamplingConfig as the plain values that an engine takes."""
     return Decoding(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
@@ -100,10 +109,10 @@ def generate(
 ) -> list[list[Candidate]]:
     """Sample from a model: for each prompt a list of `num_samples` candidates.
 
-    prompts: 1-D id tensors; or texts or message lists with a tokenizer; or a padded batch (b, t) of
-    ids with its boolean `mask` (b, t), True on tokens, padded on either side. Texts and messages
-    are rendered as the trainer does: chat_template is a name, jinja text or "raw", default a
-    Hugging Face tokenizer's own. eos_id: the end token, default all that the tokenizer, its
+    prompts: 1-D id tensors; or, with a tokenizer, texts or message lists; or a padded batch (b, t)
+    of ids with its boolean `mask` (b, t), True on tokens, padded on either side. Texts and messages
+    are rendered as the trainer does it: chat_template is a name, jinja text or "raw", by default
+    the Hugging Face tokenizer's own. eos_id: the end token, by default all that the tokenizer, its
     template and a Hugging Face model's generation config name. The same seed gives the same
     candidates for any batch size. Modes and gradients of the model are afterwards as before.
 
@@ -126,7 +135,7 @@ def generate(
         save_folder(token_model, folder, tokens.save)
 
     with engine.serving(save, tokens):
-        found = sample_candidates(
+        candidates = sample_candidates(
             token_model,
             records,
             sampling or SamplingConfig(),
@@ -136,11 +145,12 @@ def generate(
             seed=seed,
             limit=token_model.max_len,
         )
-        by_id = {candidate.id: candidate for candidate in found}
+        by_id = {candidate.id: candidate for candidate in candidates}
     return [[by_id[f"{p.id}/{s}"] for s in range(num_samples)] for p in records]
 
 
 def _prompt_rows(prompts: Sequence | Tensor, mask: Tensor | None) -> Sequence:
+    """The prompts one by one; a padded batch (b, t) as its rows without padding."""
     if isinstance(prompts, str):
         raise DataError(f"prompts must be a list; got one text. Write [{prompts!r:.60}].")
     if not isinstance(prompts, Tensor):
@@ -156,6 +166,7 @@ def _prompt_rows(prompts: Sequence | Tensor, mask: Tensor | None) -> Sequence:
 
 
 def _prompt(row: int, prompt: Any, tokens: Tokens, limit: int | None) -> Prompt:
+    """The record of a prompt; DataError if it is empty or leaves no room for a response."""
     text = messages = None
     if isinstance(prompt, str) or is_messages(prompt):
         rendered = tokens.prompt(prompt, f"prompt {row}")
@@ -171,6 +182,7 @@ def _prompt(row: int, prompt: Any, tokens: Tokens, limit: int | None) -> Prompt:
 
 
 def _stop_check(stop: Sequence[str], tokens: Tokens) -> Callable[[Sequence[int]], bool] | None:
+    """A function that finds a stop text at the end of new ids; None if there are no stop texts."""
     if not stop:
         return None
     if tokens.tokenizer is None:

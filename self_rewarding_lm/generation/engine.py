@@ -1,4 +1,4 @@
-"""What an engine is asked for and what it gives: token ids, and how they are chosen."""
+"""What an engine is asked for and what it gives: token ids, and how tokens are chosen."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,9 +16,10 @@ from self_rewarding_lm.records import Ids
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How tokens are chosen and when a row ends.
+    """How tokens are chosen and when a response ends.
 
-    is_stop: whether a row's new ids end it though no end token came; stop: the texts it looks for.
+    end_ids: the tokens that end it. stop: the texts that end it. is_stop: whether new ids contain
+    one of these. The others are as in SamplingConfig.
     """
 
     temperature: float = 1.0
@@ -35,7 +36,10 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """ids to go on from; key: of the noise, see sampling.uniforms; name: for messages."""
+    """A response that is asked for. ids: of its prompt. key: of its noise, see sampling.uniforms.
+
+    name: what messages call it.
+    """
 
     ids: tuple[int, ...]
     key: int
@@ -45,9 +49,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """New ids, the end token included. finished: None where nothing is known that ends a row.
+    """The answer to a request. ids: the new tokens, the end token included.
 
-    tokens: "re-encoded" where the ids were encoded from a text. reason: why there is no completion.
+    finished: whether it ended by itself; None if there is nothing that could end it. tokens:
+    "re-encoded" if the ids were encoded from a text. reason: why there is no response.
     """
 
     ids: tuple[int, ...]
@@ -58,7 +63,7 @@ class Completion:
 
 @runtime_checkable
 class Engine(Protocol):
-    """What generates. Results come in any order, each with its request's index."""
+    """What generates. Results come in any order, each with the index of its request."""
 
     def generate(
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
@@ -67,12 +72,15 @@ class Engine(Protocol):
     def chances(
         self, model: TokenModel, rows: Sequence[Ids], trie: ScoreTrie, longer: frozenset[int]
     ) -> Iterator[tuple[int, dict[Ids, NodeChances]]]:
-        """What follows each inner node of a trie behind each row, at temperature 1."""
+        """For each row the probabilities, at temperature 1, after each inner node of a trie.
+
+        longer: tokens that make another number of a score that could end.
+        """
         ...
 
     def serving(self, save: Callable[[Path], None], tokens: Tokens) -> AbstractContextManager[None]:
-        """Around a stage's generating and judging, left before it trains.
+        """Around all generating and judging with one set of weights.
 
-        save: writes the present weights and the tokenizer into a folder.
+        save: writes these weights and the tokenizer into a folder.
         """
         ...

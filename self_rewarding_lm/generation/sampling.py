@@ -1,13 +1,13 @@
 """From logits to a token: filters, noise, inverse CDF.
 
-The noise of a sample belongs to the sample, not to the batch: one uniform number a token, a
-function of (seed, stage, record id, position) alone. It is turned into a token by the inverse of
-the cumulative distribution in vocabulary order, so the same numbers give the same tokens for any
-batch size and any order of the rows, up to the rounding of the logits.
+Noise belongs to the sample, not to the batch: each token has one uniform number, a function of
+(seed, stage, record id, position) alone. The inverse of the cumulative distribution, in vocabulary
+order, turns it into a token. So the same numbers give the same tokens for any batch size and any
+order of the rows, up to the rounding of the logits.
 
-Filters apply in the order top-k, top-p, min-p, after the temperature, as in the field's common
-samplers; tokens that tie with the last kept one are kept too, so that the result does not depend
-on how a sort breaks ties.
+Filters apply after the temperature, in the order top-k, top-p, min-p, as in common samplers. Tokens
+that tie with the last kept one are kept too, so that the result does not depend on how a sort
+breaks ties. Axes: r rows, v words of the vocabulary, n of them.
 """
 
 import math
@@ -28,9 +28,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniforms(keys: Int[np.ndarray, " r"], count: int) -> Float[np.ndarray, "r n"]:
-    """`count` numbers in [0, 1) for each key: SplitMix64 (Steele et al., OOPSLA 2014) as a counter.
+    """`count` numbers in [0, 1) for each key, of which number i depends on the key and i alone.
 
-    Number i of a key depends on the key and i alone.
+    SplitMix64 (Steele et al., OOPSLA 2014), used as a counter.
     """
     counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
     z = _mix(_mix(keys.astype(np.uint64))[:, None] + counter[None, :])
@@ -51,10 +51,10 @@ def keep_threshold(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Float[Tensor, "r 1"]:
-    """The least score that survives the filters; `scores` may be the head of a larger row.
+    """The least score that survives the filters. `scores` may be the highest ones of larger rows.
 
-    log_total: log-sum-exp of the whole row. top_p: the smallest set of likeliest tokens whose mass
-    reaches p (arXiv:1904.09751). min_p: p >= min_p * max p (arXiv:2407.01082).
+    log_total: log-sum-exp of the whole rows. top_p: keep the fewest likeliest tokens whose mass
+    reaches p (arXiv:1904.09751). min_p: keep tokens with p >= min_p * max p (arXiv:2407.01082).
     """
     threshold = torch.full_like(log_total, -math.inf)
     ordered = scores.sort(dim=-1, descending=True).values
@@ -73,9 +73,10 @@ def keep_threshold(
 
 
 def inverse_cdf(scores: Float[Tensor, "r n"], uniform: Float[Tensor, " r"]) -> Int[Tensor, " r"]:
-    """The first column where the cumulative probability exceeds `uniform`; -inf has none.
+    """The first column where the cumulative probability exceeds `uniform`.
 
-    Scores that are not finite give n, which is no column.
+    A column of -inf has probability 0. Rows whose highest score is not finite give n, which is no
+    column.
     """
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
     cumulative = weights.cumsum(dim=-1)
@@ -94,7 +95,10 @@ def sample_next(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Int[Tensor, " r"]:
-    """One token a row; temperature 0 is the argmax. A row that is not finite gives v, no token."""
+    """One token for each row; its argmax at temperature 0.
+
+    A row whose highest logit is not finite gives v, which is no token.
+    """
     if temperature == 0:
         best = logits.max(dim=-1)
         return best.indices.masked_fill(~best.values.isfinite(), logits.shape[-1])
@@ -103,9 +107,8 @@ def sample_next(
     left = torch.arange(len(logits), device=logits.device)  # rows without a token
     for size in HEAD_SIZES if _filters_anything(top_k, top_p, min_p) else ():
         if len(left) and logits.shape[-1] > 4 * size:
-            some = logits if len(left) == len(logits) else logits[left]
-            found, whole = _sample_head(some, uniform[left], size, temperature, filters)
-            tokens[left] = found
+            rows = logits if len(left) == len(logits) else logits[left]
+            tokens[left], whole = _sample_head(rows, uniform[left], size, temperature, filters)
             left = left[whole]
     if len(left):
         tokens[left] = _sample_whole(_scores(logits[left], temperature), uniform[left], filters)
@@ -115,7 +118,10 @@ def sample_next(
 def _sample_head(
     logits: Tensor, uniform: Tensor, size: int, temperature: float, filters: Filters
 ) -> tuple[Tensor, Tensor]:
-    """A token a row of its likeliest ones, and for which rows these may not be all that count."""
+    """A token of each row among its `size` likeliest, and which rows need more of them.
+
+    These are the rows of which further tokens may survive the filters.
+    """
     raw, columns = logits.topk(size, dim=-1)
     head, top_k = _scores(raw, temperature), filters["top_k"]
     if top_k is None:  # top-p is a share of the mass of all
@@ -135,6 +141,7 @@ def _sample_head(
 
 
 def _scores(logits: Tensor, temperature: float) -> Tensor:
+    """Logits by temperature, in float32, or in float64 if they are."""
     return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
@@ -143,6 +150,7 @@ def _filters_anything(top_k: int | None, top_p: float | None, min_p: float | Non
 
 
 def _sample_whole(scores: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
+    """A token of each row among the whole vocabulary."""
     log_total = scores.logsumexp(dim=-1, keepdim=True)
     threshold = keep_threshold(scores, log_total, **filters)
     return inverse_cdf(scores.masked_fill(scores < threshold, -math.inf), uniform)
@@ -151,6 +159,9 @@ def _sample_whole(scores: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
 def penalise_repetition(
     logits: Float[Tensor, "r v"], seen: Bool[Tensor, "r v"], penalty: float
 ) -> Float[Tensor, "r v"]:
-    """Logits of tokens that occurred already, made less likely (arXiv:1909.05858, section 4.1)."""
+    """Logits with those of tokens that occurred already made less likely.
+
+    Section 4.1 of arXiv:1909.05858; seen: which tokens occurred in each row.
+    """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)

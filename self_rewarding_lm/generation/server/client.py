@@ -1,4 +1,4 @@
-"""Many JSON requests to one server: how many are in flight, what is tried again, what is given up.
+"""Many JSON requests to one server: how many at once, which are tried again, which are given up.
 
 Knows HTTP and its statuses; nothing of prompts, tokens and judgements. The only file that imports
 openai, whose client keeps the connections.
@@ -27,21 +27,21 @@ API_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 RETRIED = (408, 409, 425, 429)
-"""Statuses besides all from 500 on with which the same request may succeed later."""
+"""Statuses after which the same request may succeed later, besides all from 500 on."""
 
 
 HOPELESS = (401, 403, 404, 405)
-"""Statuses that say something of the server or of our access, not of one request."""
+"""Statuses that are about the server or our access to it, not about one request."""
 
 
 CONNECT_SECONDS = 10.0
 
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 LONGEST_NAMED_WAIT = 300.0
-"""Seconds at most that a server's Retry-After is followed."""
+"""Seconds that we wait at most if a server's Retry-After asks for more."""
 
 
 TOO_LONG = re.compile(
@@ -62,8 +62,11 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that has no answer and never will. reason: one word for the records: `too_long`,
-    `refused_<status>`, `gave_up_<status>`, `gave_up_timeout` or `gave_up_connection`."""
+    """A request that gets no answer, however often it is sent.
+
+    reason: one word for the records: `too_long`, `refused_<status>`, `gave_up_<status>`,
+    `gave_up_timeout` or `gave_up_connection`.
+    """
 
     reason: str
     message: str
@@ -71,7 +74,11 @@ class Refusal:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What went wrong with one try. status: None where no answer came."""
+    """What went wrong with one try.
+
+    status: None if no answer came. word: the kind of problem then. wait: seconds that the server
+    asks to wait.
+    """
 
     status: int | None
     word: str
@@ -106,20 +113,20 @@ class HttpClient:
         self.max_in_flight, self.timeout, self.max_retries = max_in_flight, timeout, max_retries
         self.first_wait, self.longest_wait = first_wait, longest_wait
         self._answered, self._quiet = 0, False
-        self._said: set[str] = set()
+        self._logged_reasons: set[str] = set()
 
     def ask(self, path: str, bodies: Iterable[Body]) -> Iterator[tuple[int, Body | Refusal]]:
-        """The answer to each body that is posted, with its place, as they come; each exactly once.
+        """Post bodies; the answer to each with its place, in the order in which they come.
 
-        Bodies are taken as they are sent. Closing the iterator cancels what is in flight. Raises
-        ServerError where the server refuses all requests (401, 403, 404), or answers none of them
+        Bodies are read as they are sent. Closing the iterator cancels what is in flight. Raises
+        ServerError if the server refuses all requests (401, 403, 404, 405), or answers none of them
         however often they are repeated.
         """
         results: SimpleQueue[Any] = SimpleQueue()
         job = _Job(self._post_all(path, enumerate(bodies), results.put), results.put)
         job.start()
         try:
-            while (result := _taken(results)) is not None:
+            while (result := _next_result(results)) is not None:
                 if isinstance(result, BaseException):
                     raise result
                 yield result
@@ -127,7 +134,7 @@ class HttpClient:
             job.stop()
 
     def ask_one(self, path: str, body: Body) -> Body | Refusal:
-        """The answer to one body, which may well be refused: the log says nothing of it."""
+        """The answer to one body; if it is refused the log says nothing."""
         self._quiet = True
         try:
             return next(answer for _, answer in self.ask(path, [body]))
@@ -140,27 +147,27 @@ class HttpClient:
         job = _Job(self._get("/models", results.put), results.put)
         job.start()
         try:
-            found = _taken(results)
+            answer = _next_result(results)
         finally:
             job.stop()
-        if isinstance(found, BaseException):
-            raise found
-        listed = found.get("data") if isinstance(found, Mapping) else None
-        return [str(one["id"]) for one in listed or () if isinstance(one, Mapping) and "id" in one]
+        if isinstance(answer, BaseException):
+            raise answer
+        models = answer.get("data") if isinstance(answer, Mapping) else None
+        return [str(m["id"]) for m in models or () if isinstance(m, Mapping) and "id" in m]
 
     async def _get(self, path: str, put: Callable[[Any], None]) -> None:
-        async with _open(self.url, self.api_key, self.timeout) as client:
-            put(await self._tried(lambda: client.get(path, cast_to=object)))
+        async with _open_client(self.url, self.api_key, self.timeout) as client:
+            put(await self._answer(lambda: client.get(path, cast_to=object)))
 
     async def _post_all(
         self, path: str, bodies: Iterator[tuple[int, Body]], put: Callable[[Any], None]
     ) -> None:
-        async with _open(self.url, self.api_key, self.timeout) as client:
+        async with _open_client(self.url, self.api_key, self.timeout) as client:
 
             async def work() -> None:
                 for index, body in bodies:  # shared by all: each body goes to one of them
                     content = dict(body)
-                    answer = await self._tried(
+                    answer = await self._answer(
                         lambda content=content: client.post(path, body=content, cast_to=object)
                     )
                     put((index, answer))
@@ -173,27 +180,29 @@ class HttpClient:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _tried(self, send: Callable[[], Coroutine[Any, Any, Any]]) -> Body | Refusal:
-        """One request's answer, however many tries it takes."""
-        answered, attempt = self._answered, 0
+    async def _answer(self, send: Callable[[], Coroutine[Any, Any, Any]]) -> Body | Refusal:
+        """The answer to one request, after as many tries as it takes."""
+        answered_before, attempt = self._answered, 0
         while True:
-            found = await _try(send)
-            if not isinstance(found, _Problem):
+            result = await _try_once(send)
+            if not isinstance(result, _Problem):
                 self._answered += 1
-                return found
-            if found.status in HOPELESS:
-                raise ServerError(self._in_words(found, "refuses"))
-            if found.status is not None and found.status < 500 and found.status not in RETRIED:
-                return self._refusal(found)
+                return result
+            status = result.status
+            if status in HOPELESS:
+                raise ServerError(self._message(result, "refuses"))
+            if status is not None and status < 500 and status not in RETRIED:
+                return self._refusal(result)
             if attempt >= self.max_retries:
                 break
-            await asyncio.sleep(self._wait(attempt, found))
+            await asyncio.sleep(self._wait(attempt, result))
             attempt += 1
-        if self._answered == answered:  # no request at all was answered meanwhile
-            raise ServerError(self._in_words(found, f"gave no answer in {attempt + 1} tries"))
-        return self._told(Refusal(f"gave_up_{found.status or found.word}", found.message))
+        if self._answered == answered_before:  # nor was any other request answered meanwhile
+            raise ServerError(self._message(result, f"gave no answer in {attempt + 1} tries"))
+        return self._logged(Refusal(f"gave_up_{status or result.word}", result.message))
 
     def _wait(self, attempt: int, problem: _Problem) -> float:
+        """Seconds before the next try."""
         if problem.wait is not None:
             return min(problem.wait, LONGEST_NAMED_WAIT)
         return min(self.longest_wait, self.first_wait * 2.0**attempt)
@@ -201,12 +210,12 @@ class HttpClient:
     def _refusal(self, problem: _Problem) -> Refusal:
         is_long = problem.status == 413 or TOO_LONG.search(problem.message)
         reason = "too_long" if is_long else f"refused_{problem.status}"
-        return self._told(Refusal(reason, problem.message))
+        return self._logged(Refusal(reason, problem.message))
 
-    def _told(self, refusal: Refusal) -> Refusal:
-        """The refusal, after a word in the log the first time that its reason comes."""
-        if refusal.reason not in self._said and not self._quiet:
-            self._said.add(refusal.reason)
+    def _logged(self, refusal: Refusal) -> Refusal:
+        """The same refusal; the log tells of the first one with its reason."""
+        if refusal.reason not in self._logged_reasons and not self._quiet:
+            self._logged_reasons.add(refusal.reason)
             logger.warning(
                 "%s does not answer a request (%s; recorded, more are not shown): %s",
                 self.url,
@@ -215,7 +224,8 @@ class HttpClient:
             )
         return refusal
 
-    def _in_words(self, problem: _Problem, does: str) -> str:
+    def _message(self, problem: _Problem, does: str) -> str:
+        """The message of a ServerError: what the server does, why, and what to do."""
         hints = {
             401: f"Give api_key= or set {API_KEY_VARIABLE}.",
             403: f"Give another api_key= or set {API_KEY_VARIABLE}.",
@@ -227,15 +237,15 @@ class HttpClient:
         return f"the server {self.url} {does} ({status}): {problem.message[:500]}. {hint}"
 
 
-def _taken(results: SimpleQueue[Any]) -> Any:
-    """The next result; an interrupt is noticed while there is none."""
+def _next_result(results: SimpleQueue[Any]) -> Any:
+    """Wait for the next result, in short turns, so that an interrupt is noticed."""
     while True:
         with suppress(Empty):
-            return results.get(timeout=LOOK_SECONDS)
+            return results.get(timeout=POLL_SECONDS)
 
 
 class _Job:
-    """A coroutine in a thread with a loop of its own, which can be stopped from outside."""
+    """A coroutine in a thread with its own event loop, which another thread can stop."""
 
     def __init__(self, work: Coroutine[Any, Any, None], put: Callable[[Any], None]) -> None:
         self.loop = asyncio.new_event_loop()
@@ -248,7 +258,7 @@ class _Job:
         self.thread.start()
 
     def stop(self) -> None:
-        """Cancel what is not done, and wait for the end of the thread."""
+        """Cancel what is not done, and wait until the thread ends."""
         with suppress(RuntimeError):  # the loop is closed: all is done
             self.loop.call_soon_threadsafe(self.task.cancel)  # type: ignore[union-attr]
         self.thread.join()
@@ -258,15 +268,15 @@ class _Job:
         try:
             self.loop.run_until_complete(self.task)
             self.put(None)
-        except BaseException as error:  # whoever waits for results must hear of it
+        except BaseException as error:  # raised again where results are waited for
             self.put(error)
         finally:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
 
 
-def _open(url: str, api_key: str | None, timeout: float) -> Any:
-    """The openai package's client; its own repeats are off, ours can be foretold."""
+def _open_client(url: str, api_key: str | None, timeout: float) -> Any:
+    """The openai package's client, without its own retries: `HttpClient` documents ours."""
     openai = _openai()
     return openai.AsyncOpenAI(
         base_url=f"{url}/v1",
@@ -277,7 +287,7 @@ def _open(url: str, api_key: str | None, timeout: float) -> Any:
 
 
 def check_openai() -> None:
-    """Raise ConfigError where the openai package is not installed; imports nothing."""
+    """Raise ConfigError if the openai package is not installed, without importing it."""
     if find_spec("openai") is None:
         raise ConfigError(MISSING)
 
@@ -290,10 +300,11 @@ def _openai() -> Any:
     return openai
 
 
-async def _try(send: Callable[[], Coroutine[Any, Any, Any]]) -> Body | _Problem:
+async def _try_once(send: Callable[[], Coroutine[Any, Any, Any]]) -> Body | _Problem:
+    """An answer, or what went wrong."""
     openai = _openai()
     try:
-        found = await send()
+        answer = await send()
     except openai.APIStatusError as error:
         wait = _retry_after(error.response.headers)
         return _Problem(error.status_code, "status", error.response.text[:2000], wait)
@@ -304,13 +315,13 @@ async def _try(send: Callable[[], Coroutine[Any, Any, Any]]) -> Body | _Problem:
         return _Problem(None, "connection", f"{error}{cause}")
     except ValueError as error:  # an answer that breaks off within its JSON
         return _Problem(None, "connection", f"no valid JSON: {error}")
-    if isinstance(found, Mapping):
-        return found
-    return _Problem(None, "connection", f"a JSON object was expected, {found!r:.200} came")
+    if isinstance(answer, Mapping):
+        return answer
+    return _Problem(None, "connection", f"a JSON object was expected, {answer!r:.200} came")
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait; they may be written as a date."""
+    """Seconds that a server asks to wait, given as a number or as a date; None if it does not."""
     value = headers.get("retry-after")
     if value is None:
         return None

@@ -1,8 +1,9 @@
-"""What is sent to /v1/completions for a request, and what is made of the answer.
+"""What is sent to /v1/completions for a request, and how the answer is read.
 
-Knows what kinds of servers understand and give; nothing of connections. Three kinds: `vllm`, which
-takes and gives token ids and has fields for all settings; `transformers` (`transformers serve`),
-which takes text and a whole generation config; `plain`, OpenAI's own fields alone.
+Knows what each kind of server takes and gives; nothing of connections. There are three kinds:
+`vllm`, which takes and gives token ids and has fields for all settings; `transformers`
+(`transformers serve`), which takes text and a whole generation config; and `plain`, which has
+OpenAI's own fields only.
 """
 
 import json
@@ -21,7 +22,7 @@ PATH = "/completions"
 
 
 TOKEN_NAME = "token_id:"
-"""With return_tokens_as_token_ids vLLM names tokens so, with their number behind it."""
+"""With return_tokens_as_token_ids vLLM names tokens like this, followed by their id."""
 
 
 SEED_BITS = 31
@@ -31,14 +32,17 @@ RE_ENCODED = "re-encoded"
 
 
 PROBES = ("Hello", "a", "1", " ")
-"""Prompts of trials; the first that the tokenizer knows is taken."""
+"""Prompts of the first requests; the first one that the tokenizer can encode is used."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What was found out about a server. takes_ids: prompts as token ids. gives_ids: the answer's
-    tokens by id, by_name: in the names of its log-probs' tokens only. gives_chances: log-probs with
-    tokens by id; exact_chances: those of tokens that are asked for."""
+    """What a server takes and gives.
+
+    takes_ids: prompts as token ids. gives_ids: the ids of the answer's tokens. by_name: it gives
+    them only as names of its log-probs' tokens. gives_chances: log-probs with the ids of their
+    tokens. exact_chances: log-probs of the tokens that are asked for.
+    """
 
     kind: Literal["vllm", "transformers", "plain"]
     takes_ids: bool
@@ -48,11 +52,11 @@ class Abilities:
     exact_chances: bool = False
 
     def in_words(self) -> str:
-        taken = "token ids" if self.takes_ids else "text"
-        given = "token ids" if self.gives_ids else "text, which is encoded once"
-        chances = "exact" if self.exact_chances else "the likeliest tokens'"
-        found = chances if self.gives_chances else "no"
-        return f"a server of kind {self.kind}: {taken} in, {given} out, {found} log-probs"
+        prompts = "token ids" if self.takes_ids else "text"
+        answers = "token ids" if self.gives_ids else "text, which is encoded once"
+        exactness = "exact" if self.exact_chances else "the likeliest tokens'"
+        logprobs = exactness if self.gives_chances else "no"
+        return f"a server of kind {self.kind}: {prompts} in, {answers} out, {logprobs} log-probs"
 
 
 KINDS = (
@@ -61,15 +65,18 @@ KINDS = (
     Abilities("plain", takes_ids=True),
     Abilities("plain", takes_ids=False),
 )
-"""In this order they are tried; the first that is understood is taken."""
+"""The kinds in the order in which they are tried; the first that the server understands is used."""
 
 
-PROBED = (0, 1)
+PROBED_IDS = (0, 1)
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """One model behind one server, and how it is spoken to. extra: fields for every body."""
+class ServedModel:
+    """A model on a server: the bodies of requests to it, and how its answers are read.
+
+    model: its name there. extra: fields that are put into every body.
+    """
 
     model: str
     tokens: Tokens
@@ -77,7 +84,7 @@ class Speaker:
     extra: Mapping[str, Any]
 
     def check(self, decoding: Decoding) -> None:
-        """ConfigError where the server has no field for a setting."""
+        """Raise ConfigError if the server has no field for a setting."""
         check_sampling(decoding)
         if self.abilities.kind != "plain":
             return
@@ -97,41 +104,45 @@ class Speaker:
             )
 
     def body(self, request: Request, decoding: Decoding) -> Body | None:
-        """What is posted for a request; None where its ids cannot be written as a text."""
+        """What is posted for a request; None if its ids cannot be written as a text."""
         prompt = self.prompt(request.ids)
         if prompt is None:
             return None
-        seed = request.key & (2**SEED_BITS - 1)
-        own = {"model": self.model, "prompt": prompt, "max_tokens": request.max_new_tokens}
-        own["seed"] = seed
-        own |= _settings(self.abilities.kind, decoding, request)
+        fields = {"model": self.model, "prompt": prompt, "max_tokens": request.max_new_tokens}
+        fields["seed"] = request.key & (2**SEED_BITS - 1)
+        fields |= _decoding_fields(self.abilities.kind, decoding, request)
         if self.abilities.by_name:
-            own |= {"logprobs": 0, "return_tokens_as_token_ids": True}
-        return {**own, **self.extra}
+            fields |= {"logprobs": 0, "return_tokens_as_token_ids": True}
+        return {**fields, **self.extra}
 
     def prompt(self, ids: Ids) -> list[int] | str | None:
-        """Ids as the server takes them; None where no text has these ids."""
+        """Ids as the server takes them; None if it takes text and no text has these ids."""
         return list(ids) if self.abilities.takes_ids else prompt_text(ids, self.tokens)
 
     def chances_body(self, ids: Ids, wanted: Sequence[int], top: int) -> Body:
-        """Asks what follows ids: the log-probs of `wanted` tokens, or of the `top` likeliest."""
+        """A body that asks what follows ids: log-probs of `wanted`, or of the `top` likeliest."""
         exact = {"logprob_token_ids": list(wanted)} if self.abilities.exact_chances else {}
         fields = {"logprobs": max(1, len(wanted)) if exact else top, **exact}
-        return {**self._scored(ids), **fields, "return_tokens_as_token_ids": True, **self.extra}
+        return {
+            **self._logprob_fields(ids),
+            **fields,
+            "return_tokens_as_token_ids": True,
+            **self.extra,
+        }
 
     def scoring_body(self, ids: Ids) -> Body:
-        """Asks for the log-probs of ids themselves."""
-        return {**self._scored(ids), "prompt_logprobs": 0, **self.extra}
+        """A body that asks for the log-probs of the ids themselves."""
+        return {**self._logprob_fields(ids), "prompt_logprobs": 0, **self.extra}
 
-    def _scored(self, ids: Ids) -> dict[str, Any]:
-        """One token more, with nothing that changes probabilities."""
-        plain = {"temperature": 1.0, "top_p": 1.0, "seed": 0}
+    def _logprob_fields(self, ids: Ids) -> dict[str, Any]:
+        """Fields that ask for one token, with settings that leave probabilities as they are."""
+        neutral = {"temperature": 1.0, "top_p": 1.0, "seed": 0}
         if self.abilities.kind == "vllm":
-            plain |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        return {"model": self.model, "prompt": list(ids), "max_tokens": 1, **plain}
+            neutral |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        return {"model": self.model, "prompt": list(ids), "max_tokens": 1, **neutral}
 
     def completion(self, answer: Body | Refusal, decoding: Decoding) -> Completion:
-        """What an answer holds; without ids and with a reason where that is nothing."""
+        """The completion in an answer; one without ids, with the reason, if there is none."""
         if isinstance(answer, Refusal):
             return Completion((), None, reason=answer.reason)
         choice = first_choice(answer)
@@ -141,12 +152,12 @@ class Speaker:
         if finish not in ("stop", "length"):
             return Completion((), None, reason=f"finish_{finish}")
         text = str(choice.get("text") or "")
-        given, how = given_ids(choice), None
-        if given is None:
+        sampled, how = answered_ids(choice), None
+        if sampled is None:
             ids, how = self.tokens.encode_data(text) if text else (), RE_ENCODED
         else:
-            ids = self.tokens.checked(given, "of the server's answer")
-        if finish == "stop" and not _by_text(choice, text, ids, decoding):
+            ids = self.tokens.checked(sampled, "of the server's answer")
+        if finish == "stop" and not _ended_by_text(choice, text, ids, decoding):
             ids = ids if ids and ids[-1] in decoding.end_ids else self.tokens.ended(ids)
         if not ids:
             return Completion((), None, reason="empty")
@@ -156,7 +167,7 @@ class Speaker:
 
 
 def check_sampling(decoding: Decoding) -> None:
-    """ConfigError where no server can do what is asked."""
+    """Raise ConfigError if no server can do what is asked."""
     if decoding.filter_fn is not None:
         raise ConfigError(
             "filter_fn is a Python function of logits, which no server can run. Leave it out of "
@@ -165,43 +176,44 @@ def check_sampling(decoding: Decoding) -> None:
 
 
 def first_choice(answer: Body) -> Mapping[str, Any] | None:
+    """The first choice in an answer; None if it has none."""
     choices = answer.get("choices")
-    found = choices[0] if isinstance(choices, list) and choices else None
-    return found if isinstance(found, Mapping) else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, Mapping) else None
 
 
-def given_ids(choice: Mapping[str, Any]) -> list[int] | None:
-    """The ids of an answer's tokens where the server says them, one way or the other."""
+def answered_ids(choice: Mapping[str, Any]) -> list[int] | None:
+    """The ids of an answer's tokens, given as ids or as names; None if the server gives neither."""
     ids = choice.get("token_ids")
     if isinstance(ids, list):
         return ids
     names = (choice.get("logprobs") or {}).get("tokens")
-    if not isinstance(names, list) or not all(_is_named(name) for name in names):
+    if not isinstance(names, list) or not all(_is_token_name(name) for name in names):
         return None
     return [int(name.removeprefix(TOKEN_NAME)) for name in names]
 
 
-def given_chances(answer: Body) -> dict[int, float] | None:
-    """Log-probs of the first new token, by token id; None where the server gives none so."""
+def answered_logprobs(answer: Body) -> dict[int, float] | None:
+    """The log-probs at the first new token, by token id; None if the server gives none by id."""
     choice = first_choice(answer)
     tops = ((choice or {}).get("logprobs") or {}).get("top_logprobs")
     first = tops[0] if isinstance(tops, list) and tops else None
-    if not isinstance(first, Mapping) or not first or not all(map(_is_named, first)):
+    if not isinstance(first, Mapping) or not first or not all(map(_is_token_name, first)):
         return None
     return {int(name.removeprefix(TOKEN_NAME)): float(value) for name, value in first.items()}
 
 
-def given_score(answer: Body, token: int) -> float | None:
-    """The log-prob of the prompt's last token, where the server gives it."""
-    scored = (first_choice(answer) or {}).get("prompt_logprobs")
-    last = scored[-1] if isinstance(scored, list) and scored else None
-    found = last.get(str(token)) if isinstance(last, Mapping) else None
-    value = found.get("logprob") if isinstance(found, Mapping) else None
+def prompt_logprob(answer: Body, token: int) -> float | None:
+    """The log-prob of the prompt's last token, which is `token`; None if the server gives none."""
+    of_prompt = (first_choice(answer) or {}).get("prompt_logprobs")
+    of_last = of_prompt[-1] if isinstance(of_prompt, list) and of_prompt else None
+    of_token = of_last.get(str(token)) if isinstance(of_last, Mapping) else None
+    value = of_token.get("logprob") if isinstance(of_token, Mapping) else None
     return None if value is None else float(value)
 
 
 def prompt_text(ids: Ids, tokens: Tokens) -> str | None:
-    """A text that a server which encodes it as the tokenizer does reads as these ids."""
+    """A text that the tokenizer, and so the server, encodes as these ids; None if there is none."""
     if tokens.tokenizer is None:
         return None
     if not hasattr(tokens.source, "apply_chat_template"):
@@ -210,7 +222,7 @@ def prompt_text(ids: Ids, tokens: Tokens) -> str | None:
             return text if tokens.encode(text) == ids else None
         return None
     lead = len(tokens.tokenizer.lead)
-    for part in (ids, ids[lead:]):  # the begin token is put there by who encodes, or is written
+    for part in (ids, ids[lead:]):  # a begin token is written, or the encoding adds it
         text = tokens.source.decode(
             list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -220,64 +232,69 @@ def prompt_text(ids: Ids, tokens: Tokens) -> str | None:
 
 
 def find_abilities(client: HttpClient, model: str, tokens: Tokens, extra: Body) -> Abilities:
-    """Try what a server understands, with a few requests of one token each.
+    """What a server takes and gives, found out with a few requests of one token each.
 
-    Raises ServerError where it understands none of them.
+    Raises ServerError if it understands none of them.
     """
-    ids = _probe(tokens)
+    ids = _probe_ids(tokens)
     request, decoding = Request(ids, 0, 1), Decoding(end_ids=tokens.end_ids)
     refused: list[str] = []
 
     def gives_ids(abilities: Abilities) -> bool | None:
-        """Whether an answer has ids; None where the request is refused or cannot be written."""
-        body = Speaker(model, tokens, abilities, extra).body(request, decoding)
+        """Whether an answer has ids; None if the request is refused or cannot be written."""
+        body = ServedModel(model, tokens, abilities, extra).body(request, decoding)
         answer = client.ask_one(PATH, body) if body is not None else None
         if isinstance(answer, Refusal):
             refused.append(f"as {abilities.kind}: {answer.message[:300]}")
         if answer is None or isinstance(answer, Refusal):
             return None
-        return given_ids(first_choice(answer) or {}) is not None
+        return answered_ids(first_choice(answer) or {}) is not None
 
     for abilities in KINDS:
-        given = gives_ids(abilities)
-        if given is None:
+        has_ids = gives_ids(abilities)
+        if has_ids is None:
             continue
-        found = replace(abilities, gives_ids=given)
-        named = replace(abilities, gives_ids=True, by_name=True)
-        if not given and abilities.takes_ids and gives_ids(named):
-            found = named
-        return _with_chances(client, Speaker(model, tokens, found, extra), ids)
+        by_name = replace(abilities, gives_ids=True, by_name=True)
+        if not has_ids and abilities.takes_ids and gives_ids(by_name):
+            understood = by_name
+        else:
+            understood = replace(abilities, gives_ids=has_ids)
+        return _with_logprobs(client, ServedModel(model, tokens, understood, extra), ids)
     raise ServerError(
         f"the server {client.url} refuses a request for one token in every form:\n"
         + "\n".join(f"  {line}" for line in refused)
     )
 
 
-def _probe(tokens: Tokens) -> Ids:
+def _probe_ids(tokens: Tokens) -> Ids:
+    """The ids of the first requests' prompt."""
     for text in PROBES if tokens.tokenizer is not None else ():
         with suppress(Exception):  # whatever a tokenizer raises for unknown characters
             return tokens.prompt(text).ids
     return (0,)
 
 
-def _with_chances(client: HttpClient, speaker: Speaker, ids: Ids) -> Abilities:
-    """The abilities, and whether log-probs come by token id, and those of named tokens."""
-    found = speaker.abilities
-    if not found.takes_ids:
-        return found
+def _with_logprobs(client: HttpClient, served: ServedModel, ids: Ids) -> Abilities:
+    """The abilities of a served model, with those of its log-probs found out too."""
+    without = served.abilities
+    if not without.takes_ids:
+        return without
     for exact in (True, False):
-        abilities = replace(found, gives_chances=True, exact_chances=exact)
-        asking = replace(speaker, abilities=abilities)
-        answer = client.ask_one(PATH, asking.chances_body(ids, PROBED, len(PROBED)))
-        chances = None if isinstance(answer, Refusal) else given_chances(answer)
-        if chances is not None and (not exact or {*PROBED} <= {*chances}):
+        abilities = replace(without, gives_chances=True, exact_chances=exact)
+        asking = replace(served, abilities=abilities)
+        answer = client.ask_one(PATH, asking.chances_body(ids, PROBED_IDS, len(PROBED_IDS)))
+        chances = None if isinstance(answer, Refusal) else answered_logprobs(answer)
+        if chances is not None and (not exact or {*PROBED_IDS} <= {*chances}):
             return abilities
-    return found
+    return without
 
 
-def _settings(kind: str, d: Decoding, request: Request) -> dict[str, Any]:
-    """A Decoding in the fields of a kind of server. All that a kind has are set, for else its own
-    defaults, or those of the model's generation config, would hold."""
+def _decoding_fields(kind: str, d: Decoding, request: Request) -> dict[str, Any]:
+    """A Decoding in the fields of a kind of server.
+
+    All fields that the kind has are set, as otherwise its own defaults, or those of the model's
+    generation config, would apply.
+    """
     stop = {"stop": list(d.stop)} if d.stop else {}
     top_p = 1.0 if d.top_p is None else d.top_p
     plain = {"temperature": d.temperature, "top_p": top_p, **stop}
@@ -304,17 +321,17 @@ def _settings(kind: str, d: Decoding, request: Request) -> dict[str, Any]:
         "stop_strings": list(d.stop) or None,
     }
     if d.temperature > 0:
-        chosen = {"temperature": d.temperature, "top_p": top_p, "top_k": d.top_k or 0}
-        generation |= {**chosen, "min_p": d.min_p}
-    given = {name: value for name, value in generation.items() if value is not None}
-    return {"generation_config": json.dumps(given)}
+        generation |= {"temperature": d.temperature, "top_p": top_p}
+        generation |= {"top_k": d.top_k or 0, "min_p": d.min_p}
+    settings = {name: value for name, value in generation.items() if value is not None}
+    return {"generation_config": json.dumps(settings)}
 
 
-def _by_text(choice: Mapping[str, Any], text: str, ids: Ids, d: Decoding) -> bool:
-    """Whether a stop text ended an answer, so that no end token belongs behind it.
+def _ended_by_text(choice: Mapping[str, Any], text: str, ids: Ids, d: Decoding) -> bool:
+    """Whether a stop text ended an answer, so that no end token belongs after it.
 
-    Where a server takes stop texts out of its answers and does not say what ended them, it is not
-    known; then none is put there.
+    Also if that is unknown, because the server removes stop texts from its answers and does not say
+    what ended them.
     """
     if not d.stop:
         return False
@@ -325,5 +342,5 @@ def _by_text(choice: Mapping[str, Any], text: str, ids: Ids, d: Decoding) -> boo
     return "stop_reason" not in choice and not (ids and ids[-1] in d.end_ids)
 
 
-def _is_named(name: Any) -> bool:
+def _is_token_name(name: Any) -> bool:
     return isinstance(name, str) and name.removeprefix(TOKEN_NAME).isdecimal() and ":" in name

@@ -1,7 +1,7 @@
-"""Generation by an inference server that speaks OpenAI's completions API, running or started here.
+"""Generation by an inference server with OpenAI's completions API, which runs or is started here.
 
 The Engine protocol over HTTP: token ids in, token ids out. Knows nothing of stages and records. A
-server that it starts serves one folder of weights, saved for it, and is gone afterwards.
+server that is started here serves one folder of weights, saved for it, and is stopped afterwards.
 """
 
 import logging
@@ -21,7 +21,7 @@ from self_rewarding_lm.generation.server.client import Body, HttpClient, check_o
 from self_rewarding_lm.generation.server.completions import (
     PATH,
     RE_ENCODED,
-    Speaker,
+    ServedModel,
     check_sampling,
     find_abilities,
 )
@@ -35,19 +35,19 @@ logger = logging.getLogger(__name__)
 class ServerEngine:
     """Candidates and judgements from an inference server.
 
-    url, model: a server that is running, with or without its /v1, and the model's name there
-    (default: the first that it lists). It keeps its own weights: nothing that is trained here
-    reaches it. launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint}
-    --port {port}". Then each stage's generating and judging starts a server on the stage's own
-    weights, saved into `folder` (default: a temporary one), and stops it before training.
-    max_in_flight: requests at once. timeout: seconds for one try of a request; max_retries: how
-    often a try that may succeed later is repeated. start_timeout, stop_timeout: seconds until a
-    started server must be healthy, and those that it has to end before it is killed.
-    top_logprobs: how many of the likeliest tokens are asked for where a server cannot name the
-    probabilities of given ones; max_unknown: how much of a probability may be unknown then, see
-    `chances`. extra: fields that are put into every request. api_key: default OPENAI_API_KEY.
+    url, model: a server that is running, with or without its /v1, and the model's name there (by
+    default the first that it lists). It keeps its own weights: nothing that is trained here reaches
+    it. launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint} --port
+    {port}". Then each stage starts a server on its own weights, saved into `folder` (by default a
+    temporary one), for its generating and judging, and stops it before training. max_in_flight:
+    requests at once. timeout: seconds for one try of a request. max_retries: how often a try that
+    may succeed later is repeated. start_timeout: seconds within which a started server must be
+    healthy. stop_timeout: seconds that it has to end before it is killed. top_logprobs: how many of
+    the likeliest tokens are asked for if a server cannot give the probabilities of named ones.
+    max_unknown: how much of a probability may be unknown then, see `chances`. extra: fields that
+    are put into every request. api_key: by default OPENAI_API_KEY.
 
-    Raises ConfigError where neither or both of url and launch are given.
+    Raises ConfigError unless exactly one of url and launch is given.
     """
 
     @typed
@@ -83,8 +83,8 @@ class ServerEngine:
         self.start_timeout, self.stop_timeout = start_timeout, stop_timeout
         self.top_logprobs, self.max_unknown = top_logprobs, max_unknown
         self._api_key, self._timeout, self._max_retries = api_key, timeout, max_retries
-        self._session: _Session | None = None
-        self._told: set[str] = set()
+        self._serving: _Serving | None = None
+        self._logged: set[str] = set()
         if url is not None:
             self._client(url)
 
@@ -92,65 +92,66 @@ class ServerEngine:
     def serving(self, save: Callable[[Path], None], tokens: Tokens) -> Iterator[None]:
         """Around all work that is done with one set of weights.
 
-        The server is started, or found out about, at the first request, so that a stage whose
-        records are all there starts none. save: writes the weights and the tokenizer as a folder
-        for from_pretrained. Within another `serving` it changes nothing.
+        The server is started, or asked what it can do, at the first request, so that a stage that
+        has all its records starts none. save: writes the weights and the tokenizer as a folder for
+        from_pretrained. Within another `serving` it changes nothing.
         """
-        if self._session is not None:
+        if self._serving is not None:
             yield
             return
         with ExitStack() as stack:
-            self._session = _Session(self, save, tokens, stack)
+            self._serving = _Serving(self, save, tokens, stack)
             try:
                 yield
             finally:
-                self._session = None
+                self._serving = None
 
     @property
     def is_serving(self) -> bool:
         """Whether it is within `serving`."""
-        return self._session is not None
+        return self._serving is not None
 
     def check(self, decoding: Decoding, *, chances: bool) -> None:
-        """Raise ConfigError where settings, or the probabilities of scores, are not to be had.
+        """Raise ConfigError if the server cannot do what a Decoding asks, or give chances.
 
-        What no server can do is known at once. For the rest a running server is asked (within
-        `serving`); of one that is still to be started it is checked as soon as that answers.
+        chances: whether the probabilities of scores will be asked for. What no server can do raises
+        at once, within `serving` also what a running server cannot do. A server that is still to be
+        started is checked as soon as it answers.
         """
         check_sampling(decoding)
-        if self._session is not None:
-            self._session.need(decoding, chances)
+        if self._serving is not None:
+            self._serving.require(decoding, chances)
 
     def address(self) -> tuple[str, str]:
-        """The server's url and the model's name there, for another process; it is started."""
-        client, speaker = self._opened()
-        return client.url, speaker.model
+        """The server's url and the model's name there, for other processes; starts the server."""
+        client, served = self._server()
+        return client.url, served.model
 
     def join(self, url: str, model: str) -> None:
         """Use, within `serving`, the server that another process started on the same weights."""
-        assert self._session is not None
-        self._session.found_at(url, model)
+        assert self._serving is not None
+        self._serving.connect(url, model)
 
     def generate(
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]:
-        """Completions as they come, each with its request's index; `model` is the server's.
+        """Completions as they come, each with the index of its request; `model` is not used.
 
-        The seed of a request is its key's lowest 31 bits. Where the server gives no token ids the
-        text is encoded once (`tokens` "re-encoded"). A request that it will never answer is a
+        The seed of a request is its key's lowest 31 bits. If the server gives no token ids, the
+        text is encoded once (`tokens` is "re-encoded"). A request that it will never answer gives a
         completion without ids that names the reason.
         """
         check_sampling(decoding)
         if not requests:
             return
-        client, speaker = self._opened()
-        speaker.check(decoding)
+        client, served = self._server()
+        served.check(decoding)
         places: list[int] = []
         unwritten: list[int] = []
 
         def bodies() -> Iterator[Body]:
             for index, request in enumerate(requests):
-                body = speaker.body(request, decoding)
+                body = served.body(request, decoding)
                 if body is None:
                     unwritten.append(index)
                 else:
@@ -158,15 +159,17 @@ class ServerEngine:
                     yield body
 
         for place, answer in client.ask(PATH, bodies()):
-            completion = speaker.completion(answer, decoding)
+            completion = served.completion(answer, decoding)
             if completion.tokens == RE_ENCODED:
-                self._tell(
+                self._log_once(
                     "the server gives no token ids: its answers are encoded once, and that is what "
                     "is trained on (tokens: re-encoded)"
                 )
             yield places[place], completion
         for index in unwritten:
-            self._tell("some prompts have ids that no text gives, and the server takes texts only")
+            self._log_once(
+                "some prompts have ids that no text gives, and the server takes texts only"
+            )
             yield index, Completion((), None, reason="no_text")
 
     def chances(
@@ -174,27 +177,28 @@ class ServerEngine:
     ) -> Iterator[tuple[int, dict[Ids, NodeChances]]]:
         """For each row of ids, with its index, what follows each inner node of the trie behind it.
 
-        One request a node. The probabilities of the children are asked for by id where the server
-        can do that. Else they are looked up among the `top_logprobs` likeliest tokens, and those
-        that are missing are scored as a prompt's last token where it can do that. A child that is
-        still unknown counts 0 where it cannot have more than `max_unknown` (it has at most what
-        the least likely returned token has); otherwise the row's chances are NaN, and its score
-        None. Raises ConfigError where the server gives no log-probs with token ids.
+        One request for each node. If the server can, the probabilities of the children are asked
+        for by id. Otherwise they are looked up among the `top_logprobs` likeliest tokens, and
+        missing ones are scored as the last token of a prompt if the server can do that. A child
+        that is still unknown counts 0 if it cannot have more than `max_unknown` (it has at most
+        what the least likely returned token has); if it can, the row's chances are NaN, and its
+        score None. Raises ConfigError if the server gives no log-probs with token ids.
         """
         if not rows:
             return
-        client, speaker = self._opened()
-        check_chances(speaker.abilities)
-        asker = NodeAsker(client, speaker, trie, longer, self.top_logprobs, self.max_unknown)
+        client, served = self._server()
+        check_chances(served.abilities)
+        asker = NodeAsker(client, served, trie, longer, self.top_logprobs, self.max_unknown)
         yield from asker.ask(rows)
 
-    def _opened(self) -> tuple[HttpClient, Speaker]:
-        if self._session is None:
+    def _server(self) -> tuple[HttpClient, ServedModel]:
+        """The server, started if need be; ServerError outside of `serving`."""
+        if self._serving is None:
             raise ServerError(
                 "ServerEngine was asked outside of `with engine.serving(save, tokens):`, which "
                 "says whose weights are served."
             )
-        return self._session.ready()
+        return self._serving.ready()
 
     def _client(self, url: str) -> HttpClient:
         return HttpClient(
@@ -205,15 +209,15 @@ class ServerEngine:
             max_retries=self._max_retries,
         )
 
-    def _tell(self, words: str) -> None:
-        """Say something once."""
-        if words not in self._told:
-            self._told.add(words)
+    def _log_once(self, words: str) -> None:
+        """Log a warning, unless it was logged before."""
+        if words not in self._logged:
+            self._logged.add(words)
             logger.warning(words)
 
 
-class _Session:
-    """One `serving`: what is open is closed with its stack."""
+class _Serving:
+    """One `with engine.serving(...)`. stack: closes what is opened for it."""
 
     def __init__(
         self,
@@ -223,38 +227,38 @@ class _Session:
         stack: ExitStack,
     ) -> None:
         self.engine, self.save, self.tokens, self.stack = engine, save, tokens, stack
-        self._found: tuple[HttpClient, Speaker] | None = None
+        self._found: tuple[HttpClient, ServedModel] | None = None
         self._needs: list[tuple[Decoding, bool]] = []
 
-    def need(self, decoding: Decoding, chances: bool) -> None:
-        """Check it, now where a server is there, else once it is."""
+    def require(self, decoding: Decoding, chances: bool) -> None:
+        """Check what will be asked: now if a server is running, else once it is."""
         self._needs.append((decoding, chances))
         if self.engine.launch is None or self._found is not None:
             _check(self.ready()[1], [(decoding, chances)])
 
-    def ready(self) -> tuple[HttpClient, Speaker]:
-        """The server, started if that is to be done, and how it is spoken to."""
+    def ready(self) -> tuple[HttpClient, ServedModel]:
+        """The server and its model, after starting it or finding out what it can do."""
         if self._found is None:
             engine = self.engine
-            url, model = (engine.url, engine.model) if engine.launch is None else self._launched()
+            url, model = (engine.url, engine.model) if engine.launch is None else self._launch()
             assert url is not None
-            return self.found_at(url, model)
+            return self.connect(url, model)
         return self._found
 
-    def found_at(self, url: str, model: str | None) -> tuple[HttpClient, Speaker]:
-        """A server at an address, after a look at what it can do."""
+    def connect(self, url: str, model: str | None) -> tuple[HttpClient, ServedModel]:
+        """The server at an address and its model, after finding out what they can do."""
         engine = self.engine
         client = engine._client(url)
         model = model or _first_model(client)
         abilities = find_abilities(client, model, self.tokens, engine.extra)
         logger.info("%s: %s", url, abilities.in_words())
-        speaker = Speaker(model, self.tokens, abilities, engine.extra)
-        _check(speaker, self._needs)
-        self._found = client, speaker
+        served = ServedModel(model, self.tokens, abilities, engine.extra)
+        _check(served, self._needs)
+        self._found = client, served
         return self._found
 
-    def _launched(self) -> tuple[str, str]:
-        """The address of a new server on the present weights, and the model's name there."""
+    def _launch(self) -> tuple[str, str]:
+        """Start a server on the present weights; its address and the model's name there."""
         engine = self.engine
         assert engine.launch is not None
         if engine.folder is not None:
@@ -275,15 +279,15 @@ class _Session:
         return server.url, engine.model or str(server.checkpoint)
 
 
-def _check(speaker: Speaker, needs: Sequence[tuple[Decoding, bool]]) -> None:
+def _check(served: ServedModel, needs: Sequence[tuple[Decoding, bool]]) -> None:
     for decoding, chances in needs:
-        speaker.check(decoding)
+        served.check(decoding)
         if chances:
-            check_chances(speaker.abilities)
+            check_chances(served.abilities)
 
 
 def _first_model(client: HttpClient) -> str:
-    found = client.models()
-    if not found:
+    models = client.models()
+    if not models:
         raise ConfigError(f"the server {client.url} lists no model; give model=, its name there.")
-    return found[0]
+    return models[0]

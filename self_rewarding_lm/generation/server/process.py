@@ -1,4 +1,4 @@
-"""A server that runs as a child of this process, from a folder of weights.
+"""A server that runs as a child of this process and serves a folder of weights.
 
 Knows processes, ports and whether a server is healthy; nothing of what is asked of it.
 """
@@ -32,17 +32,17 @@ SHOWN_LINES = 30
 """Lines of a server's log that an error shows."""
 
 
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
 
-LOOK_TIMEOUT = 5.0
+POLL_TIMEOUT = 5.0
 
 
 AFTER_KILL_SECONDS = 10.0
 
 
 def check_command(command: str) -> None:
-    """ConfigError where a command has no place for the checkpoint or the port."""
+    """Raise ConfigError if a command has no place for the checkpoint or the port."""
     missing = [place for place in PLACES if place not in command]
     if missing:
         raise ConfigError(
@@ -55,7 +55,8 @@ def check_command(command: str) -> None:
 class LaunchedServer:
     """One server process, in a process group of its own. Its log is a file beside the checkpoint.
 
-    start_timeout: seconds until it must answer. stop_timeout: seconds that it has to end by itself.
+    start_timeout: seconds within which it must be healthy. stop_timeout: seconds that it has to end
+    before it is killed.
     """
 
     def __init__(
@@ -72,8 +73,8 @@ class LaunchedServer:
     def start(self) -> None:
         """Start it and wait until it is healthy.
 
-        Raises ConfigError where there is no such command; ServerError, which shows the end of the
-        server's log, where it ends or is not healthy in time.
+        Raises ConfigError if there is no such command, and ServerError with the end of the server's
+        log if it ends or is not healthy in time.
         """
         self.log = NamedTemporaryFile(  # noqa: SIM115
             dir=self.checkpoint.parent, prefix="server-", suffix=".log", delete=False
@@ -92,7 +93,7 @@ class LaunchedServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            self._wait()
+            self._wait_until_healthy()
         except OSError as error:
             self.stop()
             raise ConfigError(f"launch={self.command!r} cannot be started: {error}") from error
@@ -101,40 +102,41 @@ class LaunchedServer:
             raise
 
     def stop(self) -> None:
-        """End it and all its children, and wait until they are gone."""
+        """Stop it and all its children, and wait until they are gone."""
         process = self.process
         if process is not None:
             self._signal(signal.SIGTERM)
-            if not self._gone_within(self.stop_timeout):
+            if not self._ends_within(self.stop_timeout):
                 logger.warning(
                     "the server (process %d) goes on %g seconds after SIGTERM; it is killed",
                     process.pid,
                     self.stop_timeout,
                 )
                 self._signal(signal.SIGKILL)
-                if not self._gone_within(AFTER_KILL_SECONDS):
+                if not self._ends_within(AFTER_KILL_SECONDS):
                     logger.warning("children of the server %d are still there", process.pid)
             self.process = None
         if self.log is not None:
             self.log.close()
         atexit.unregister(self.stop)
 
-    def _wait(self) -> None:
+    def _wait_until_healthy(self) -> None:
         assert self.process is not None
         began = time.monotonic()
         while True:
             code = self.process.poll()
             if code is not None:
-                raise ServerError(self._failed(f"ended with exit code {code}"))
+                raise ServerError(self._failure(f"ended with exit code {code}"))
             if _is_healthy(self.port):
                 logger.info("%s is healthy after %.0f s", self.url, time.monotonic() - began)
                 return
             if time.monotonic() - began > self.start_timeout:
                 waited = f"was not healthy after {self.start_timeout:g} seconds (start_timeout)"
-                raise ServerError(self._failed(waited))
-            time.sleep(LOOK_SECONDS)
+                raise ServerError(self._failure(waited))
+            time.sleep(POLL_SECONDS)
 
-    def _failed(self, how: str) -> str:
+    def _failure(self, how: str) -> str:
+        """How the server failed, with the last lines of its log."""
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").splitlines()
         shown = "\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]) or "  (nothing)"
@@ -148,36 +150,36 @@ class LaunchedServer:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
 
-    def _gone_within(self, seconds: float) -> bool:
-        """Whether the process and its group end in time."""
+    def _ends_within(self, seconds: float) -> bool:
+        """Whether the process and its group end within some seconds."""
         assert self.process is not None
         until = time.monotonic() + seconds
         while True:
-            self.process.poll()  # takes its exit status, else it stays in the table
+            self.process.poll()  # reads its exit status, else it stays as a zombie
             try:
                 os.killpg(self.process.pid, 0)
             except (ProcessLookupError, PermissionError):
                 return True
             if time.monotonic() > until:
                 return False
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind((HOST, 0))
-        return found.getsockname()[1]
+    with socket.socket() as server:
+        server.bind((HOST, 0))
+        return server.getsockname()[1]
 
 
 def _is_healthy(port: int) -> bool:
-    """Whether GET /health says so; where there is no such path, whether GET /v1/models does."""
+    """Whether GET /health answers 200; if there is no such path, whether GET /v1/models does."""
     status = _status(port, "/health")
     return status == 200 or (status in (404, 405) and _status(port, "/v1/models") == 200)
 
 
 def _status(port: int, path: str) -> int | None:
-    """The status of a GET; None where nobody answers."""
-    with closing(HTTPConnection(HOST, port, timeout=LOOK_TIMEOUT)) as connection:
+    """The status of a GET; None if nothing answers."""
+    with closing(HTTPConnection(HOST, port, timeout=POLL_TIMEOUT)) as connection:
         try:
             connection.request("GET", path)
             return connection.getresponse().status
