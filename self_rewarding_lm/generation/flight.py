@@ -10,6 +10,7 @@ free row is taken at the next step, as far as the model's session can join rows.
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,10 @@ class Flight:
         self.running: list[_Sequence] = []
         self.logits: Tensor | None = None
         self.occurred: Tensor | None = None
-        self.session: Session | None = None
+
+    @cached_property
+    def session(self) -> Session:
+        return self.model.session(self.plan)
 
     @property
     def is_done(self) -> bool:
@@ -93,18 +97,17 @@ class Flight:
 
     def step(self) -> list[tuple[int, Completion]]:
         """Give each running sequence a token; the sequences that are finished by it."""
-        session = self.session = self.session or self.model.session(self.plan)
-        self._schedule(session)
+        self._schedule()
         tokens = self._sample()
-        finished, tokens = self._postprocess(session, tokens)
-        self.logits = session.extend(tokens) if self.running else None
+        finished, tokens = self._postprocess(tokens)
+        self.logits = self.session.extend(tokens) if self.running else None
         return finished
 
     # 1. schedule
 
-    def _schedule(self, session: Session) -> None:
+    def _schedule(self) -> None:
         """Give the free rows to waiting sequences, those of one prompt one after the other."""
-        if self.running and not session.joins:
+        if self.running and not self.session.joins:
             return
         free = self.plan.max_rows - len(self.running)
         added: list[int] = []  # for each new row the number of its prompt
@@ -112,9 +115,9 @@ class Flight:
         logits = [] if self.logits is None else [self.logits]
         while free and (self.prefilled or self.waiting):
             if not self.prefilled:
-                if added and not session.joins:
+                if added and not self.session.joins:
                     break
-                self._prefill(session, free)
+                self._prefill(free)
             prompt = self.prefilled[0]
             count = min(free, len(prompt.waiting))
             self._start([prompt.waiting.popleft() for _ in range(count)], prompt.ids)
@@ -124,12 +127,13 @@ class Flight:
             if not prompt.waiting:
                 released.append(self.prefilled.popleft().number)
         if added:
-            session.add(added)
-            session.release(released)
+            self.session.add(added)
+            self.session.release(released)
             self.logits = torch.cat(logits)  # (r, v)
 
-    def _prefill(self, session: Session, free: int) -> None:
+    def _prefill(self, free: int) -> None:
         """Compute the next prompts, as many as go through the model together."""
+        session = self.session
         groups: list[Group] = []
         rows = longest = 0
         while self.waiting and len(groups) < session.room():
@@ -196,9 +200,7 @@ class Flight:
 
     # 3. postprocess
 
-    def _postprocess(
-        self, session: Session, tokens: Tensor
-    ) -> tuple[list[tuple[int, Completion]], Tensor]:
+    def _postprocess(self, tokens: Tensor) -> tuple[list[tuple[int, Completion]], Tensor]:
         """Append the tokens; take the sequences that are finished out of the session.
 
         What is finished, and the tokens of the sequences that go on, in their new rows.
@@ -208,7 +210,7 @@ class Flight:
             return [], tokens
         finished = [(self.running[row].request, done) for row, done in completions.items()]
         rows = _rows_closed_up(len(self.running), completions.keys())
-        session.select(rows)
+        self.session.select(rows)
         self.running = [self.running[row] for row in rows]
         kept = torch.tensor(rows, device=self.device, dtype=torch.long)
         self.occurred = None if self.occurred is None else self.occurred[kept]

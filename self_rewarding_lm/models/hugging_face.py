@@ -84,11 +84,12 @@ class HuggingFaceModel:
         self.bytes_per_token = 0
         self.training: Training | None = None
         check_causal(self)
-        recurs = _recurs(self.base, self.config)
-        self.attends = not recurs and self._may_attend()  # what `session` reads while it is tried
+        may_cache = not _recurs(self.base, self.config)
+        # `session` reads `attends` and `caches`, also while a trial finds out whether they are true
+        self.attends = may_cache and self._may_attend()
         self.attends = self.attends and cache_agrees(self)
-        self.caches = not recurs
-        self.caches = self.attends or (self.caches and cache_agrees(self))
+        self.caches = may_cache
+        self.caches = self.attends or (may_cache and cache_agrees(self))
         if not self.caches:
             logger.warning(
                 "%s cannot be decoded with a cache here (the cached logits differ, or it has "

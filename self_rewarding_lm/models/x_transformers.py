@@ -124,9 +124,10 @@ class XTransformersModel:
 
         A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
-        self.attends, self.caches = True, False  # what `session` reads while it is tried
+        # `session` reads `attends` and `caches`, also while a trial finds out whether they are true
+        self.attends, self.caches = True, False
         self.attends = cache_agrees(self)
-        self.caches = self.attends or bool(self.transformer.can_cache_kv)
+        self.caches = bool(self.transformer.can_cache_kv)
         self.caches = self.attends or (self.caches and cache_agrees(self))
         width = self.transformer.max_seq_len
         self.training = tried(self, Training(self._hidden, self._head, self.attends, width))

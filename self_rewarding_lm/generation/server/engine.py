@@ -227,23 +227,23 @@ class _Serving:
         stack: ExitStack,
     ) -> None:
         self.engine, self.save, self.tokens, self.stack = engine, save, tokens, stack
-        self._found: tuple[HttpClient, ServedModel] | None = None
+        self._connection: tuple[HttpClient, ServedModel] | None = None
         self._needs: list[tuple[Decoding, bool]] = []
 
     def require(self, decoding: Decoding, chances: bool) -> None:
         """Check what will be asked: now if a server is running, else once it is."""
         self._needs.append((decoding, chances))
-        if self.engine.launch is None or self._found is not None:
+        if self.engine.launch is None or self._connection is not None:
             _check(self.ready()[1], [(decoding, chances)])
 
     def ready(self) -> tuple[HttpClient, ServedModel]:
         """The server and its model, after starting it or finding out what it can do."""
-        if self._found is None:
+        if self._connection is None:
             engine = self.engine
             url, model = (engine.url, engine.model) if engine.launch is None else self._launch()
             assert url is not None
             return self.connect(url, model)
-        return self._found
+        return self._connection
 
     def connect(self, url: str, model: str | None) -> tuple[HttpClient, ServedModel]:
         """The server at an address and its model, after finding out what they can do."""
@@ -254,8 +254,8 @@ class _Serving:
         logger.info("%s: %s", url, abilities.in_words())
         served = ServedModel(model, self.tokens, abilities, engine.extra)
         _check(served, self._needs)
-        self._found = client, served
-        return self._found
+        self._connection = client, served
+        return self._connection
 
     def _launch(self) -> tuple[str, str]:
         """Start a server on the present weights; its address and the model's name there."""
