@@ -1,4 +1,4 @@
-"""Lists of stages that belong together: the paper's loop, as its authors ran it and with options.
+"""The stages of the paper's loop, as lists: with its numbers, or with other ones.
 
 Knows the stages and the paper's numbers; nothing of models, tokenizers or files.
 """
@@ -88,8 +88,10 @@ def paper_recipe(
     """
     if iterations < 0:
         raise ConfigError(f"iterations must be 0 or more; got {iterations}.")
+
+    # 1. the stages up to m1
     sampling = SamplingConfig(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    supervised = _over(
+    supervised = _merged(
         {
             "valid_dataset": valid_ift,
             "dropout": dropout,
@@ -97,7 +99,9 @@ def paper_recipe(
         },
         sft,
     )
-    stages = _seeded(ift, ranked, supervised, _over({"judging": sampling}, eft))
+    stages = _stages_to_m1(ift, ranked, supervised, _merged({"judging": sampling}, eft))
+
+    # 2. what all rounds of self-rewarding share
     common = {
         "num_candidate_responses": num_candidate_responses,
         "num_sampled_reward_responses": num_sampled_reward_responses,
@@ -112,10 +116,12 @@ def paper_recipe(
     else:
         common["dpo_beta"] = dpo_beta
         common["optim"] = _optim(dpo_learning_rates, dpo_epochs, batch_size, eval_every)
+
+    # 3. the rounds, m2 and on
     rounds = _rounds(
         prompts,
-        _a_round(num_generated_preference_pairs, iterations),
-        _over(common, self_reward),
+        _counts_by_round(num_generated_preference_pairs, iterations),
+        _merged(common, self_reward),
         names=[f"m{i + 2}" for i in range(iterations)],
         kind=SelfRewardSFTConfig if positive_only else SelfRewardDPOConfig,
     )
@@ -148,27 +154,27 @@ def create_default_paper_config(
     counts = num_generated_preference_pairs
     data = {"train_dataset": train_sft_dataset, "valid_dataset": valid_sft_dataset}
     return [
-        SFTConfig(**_over(data, sft_config)),
-        *_rounds(self_reward_prompt_dataset, counts, _over(common, self_reward_config)),
+        SFTConfig(**_merged(data, sft_config)),
+        *_rounds(self_reward_prompt_dataset, counts, _merged(common, self_reward_config)),
     ]
 
 
-def _seeded(
+def _stages_to_m1(
     ift: Any, ranked: Any, supervised: dict[str, Any], eft: dict[str, Any]
 ) -> list[FinetuneConfig]:
-    """From M0 to M1: by way of the baseline and its judgements where there are ranked replies."""
+    """From M0 to M1; if there are ranked replies, by way of the baseline and its judgements."""
     if ranked is None:
-        return [SFTConfig(**_over({"name": "m1", "train_dataset": ift}, supervised))]
-    again = {"name": "m1", "init_from": "initial", "train_dataset": _seed_data(ift, ranked)}
+        return [SFTConfig(**_merged({"name": "m1", "train_dataset": ift}, supervised))]
+    m1 = {"name": "m1", "init_from": "initial", "train_dataset": _seed_data(ift, ranked)}
     return [
-        SFTConfig(**_over({"name": "sft_baseline", "train_dataset": ift}, supervised)),
-        BuildEFTConfig(**_over({"name": "eft", "ranked_dataset": ranked}, eft)),
-        SFTConfig(**_over(again, supervised)),
+        SFTConfig(**_merged({"name": "sft_baseline", "train_dataset": ift}, supervised)),
+        BuildEFTConfig(**_merged({"name": "eft", "ranked_dataset": ranked}, eft)),
+        SFTConfig(**_merged(m1, supervised)),
     ]
 
 
 def _seed_data(ift: Any, ranked: Any) -> Any:
-    """What m1 is trained on."""
+    """The rows that m1 is trained on."""
     if ranked is None:
         return ift
     return [*(ift if is_concatenation(ift) else [ift]), from_stage("eft")]
@@ -196,7 +202,7 @@ def _rounds(
     names: Sequence[str] | None = None,
     kind: type[FinetuneConfig] = SelfRewardDPOConfig,
 ) -> list[FinetuneConfig]:
-    """Self-rewarding stages, one for each count."""
+    """Self-rewarding stages, one for each count of pairs. prompts: as in paper_recipe."""
     if not isinstance(prompts, tuple):
         prompts = (prompts,) * len(counts)
     if len(prompts) != len(counts):
@@ -206,15 +212,15 @@ def _rounds(
         )
     stages: list[FinetuneConfig] = []
     for place, (dataset, count) in enumerate(zip(prompts, counts, strict=True)):
-        own = {"prompt_dataset": dataset, "num_generated_preference_pairs": count}
+        of_round = {"prompt_dataset": dataset, "num_generated_preference_pairs": count}
         if names is not None:
-            own["name"] = names[place]
-        stages.append(kind(**_over(own, settings)))
+            of_round["name"] = names[place]
+        stages.append(kind(**_merged(of_round, settings)))
     return stages
 
 
-def _a_round(counts: Sequence[int], rounds: int) -> tuple[int, ...]:
-    """A count for each round, the last one for all that have none."""
+def _counts_by_round(counts: Sequence[int], rounds: int) -> tuple[int, ...]:
+    """A count for each round; the last one for all further rounds."""
     if not counts:
         raise ConfigError("num_generated_preference_pairs is empty; give at least one number.")
     return tuple(counts[min(i, len(counts) - 1)] for i in range(rounds))
@@ -232,17 +238,18 @@ def _optim(
     )
 
 
-def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over `defaults`; of settings within settings, only what is given changes."""
+def _merged(defaults: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `defaults`; of nested settings only those that `changes` names change."""
     merged = dict(defaults)
-    for name, value in given.items():
-        own = merged.get(name)
-        if isinstance(own, Config) and isinstance(value, Mapping | Config):
-            changes = value if isinstance(value, Mapping) else _given(value)
-            value = type(own)(**{**_given(own), **changes})
+    for name, value in changes.items():
+        default = merged.get(name)
+        if isinstance(default, Config) and isinstance(value, Mapping | Config):
+            nested = value if isinstance(value, Mapping) else _set_fields(value)
+            value = type(default)(**{**_set_fields(default), **nested})
         merged[name] = value
     return merged
 
 
-def _given(config: Config) -> dict[str, Any]:
+def _set_fields(config: Config) -> dict[str, Any]:
+    """The settings that whoever made a configuration named."""
     return {name: getattr(config, name) for name in config.model_fields_set}

@@ -1,4 +1,4 @@
-"""What may stand in a recipe, with defaults and words. Knows nothing of files."""
+"""The settings of a recipe, with defaults and words. Knows nothing of files."""
 
 import re
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from self_rewarding_lm.models.loading import dtype_of
 from self_rewarding_lm.stages.kinds import STAGES
 
 RUBRICS = {"paper": PAPER_REWARD_CONFIG, "short": DEFAULT_REWARD_CONFIG}
+"""The library's own judge's prompts, by their name in a recipe."""
 
 
 STAGE_KINDS = {stage.folder_name: stage for stage in STAGES}
@@ -40,7 +41,7 @@ class LoraSettings(Config):
 
 
 class RecipeSettings(Config):
-    """What stands at the top of a recipe."""
+    """The settings at the top of a recipe."""
 
     model: str
     """M0: a folder that save_pretrained wrote, a name on the hub, a .gguf file, or

@@ -1,6 +1,6 @@
-"""The recipe that documents itself: every setting with its default and its words, as YAML.
+"""The recipe with every setting, its default and its words, as YAML text.
 
-The text is made from the classes and functions that read it, so it cannot fall behind them.
+It is made from the classes and functions whose settings it names, so it cannot fall behind them.
 """
 
 import re
@@ -14,7 +14,13 @@ from self_rewarding_lm.config import Config, SelfInstruct
 from self_rewarding_lm.data.oasst import open_assistant
 from self_rewarding_lm.describe import REQUIRED, Setting, settings_of
 from self_rewarding_lm.recipes.paper import paper_recipe
-from self_rewarding_lm.recipes.settings import RUBRICS, STAGE_KINDS, RecipeSettings, RubricSettings
+from self_rewarding_lm.recipes.settings import (
+    NESTED,
+    RUBRICS,
+    STAGE_KINDS,
+    RecipeSettings,
+    RubricSettings,
+)
 
 WIDTH = 100
 
@@ -54,7 +60,7 @@ EXAMPLES = {
     "ranked_dataset": "{open_assistant: trees.jsonl, part: eft_train}",
     "reward_model": "my_rewards:score",
 }
-"""What stands for a setting that must be given, or that the example gives; else it is `...`."""
+"""Values of settings that are required, and of some others; a required one without is `...`."""
 
 
 LINES_IN_WORDS = "[first, behind the last]: lines of the file, counted from 0, such as [0, 70]."
@@ -64,19 +70,22 @@ STAGES_MARK = "In place of `paper`: stages of your own"
 
 
 def recipe_text() -> str:
-    """A recipe with every setting: those that must be given, the others behind a mark."""
+    """A recipe with every setting: a few with values, the others behind a mark."""
     lines = [*_words(0, HEAD), ""]
-    nested = ("paper", "stages", "reward_prompts")
     top = {setting.name: setting for setting in settings_of(RecipeSettings)}
+
+    # 1. the settings with values: the model, the folder, the paper's data
     for name in ("model", "out"):
-        lines += [*_given(0, top[name]), ""]
+        lines += [*_with_example(0, top[name]), ""]
     lines += [*_words(0, top["paper"].words), "paper:"]
     settings = settings_of(paper_recipe)
     for setting in sorted(settings, key=lambda s: s.name not in ("ift", "ranked", "prompts")):
-        known = setting.name in ("ift", "ranked", "prompts")
-        lines += _given(1, setting) if known else _commented(1, setting)
+        is_data = setting.name in ("ift", "ranked", "prompts")
+        lines += _with_example(1, setting) if is_data else _commented(1, setting)
+
+    # 2. all others, behind marks
     for setting in top.values():
-        if setting.name not in ("model", "out", *nested):
+        if setting.name not in ("model", "out", *NESTED):
             lines += ["", *_commented(0, setting)]
     lines += ["", *_rewards(top["reward_prompts"]), "", *_dataset_words()]
     lines += ["", *_stages()]
@@ -84,30 +93,32 @@ def recipe_text() -> str:
 
 
 def _rewards(setting: Setting) -> Iterator[str]:
+    """The settings of a judge's prompt, with the values of the paper's rubric."""
     yield from _words(0, setting.words)
     yield from ("# reward_prompts:", "#   default:")
     base = RUBRICS["paper"]
     for inner in settings_of(RubricSettings):
         if inner.name == "prompt_template":
-            told = "Given, it takes the place of a rubric, and all that it needs is said with it."
-            yield from _words(0, f"prompt_template: {inner.words} {told}", inset=4)
+            whole = "Given, it takes the place of a rubric, and all that it needs is said with it."
+            yield from _words(0, f"prompt_template: {inner.words} {whole}", inset=4)
         else:
             value = getattr(base, inner.name, inner.default)
             yield from _commented(0, inner, depth=2, value=value)
 
 
 def _dataset_words() -> Iterator[str]:
+    """The settings of datasets that are made: Open Assistant's rows, new prompts."""
     for name, owner in (("open_assistant", open_assistant), ("self_instruct", SelfInstruct)):
         yield from _words(0, f"Further settings of {name}:")
         for setting in settings_of(owner):
             default = "" if setting.default is REQUIRED else f"{_yaml(setting.default)}  "
             words = LINES_IN_WORDS if setting.name == "trees" else _all_words(setting)
-            if setting.name != "path":  # said by the key itself
+            if setting.name != "path":  # the value of the key open_assistant
                 yield from _words(0, f"{setting.name}: {default}{words}", inset=2)
 
 
 def _stages() -> Iterator[str]:
-    """The kinds of stages as a list behind marks; a setting that comes again is only named."""
+    """All stages as a list behind marks; a setting that an earlier one has too is only named."""
     yield from _words(
         0,
         f"{STAGES_MARK}, one after the other; a stage may also be package.module:Class. Each kind "
@@ -118,19 +129,20 @@ def _stages() -> Iterator[str]:
     for kind, cls in STAGE_KINDS.items():
         yield from _words(0, (cls.__doc__ or "").split("\n\n")[0], inset=2)
         yield f"#   - stage: {kind}"
-        again = []
+        repeated = []
         for setting in settings_of(cls):
             key = (setting.name, _yaml(setting.default), setting.words)
             if setting.default is REQUIRED or key not in seen:
                 yield from _commented(0, setting, depth=2)
             else:
-                again.append(setting.name)
+                repeated.append(setting.name)
             seen.add(key)
-        if again:
-            yield from _words(0, f"also, as above: {', '.join(again)}", inset=4)
+        if repeated:
+            yield from _words(0, f"also, as above: {', '.join(repeated)}", inset=4)
 
 
-def _given(base: int, setting: Setting) -> Iterator[str]:
+def _with_example(base: int, setting: Setting) -> Iterator[str]:
+    """A setting with its value of EXAMPLES."""
     yield from _words(base, _all_words(setting))
     yield f"{'  ' * base}{setting.name}: {EXAMPLES[setting.name]}"
 
@@ -138,7 +150,10 @@ def _given(base: int, setting: Setting) -> Iterator[str]:
 def _commented(
     base: int, setting: Setting, *, depth: int = 0, value: Any = REQUIRED
 ) -> Iterator[str]:
-    """A setting behind a mark. base: where the mark stands; depth: how far behind it."""
+    """A setting behind a mark, at `value` or its default.
+
+    base: levels of YAML before the mark; depth: levels behind it.
+    """
     inset = 2 * depth
     mark = f"{'  ' * base}# {' ' * inset}"
     value = setting.default if value is REQUIRED else value
@@ -149,8 +164,8 @@ def _commented(
     if isinstance(value, Config):
         yield f"{mark}{setting.name}:"
         for inner in settings_of(type(value)):
-            own = getattr(value, inner.name)
-            yield from _commented(base, inner, depth=depth + 1, value=own)
+            inner_value = getattr(value, inner.name)
+            yield from _commented(base, inner, depth=depth + 1, value=inner_value)
         return
     text = EXAMPLES.get(setting.name, "...") if value is REQUIRED else _yaml(value)
     yield f"{mark}{setting.name}: {text}"
@@ -170,6 +185,7 @@ def _words(base: int, text: str, *, inset: int = 0) -> list[str]:
 
 
 def _all_words(setting: Setting) -> str:
+    """A setting's words, and the values that it takes if they are few."""
     allowed = ", ".join(map(str, setting.allowed))
     return f"{setting.words} One of: {allowed}.".strip() if allowed else setting.words
 

@@ -1,8 +1,8 @@
 """YAML text as values that know where they stand.
 
-Knows nothing of recipes. Words and numbers are read as YAML 1.2 does: `true` and `false` are the
-only booleans (`no`, `on` are words), `1e-6` is a number, `010` and `1:30` are none of the octal and
-base-60 numbers that older readers make of them, dates are words.
+Knows nothing of recipes. Words and numbers are those of YAML 1.2: `true` and `false` are the only
+booleans (`no` and `on` are words), `1e-6` is a number; `010`, `1:30` and dates are words, of which
+YAML 1.1 makes octal numbers, numbers to the base 60 and dates.
 """
 
 import re
@@ -23,10 +23,10 @@ _NUMBER_STARTS = list("-+0123456789.")
 
 @dataclass(frozen=True)
 class Node:
-    """A value and its place. value: a scalar, a dict of Nodes by str, or a list of Nodes.
+    """A value and its place.
 
-    place: words that name it in an error, "recipe.yaml, line 3". folder: where a relative path in
-    it starts.
+    value: a scalar, a dict of Nodes by str, or a list of Nodes. place: words that name it in an
+    error, such as "recipe.yaml, line 3". folder: where a relative path in the value starts.
     """
 
     value: Any
@@ -47,7 +47,7 @@ class Node:
         return self.value
 
     def at(self, path: tuple[Any, ...]) -> "Node":
-        """The node at a path of keys and places, or the nearest above it that there is."""
+        """The node at a path of keys and places; if there is none, the nearest one above it."""
         if not path:
             return self
         key, rest = path[0], path[1:]
@@ -58,7 +58,7 @@ class Node:
         return self
 
     def replaced(self, changes: Mapping[tuple[str, ...], "Node"]) -> "Node":
-        """The same with other nodes at some paths of keys."""
+        """This node with other nodes at some paths of keys."""
         node = self
         for path, new in changes.items():
             node = _replaced(node, path, new)
@@ -68,7 +68,7 @@ class Node:
 def read_yaml(path: Path) -> Node:
     """The nodes of a YAML file; relative paths in it start at its folder.
 
-    Raises ConfigError, with the line, where it is no YAML or has a key twice.
+    Raises ConfigError, with the line, if the text is no YAML or has a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -78,23 +78,23 @@ def read_yaml(path: Path) -> Node:
 
 
 def parse_yaml(text: str, source: str, folder: Path, *, lines: bool = True) -> Node:
-    """The nodes of a YAML text. source: its name; with `lines`, places tell the line too."""
+    """The nodes of a YAML text. source: its name, to which `place` adds the line if `lines`."""
 
     def place(mark: Any) -> str:
         return f"{source}, line {mark.line + 1}" if lines and mark is not None else source
 
     try:
-        found = yaml.compose(text, Loader=_Loader)
+        top = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         words = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise ConfigError(f"{place(mark)}: this is no YAML: {words}.") from error
     except RecursionError as error:
         raise _too_deep(source) from error
-    if found is None:
+    if top is None:
         raise ConfigError(f"{source} is empty.")
     try:
-        return _node(found, place, folder, frozenset())
+        return _node(top, place, folder, frozenset())
     except RecursionError as error:
         raise _too_deep(source) from error
 
@@ -126,28 +126,29 @@ for _tag, _pattern, _starts in (
     )
 
 
-def _node(found: yaml.Node, place: Any, folder: Path, above: frozenset[int]) -> Node:
-    where = place(found.start_mark)
-    if id(found) in above:
+def _node(read: yaml.Node, place: Any, folder: Path, above: frozenset[int]) -> Node:
+    """The Node of what PyYAML read. above: ids of the nodes that it stands in."""
+    where = place(read.start_mark)
+    if id(read) in above:
         raise ConfigError(f"{where}: an alias stands within what it names.")
-    above |= {id(found)}
-    if isinstance(found, yaml.MappingNode):
-        return Node(_mapping(found, place, folder, above), where, folder)
-    if isinstance(found, yaml.SequenceNode):
-        return Node([_node(item, place, folder, above) for item in found.value], where, folder)
+    above |= {id(read)}
+    if isinstance(read, yaml.MappingNode):
+        return Node(_mapping(read, place, folder, above), where, folder)
+    if isinstance(read, yaml.SequenceNode):
+        return Node([_node(item, place, folder, above) for item in read.value], where, folder)
     try:
-        value = _Loader("").construct_object(found)
+        value = _Loader("").construct_object(read)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # "!!bool maybe"
         words = getattr(error, "problem", None) or error
-        raise ConfigError(f"{where}: {found.value!r} cannot be read: {words}.") from error
+        raise ConfigError(f"{where}: {read.value!r} cannot be read: {words}.") from error
     return Node(value, where, folder)
 
 
 def _mapping(
-    found: yaml.MappingNode, place: Any, folder: Path, above: frozenset[int]
+    read: yaml.MappingNode, place: Any, folder: Path, above: frozenset[int]
 ) -> dict[str, Node]:
     values: dict[str, Node] = {}
-    for key, child in found.value:
+    for key, child in read.value:
         where = place(key.start_mark)
         name = key.value if isinstance(key, yaml.ScalarNode) else None
         if name is None:
@@ -157,12 +158,12 @@ def _mapping(
                 f"{where}: the key {name!r} is there twice (also {values[name].place})."
             )
         node = _node(child, place, folder, above)
-        values[name] = Node(node.value, where, folder)  # an error is looked for at its key
+        values[name] = Node(node.value, where, folder)  # errors name the line of the key
     return _merged(values.pop(MERGE), values) if MERGE in values else values
 
 
 def _merged(sources: Node, values: dict[str, Node]) -> dict[str, Node]:
-    """`<<`: the keys of one mapping or several, under those that the mapping has itself."""
+    """The items of a mapping with `<<`: its own come before those of the mappings it takes."""
     parts = sources.value if isinstance(sources.value, list) else [sources]
     if not all(isinstance(part.value, dict) for part in parts):
         raise ConfigError(f"{sources.place}: {MERGE} takes a mapping, such as *an_alias.")
@@ -171,6 +172,7 @@ def _merged(sources: Node, values: dict[str, Node]) -> dict[str, Node]:
 
 
 def _replaced(node: Node, path: tuple[str, ...], new: Node) -> Node:
+    """`node` with `new` at a path; mappings that are missing on the way are made."""
     key, rest = path[0], path[1:]
     values = dict(node.value) if isinstance(node.value, dict) else {}
     if rest:
