@@ -350,7 +350,7 @@ def test_texts_without_control_tokens_have_the_ids_of_transformers(kind):
                 talk, chat_template=tokens.template, tokenize=False, add_generation_prompt=True
             )
         whole = tuple(tokens.source.encode(rendered, add_special_tokens=False))
-        assert ids in (whole, (*tokens.tokenizer.lead, *whole))
+        assert ids in (whole, (*tokens.tokenizer.begin_ids, *whole))
 
 
 def test_of_a_raw_text_control_tokens_count_where_the_template_has_them_and_not_in_data():
@@ -371,7 +371,7 @@ def test_a_control_token_that_begins_in_the_template_and_ends_in_data_is_data():
     controls = Controls(["</s>", "<s>"])
     text = fill([("<s> <", False), ("/s>", True), (" </s>", False), ("<s", True), (">", False)])
     assert text == "<s> </s> </s><s>"
-    mask = controls.masks([text])
+    mask = controls.mask_for([text])
     assert mask.pieces(mask.hide_data(text)) == [
         *[("<s> ", False), ("</s>", True), (" </s>", False), ("<s>", True)]
     ]
@@ -379,11 +379,11 @@ def test_a_control_token_that_begins_in_the_template_and_ends_in_data_is_data():
 
 def test_pieces_are_as_few_as_can_be_and_give_the_text_again():
     controls = Controls(["<s>", "</s>", "</s></s>"])
-    mask = controls.masks(["a<s>b</s>c"])
+    mask = controls.mask_for(["a<s>b</s>c"])
     masked = f"<s>{mask.hide('a<s>b</s>c')}</s>"
     assert mask.pieces(masked) == [("<s>a", False), ("<s>b</s>", True), ("c</s>", False)]
     assert controls.spans("</s></s></s>") == [(0, 8), (8, 12)]  # the longest first
-    assert controls.masks(["a", "b"]) is None and Controls().masks(["<s>"]) is None
+    assert controls.mask_for(["a", "b"]) is None and Controls().mask_for(["<s>"]) is None
 
 
 def test_examples_of_a_list_are_data_and_its_header_is_not():

@@ -1,7 +1,7 @@
-"""Chat templates: messages to the one text that a model reads.
+"""Chat templates: they turn messages into the one text that a model reads.
 
-One function renders for generation, judging and training alike. A template is the tokenizer's own,
-one of the names here, or jinja text. Knows nothing of ids.
+The same function renders for generation, judging and training. A template is the tokenizer's own,
+one of those named here, or jinja text. Knows nothing of ids.
 """
 
 import json
@@ -68,19 +68,20 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     ),
 }
-"""By name. `plain` is for base models: words for the roles, the end token behind answers."""
+"""By name. `plain` is for base models: it writes the roles as words and ends answers by the end
+token."""
 
 
 def messages_of(value: Any, where: str) -> Messages:
-    """A prompt's messages, checked: a text is one user message.
+    """A prompt's messages, checked; a text becomes one message of the user.
 
-    Raises DataError where a message has no role or no text.
+    Raises DataError for anything else, and if a message has no role or no text.
     """
     if isinstance(value, str):
         return ({"role": "user", "content": str(value)},)
     if not isinstance(value, Sequence) or not value:
         raise DataError(f"{where}: messages are a list of at least one; got {str(value)[:80]}.")
-    return tuple(_message(item, where) for item in value)
+    return tuple(_checked_message(item, where) for item in value)
 
 
 def is_messages(value: Any) -> bool:
@@ -94,7 +95,7 @@ def is_messages(value: Any) -> bool:
 
 
 def transcript(messages: Sequence[Message]) -> str:
-    """Messages as a text for people and judges; a single user message is its own text."""
+    """Messages as one text for people and judges; of a single user message its own text."""
     if len(messages) == 1 and messages[0]["role"] == "user":
         return messages[0]["content"]
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
@@ -110,7 +111,7 @@ def renderer(
     """The function that renders messages.
 
     template: a name of TEMPLATES or jinja text; None takes the tokenizer's own, and the plain one
-    where it has none. A Hugging Face tokenizer renders itself; `bos_token` and `eos_token` are for
+    if it has none. A Hugging Face tokenizer renders by itself; `bos_token` and `eos_token` are for
     others. Raises ConfigError for an unknown name or a template that is no jinja.
     """
     text = template_text(template)
@@ -128,11 +129,11 @@ def renderer(
                 chat_template=text,
             )
 
-        return _explained(apply)
+        return _with_data_errors(apply)
     assert text is not None
     compiled = _compiled(text)
     tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
-    return _explained(
+    return _with_data_errors(
         lambda messages, add_generation_prompt: compiled.render(
             messages=messages, add_generation_prompt=add_generation_prompt, **tokens
         )
@@ -140,7 +141,10 @@ def renderer(
 
 
 def template_text(template: str | None) -> str | None:
-    """The jinja text of a name or of itself; None for None."""
+    """The jinja text of a template that is a name or jinja text; None for None.
+
+    Raises ConfigError for an unknown name.
+    """
     if template is None or template in TEMPLATES:
         return None if template is None else TEMPLATES[template]
     if "{" not in template:
@@ -151,22 +155,27 @@ def template_text(template: str | None) -> str | None:
     return template
 
 
-def _explained(render: Render) -> Render:
-    def explained(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def _with_data_errors(render: Render) -> Render:
+    """The same function, whose errors are DataErrors that name the roles."""
+
+    def checked_render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return render(messages, add_generation_prompt)
-        except Exception as error:  # by its own words, or because it adds a text to a number
+        except Exception as error:  # the template's own, or of its code: a text plus a number
             roles = ", ".join(str(m["role"]) for m in messages)
-            said = str(error) if isinstance(error, TemplateError) else repr(error)
+            reason = str(error) if isinstance(error, TemplateError) else repr(error)
             raise DataError(
-                f"the chat template refuses messages with the roles {roles}: {said}"
+                f"the chat template refuses messages with the roles {roles}: {reason}"
             ) from error
 
-    return explained
+    return checked_render
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote, in templates of transformers: no text."""
+    """Reads `{% generation %}`, with which templates of transformers mark an assistant's text.
+
+    It renders as if the mark were not there.
+    """
 
     tags: ClassVar[set[str]] = {"generation"}
 
@@ -181,7 +190,7 @@ def _compiled(text: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = _raise_template_error
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(text)
@@ -190,15 +199,15 @@ def _compiled(text: str) -> Template:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """jinja's own filter writes characters such as < as escapes, for web pages."""
+    """JSON as it is: jinja's own filter escapes characters such as <, for web pages."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_template_error(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _message(item: Any, where: str) -> Message:
+def _checked_message(item: Any, where: str) -> Message:
     role = item.get("role") if isinstance(item, Mapping) else None
     content = item.get("content") if isinstance(item, Mapping) else None
     if not isinstance(role, str) or not isinstance(content, str):

@@ -1,7 +1,7 @@
 """Control tokens, and which characters of a text come from data.
 
-A control token gives a prompt its structure, such as <|im_end|>. Where a user or a model wrote its
-text, it is a text like any other. Knows texts alone: no ids, no tokenizer, no template.
+A control token, such as <|im_end|>, gives a prompt its structure. If a user or a model wrote its
+text, it is a text like any other. Knows only texts: no ids, no tokenizer, no template.
 """
 
 import re
@@ -15,13 +15,13 @@ Span = tuple[int, int]
 
 
 Piece = tuple[str, bool]
-"""A part of a text, and whether control tokens count as plain text in it."""
+"""A part of a text, and whether control tokens are plain text in it."""
 
 
 class Filled(str):
-    """A text that was put together, which knows the spans that come from data.
+    """A text that was put together from parts, and the spans of those that come from data.
 
-    It is a str in all else. Strings that are made of it know no spans.
+    Otherwise it is a str. Strings that are made from it have no spans.
     """
 
     spans: tuple[Span, ...] = ()
@@ -41,7 +41,7 @@ def fill(parts: Iterable[Piece]) -> Filled:
 
 
 def from_data(text: str) -> Filled:
-    """A text that comes from data as a whole, such as one that a model wrote."""
+    """A text all of which comes from data, such as one that a model wrote."""
     return fill([(text, True)])
 
 
@@ -49,74 +49,75 @@ class Controls:
     """The texts of a tokenizer's control tokens."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        known = sorted({text for text in texts if text}, key=lambda text: (-len(text), text))
-        self.texts = tuple(known)
-        self._pattern = re.compile("|".join(map(re.escape, known)) or r"(?!)")
+        unique = {text for text in texts if text}
+        self.texts = tuple(sorted(unique, key=lambda text: (-len(text), text)))  # longest first
+        self._pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
 
     def spans(self, text: str) -> list[Span]:
         """Where they stand in a text; of several at one place the longest, as tokenizers do."""
-        return [found.span() for found in self._pattern.finditer(text)]
+        return [match.span() for match in self._pattern.finditer(text)]
 
-    def masks(self, texts: Iterable[str]) -> "Mask | None":
-        """What hides them in these texts; None where there are none to hide."""
+    def mask_for(self, texts: Iterable[str]) -> "Mask | None":
+        """A mask that hides them in these texts; None if they hold none."""
         texts = list(texts)
-        found = {t[start:end] for t in texts for start, end in self.spans(t)}
-        return Mask(self, found, texts) if found else None
+        written = {text[start:end] for text in texts for start, end in self.spans(text)}
+        return Mask(self, written, texts) if written else None
 
 
 class Mask:
     """Private characters in place of control tokens' texts.
 
-    A template that is rendered with hidden texts tells which of the control tokens in its rendering
-    are its own. found: the texts to be hidden. texts: those in which no such character may stand.
+    When a template is rendered with masked messages, the control tokens that stand in the rendering
+    are the template's own. written: the texts to hide. texts: those to hide them in, none of whose
+    characters may serve as a mark.
     """
 
-    def __init__(self, controls: Controls, found: Iterable[str], texts: Iterable[str]) -> None:
+    def __init__(self, controls: Controls, written: Iterable[str], texts: Iterable[str]) -> None:
         self.controls = controls
-        taken = {c for text in texts for c in set(text) if ord(c) >= FIRST_MARK}
-        free = (chr(i) for i in range(FIRST_MARK, 0x10FFFF) if chr(i) not in taken)
-        self._marks = dict(zip(sorted(found), free, strict=False))
+        used = {c for text in texts for c in set(text) if ord(c) >= FIRST_MARK}
+        free = (chr(i) for i in range(FIRST_MARK, 0x10FFFF) if chr(i) not in used)
+        self._marks = dict(zip(sorted(written), free, strict=False))
         self._texts = {mark: text for text, mark in self._marks.items()}
 
     def hide(self, text: str) -> str:
         """A text with all its control tokens hidden."""
-        return self._hidden(text, self.controls.spans(text))
+        return self._hide_spans(text, self.controls.spans(text))
 
     def hide_data(self, text: Filled) -> str:
-        """A text with those hidden of which a character comes from data."""
-        hidden, spans = [], iter([*text.spans, (len(text), len(text))])
-        span = next(spans)
+        """A text with those control tokens hidden that come from data, if only in part."""
+        hidden, data_spans = [], iter([*text.spans, (len(text), len(text))])
+        data_start, data_end = next(data_spans)
         for start, end in self.controls.spans(text):
-            while span[1] <= start and span[0] < len(text):
-                span = next(spans)
-            if span[0] < end and span[1] > start:
+            while data_end <= start and data_start < len(text):
+                data_start, data_end = next(data_spans)
+            if data_start < end and data_end > start:
                 hidden.append((start, end))
-        return self._hidden(text, hidden)
+        return self._hide_spans(text, hidden)
 
     def pieces(self, masked: str) -> list[Piece]:
-        """The text again, in pieces that are encoded one by one.
+        """The text as it was before `hide`, in pieces that are encoded one by one.
 
-        What was hidden is plain, and so is what lies between two such places without a control
-        token of its own.
+        What was hidden is plain. What lies between two such places is plain too, unless it has a
+        control token of its own.
         """
-        parts = self._split.split(masked)
-        found: list[tuple[list[str], bool]] = []
+        parts = self._mark_pattern.split(masked)  # marks stand at odd places
+        pieces: list[tuple[list[str], bool]] = []  # texts to join, and whether they are plain
         for place, part in enumerate(parts):
             is_hidden = place % 2 == 1
-            between = 0 < place < len(parts) - 1 and not self.controls.spans(part)
+            is_between = 0 < place < len(parts) - 1 and not self.controls.spans(part)
             if is_hidden:
                 part = "".join(self._texts[mark] for mark in part)
-            if found and found[-1][1] and (is_hidden or between):
-                found[-1][0].append(part)
+            if pieces and pieces[-1][1] and (is_hidden or is_between):
+                pieces[-1][0].append(part)
             elif part:
-                found.append(([part], is_hidden))
-        return [("".join(texts), plain) for texts, plain in found]
+                pieces.append(([part], is_hidden))
+        return [("".join(texts), is_plain) for texts, is_plain in pieces]
 
     @cached_property
-    def _split(self) -> re.Pattern[str]:
+    def _mark_pattern(self) -> re.Pattern[str]:
         return re.compile(f"([{''.join(self._texts)}]+)")
 
-    def _hidden(self, text: str, spans: Iterable[Span]) -> str:
+    def _hide_spans(self, text: str, spans: Iterable[Span]) -> str:
         parts, last = [], 0
         for start, end in spans:
             parts += [text[last:start], self._marks[text[start:end]]]

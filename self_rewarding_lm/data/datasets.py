@@ -1,11 +1,11 @@
-"""Rows in: what counts as a dataset, opened for a stage.
+"""Datasets: what counts as one, and how a stage opens it.
 
 A dataset is a torch Dataset or `datasets.Dataset` (or anything with `len` and `[i]`), a list, an
 iterable, a .jsonl, .json (both also .gz) or .parquet file, `from_stage(...)`, or a list of those,
 which stands for them one after the other. Rows of a .jsonl file and of an earlier stage are read
-when they are needed. Iterables are read once, into memory, and the rows that a stage used are
-stored by it; an endless one is not supported. Rows are checked as they are read; a DataError names
-the dataset or file, the row or line, and what is wrong. What a row may look like is in `rows`.
+when they are needed. Iterables are read once, into memory, and may not be endless. Rows are checked
+as they are read: a DataError names the dataset or file, the row or line, and what is wrong. What a
+row may look like is in `rows`.
 """
 
 import logging
@@ -38,18 +38,18 @@ logger = logging.getLogger(__name__)
 OnBadRow = Literal["raise", "skip"]
 
 
-PREVIEWED_ROWS = 10_000  # of lists and files, checked before the first stage begins
+PREVIEWED_ROWS = 10_000  # rows of lists and files that are checked before the first stage begins
 
 
-SHOWN_REASONS = 3  # of rows that were left out
+SHOWN_REASONS = 3  # reasons in a warning of rows that were left out
 
 
 ROWS = (str, Mapping, tuple, PreferencePair, Demonstration, RankedReplies)
-"""Types of rows by which a list within a list is known to be a dataset."""
+"""A list within a list is a dataset if it begins with one of these."""
 
 
 def create_mock_dataset(length: int, output: Any) -> Dataset:
-    """A dataset of `length` rows: each is `output()` where that is a function, else `output`."""
+    """A dataset of `length` rows: each is `output()` if that is a function, else `output`."""
 
     class MockDataset(Dataset):
         def __len__(self) -> int:
@@ -75,14 +75,15 @@ class Indexed(Protocol):
 class Rows:
     """A dataset opened for one stage: each row is read once.
 
-    resolve: the records of an earlier stage. Raises DataError where `dataset` is none.
+    name: the dataset's, for errors. resolve: returns the records of an earlier stage. Raises
+    DataError if `dataset` is no dataset.
     """
 
     def __init__(self, dataset: Any, name: str, resolve: Callable[[FromStage], Sequence]) -> None:
         self.name = name
         self._resolve = resolve
         self._parts: list[Indexed] | None = None
-        self._first: list[Any] = []
+        self._first: list[Any] = []  # the first row, between `peek` and `read`
         self._datasets = dataset if is_concatenation(dataset) else [dataset]
         for part in self._datasets:
             _check_dataset(part, name)
@@ -91,21 +92,21 @@ class Rows:
         return sum(map(len, self._opened()))
 
     def read(self, index: int) -> Any:
-        """The row at `index`, as the dataset gives it; DataError for a line that is no JSON."""
+        """The row at `index`, as it is in the dataset. Raises DataError if a line is no JSON."""
         if index == 0 and self._first:
             return self._first.pop()
-        part, place = self._located(index)
+        part, place = self._locate(index)
         row = self._opened()[part][place]
         if isinstance(row, UnreadableLine):
             raise DataError(f"{self.where(index)}, is no JSON: {row.reason}")
         return row
 
     def preview(self) -> Iterator[int]:
-        """Places of rows that can be looked at before the run, by `peek`.
+        """Places of rows that `peek` can look at before the run.
 
-        Of lists, files and `datasets.Dataset` all (up to PREVIEWED_ROWS, and every line that is no
-        JSON); of other datasets, whose rows may be read once only, the first; none that an earlier
-        stage will make. Raises DataError for an empty dataset.
+        Of lists, files and `datasets.Dataset`: up to PREVIEWED_ROWS, and every line that is no
+        JSON. Of other datasets, whose rows may be read only once: the first. Of an earlier stage's
+        records: none. Raises DataError for an empty dataset.
         """
         if any(isinstance(part, FromStage) for part in self._datasets):
             return
@@ -123,7 +124,7 @@ class Rows:
             start += len(part)
 
     def peek(self, index: int) -> Any:
-        """A row that `preview` named; `read` gives the same one afterwards."""
+        """A row that `preview` named; `read` returns the same one afterwards."""
         if self._is_repeatable():
             return self.read(index)
         if not self._first:
@@ -131,13 +132,13 @@ class Rows:
         return self._first[0]
 
     def forget_stages(self) -> None:
-        """Read the rows of earlier stages anew: those stages may have run again."""
+        """Read the rows of earlier stages anew, since those stages may have run again."""
         if any(isinstance(part, FromStage) for part in self._datasets):
             self._parts = None
 
     def where(self, index: int) -> str:
-        """Words that name a row in an error: its file and line, or its dataset and number."""
-        part, place = self._located(index)
+        """Names a row in an error: its file and line, or its dataset and number."""
+        part, place = self._locate(index)
         dataset = self._datasets[part]
         if isinstance(dataset, str | Path):
             return place_in(dataset, place)
@@ -146,8 +147,8 @@ class Rows:
         source = f" (from_stage({dataset.stage!r}))" if isinstance(dataset, FromStage) else ""
         return f"{self.name}, part {part}{source}, row {place}"
 
-    def _located(self, index: int) -> tuple[int, int]:
-        """The part that holds a row, and the row's place in it."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The number of the part that holds a row, and the row's place in it."""
         place = index
         for number, part in enumerate(self._opened()):
             if 0 <= place < len(part):
@@ -156,8 +157,11 @@ class Rows:
         raise IndexError(index)
 
     def _is_repeatable(self) -> bool:
-        """Whether every row is known to be the same each time it is read."""
-        return all(isinstance(part, list | FileRows) or _is_fixed(part) for part in self._opened())
+        """Whether each row is known to be the same whenever it is read."""
+        return all(
+            isinstance(part, list | FileRows) or _is_plain_hugging_face(part)
+            for part in self._opened()
+        )
 
     def _opened(self) -> list[Indexed]:
         if self._parts is None:
@@ -174,17 +178,22 @@ class Rows:
 
 
 class BadRows:
-    """Rows that cannot be used: an error at the first, or left out and counted."""
+    """Rows that cannot be used: the first is an error, or they are left out and counted.
+
+    reasons: of the first few, each once.
+    """
 
     def __init__(self, on_bad_row: OnBadRow) -> None:
         self.on_bad_row: OnBadRow = on_bad_row
         self.count = 0
         self.reasons: list[str] = []
-        """Of the first few, each once."""
 
     @contextmanager
     def tolerated(self, where: str) -> Iterator[None]:
-        """A DataError or TokenizerError within goes on as it is, or is counted for the row."""
+        """With "skip", a DataError or TokenizerError within is counted in place of being raised.
+
+        where: names the row.
+        """
         try:
             yield
         except (DataError, TokenizerError) as error:
@@ -196,16 +205,19 @@ class BadRows:
                 self.reasons.append(reason)
 
     def together(self, parts: "Iterable[BadRows]") -> "BadRows":
-        """What all processes counted."""
-        every = BadRows(self.on_bad_row)
+        """The sum of what all processes counted."""
+        total = BadRows(self.on_bad_row)
         for part in parts:
-            every.count += part.count
-            every.reasons += [reason for reason in part.reasons if reason not in every.reasons]
-        every.reasons = every.reasons[:SHOWN_REASONS]
-        return every
+            total.count += part.count
+            total.reasons += [reason for reason in part.reasons if reason not in total.reasons]
+        total.reasons = total.reasons[:SHOWN_REASONS]
+        return total
 
     def report(self, name: str, total: int, *, warn: bool = True) -> None:
-        """One warning of the rows left out; DataError where these are all. total: rows in all."""
+        """Warn once of the rows left out. total: the number of all rows.
+
+        Raises DataError if none of the rows can be used.
+        """
         reasons = "\n".join(f"  {reason}" for reason in self.reasons)
         if 0 < total <= self.count:
             raise DataError(
@@ -224,26 +236,18 @@ class BadRows:
 def read_prompt(
     rows: Rows, index: int, prompt_id: str, tokens: Tokens, limit: int | None
 ) -> Prompt:
-    """The prompt at a row; DataError where it leaves no room for a response in `limit` tokens."""
+    """The prompt at a row, with the id `prompt_id`.
+
+    Raises DataError if the row is no prompt, or leaves no room for a response in `limit` tokens.
+    """
     where = rows.where(index)
-    found = prompt_of(rows.read(index), where, tokens)
-    check_prompt(found.ids, where, limit)
-    return Prompt(prompt_id, index, found.ids, found.text, found.columns, messages=found.messages)
-
-
-def read_prompt_texts(rows: Rows, tokens: Tokens, on_bad_row: OnBadRow) -> list[str]:
-    """The texts of all prompts, without bad rows where those are skipped."""
-    bad, texts = BadRows(on_bad_row), []
-    for index in range(len(rows)):
-        where = rows.where(index)
-        with bad.tolerated(where):
-            texts.append(prompt_of(rows.read(index), where, tokens).text or "")
-    bad.report(rows.name, len(rows))
-    return texts
+    row = prompt_of(rows.read(index), where, tokens)
+    check_prompt(row.ids, where, limit)
+    return Prompt(prompt_id, index, row.ids, row.text, row.columns, messages=row.messages)
 
 
 def _check_dataset(dataset: Any, name: str) -> None:
-    """Raise DataError where something cannot be read as a dataset."""
+    """Raise DataError if something cannot be read as a dataset."""
     kinds = (
         f"a torch Dataset, a datasets.Dataset, a list, an iterable, a {SUFFIXES_IN_WORDS} file or "
         "from_stage(...)"
@@ -252,12 +256,12 @@ def _check_dataset(dataset: Any, name: str) -> None:
         check_file(dataset, name)
     elif isinstance(dataset, Mapping):
         held = ", ".join(map(repr, list(dataset)[:10]))
-        told = (
+        problem = (
             f"has the splits {held}; give one of them, for example ...[{next(iter(dataset), '')!r}]"
             if _is_hugging_face(dataset)
             else f"is one row or a table with {held}; give a list of rows"
         )
-        raise DataError(f"{name}: a {type(dataset).__name__} {told}.")
+        raise DataError(f"{name}: a {type(dataset).__name__} {problem}.")
     elif isinstance(dataset, FromStage | Iterable):
         return
     elif not hasattr(dataset, "__getitem__"):
@@ -270,11 +274,12 @@ def _check_dataset(dataset: Any, name: str) -> None:
 
 
 def is_concatenation(dataset: Any) -> bool:
+    """Whether this is a list whose items are datasets, and not rows."""
     return isinstance(dataset, list) and bool(dataset) and all(map(_is_dataset, dataset))
 
 
 def _is_dataset(item: Any) -> bool:
-    """Whether an item of a list is a dataset itself: rows are texts, dicts, tuples and ids."""
+    """Whether an item of a list is a dataset, and not a row: a text, a dict, a tuple or ids."""
     if isinstance(item, str):
         return item.endswith(SUFFIXES) and not set(item) & set(" \n")
     if isinstance(item, list):
@@ -284,11 +289,11 @@ def _is_dataset(item: Any) -> bool:
 
 
 def _is_hugging_face(dataset: Any) -> bool:
-    """Whether this is of the package `datasets`: a dataset, or a dict of its splits."""
+    """Whether this comes from the package `datasets`: a dataset, or a dict of its splits."""
     return type(dataset).__module__.partition(".")[0] == "datasets"
 
 
-def _is_fixed(dataset: Any) -> bool:
-    """Whether this is a `datasets.Dataset` without a function over its rows."""
+def _is_plain_hugging_face(dataset: Any) -> bool:
+    """Whether this is a `datasets.Dataset` that no function transforms as it is read."""
     form = getattr(dataset, "format", None) if _is_hugging_face(dataset) else None
     return isinstance(form, Mapping) and form.get("type") != "custom"

@@ -1,7 +1,7 @@
 """Files of rows: JSON lines, JSON and parquet. Knows nothing of what a row may look like.
 
-Rows of a .jsonl file are read from disk when they are asked for; of a .jsonl.gz file the unpacked
-bytes are in memory, of a .parquet file its columns as Arrow holds them, of a .json file its rows.
+Rows of a .jsonl file are read from disk when they are asked for. In memory are the unpacked bytes
+of a .jsonl.gz file, a .parquet file's columns as Arrow holds them, and a .json file's rows.
 """
 
 import gzip
@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 1024  # of a parquet file that are Python objects
 
 @dataclass(frozen=True)
 class UnreadableLine:
-    """Stands in the place of a line that holds no JSON. reason: what is wrong with it."""
+    """Stands in place of a line that holds no JSON. reason: what is wrong with it."""
 
     reason: str
 
@@ -43,9 +43,9 @@ class FileRows(Lazy[Any]):
 
 
 class JsonLines(FileRows):
-    """The rows of a .jsonl file, each read from its line; an UnreadableLine where that is no JSON.
+    """The rows of a .jsonl file, each read from its line; an UnreadableLine if it is no JSON.
 
-    Raises DataError where the file was changed since it was opened.
+    Raises DataError if the file was changed since it was opened.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -58,13 +58,13 @@ class JsonLines(FileRows):
             if not line.isspace():
                 rows = len(self._starts)
         del self._starts[rows:]
-        self._stamp = self._stamped()
+        self._opened_as = self._file_state()
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def _at(self, place: int) -> Any:
-        if self._stamped() != self._stamp:
+        if self._file_state() != self._opened_as:
             raise DataError(
                 f"{self.name}: {self._lines.path} was changed while it was in use. Its rows are "
                 "read when they are needed; begin again with the file as it is now."
@@ -75,32 +75,33 @@ class JsonLines(FileRows):
         except (ValueError, RecursionError) as error:  # brackets within brackets without end
             return UnreadableLine(str(error))
 
-    def _stamped(self) -> tuple[int, int] | None:
+    def _file_state(self) -> tuple[int, int] | None:
+        """Size and time of the last change; None if the file is in memory."""
         if isinstance(self._lines.file, BytesIO):
             return None
-        found = os.fstat(self._lines.file.fileno())
-        return found.st_size, found.st_mtime_ns
+        status = os.fstat(self._lines.file.fileno())
+        return status.st_size, status.st_mtime_ns
 
 
 class ParquetRows(FileRows):
-    """The rows of a table of pyarrow, a few at a time as Python objects."""
+    """The rows of a pyarrow table, of which one block at a time is Python objects."""
 
     def __init__(self, table: "pyarrow.Table") -> None:
         self._table = table
-        self._first, self._some = 0, []
+        self._block_start, self._block = 0, []
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def _at(self, place: int) -> Any:
-        if not 0 <= place - self._first < len(self._some):
-            self._first = place - place % ROWS_AT_ONCE
-            self._some = self._table.slice(self._first, ROWS_AT_ONCE).to_pylist()
-        return self._some[place - self._first]
+        if not 0 <= place - self._block_start < len(self._block):
+            self._block_start = place - place % ROWS_AT_ONCE
+            self._block = self._table.slice(self._block_start, ROWS_AT_ONCE).to_pylist()
+        return self._block[place - self._block_start]
 
 
 def suffix_of(path: str | Path) -> str | None:
-    """The suffix of SUFFIXES that a file's name ends in; None where it ends in none."""
+    """The suffix of SUFFIXES in which a file's name ends; None if it ends in none."""
     return next((suffix for suffix in SUFFIXES if str(path).endswith(suffix)), None)
 
 
@@ -111,7 +112,7 @@ def place_in(path: str | Path, index: int) -> str:
 
 
 def check_file(path: str | Path, name: str) -> None:
-    """Raise DataError where a file cannot hold rows. name: the dataset, for the error."""
+    """Raise DataError if a path names no file of rows. name: the dataset, for the error."""
     if suffix_of(path) is None:
         raise DataError(f"{name}: a file must be {SUFFIXES_IN_WORDS}; got {str(path)!r}.")
     if not Path(path).is_file():
@@ -121,8 +122,8 @@ def check_file(path: str | Path, name: str) -> None:
 def read_rows(path: str | Path, name: str) -> Sequence[Any]:
     """All rows of a file, in their order; an UnreadableLine for each line that is no JSON.
 
-    A line of a .jsonl file is a row, so no line in the middle may be empty. A .json file holds one
-    list. Raises DataError where the file as a whole cannot be read, ConfigError where a parquet
+    Each line of a .jsonl file is a row, so that no line in the middle may be empty. A .json file
+    holds one list. Raises DataError if the file as a whole cannot be read, ConfigError if a parquet
     file is read without pyarrow.
     """
     check_file(path, name)

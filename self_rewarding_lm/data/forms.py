@@ -1,7 +1,7 @@
 """The forms of a row: which columns hold the prompt, the completion, the two responses.
 
-A form is known by its columns. Texts, ids and messages come out as they went in; knows nothing of
-tokenizers.
+A form is recognised by its columns. Texts, ids and messages come out as they went in. Knows nothing
+of tokenizers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt (text, ids or messages; None: there is none) and what follows it (text or ids)."""
+    """A prompt (text, ids or messages; None if there is none) and what follows it (text or ids)."""
 
     prompt: Any
     completion: Any
@@ -40,7 +40,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class PromptPart:
-    """A row's prompt, and the names of the columns that it was made of."""
+    """A row's prompt, and the names of the columns that it came from."""
 
     prompt: Any
     columns: tuple[str, ...] = ()
@@ -56,26 +56,27 @@ class Preference:
 
 
 def supervised_form(row: Row, where: str) -> Exchange:
-    """The prompt and the completion of a supervised row; DataError where it has no such form."""
+    """The prompt and the completion of a supervised row. Raises DataError for other rows."""
     accepted = "A supervised row is (ids, prompt_len), (ids, prompt_mask), "
     return form_of(row, SUPERVISED, where, accepted=accepted)(row, where)
 
 
 def prompt_form(row: Row, where: str) -> PromptPart:
-    """The prompt part of a row of any form; DataError where it has none."""
+    """The prompt of a row of any form. Raises DataError if it has none."""
     accepted = "A prompt row is a text, ids, a list of messages, "
     return form_of(row, PROMPTS, where, accepted=accepted)(row, where)
 
 
 def preference_form(row: Row, where: str) -> Preference:
-    """The prompt and the two responses of a row; DataError where it has no such form."""
+    """The prompt and the two responses of a preference row. Raises DataError for other rows."""
     return form_of(row, PREFERENCES, where, accepted="A preference row is ")(row, where)
 
 
 def form_of(row: Row, forms: Mapping[tuple[str, ...], Form], where: str, *, accepted: str) -> Form:
-    """The first form whose columns a row has; a column of None counts where none is found without.
+    """The first form whose columns a row has, preferring one whose columns are not None.
 
-    accepted: the words before the list of forms in the DataError that says what is missing.
+    accepted: the words before the list of forms in the DataError that says which columns are
+    missing.
     """
     filled = {name for name in row if row[name] is not None}
     for columns in (filled, set(row)):
@@ -91,25 +92,25 @@ def form_of(row: Row, forms: Mapping[tuple[str, ...], Form], where: str, *, acce
 
 
 def in_words(forms: Mapping[tuple[str, ...], Any]) -> str:
-    """The accepted forms by their columns, for an error or a help text."""
+    """The accepted forms, each by its columns, for an error or a help text."""
     words = ["{" + ", ".join(f'"{name}"' for name in names) + "}" for names in forms]
     return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def shape_of(row: Any) -> str:
-    """Words for what came in place of a row."""
+    """Words for an error about what came in place of a row."""
     if isinstance(row, Mapping):
         return f"a dict with {', '.join(map(repr, row)) or 'nothing'}"
     return f"{type(row).__name__} {str(row)[:60]!r}"
 
 
 def is_conversation(row: Any) -> bool:
-    """Whether a row is a bare list of messages."""
+    """Whether a row is a list of messages, without a dict around it."""
     return is_messages(row) and "role" in row[0] and "content" in row[0]
 
 
 def open_messages(value: Any, where: str) -> Messages:
-    """Messages that an answer can follow; DataError where the last is an answer."""
+    """Messages that an answer can follow. Raises DataError if the last is itself an answer."""
     messages = messages_of(value, f"{where}: the prompt")
     if messages[-1]["role"] == "assistant":
         raise DataError(
@@ -120,16 +121,17 @@ def open_messages(value: Any, where: str) -> Messages:
 
 
 def text_of(row: Row, name: str, where: str) -> str:
-    """A column that must hold a text."""
+    """The text in a column. Raises DataError if it holds something else."""
     if not isinstance(row[name], str):
         raise DataError(f"{where}: {name!r} must be a text; got {shape_of(row[name])}.")
     return row[name]
 
 
 def lettered(row: Row, where: str) -> tuple[str, list[str]]:
-    """A multiple-choice question with its choices below it, and each choice as an answer.
+    """A multiple-choice question with its choices below it, and the choices as answers.
 
-    The answers are `A. text`, `B. text`, ...
+    Both have the choices as `A. text`, `B. text`, ... Raises DataError for choices that are no
+    list of 2 to 26 texts.
     """
     question, choices = text_of(row, "question", where), row["choices"]
     texts = [] if isinstance(choices, str) or not isinstance(choices, Sequence) else list(choices)
@@ -143,25 +145,29 @@ def lettered(row: Row, where: str) -> tuple[str, list[str]]:
 
 
 def right_choice(row: Row, where: str) -> int:
-    """The place of the right choice: `answer` is that place, a choice's text or its letter."""
+    """The place of the right choice, from `answer`: that place, the choice's text or its letter.
+
+    Raises DataError if `answer` names no choice or several.
+    """
     choices, answer = list(row["choices"]), row["answer"]
-    found: list[int] = []
+    places: list[int] = []
     if isinstance(answer, str):
-        found = [place for place, choice in enumerate(choices) if choice == answer]
+        places = [place for place, choice in enumerate(choices) if choice == answer]
         letter = answer.strip().upper()
-        if not found and len(letter) == 1 and letter in LETTERS[: len(choices)]:
-            found = [LETTERS.index(letter)]
+        if not places and len(letter) == 1 and letter in LETTERS[: len(choices)]:
+            places = [LETTERS.index(letter)]
     elif isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        found = [answer]
-    if len(found) != 1:
+        places = [answer]
+    if len(places) != 1:
         raise DataError(
             f"{where}: answer must be a place from 0 to {len(choices) - 1}, a letter from A to "
             f"{LETTERS[len(choices) - 1]}, or the text of one choice; got {answer!r}."
         )
-    return found[0]
+    return places[0]
 
 
 def _conversation(row: Row, where: str) -> Messages:
+    """The messages in `messages` or in `conversations`, which may be ShareGPT's turns."""
     if row.get("messages") is not None:
         return messages_of(row["messages"], f"{where}: messages")
     turns = row["conversations" if "conversations" in row else "messages"]
@@ -169,10 +175,10 @@ def _conversation(row: Row, where: str) -> Messages:
         raise DataError(f"{where}: conversations are a list of turns; got {shape_of(turns)}.")
     if "role" in turns[0]:
         return messages_of(turns, f"{where}: conversations")
-    return tuple(_turn(turn, where) for turn in turns)
+    return tuple(_turn_as_message(turn, where) for turn in turns)
 
 
-def _turn(turn: Any, where: str) -> Row:
+def _turn_as_message(turn: Any, where: str) -> Row:
     speaker = turn.get("from") if isinstance(turn, Mapping) else None
     text = turn.get("value") if isinstance(turn, Mapping) else None
     role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
@@ -184,7 +190,8 @@ def _turn(turn: Any, where: str) -> Row:
     return {"role": role, "content": text}
 
 
-def _last_answer(row: Row, where: str) -> Exchange:
+def _conversation_exchange(row: Row, where: str) -> Exchange:
+    """The last message, which must be the assistant's, and those before it as its prompt."""
     messages = _conversation(row, where)
     if messages[-1]["role"] != "assistant" or len(messages) == 1:
         roles = ", ".join(message["role"] for message in messages)
@@ -195,25 +202,27 @@ def _last_answer(row: Row, where: str) -> Exchange:
     return Exchange(messages[:-1], messages[-1]["content"])
 
 
-def _before_answer(row: Row, where: str) -> Messages:
+def _conversation_prompt(row: Row, where: str) -> Messages:
+    """The messages, without the last one if it is the assistant's."""
     messages = _conversation(row, where)
-    answered = messages[-1]["role"] == "assistant" and len(messages) > 1
-    return messages[:-1] if answered else messages
+    is_answered = messages[-1]["role"] == "assistant" and len(messages) > 1
+    return messages[:-1] if is_answered else messages
 
 
-def _own_prompt(row: Row, where: str) -> Any:
-    """The prompt column; of a preference row the prompt that the pair has."""
+def _prompt_column(row: Row, where: str) -> Any:
+    """The column `prompt`; in a preference row the pair's prompt, which its responses may hold."""
     is_pair = row.get("chosen") is not None and row.get("rejected") is not None
     return _pair(row, where).prompt if is_pair else row["prompt"]
 
 
 def _instruction(row: Row, where: str) -> str:
+    """Alpaca's instruction, with a blank line and the input behind it if there is one."""
     instruction = text_of(row, "instruction", where)
-    given = text_of(row, "input", where) if row.get("input") is not None else ""
-    return f"{instruction}\n\n{given}" if given.strip() else instruction
+    further = text_of(row, "input", where) if row.get("input") is not None else ""
+    return f"{instruction}\n\n{further}" if further.strip() else instruction
 
 
-def _question(row: Row, where: str) -> Exchange:
+def _question_exchange(row: Row, where: str) -> Exchange:
     question, answers = lettered(row, where)
     return Exchange(question, answers[right_choice(row, where)])
 
@@ -230,10 +239,10 @@ def _reply(value: Any, name: str, where: str) -> Any:
 
 
 def _pair(row: Row, where: str) -> Preference:
-    """`chosen` and `rejected` behind their prompt, or both with it as their shared beginning."""
+    """A preference: the responses alone, beside their prompt, or each in a whole conversation."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if is_messages(chosen) and is_messages(rejected) and len(chosen) > 1:
-        pair = _split(chosen, rejected, where)
+        pair = _split_conversations(chosen, rejected, where)
         _check_same_prompt(prompt, pair.prompt, where)
         return pair
     if prompt is None:
@@ -244,21 +253,21 @@ def _pair(row: Row, where: str) -> Preference:
     return Preference(prompt, _reply(chosen, "chosen", where), _reply(rejected, "rejected", where))
 
 
-def _split(chosen: Any, rejected: Any, where: str) -> Preference:
-    """The beginning that two conversations share, and the answer that each ends in."""
-    ours = messages_of(chosen, f"{where}: chosen")
-    theirs = messages_of(rejected, f"{where}: rejected")
-    last = {ours[-1]["role"], theirs[-1]["role"]}
-    if ours[:-1] != theirs[:-1] or last != {"assistant"}:
+def _split_conversations(chosen: Any, rejected: Any, where: str) -> Preference:
+    """The beginning that two conversations share, and the answer in which each ends."""
+    *shared, answer = messages_of(chosen, f"{where}: chosen")
+    *others, other_answer = messages_of(rejected, f"{where}: rejected")
+    roles = {answer["role"], other_answer["role"]}
+    if shared != others or roles != {"assistant"}:
         raise DataError(
             f"{where}: chosen and rejected must share all messages but the last, and those must be "
-            f"the assistant's; they have {len(ours)} and {len(theirs)} messages."
+            f"the assistant's; they have {len(shared) + 1} and {len(others) + 1} messages."
         )
-    return Preference(ours[:-1], ours[-1]["content"], theirs[-1]["content"])
+    return Preference(tuple(shared), answer["content"], other_answer["content"])
 
 
 def _check_same_prompt(prompt: Any, shared: Messages, where: str) -> None:
-    """Raise DataError where a row's prompt is another than its conversations begin with."""
+    """Raise DataError if a row's prompt is not the one that its conversations begin with."""
     if prompt is None or prompt == shared[-1]["content"]:
         return
     if not is_messages(prompt) or messages_of(prompt, f"{where}: the prompt") != shared:
@@ -272,21 +281,21 @@ SUPERVISED: dict[tuple[str, ...], Callable[[Row, str], Exchange]] = {
     ("prompt", "completion"): lambda row, where: Exchange(
         row["prompt"], _reply(row["completion"], "the completion", where)
     ),
-    ("messages",): _last_answer,
-    ("conversations",): _last_answer,
+    ("messages",): _conversation_exchange,
+    ("conversations",): _conversation_exchange,
     ("instruction", "output"): lambda row, where: Exchange(
         _instruction(row, where), text_of(row, "output", where)
     ),
-    ("question", "choices", "answer"): _question,
+    ("question", "choices", "answer"): _question_exchange,
     ("text",): lambda row, where: Exchange(None, row["text"]),
 }
 """By the columns that a form needs; the first that fits counts."""
 
 
 PROMPTS: dict[tuple[str, ...], Callable[[Row, str], PromptPart]] = {
-    ("prompt",): lambda row, where: PromptPart(_own_prompt(row, where), ("prompt",)),
-    ("messages",): lambda row, where: PromptPart(_before_answer(row, where)),
-    ("conversations",): lambda row, where: PromptPart(_before_answer(row, where)),
+    ("prompt",): lambda row, where: PromptPart(_prompt_column(row, where), ("prompt",)),
+    ("messages",): lambda row, where: PromptPart(_conversation_prompt(row, where)),
+    ("conversations",): lambda row, where: PromptPart(_conversation_prompt(row, where)),
     ("instruction",): lambda row, where: PromptPart(
         _instruction(row, where), ("instruction", "input")
     ),

@@ -31,12 +31,12 @@ Tree = tuple[str, Message]
 
 @dataclass(frozen=True)
 class OpenAssistant:
-    """What `open_assistant` took from the trees; no tree gives to two of the four lists.
+    """Rows that `open_assistant` took from the trees; each tree is in one of the four lists.
 
-    ift: supervised rows `{"prompt", "completion"}`. eft_train, eft_eval: ranked replies to one
-    prompt each; id: the prompt's message id, group: its tree's id. prompts: first prompts,
-    `{"prompt"}`, of the trees that the three shares leave. left_out: how many trees and messages
-    were not considered, by reason.
+    ift: supervised rows `{"prompt", "completion"}`. eft_train, eft_eval: each the ranked replies
+    to one prompt; its id is that of the prompt's message, its group the id of its tree. prompts:
+    first prompts, `{"prompt"}`, of the trees that the three shares leave over. left_out: how many
+    trees and messages were not used, by reason.
     """
 
     ift: list[dict[str, Any]]
@@ -48,14 +48,14 @@ class OpenAssistant:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A user's message, last of the messages that lead to it, and its replies."""
+    """The messages up to and including one of the user's, and the replies to that."""
 
     path: tuple[Message, ...]
     replies: list[Message]
 
     @property
     def prompt(self) -> str | tuple[Message, ...]:
-        """The text of a first message; messages where a conversation goes before."""
+        """The text of a first message, or the messages if a conversation goes before."""
         if len(self.path) == 1:
             return self.path[0]["text"]
         return tuple({"role": ROLES[m["role"]], "content": m["text"]} for m in self.path)
@@ -63,43 +63,45 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Filter:
-    """Which messages can be used; those that cannot are counted by reason."""
+    """Chooses the messages that can be used, and counts the others by reason."""
 
     lang: str | None
     min_quality: float | None
     left_out: Counter[str] = field(default_factory=Counter)
 
     def usable(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages that can be used at all; the others go with all that follows them."""
-        return [message for message in messages if self._is_kept(self._fault(message))]
+        """Messages that can be used; with each of the others, all that follow it are left out."""
+        return [message for message in messages if self._keep(self._fault(message))]
 
-    def good(self, messages: Sequence[Message]) -> bool:
+    def are_good(self, messages: Sequence[Message]) -> bool:
         """Whether all messages have the least quality."""
-        bad = any(self._is_poor(message) for message in messages)
-        return self._is_kept("low_quality" if bad else None)
+        is_poor = any(self._is_poor(message) for message in messages)
+        return self._keep("low_quality" if is_poor else None)
 
     def ranked(self, replies: Sequence[Message]) -> list[Message]:
-        """Replies with a rank, best first."""
-        kept = [r for r in replies if self._is_kept("no_rank" if r.get("rank") is None else None)]
+        """Replies that have a rank, best first."""
+        kept = [r for r in replies if self._keep("no_rank" if r.get("rank") is None else None)]
         return sorted(kept, key=lambda reply: reply["rank"])
 
     def _fault(self, message: Message) -> str | None:
+        """Why a message cannot be used; None if it can."""
         if message.get("deleted"):
             return "deleted"
         if message.get("review_result") is False:
             return "rejected_in_review"
-        other = self.lang is not None and message.get("lang") != self.lang
-        return "other_language" if other else None
+        is_other = self.lang is not None and message.get("lang") != self.lang
+        return "other_language" if is_other else None
 
     def _is_poor(self, message: Message) -> bool:
         if self.min_quality is None:
             return False
-        found: Any = message
+        quality: Any = message
         for name in ("labels", "quality", "value"):
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return not is_number(found) or found < self.min_quality
+            quality = quality.get(name) if isinstance(quality, Mapping) else None
+        return not is_number(quality) or quality < self.min_quality
 
-    def _is_kept(self, reason: str | None) -> bool:
+    def _keep(self, reason: str | None) -> bool:
+        """Whether there is no reason against it; a reason is counted."""
         if reason is not None:
             self.left_out[reason] += 1
         return reason is None
@@ -123,12 +125,12 @@ def open_assistant(
 ) -> OpenAssistant:
     """Supervised rows and ranked replies of message trees, disjoint by tree.
 
-    The trees are put in an order that depends on `seed` and their ids alone, then cut by `shares`:
+    The trees are put in an order that depends only on `seed` and their ids, then cut by `shares`:
     the first part gives IFT rows, the second EFT rows to train on, the third EFT rows to evaluate
-    on; shares below 1 in all leave trees whose first prompts are `prompts`. `max_*` cap the rows
-    and ranked sets (not the single replies). arXiv:2401.10020, 3.1.1, has 3,200 IFT rows
-    (`max_ift=3200`; English, first turn, rank 0, the defaults here) and 1,630 + 541 EFT examples,
-    which are single judged replies: 541 are some 190 ranked sets. The default shares are ours.
+    on; if the shares add up to less than 1, the first prompts of the other trees are `prompts`.
+    arXiv:2401.10020, 3.1.1, has 3,200 IFT rows (`max_ift=3200`; English, first turn, rank 0, the
+    defaults here) and 1,630 + 541 EFT examples, which are single judged replies: 541 of them are
+    some 190 ranked sets. The default shares are ours.
 
     path: a .jsonl or .jsonl.gz file. seed: of the order of the trees. shares: of the trees, for
     IFT, EFT training and EFT evaluation. max_ift: IFT rows at most. max_eft_train: ranked sets to
@@ -142,34 +144,40 @@ def open_assistant(
 
     Left out, and counted: trees in a state other than ready_for_export (a tree without
     `tree_state` is taken); messages that are deleted, rejected in review or in another language,
-    with all that follows them; replies without a rank (they were compared with no other), which
-    are in no ranked set and no IFT row. A ranked set has at least two ranks. Raises DataError,
-    naming the line, for anything that is no message tree; where no tree is left, and where `trees`
-    names lines that the file has not; ConfigError for shares that are no shares.
+    with all that follow them; replies without a rank, which were compared with no other. A ranked
+    set has at least two ranks. Raises DataError, naming the line, for anything that is no message
+    tree, if no tree is left, and if the file does not have the lines that `trees` names;
+    ConfigError for shares that are no shares.
     """
     if min(shares) < 0 or not 0 < sum(shares) <= 1 + 1e-9:
         raise ConfigError(
             f"shares must be three numbers from 0 on, for IFT, EFT training and EFT evaluation, "
             f"with a sum above 0 and at most 1; got {shares}."
         )
+    # 1. read the trees, in the order of their seeded digests
     keep = _Filter(lang, min_quality)
-    ready = sorted(_trees(path, trees, keep), key=lambda tree: _order(seed, tree[0]))
-    if not ready:
+    usable = sorted(_read_trees(path, trees, keep), key=lambda tree: _digest(seed, tree[0]))
+    if not usable:
         words = ", ".join(f"{n} {reason}" for reason, n in keep.left_out.items()) or "no line"
         raise DataError(f"{path} gives no tree that can be used. Left out: {words}.")
-    ends = [round(sum(shares[: part + 1]) * len(ready)) for part in range(3)]
-    bounds = zip((0, *ends), (*ends, len(ready)), strict=True)
-    ift, train, evaluation, rest = (ready[start:end] for start, end in bounds)
+    # 2. divide them by the shares
+    ends = [round(sum(shares[: part + 1]) * len(usable)) for part in range(3)]
+    bounds = zip((0, *ends), (*ends, len(usable)), strict=True)
+    ift, train, evaluation, others = (usable[start:end] for start, end in bounds)
+    # 3. take each part's rows
+    ift_rows = [row for tree in ift for row in _ift_rows(tree, ift_depth, ift_rank, keep)]
+    train_sets = [ranked for tree in train for ranked in _ranked_sets(tree, depth, keep)]
+    eval_sets = [ranked for tree in evaluation for ranked in _ranked_sets(tree, depth, keep)]
     return OpenAssistant(
-        ift=[row for tree in ift for row in _learnt(tree, ift_depth, ift_rank, keep)][:max_ift],
-        eft_train=[r for tree in train for r in _ranked(tree, depth, keep)][:max_eft_train],
-        eft_eval=[r for tree in evaluation for r in _ranked(tree, depth, keep)][:max_eft_eval],
-        prompts=[{"prompt": root["text"]} for _, root in rest if keep.good([root])],
+        ift=ift_rows[:max_ift],
+        eft_train=train_sets[:max_eft_train],
+        eft_eval=eval_sets[:max_eft_eval],
+        prompts=[{"prompt": root["text"]} for _, root in others if keep.are_good([root])],
         left_out=dict(keep.left_out),
     )
 
 
-def _trees(path: str | Path, lines: Sequence[int] | None, keep: _Filter) -> Iterator[Tree]:
+def _read_trees(path: str | Path, lines: Sequence[int] | None, keep: _Filter) -> Iterator[Tree]:
     """The trees that can be used, each id once."""
     rows, seen = read_rows(path, "open_assistant"), set()
     missing = [line for line in lines or () if not 0 <= line < len(rows)]
@@ -203,7 +211,7 @@ def _checked_tree(tree: Any, where: str) -> Mapping[str, Any]:
 
 
 def _check_message(message: Any, role: str, where: str) -> None:
-    """Raise DataError where a message or one below it is none, or speaks out of turn."""
+    """Raise DataError if a message, or one below it, is malformed or speaks out of turn."""
     texts = ("message_id", "text", "role")
     if not isinstance(message, Mapping) or not all(
         isinstance(message.get(name), str) for name in texts
@@ -212,8 +220,8 @@ def _check_message(message: Any, role: str, where: str) -> None:
             f"{where}: a message has message_id, text and role; got {str(message)[:120]}."
         )
     rank, replies = message.get("rank"), message.get("replies") or []
-    ranked = rank is None or is_number(rank)
-    if not ranked or not isinstance(replies, list):
+    is_rank = rank is None or is_number(rank)
+    if not is_rank or not isinstance(replies, list):
         raise DataError(
             f"{where}: message {message['message_id']} must have a number as rank, if any, and a "
             f"list of replies; got {rank!r} and {str(replies)[:80]}."
@@ -228,7 +236,7 @@ def _check_message(message: Any, role: str, where: str) -> None:
 
 
 def _turns(path: tuple[Message, ...], depth: str, keep: _Filter) -> Iterator[_Turn]:
-    """The user's message that ends a path, and at any depth those that follow it."""
+    """The user's message that ends a path, and with depth "any" all that follow it."""
     replies = keep.usable(path[-1].get("replies") or [])
     yield _Turn(path, replies)
     for reply in replies if depth == "any" else ():
@@ -236,24 +244,26 @@ def _turns(path: tuple[Message, ...], depth: str, keep: _Filter) -> Iterator[_Tu
             yield from _turns((*path, reply, following), depth, keep)
 
 
-def _learnt(tree: Tree, depth: str, worst: int, keep: _Filter) -> Iterator[dict[str, Any]]:
-    """A supervised row for each reply that is ranked well enough."""
-    for turn in _turns((tree[1],), depth, keep):
+def _ift_rows(tree: Tree, depth: str, worst: int, keep: _Filter) -> Iterator[dict[str, Any]]:
+    """A supervised row for each reply of a tree whose rank is `worst` or better."""
+    _, root = tree
+    for turn in _turns((root,), depth, keep):
         for reply in keep.ranked(turn.replies):
-            if reply["rank"] <= worst and keep.good([*turn.path, reply]):
+            if reply["rank"] <= worst and keep.are_good([*turn.path, reply]):
                 yield {"prompt": turn.prompt, "completion": reply["text"]}
 
 
-def _ranked(tree: Tree, depth: str, keep: _Filter) -> Iterator[RankedReplies]:
-    """The ranked sets of a tree."""
-    for turn in _turns((tree[1],), depth, keep):
+def _ranked_sets(tree: Tree, depth: str, keep: _Filter) -> Iterator[RankedReplies]:
+    """The ranked replies to each prompt of a tree, if they have at least two ranks."""
+    tree_id, root = tree
+    for turn in _turns((root,), depth, keep):
         replies = keep.ranked(turn.replies)
         ranks = tuple(float(reply["rank"]) for reply in replies)
-        if len(set(ranks)) > 1 and keep.good(turn.path):
+        if len(set(ranks)) > 1 and keep.are_good(turn.path):
             texts = tuple(reply["text"] for reply in replies)
-            yield RankedReplies(turn.path[-1]["message_id"], turn.prompt, texts, ranks, tree[0])
+            yield RankedReplies(turn.path[-1]["message_id"], turn.prompt, texts, ranks, tree_id)
 
 
-def _order(seed: int, tree_id: str) -> bytes:
-    """A place that depends on nothing but the seed and the tree."""
+def _digest(seed: int, tree_id: str) -> bytes:
+    """A sort key that depends on nothing but the seed and the tree."""
     return hashlib.sha256(f"{seed}/{tree_id}".encode("utf-8", "surrogatepass")).digest()

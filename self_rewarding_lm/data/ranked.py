@@ -1,6 +1,6 @@
-"""Ranked rows: several replies to one prompt in the order that people gave them.
+"""Ranked rows: several replies to one prompt, in the order that people gave them.
 
-Knows nothing of ids: judges read texts.
+Their replies are texts, as judges read them; `as_candidates` turns a row into records.
 """
 
 import hashlib
@@ -22,7 +22,13 @@ from self_rewarding_lm.data.forms import (
 from self_rewarding_lm.data.rows import prompt_of
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError
-from self_rewarding_lm.records import Candidate, PreferencePair, Prompt, RankedReplies, is_number
+from self_rewarding_lm.records import (
+    Candidate,
+    PreferencePair,
+    Prompt,
+    RankedReplies,
+    is_number,
+)
 
 
 @dataclass(frozen=True)
@@ -37,38 +43,38 @@ class _Ranking:
 def ranked_row(row: Any, where: str) -> RankedReplies:
     """Replies to one prompt with their human ranks, 0 for the best; without an id.
 
-    - a RankedReplies, taken as it is; a PreferencePair with texts, ranks 0 and 1
+    - a RankedReplies, taken as it is; a PreferencePair with texts, which has ranks 0 and 1
     - `{"prompt": text or messages, "replies": [text, ...]}`, best first, or in any order with
       `"ranks": [number, ...]`; equal ranks were not ordered
     - `{"question", "choices", "answer"}`: the right choice has rank 0, all others rank 1
     - `{"prompt", "chosen", "rejected"}` or `{"chosen", "rejected"}`, as preference rows of texts or
       messages: ranks 0 and 1
-    - `{"input", "output_1", "output_2", "label"}` (LLMBar): label 1 or 2 is the better output
+    - `{"input", "output_1", "output_2", "label"}` (LLMBar): label, 1 or 2, names the better output
 
-    group: the column of that name, else a digest of the prompt, so that rows of one prompt are one
-    group. Raises DataError for any other row, for fewer than two replies, for ranks that are not
-    one finite number a reply, and where all ranks are equal.
+    Rows of one `group` have the same prompt: the column of that name, else a digest of the prompt.
+    Raises DataError for any other row, for fewer than two replies, unless each reply has a finite
+    number as its rank, and if all ranks are equal.
     """
     if isinstance(row, RankedReplies):
-        _check(row.replies, row.ranks, where)
+        _check_ranking(row.replies, row.ranks, where)
         return row
     if isinstance(row, PreferencePair):
         sides = {"chosen": row.chosen, "rejected": row.rejected}
         row = {"prompt": row.prompt if row.messages is None else list(row.messages), **sides}
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: a ranked row is a dict with replies; got {shape_of(row)}.")
-    found = form_of(row, RANKED, where, accepted="A ranked row is ")(row, where)
-    prompt = _prompt(found.prompt, where)
-    _check(found.replies, found.ranks, where)
+    ranking = form_of(row, RANKED, where, accepted="A ranked row is ")(row, where)
+    prompt = _checked_prompt(ranking.prompt, where)
+    _check_ranking(ranking.replies, ranking.ranks, where)
     group = row.get("group")
     if group is None:
         text = prompt if isinstance(prompt, str) else transcript(prompt)
         group = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-    ranks = tuple(float(rank) for rank in found.ranks)
-    return RankedReplies("", prompt, tuple(found.replies), ranks, str(group))
+    ranks = tuple(float(rank) for rank in ranking.ranks)
+    return RankedReplies("", prompt, tuple(ranking.replies), ranks, str(group))
 
 
-def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, Any], ...]:
+def _checked_prompt(value: Any, where: str) -> str | tuple[Mapping[str, Any], ...]:
     if isinstance(value, str) and value:
         return value
     if is_messages(value):
@@ -79,8 +85,8 @@ def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, Any], ...]:
     )
 
 
-def _check(replies: Any, ranks: Any, where: str) -> None:
-    """Raise DataError where replies and ranks are no ranking."""
+def _check_ranking(replies: Any, ranks: Any, where: str) -> None:
+    """Raise DataError unless these are two or more texts with a rank each, not all equal."""
     if isinstance(replies, str) or not isinstance(replies, Sequence):
         raise DataError(f"{where}: replies must be a list of texts; got {shape_of(replies)}.")
     wrong = [reply for reply in replies if not isinstance(reply, str)]
@@ -101,25 +107,25 @@ def _check(replies: Any, ranks: Any, where: str) -> None:
         )
 
 
-def _replies(row: Row, where: str) -> _Ranking:
+def _rank_replies(row: Row, where: str) -> _Ranking:
     replies, ranks = row["replies"], row.get("ranks")
     if ranks is None and isinstance(replies, Sequence):
         ranks = range(len(replies))
     return _Ranking(row["prompt"], replies, ranks)
 
 
-def _choices(row: Row, where: str) -> _Ranking:
+def _rank_choices(row: Row, where: str) -> _Ranking:
     question, answers = lettered(row, where)
     right = right_choice(row, where)
     return _Ranking(question, answers, [int(place != right) for place in range(len(answers))])
 
 
-def _pair(row: Row, where: str) -> _Ranking:
+def _rank_pair(row: Row, where: str) -> _Ranking:
     pair = preference_form(row, where)
     return _Ranking(pair.prompt, [pair.chosen, pair.rejected], [0, 1])
 
 
-def _labelled(row: Row, where: str) -> _Ranking:
+def _rank_outputs(row: Row, where: str) -> _Ranking:
     if row["label"] not in (1, 2):
         raise DataError(f"{where}: label must be 1 or 2, the better output; got {row['label']!r}.")
     ranks = [0, 1] if row["label"] == 1 else [1, 0]
@@ -127,12 +133,13 @@ def _labelled(row: Row, where: str) -> _Ranking:
 
 
 RANKED: dict[tuple[str, ...], Callable[[Row, str], _Ranking]] = {
-    ("prompt", "replies"): _replies,
-    ("question", "choices", "answer"): _choices,
-    ("prompt", "chosen", "rejected"): _pair,
-    ("chosen", "rejected"): _pair,
-    ("input", "output_1", "output_2", "label"): _labelled,
+    ("prompt", "replies"): _rank_replies,
+    ("question", "choices", "answer"): _rank_choices,
+    ("prompt", "chosen", "rejected"): _rank_pair,
+    ("chosen", "rejected"): _rank_pair,
+    ("input", "output_1", "output_2", "label"): _rank_outputs,
 }
+"""By the columns that a form needs; the first that fits counts."""
 
 
 Asked = tuple[Prompt, list[Candidate]]
@@ -143,12 +150,13 @@ def as_candidates(ranked: RankedReplies, tokens: Tokens, *, where: str | None = 
     """A ranked row as the records that judges read; its id is <stage>/<row>.
 
     The prompt is <stage>/<row>/0 and the replies <stage>/<row>/0/<reply>, in the order of the row.
-    Nobody sampled them: `finished` is None and `max_new_tokens` 0. where: names the row in errors.
+    They were not sampled: `finished` is None and `max_new_tokens` 0. where: names the row in
+    errors.
     """
     where = where or ranked.id
-    found = prompt_of(ranked, where, tokens)
+    asked = prompt_of(ranked, where, tokens)
     row = int(ranked.id.rsplit("/", 1)[1])
-    prompt = Prompt(f"{ranked.id}/0", row, found.ids, found.text, messages=found.messages)
+    prompt = Prompt(f"{ranked.id}/0", row, asked.ids, asked.text, messages=asked.messages)
     return prompt, [
         Candidate(
             id=f"{prompt.id}/{place}",

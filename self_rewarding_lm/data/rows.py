@@ -1,8 +1,8 @@
 """One row of a dataset as token ids: prompts, supervised rows, preferences.
 
-All texts and messages go through `Tokens`, which generation uses too, so what is generated from is
-what is trained on. Which columns hold what is in `forms`, ranked replies are in `ranked`, and where
-rows come from is in `datasets`.
+All texts and messages go through `Tokens`, which generation uses too, so that what is generated
+from is what is trained on. `forms` knows which columns hold what, `ranked` reads ranked replies,
+and `datasets` opens what rows come from.
 """
 
 import math
@@ -33,16 +33,16 @@ PAIR_NUMBERS = {
     "rejected_win_probability": 1.0,
     "label_smoothing": 1.0,
 }
-"""Columns of a preference row that losses read, and the greatest number in each."""
+"""Columns of a preference row that losses read, and the greatest number allowed in each."""
 
 
 @dataclass(frozen=True)
 class PromptRow:
     """A prompt as it is generated from.
 
-    text: for people and judges; None where only ids were given and there is no tokenizer.
-    messages: what a chat template rendered, None where it rendered nothing. columns: the row's
-    other columns that can be kept in a record.
+    text: for people and judges; None if only ids were given and there is no tokenizer. messages:
+    what a chat template rendered; None if none was used. columns: the row's other columns, as far
+    as a record can hold them.
     """
 
     ids: Ids
@@ -52,8 +52,8 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """Ids and whether each belongs to the prompt. prompt: the prompt alone, where one is known."""
+class _MarkedIds:
+    """Ids, and whether each belongs to the prompt. prompt: the prompt alone, if it is known."""
 
     ids: Ids
     is_prompt: tuple[bool, ...]
@@ -63,11 +63,12 @@ class _Sequence:
 def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
     """The prompt of a row and its other plain columns.
 
-    A text, a list of messages, ids, `{"prompt": one of these}`, or a row of any other form that
-    has a prompt part: `{"messages"}` and `{"conversations"}` (without the last message where that
-    is the assistant's), `{"instruction", "input"}`, `{"question", "choices"}`, `{"chosen",
-    "rejected"}` with a shared beginning, `{"input", "output_1", "output_2"}`; records of earlier
-    stages. Raises DataError for any other row and for an empty prompt.
+    row: a text, a list of messages, ids, `{"prompt": one of these}`, or a row of any other form
+    that has a prompt: `{"messages"}` and `{"conversations"}` (without the last message if it is
+    the assistant's), `{"instruction", "input"}`, `{"question", "choices"}`, `{"chosen",
+    "rejected"}` with a shared beginning, `{"input", "output_1", "output_2"}`; a record of an
+    earlier stage. where: names the row in errors. Raises DataError for any other row and for an
+    empty prompt.
     """
     if isinstance(row, PreferencePair):
         return PromptRow(row.prompt_ids, row.prompt, row.messages)
@@ -79,8 +80,8 @@ def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
     elif isinstance(row, Mapping) or is_conversation(row):
         row = row if isinstance(row, Mapping) else {"messages": row}
         part = prompt_form(row, where)
-        kept = {k: v for k, v in row.items() if k not in part.columns and _is_plain(v)}
-        columns = kept or None
+        others = {k: v for k, v in row.items() if k not in part.columns and _is_plain(v)}
+        columns = others or None
     prompt = _prompt(part.prompt, where, tokens)
     if not prompt.ids or (isinstance(part.prompt, str) and not part.prompt):
         raise DataError(f"{where}: the prompt is empty; it must have at least one token.")
@@ -88,12 +89,12 @@ def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
 
 
 def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool, ...]]:
-    """Ids and targets of a supervised row.
+    """The ids of a supervised row, and whether each is a target of the loss.
 
     Ids are taken as they are: `(ids, prompt_len)`, `(ids, prompt_mask)` (True on the prompt), and
-    ids in the places of texts below; so are records of earlier stages, of which the completion
-    (the chosen one) is learnt. Texts and messages become ids as in generation, and responses get
-    the end token behind them:
+    ids in place of any text below. So are records of earlier stages, of which the completion, or
+    the chosen response, is learnt. Texts and messages become ids as in generation, and responses
+    get the end token behind them:
 
     - `{"prompt": text or messages, "completion": text or one message of the assistant}`
     - `{"messages": [...]}`, or that list alone: the last message, which must be the assistant's,
@@ -105,34 +106,33 @@ def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool,
     - `{"question", "choices", "answer"}`: the prompt is the question with its choices behind A.,
       B., ...; the completion is the right one, as `B. text`. answer is its place from 0, its
       letter or its text.
-    - `{"text"}`: learnt from its second token on, through no template.
+    - `{"text"}`: learnt from its second token on, without a template.
 
-    Raises DataError for any other row, and where nothing is left to learn.
+    Raises DataError for any other row, and if nothing is left to learn.
     """
-    sequence = _sequence(row, where, tokens)
-    targets = tuple(i > 0 and not p for i, p in enumerate(sequence.is_prompt))
+    marked = _marked_ids(row, where, tokens)
+    targets = tuple(i > 0 and not p for i, p in enumerate(marked.is_prompt))
     if not any(targets):
         raise DataError(
-            f"{where}: nothing to learn: the prompt takes all {len(sequence.ids)} tokens of the "
-            "row."
+            f"{where}: nothing to learn: the prompt takes all {len(marked.ids)} tokens of the row."
         )
-    return sequence.ids, targets
+    return marked.ids, targets
 
 
 def prompt_and_completion(row: Any, where: str, tokens: Tokens) -> tuple[PromptRow, Ids]:
-    """The two parts of a supervised row whose prompt stands before its completion.
+    """The prompt and the completion of a supervised row.
 
-    Raises DataError where the row has no prompt, or one that is not a beginning.
+    Raises DataError if the row has no prompt, or one that does not stand before all else.
     """
-    sequence = _sequence(row, where, tokens)
-    flags, length = sequence.is_prompt, sum(sequence.is_prompt)
+    marked = _marked_ids(row, where, tokens)
+    flags, length = marked.is_prompt, sum(marked.is_prompt)
     if not 0 < length < len(flags) or not all(flags[:length]):
         raise DataError(
             f"{where}: a prompt followed by a completion is needed here, to sample an answer to "
             f"the same prompt; got {shape_of(row)}."
         )
-    ids = sequence.ids[:length]
-    return sequence.prompt or PromptRow(ids, tokens.decode(ids)), sequence.ids[length:]
+    ids = marked.ids[:length]
+    return marked.prompt or PromptRow(ids, tokens.decode(ids)), marked.ids[length:]
 
 
 def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
@@ -140,10 +140,10 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
 
     `{"prompt", "chosen", "rejected"}` with texts, ids, or messages (the responses: one of the
     assistant each); or `{"chosen", "rejected"}`, two lists of messages that share all but their
-    last. Columns of numbers are taken with it where a row has them: weight (0 or more),
-    win_probability, rejected_win_probability, label_smoothing (0 to 1). A pair of an earlier stage
-    is taken as it is. Raises DataError for any other row, for such a column that is no such number,
-    and where both responses are the same.
+    last. These columns are kept too, if a row has them: weight (0 or more), win_probability,
+    rejected_win_probability, label_smoothing (0 to 1). A pair of an earlier stage is taken as it
+    is. Raises DataError for any other row, for a value out of bounds in one of these columns, and
+    if both responses are the same.
     """
     if isinstance(row, PreferencePair):
         return row
@@ -155,13 +155,13 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
     prompt = _prompt(form.prompt, where, tokens)
     sides = {"chosen": form.chosen, "rejected": form.rejected}
     ids = {
-        name: _response(form.prompt, side, f"{where}: {name}", tokens)
+        name: _response_ids(form.prompt, side, f"{where}: {name}", tokens)
         for name, side in sides.items()
     }
     if ids["chosen"] == ids["rejected"]:
         raise DataError(f"{where}: chosen and rejected are the same; nothing is preferred.")
     given_as_text = isinstance(form.prompt, str) or is_messages(form.prompt)
-    weight, wins, rejected_wins, smoothing = (_number(row, n, where) for n in PAIR_NUMBERS)
+    weight, wins, rejected_wins, smoothing = (_pair_number(row, n, where) for n in PAIR_NUMBERS)
     return PreferencePair(
         id="",
         prompt_ids=prompt.ids,
@@ -179,7 +179,10 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
 
 
 def truncated(ids: Ids, prompt_len: int, limit: int | None, where: str) -> tuple[Ids, bool]:
-    """Ids cut at the end to `limit` tokens, and whether they were; a prompt must leave room."""
+    """Ids cut at the end to `limit` tokens, and whether they were cut.
+
+    Raises DataError if the prompt leaves no room for a response.
+    """
     if limit is None or len(ids) <= limit:
         return ids, False
     if prompt_len >= limit:
@@ -191,7 +194,7 @@ def truncated(ids: Ids, prompt_len: int, limit: int | None, where: str) -> tuple
 
 
 def check_prompt(ids: Ids, where: str, limit: int | None) -> None:
-    """Raise DataError where a prompt leaves no room for a response in `limit` tokens."""
+    """Raise DataError if a prompt leaves no room for a response in `limit` tokens."""
     if limit is not None and len(ids) >= limit:
         raise DataError(
             f"{where}: the prompt has {len(ids)} tokens, and prompt and response together may "
@@ -199,41 +202,41 @@ def check_prompt(ids: Ids, where: str, limit: int | None) -> None:
         )
 
 
-def _sequence(row: Any, where: str, tokens: Tokens) -> _Sequence:
+def _marked_ids(row: Any, where: str, tokens: Tokens) -> _MarkedIds:
+    """The ids of a supervised row of any form."""
     if isinstance(row, PreferencePair):
         prompt = PromptRow(row.prompt_ids, row.prompt, row.messages)
-        return _answered(prompt, row.chosen_ids)
+        return _joined(prompt, row.chosen_ids)
     if isinstance(row, Demonstration):
-        return _answered(PromptRow(row.prompt_ids, row.prompt), row.completion_ids)
+        return _joined(PromptRow(row.prompt_ids, row.prompt), row.completion_ids)
     if isinstance(row, Mapping) or is_conversation(row):
         row = row if isinstance(row, Mapping) else {"messages": row}
-        return _exchange(supervised_form(row, where), where, tokens)
+        return _exchange_ids(supervised_form(row, where), where, tokens)
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 2:
         ids = _ids(row[0], f"{where}: the ids", tokens)
-        return _Sequence(ids, _prompt_part(row[1], ids, where))
+        return _MarkedIds(ids, _prompt_mask(row[1], ids, where))
     raise DataError(
         f"{where}: a supervised row is (ids, prompt_len), (ids, prompt_mask), a list of messages, "
         f"{in_words(SUPERVISED)}; got {shape_of(row)}."
     )
 
 
-def _exchange(form: Exchange, where: str, tokens: Tokens) -> _Sequence:
+def _exchange_ids(form: Exchange, where: str, tokens: Tokens) -> _MarkedIds:
     if form.prompt is None:
-        ids = _whole(form.completion, f"{where}: the text", tokens)
-        return _Sequence(ids, (False,) * len(ids))
+        ids = _whole_text_ids(form.completion, f"{where}: the text", tokens)
+        return _MarkedIds(ids, (False,) * len(ids))
     prompt = _prompt(form.prompt, where, tokens)
-    return _answered(
-        prompt, _response(form.prompt, form.completion, f"{where}: the completion", tokens)
-    )
+    completion = _response_ids(form.prompt, form.completion, f"{where}: the completion", tokens)
+    return _joined(prompt, completion)
 
 
-def _answered(prompt: PromptRow, completion: Ids) -> _Sequence:
+def _joined(prompt: PromptRow, completion: Ids) -> _MarkedIds:
     flags = (True,) * len(prompt.ids) + (False,) * len(completion)
-    return _Sequence((*prompt.ids, *completion), flags, prompt)
+    return _MarkedIds((*prompt.ids, *completion), flags, prompt)
 
 
 def _prompt(value: Any, where: str, tokens: Tokens) -> PromptRow:
-    """A text or messages as they are generated from; ids as they are."""
+    """A prompt that is a text, messages or ids; ids are taken as they are."""
     if isinstance(value, str) or is_messages(value):
         prompt = value if isinstance(value, str) else open_messages(value, where)
         rendered = tokens.prompt(prompt, f"{where}: the prompt")
@@ -242,8 +245,8 @@ def _prompt(value: Any, where: str, tokens: Tokens) -> PromptRow:
     return PromptRow(ids, tokens.decode(ids))
 
 
-def _response(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
-    """A response's ids behind its prompt: a text ends in the end token, ids are as they are."""
+def _response_ids(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
+    """The ids of a response: a text gets the end token behind it, ids are taken as they are."""
     if not isinstance(value, str):
         ids = tokens.checked(value, f"({whose})")
     elif isinstance(prompt, str) or is_messages(prompt):
@@ -255,8 +258,8 @@ def _response(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
     return ids
 
 
-def _whole(text: Any, whose: str, tokens: Tokens) -> Ids:
-    """Ids with the end token; a rendered text may have one already, with blanks behind it."""
+def _whole_text_ids(text: Any, whose: str, tokens: Tokens) -> Ids:
+    """Ids with the end token; a text that was rendered may have one, with blanks behind it."""
     ids = _ids(text, whose, tokens)
     last = max((i for i, token in enumerate(ids) if token in tokens.end_ids), default=None)
     if tokens.renders and last is not None and not (tokens.decode(ids[last:]) or "").strip():
@@ -268,7 +271,8 @@ def _ids(value: Any, whose: str, tokens: Tokens) -> Ids:
     return tokens.encode(value) if isinstance(value, str) else tokens.checked(value, f"({whose})")
 
 
-def _prompt_part(value: Any, ids: Ids, where: str) -> tuple[bool, ...]:
+def _prompt_mask(value: Any, ids: Ids, where: str) -> tuple[bool, ...]:
+    """Whether each id belongs to the prompt, from the prompt's length or from a mask."""
     value = value.tolist() if hasattr(value, "tolist") else value  # a tensor, an array, a scalar
     if isinstance(value, int) and not isinstance(value, bool):
         if 0 <= value <= len(ids):
@@ -282,8 +286,8 @@ def _prompt_part(value: Any, ids: Ids, where: str) -> tuple[bool, ...]:
     )
 
 
-def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
-    """A number that losses of pairs read, None where the row does not say it."""
+def _pair_number(row: Mapping[str, Any], name: str, where: str) -> float | None:
+    """A column of PAIR_NUMBERS; None if the row does not have it."""
     value, most = row.get(name), PAIR_NUMBERS[name]
     if value is None:
         return None
@@ -294,7 +298,7 @@ def _number(row: Mapping[str, Any], name: str, where: str) -> float | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a column's value can be kept in a record."""
+    """Whether a record can hold a column's value."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, str | int | float | bool)

@@ -1,4 +1,4 @@
-"""Kinds of tokenizers, and how each makes ids of texts. Knows nothing of templates and prompts."""
+"""Kinds of tokenizers, and how they turn texts into ids. Knows nothing of templates and prompts."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +16,12 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁o
 """Special tokens that end a text in the vocabularies that have them."""
 
 
-BEFORE = ("\n", "<", "0", "a")
-"""Texts behind which a piece is encoded as one that goes on; the first that keeps its own ids."""
+CONTEXTS = ("\n", "<", "0", "a")
+"""Texts that a piece is encoded behind, so that it is no beginning; the first whose own ids stay as
+they are is taken."""
 
 
-MARKER = re.compile(r"[<\[].*[>\]]", re.DOTALL)
+BRACKETED = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 
 
 @runtime_checkable
@@ -51,46 +52,54 @@ class CallableTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of transformers; special tokens are put around whole texts only."""
+    """A tokenizer of transformers, which puts special tokens around whole texts only.
+
+    special: ids of all special and added tokens. begin_ids: what it puts before every text, its
+    begin token or nothing. text_ends: tokens that end a text. controls: the texts of its control
+    tokens.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self._added: dict[int, Any] = dict(getattr(tokenizer, "added_tokens_decoder", {}))
         self.special = {*tokenizer.all_special_ids, *self._added}
+        # 1. what stands before a text
         whole, part = tokenizer.encode("a"), self.encode_part("a")
         places = range(len(whole) - len(part) + 1)
         start = next((i for i in places if whole[i : i + len(part)] == part), 0)
-        self.lead: Ids = tuple(whole[:start])
-        """What it puts before every text: its begin token, or nothing."""
+        self.begin_ids: Ids = tuple(whole[:start])
+        first_token = str(tokenizer.convert_ids_to_tokens(part[0])) if part else ""
+        self._opens_with_space = first_token.startswith(("▁", "Ġ", " "))
+        # 2. what ends a text
         names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(self.special)}
         self.text_ends: Ids = tuple(i for i, name in names.items() if name in END_OF_TEXT)
-        self._opens_with_space = bool(part) and str(
-            tokenizer.convert_ids_to_tokens(part[0])
-        ).startswith(("▁", "Ġ", " "))
+        # 3. control tokens
         declared = {i for i, token in self._added.items() if token.special}
         self._set_controls({*tokenizer.all_special_ids, *declared})
 
     def encode(self, text: str) -> list[int]:
-        """With the begin token where the tokenizer adds one, never with an end token."""
-        return self.led(self.encode_part(text))
+        """The ids of a whole text: with its begin token, if there is one, and no end token."""
+        return self.with_begin(self.encode_part(text))
 
     def encode_part(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """The ids of a text that something may stand before."""
+        return self._encode(text)
 
     def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
-        """The ids of pieces that make one text; in plain ones no control token is recognised."""
+        """The ids of pieces that make up one text; in plain ones no control token is recognised."""
         ids: list[int] = []
-        for place, (text, plain) in enumerate(pieces):
-            if plain:
-                ids += self._plain(text, opens=place == 0)
+        for place, (text, is_plain) in enumerate(pieces):
+            if is_plain:
+                ids += self._encode_plain(text, is_beginning=place == 0)
             else:
-                ids += self._behind(text) if place else self.encode_part(text)
+                ids += self._encode_continuation(text) if place else self.encode_part(text)
         return ids
 
-    def led(self, ids: list[int]) -> list[int]:
-        """The ids with the begin token before them, where the tokenizer adds one."""
-        return ids if tuple(ids[: len(self.lead)]) == self.lead else [*self.lead, *ids]
+    def with_begin(self, ids: list[int]) -> list[int]:
+        """The ids with the begin token before them, if the tokenizer has one and they lack it."""
+        has_begin = tuple(ids[: len(self.begin_ids)]) == self.begin_ids
+        return ids if has_begin else [*self.begin_ids, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(
@@ -100,47 +109,52 @@ class HuggingFaceTokenizer:
     def add_controls(self, written: str) -> None:
         """Count the added tokens that a template writes between turns as control tokens too.
 
-        written: what a template made of harmless turns. Some tokenizers do not declare the tokens
-        that open a turn as special. Only those in brackets count: blanks may be added tokens too.
+        written: what a template rendered of harmless turns. Some tokenizers do not declare the
+        tokens that open a turn as special. Only those in brackets count: white space may be an
+        added token too.
         """
-        found = {i for i in self.encode_part(written) if i in self._added}
-        turns = {i for i in found if MARKER.fullmatch(str(self._added[i].content))}
-        self._set_controls(self._control_ids | turns)
+        ids = {i for i in self.encode_part(written) if i in self._added}
+        markers = {i for i in ids if BRACKETED.fullmatch(str(self._added[i].content))}
+        self._set_controls(self._control_ids | markers)
 
     def _set_controls(self, ids: set[int]) -> None:
         self._control_ids = ids
         unknown = getattr(self.tokenizer, "unk_token_id", None)
-        self._forbidden = ids - {unknown}  # an unknown character gives that id and means no harm
+        self._forbidden = ids - {unknown}  # unknown characters have that id, and do no harm
         texts = [str(token.content) for i, token in self._added.items() if i in ids]
         self.controls = Controls([*texts, *self.tokenizer.all_special_tokens])
 
-    def _behind(self, text: str, **how: bool) -> list[int]:
-        """The ids of a text that goes on: without the space that some put before a beginning."""
-        if self._opens_with_space:
-            for before in BEFORE:
-                head, whole = self._encoded(before, **how), self._encoded(before + text, **how)
-                if whole[: len(head)] == head:
-                    return whole[len(head) :]
-        return self._encoded(text, **how)
-
-    def _encoded(self, text: str, **how: bool) -> list[int]:
+    def _encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """The ids of a text. plain: ask the tokenizer to split special tokens into characters."""
+        how = {"split_special_tokens": True} if plain else {}
         return self.tokenizer.encode(text, add_special_tokens=False, **how)
 
-    def _plain(self, text: str, *, opens: bool = False) -> list[int]:
+    def _encode_continuation(self, text: str, *, plain: bool = False) -> list[int]:
+        """The ids of a text that goes on, without the space that some put before a beginning."""
+        if self._opens_with_space:
+            for context in CONTEXTS:
+                head = self._encode(context, plain=plain)
+                ids = self._encode(context + text, plain=plain)
+                if ids[: len(head)] == head:
+                    return ids[len(head) :]
+        return self._encode(text, plain=plain)
+
+    def _encode_plain(self, text: str, *, is_beginning: bool) -> list[int]:
         """The ids of a text in which no control token is recognised.
 
-        Some vocabularies have a control token among their words, or recognise it whatever is asked:
-        there the text is cut behind the first character of each, until none is left.
+        Some vocabularies have a control token among their words, or recognise it whatever is asked.
+        The text is then cut behind the first character of each, until none remains.
         """
-        encoded = self._encoded if opens else self._behind
-        ids = encoded(text, split_special_tokens=True)
+        encode = self._encode if is_beginning else self._encode_continuation
+        ids = encode(text, plain=True)
         if self._forbidden.isdisjoint(ids):
             return ids
         if len(text) < 2:
             return [i for i in ids if i not in self._forbidden]
         cuts = [start + 1 for start, _ in self.controls.spans(text) if start + 1 < len(text)]
         cuts = [0, *(cuts or [len(text) // 2]), len(text)]
-        parts = [text[start:end] for start, end in pairwise(cuts)]
-        return [
-            i for k, part in enumerate(parts) for i in self._plain(part, opens=opens and k == 0)
-        ]
+        ids = []
+        for start, end in pairwise(cuts):
+            is_first = is_beginning and start == 0
+            ids += self._encode_plain(text[start:end], is_beginning=is_first)
+        return ids

@@ -1,8 +1,8 @@
 """Text to token ids and back, whatever tokenizer the user has.
 
 The one place that turns prompts and responses into ids: what is generated from is what is trained
-on. A control token of the tokenizer (`<|im_end|>`) counts where the chat template wrote it; in a
-message it is encoded as plain text.
+on. A control token of the tokenizer (`<|im_end|>`) counts as one if the chat template wrote it; in
+a message it is encoded as plain text.
 """
 
 import json
@@ -45,7 +45,7 @@ SAMPLES: tuple[Messages, ...] = ((QUESTION,), ({"role": "system", "content": "Be
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as the model reads it. messages: None where the text is taken as it is."""
+    """A prompt as the model reads it. messages: None if no chat template was used."""
 
     ids: Ids
     text: str
@@ -53,11 +53,16 @@ class Rendered:
 
 
 class Tokens:
-    """A tokenizer, its chat template, its end tokens and the model's vocabulary.
+    """A tokenizer, its chat template, its end tokens and the size of the model's vocabulary.
 
-    chat_template: a name, jinja text, or "raw" for texts as they are. None: a Hugging Face
-    tokenizer's own (the plain one where it has none), texts as they are for all others.
-    end_ids: further ids that end a response, as a model's generation config names them.
+    chat_template: a name, jinja text, or "raw" for texts as they are. None means a Hugging Face
+    tokenizer's own (the plain one if it has none), and texts as they are for all others.
+    eos_id: the token that ends a response; None asks the tokenizer and the template. end_ids:
+    further ids that end a response, as a model's generation config names them.
+
+    renders: whether a text is a user's message and goes through the template. template: its text,
+    None if it is the tokenizer's own. eos_id: the token that is put behind a response, None if
+    none is known. end_ids: all tokens that end a response, by end of turn or end of text.
     """
 
     def __init__(
@@ -69,28 +74,30 @@ class Tokens:
         chat_template: str | None = None,
         end_ids: Sequence[int] = (),
     ) -> None:
-        hugging_face = hasattr(tokenizer, "apply_chat_template")
-        self.vocab = vocab
+        # 1. the tokenizer: one of transformers is wrapped
+        is_hugging_face = hasattr(tokenizer, "apply_chat_template")
         self.source: Any = tokenizer
-        self.tokenizer: Any = HuggingFaceTokenizer(tokenizer) if hugging_face else tokenizer
-        self.renders = chat_template != RAW and (hugging_face or chat_template is not None)
-        """Whether a text is a user's message and goes through the template."""
+        self.tokenizer: Any = HuggingFaceTokenizer(tokenizer) if is_hugging_face else tokenizer
+        self.vocab = vocab
+        # 2. the chat template, and what it writes behind an answer
+        is_raw = chat_template == RAW
+        self.renders = not is_raw and (is_hugging_face or chat_template is not None)
+        self._render, text = self._choose_template(None if is_raw else chat_template)
+        self.template: str | None = None if is_raw else text
+        self._answer_end = _text_behind(ANSWER, _render_sample(self._render, (ANSWER,)))
+        # 3. control tokens, those that the template writes between turns included
+        if is_hugging_face:
+            between_turns = _render_sample(self._render, (ANSWER, "A question."))
+            self.tokenizer.add_controls(between_turns)
         self._controls: Controls = getattr(self.tokenizer, "controls", Controls())
-        self._render, text = self._renderer(None if chat_template == RAW else chat_template)
-        self.template: str | None = None if chat_template == RAW else text
-        """The template where it is not the tokenizer's own."""
-        self._tail = self._behind_answer()
-        if hugging_face:
-            self.tokenizer.add_controls(_sample(self._render, (ANSWER, "A question.")))
-            self._controls = self.tokenizer.controls
-        found = getattr(self.tokenizer, "eos_token_id", None) if eos_id is None else eos_id
-        turn = self._turn_end() if hugging_face and self.renders else None
-        self.eos_id: int | None = found if turn is None else turn
-        """The token that the library puts behind a response."""
+        # 4. end tokens: of a turn in this template, of a text, and those given
+        text_end = getattr(self.tokenizer, "eos_token_id", None) if eos_id is None else eos_id
+        turn_end = self._turn_end_id() if is_hugging_face and self.renders else None
+        self.eos_id: int | None = text_end if turn_end is None else turn_end
         text_ends = getattr(self.tokenizer, "text_ends", ()) if eos_id is None else ()
-        ends = [i for i in (self.eos_id, found, *end_ids, *text_ends) if i is not None]
-        self.end_ids: Ids = tuple(dict.fromkeys(ends))
-        """All tokens that end a response: end of turn and end of text."""
+        ends = (self.eos_id, text_end, *end_ids, *text_ends)
+        self.end_ids: Ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        # 5. all of them must be tokens of the model
         for end in self.end_ids:
             if vocab is not None and not 0 <= end < vocab:
                 raise ConfigError(
@@ -99,70 +106,77 @@ class Tokens:
                 )
 
     def prompt(self, value: str | Sequence[Message], where: str = "the prompt") -> Rendered:
-        """A prompt's ids, those of the generation prompt where a template is used.
+        """A prompt's ids; with a chat template, up to where the assistant begins to answer.
 
-        Of a text as it is, control tokens count; of a Filled one, only where they are not data.
+        In a text without a template control tokens count; in a Filled one, except those from data.
         """
         if isinstance(value, str) and not self.renders:
-            return Rendered(self._filled(value), str(value))
+            return Rendered(self._encode_prompt_text(value), str(value))
         messages = messages_of(value, where)
-        mask, (masked,) = self._masked(messages)
-        text = self._text(masked, True, where)
-        return Rendered(self._ids(text, mask), transcript_of(messages), messages)
+        mask, (masked,) = self._mask_controls(messages)
+        text = self._render_text(masked, True, where)
+        return Rendered(self._encode_masked(text, mask), transcript_of(messages), messages)
 
     def response(
         self, prompt: str | Sequence[Message], completion: str, where: str = "the completion"
     ) -> Ids:
         """The ids of a response to a prompt, up to and including its end token.
 
-        They are the rest of the full rendering behind the generation prompt. Raises DataError
-        where the template renders a prompt otherwise once it is answered.
+        With a chat template they are what it renders behind the prompt once that is answered.
+        Raises DataError if it then renders the prompt itself in another way.
         """
         if isinstance(prompt, str) and not self.renders:
             return self.ended(self.encode_part(completion))
+        # 1. render the prompt, and the prompt with its answer
         messages = messages_of(prompt, where)
-        mask, (asked, answer) = self._masked(
+        mask, (asked, answer) = self._mask_controls(
             messages, ({"role": "assistant", "content": completion},)
         )
-        before = self._text(asked, True, where)
-        full = self._text([*asked, *answer], False, where)
+        before = self._render_text(asked, True, where)
+        full = self._render_text([*asked, *answer], False, where)
         if not full.startswith(before):
             raise DataError(
                 f"{where}: the chat template does not render the prompt as the beginning of prompt "
                 f"and response, so what is generated from would not be what is trained on.\n"
                 f"prompt: {before!r}\nboth: {full!r}"
             )
-        tail = self._tail
+        # 2. encode what stands behind the prompt
+        ids = self._encode_behind(before, full, mask)
+        # 3. cut it behind the first end token that the template wrote after the answer
+        tail = self._answer_end
         if not tail or not full.endswith(tail):
-            tail = _behind(answer[0]["content"].strip(), full[len(before) :])
-        rest = self._ids_behind(before, full, mask)
-        first = len(rest) - (len(self._ids(tail, mask)) if tail else 0)
-        end = next((i for i in range(max(0, first), len(rest)) if rest[i] in self.end_ids), None)
+            tail = _text_behind(answer[0]["content"].strip(), full[len(before) :])
+        tail_length = len(self._encode_masked(tail, mask)) if tail else 0
+        places = range(max(0, len(ids) - tail_length), len(ids))
+        end = next((i for i in places if ids[i] in self.end_ids), None)
         if end is not None:
-            return rest[: end + 1]
-        return self.ended(self._ids_behind(before, full.removesuffix(tail), mask))
+            return ids[: end + 1]
+        # 4. if it wrote none, put the end token behind the answer
+        return self.ended(self._encode_behind(before, full.removesuffix(tail), mask))
 
     def conversation(self, messages: Sequence[Message], where: str = "the conversation") -> Ids:
         """The ids of a whole conversation, with all that the template writes behind it."""
-        mask, (masked,) = self._masked(messages_of(messages, where))
-        return self._ids(self._text(masked, False, where), mask)
+        mask, (masked,) = self._mask_controls(messages_of(messages, where))
+        return self._encode_masked(self._render_text(masked, False, where), mask)
 
     def encode(self, text: str) -> Ids:
-        """Ids of a text as it is; TokenizerError where they are no ids of the model."""
-        return self._checked_text(text, "encode")
+        """The ids of a text. Raises TokenizerError if they are no ids of the model."""
+        return self._encode_checked(text, "encode")
 
     def encode_part(self, text: str) -> Ids:
-        """Ids of a piece of a text: no begin token."""
+        """The ids of a piece of a text, without a begin token."""
         part = "encode_part" if hasattr(self.tokenizer, "encode_part") else "encode"
-        return self._checked_text(text, part)
+        return self._encode_checked(text, part)
 
     def encode_data(self, text: str) -> Ids:
-        """Ids of a piece of a text that comes from data: no control token counts in it."""
-        mask = self._controls.masks([text])
-        return self.encode_part(text) if mask is None else self._ids(mask.hide(text), mask)
+        """The ids of a piece of a text that comes from data; no control token counts in it."""
+        mask = self._controls.mask_for([text])
+        if mask is None:
+            return self.encode_part(text)
+        return self._encode_masked(mask.hide(text), mask)
 
     def decode(self, ids: Sequence[int]) -> str | None:
-        """The text of ids, without end tokens; None without a tokenizer."""
+        """The text of ids, without end tokens; None if there is no tokenizer."""
         if self.tokenizer is None:
             return None
         kept = [i for i in ids if i not in self.end_ids]
@@ -172,26 +186,26 @@ class Tokens:
         return text
 
     def ended(self, ids: Ids) -> Ids:
-        """The ids with the end token behind them, where one is known."""
+        """The ids with the end token behind them, if one is known."""
         return ids if self.eos_id is None or ids[-1:] == (self.eos_id,) else (*ids, self.eos_id)
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face tokenizer and its chat template into a folder; others stay out."""
+        """Write a Hugging Face tokenizer and its chat template into a folder; other kinds not."""
         if not hasattr(self.source, "save_pretrained"):
             return
-        kept = copy(self.source)
+        tokenizer = copy(self.source)
         if self.template is not None:
-            kept.chat_template = self.template
-        kept.save_pretrained(str(folder))
+            tokenizer.chat_template = self.template
+        tokenizer.save_pretrained(str(folder))
 
     def compare_template(self, stage: str, weights: Path) -> None:
-        """Warn where a folder of weights was saved with another chat template than this one."""
-        own = self.template or getattr(self.source, "chat_template", None)
+        """Warn if a folder of weights was saved with another chat template than this one."""
+        template = self.template or getattr(self.source, "chat_template", None)
         loader = getattr(type(self.source), "from_pretrained", None)
         if loader is None or not self.renders or not (weights / "tokenizer_config.json").exists():
             return
-        theirs = loader(str(weights)).chat_template
-        if None not in (own, theirs) and theirs != own:
+        saved_template = loader(str(weights)).chat_template
+        if None not in (template, saved_template) and saved_template != template:
             logger.warning(
                 "%s: the weights in %s were saved with another chat template than the one in use: "
                 "reference and policy will read prompts in a form that these weights were not "
@@ -201,7 +215,10 @@ class Tokens:
             )
 
     def checked(self, ids: Any, whose: str) -> Ids:
-        """Ids of any number type as a tuple of ints within the vocabulary."""
+        """Ids of any number type as a tuple of ints within the vocabulary.
+
+        whose: words for the error. Raises TokenizerError if they are no such ids.
+        """
         if isinstance(ids, Tensor) or hasattr(ids, "tolist"):
             if getattr(ids, "ndim", 1) != 1:
                 raise TokenizerError(
@@ -215,28 +232,34 @@ class Tokens:
             )
         return tuple(self._checked_id(i, whose) for i in ids)
 
-    def _text(self, messages: Sequence[Message], generation: bool, where: str) -> str:
+    def _render_text(
+        self, messages: Sequence[Message], add_generation_prompt: bool, where: str
+    ) -> str:
         try:
-            return self._render(messages, generation)
+            return self._render(messages, add_generation_prompt)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
 
-    def _renderer(self, chat_template: str | None) -> tuple[Render, str | None]:
-        """The function that renders, and the template's text where it is not the tokenizer's own.
+    def _choose_template(self, chat_template: str | None) -> tuple[Render, str | None]:
+        """The function that renders, and the template's text unless it is the tokenizer's own.
 
-        Begin tokens that the tokenizer leads texts with stand in that text, for whoever loads it.
+        A begin token that the tokenizer puts before texts becomes a part of that text, so that
+        whoever loads the saved template renders the same.
         """
         if chat_template is None and getattr(self.source, "chat_template", None):
             return renderer(None, tokenizer=self.source), None
         text = template_text(chat_template or "plain")
         assert text is not None
-        lead = getattr(self.tokenizer, "lead", ())
-        if lead and self.encode_part(_sample(self._make(text)))[: len(lead)] != lead:
-            written = "".join(map(str, self.source.convert_ids_to_tokens(list(lead))))
-            text = "{{ " + json.dumps(written, ensure_ascii=False) + " }}" + text
-        return self._make(text), text
+        begin_ids = getattr(self.tokenizer, "begin_ids", ())
+        if begin_ids:
+            sample = self.encode_part(_render_sample(self._make_renderer(text)))
+            if sample[: len(begin_ids)] != begin_ids:
+                tokens = self.source.convert_ids_to_tokens(list(begin_ids))
+                begin_text = json.dumps("".join(map(str, tokens)), ensure_ascii=False)
+                text = "{{ " + begin_text + " }}" + text
+        return self._make_renderer(text), text
 
-    def _make(self, text: str) -> Render:
+    def _make_renderer(self, text: str) -> Render:
         return renderer(
             text,
             tokenizer=self.source,
@@ -244,43 +267,45 @@ class Tokens:
             eos_token=getattr(self.source, "eos_token", None),
         )
 
-    def _masked(self, *parts: Sequence[Message]) -> tuple[Mask | None, list[list[Message]]]:
+    def _mask_controls(self, *parts: Sequence[Message]) -> tuple[Mask | None, list[list[Message]]]:
         """Parts of a conversation with the control tokens in their messages hidden."""
-        mask = self._controls.masks(text for part in parts for m in part for text in m.values())
+        mask = self._controls.mask_for(
+            text for part in parts for message in part for text in message.values()
+        )
         hide = str if mask is None else mask.hide
-        return mask, [[{key: hide(text) for key, text in m.items()} for m in p] for p in parts]
+        return mask, [
+            [{key: hide(text) for key, text in message.items()} for message in part]
+            for part in parts
+        ]
 
-    def _ids(self, text: str, mask: Mask | None) -> Ids:
-        """The ids of a piece of a rendering."""
+    def _encode_masked(self, text: str, mask: Mask | None) -> Ids:
+        """The ids of a piece of a rendering in which control tokens of messages are hidden."""
         if mask is None:
             return self.encode_part(text)
         ids = self.tokenizer.encode_pieces(mask.pieces(text))
         return self.checked(ids, f"of the text {text[:60]!r}")
 
-    def _filled(self, text: str) -> Ids:
-        """The ids of a text as it is."""
-        mask = self._controls.masks([text])
+    def _encode_prompt_text(self, text: str) -> Ids:
+        """The ids of a prompt without a template; its begin token before them."""
+        mask = self._controls.mask_for([text])
         if mask is None or not isinstance(text, Filled):
             return self.encode(text)
         ids = self.tokenizer.encode_pieces(mask.pieces(mask.hide_data(text)))
-        return self.checked(self.tokenizer.led(ids), f"of the text {text[:60]!r}")
+        return self.checked(self.tokenizer.with_begin(ids), f"of the text {text[:60]!r}")
 
-    def _ids_behind(self, before: str, full: str, mask: Mask | None) -> Ids:
-        """The ids of a text from where the ids of its beginning end."""
-        ids, head = self._ids(full, mask), self._ids(before, mask)
+    def _encode_behind(self, before: str, full: str, mask: Mask | None) -> Ids:
+        """The ids of what stands in `full` behind `before`, its beginning."""
+        ids, head = self._encode_masked(full, mask), self._encode_masked(before, mask)
         if ids[: len(head)] == head:
             return ids[len(head) :]
-        return self._ids(full[len(before) :], mask)
+        return self._encode_masked(full[len(before) :], mask)
 
-    def _behind_answer(self) -> str:
-        """What the template writes behind an answer; nothing where it refuses the trial."""
-        return _behind(ANSWER, _sample(self._render, (ANSWER,)))
+    def _turn_end_id(self) -> int | None:
+        """The first special token that the template writes behind an answer, if any."""
+        ids = self.encode_part(self._answer_end)
+        return next((i for i in ids if i in self.tokenizer.special), None)
 
-    def _turn_end(self) -> int | None:
-        """The first special token behind an answer: what ends a turn in this template."""
-        return next((i for i in self.encode_part(self._tail) if i in self.tokenizer.special), None)
-
-    def _checked_text(self, text: str, method: str) -> Ids:
+    def _encode_checked(self, text: str, method: str) -> Ids:
         if self.tokenizer is None:
             raise ConfigError(
                 f"a text needs a tokenizer: {text[:60]!r}. Give the trainer tokenizer_encode and "
@@ -304,8 +329,11 @@ class Tokens:
         return number
 
 
-def _sample(render: Render, more: Sequence[str] = ()) -> str:
-    """A rendering of a question, with turns behind it or open; empty where it is refused."""
+def _render_sample(render: Render, more: Sequence[str] = ()) -> str:
+    """A question with `more` turns behind it, rendered; "" if the template refuses it.
+
+    Without them the assistant's answer is begun.
+    """
     roles = ("assistant", "user")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(more)]
     for messages in SAMPLES:
@@ -316,6 +344,6 @@ def _sample(render: Render, more: Sequence[str] = ()) -> str:
     return ""
 
 
-def _behind(part: str, text: str) -> str:
-    """What stands behind the last place of a part of a text; nothing where it is not in it."""
+def _text_behind(part: str, text: str) -> str:
+    """What stands behind the last occurrence of a part in a text; "" if there is none."""
     return text.rpartition(part)[2] if part and part in text else ""

@@ -93,7 +93,7 @@ def test_parquet_rows_are_made_a_few_at_a_time(tmp_path, monkeypatch):
     assert rows == ROWS and len(rows) == 50
     for place in (49, 0, 7, 8, 15, 16, 48, -50):
         assert rows[place] == ROWS[place]
-        assert len(rows._some) <= 8
+        assert len(rows._block) <= 8
     assert rows[6:10] == ROWS[6:10]
 
 

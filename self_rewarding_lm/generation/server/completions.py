@@ -221,7 +221,7 @@ def prompt_text(ids: Ids, tokens: Tokens) -> str | None:
             text = tokens.tokenizer.decode(ids)
             return text if tokens.encode(text) == ids else None
         return None
-    lead = len(tokens.tokenizer.lead)
+    lead = len(tokens.tokenizer.begin_ids)
     for part in (ids, ids[lead:]):  # a begin token is written, or the encoding adds it
         text = tokens.source.decode(
             list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False
