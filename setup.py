@@ -53,6 +53,7 @@ setup(
         "psutil>=6.0",
         "safetensors>=0.5",
         "tqdm>=4.66",
+        "rapidfuzz>=3.9",
         "PyYAML>=6.0",
     ],
     entry_points={"console_scripts": ["self-rewarding-lm = self_rewarding_lm.cli:main"]},

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from rapidfuzz.distance import LCSseq
+
 from self_rewarding_lm.errors import ConfigError
 
 DEFAULT_KEYWORDS = (  # arXiv:2212.10560: tasks that are not text alone
@@ -89,8 +91,8 @@ def rouge_l(a: str, b: str) -> float:
     LCS: the length of the longest common subsequence. Words are runs of letters and digits of any
     script in lower case, without stemming; a script without spaces gives one word a run.
     """
-    one, other = _words(a), _words(b)
-    return _f1(_common_subsequence(_places(one), len(one), other), len(one) + len(other))
+    words_a, words_b = _words(a), _words(b)
+    return _f1(LCSseq.similarity(words_a, words_b), len(words_a) + len(words_b))
 
 
 class InstructionPool:
@@ -123,13 +125,12 @@ class InstructionPool:
         if _fold(text) in self._folded:
             return "duplicate"
         words = _words(text)
-        places = _places(words)
         for i in self._reachable(words):
             other = self._texts[i]
             total = len(words) + len(other)
             if _f1(min(len(words), len(other)), total) <= self.max_rouge_l:
                 continue  # not even if the shorter one stood in the longer
-            if _f1(_common_subsequence(places, len(words), other), total) > self.max_rouge_l:
+            if _f1(LCSseq.similarity(words, other), total) > self.max_rouge_l:
                 return "similar"
         return None
 
@@ -153,29 +154,6 @@ def _fold(text: str) -> str:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
-
-
-def _places(words: Sequence[str]) -> dict[str, int]:
-    """For each word the bits of its places."""
-    places: dict[str, int] = {}
-    for i, word in enumerate(words):
-        places[word] = places.get(word, 0) | 1 << i
-    return places
-
-
-def _common_subsequence(places: dict[str, int], length: int, other: Sequence[str]) -> int:
-    """The length of the longest common subsequence, a word of `other` at a time.
-
-    The bit-parallel recurrence of Hyyrö (2004) on one Python int: a zero bit i says that the length
-    grows by one at word i of the first text.
-    """
-    full = (1 << length) - 1
-    row = full
-    for word in other:
-        if word in places:
-            met = row & places[word]
-            row = ((row + met) | (row - met)) & full
-    return length - row.bit_count()
 
 
 def _f1(common: int, total: int) -> float:
