@@ -1,11 +1,14 @@
-"""The trainer: order of stages, resume, checkpoints, and the callbacks it calls between stages.
+"""The trainer: it runs stages on a model one after the other, and goes on where it was stopped.
 
-It asks no stage what kind it is. `SPINTrainer` is the trainer for self-play alone.
+It asks no stage what kind it is. In the order of this file: the callbacks that it calls, the
+trainer (set up in `__init__`, run by `__call__`), and `SPINTrainer`, which has one stage of
+self-play.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,10 +57,18 @@ from self_rewarding_lm.stages.base import stage_names
 from self_rewarding_lm.stages.rehearsal import rehearse_stages
 from self_rewarding_lm.stages.spin import SelfPlayConfig
 
+logger = logging.getLogger(__name__)
+
+
+OVERWRITE_VARIABLE = "SELF_REWARDING_LM_OVERWRITE"
+
+
+MERGED = "merged"  # the folder of a merged adapter, within the run
+
 
 @runtime_checkable
 class Callback(Protocol):
-    """Called on the main process."""
+    """Called on the main process when a stage is done."""
 
     def on_stage_end(self, run: Run, stage: str, model: nn.Module) -> None:
         """The stage's weights are in `model` and on disk."""
@@ -66,63 +77,47 @@ class Callback(Protocol):
 
 @runtime_checkable
 class StageCallback(Protocol):
-    """Called on all processes, with what the stage could reach."""
+    """Called on all processes, with the context of the stage."""
 
     def check(self, ctx: Context) -> None:
-        """Raise where something is wrong that can be known before stage 1; asked of each stage."""
+        """Raise an error for whatever can be known to be wrong before the first stage.
+
+        Called once for each stage.
+        """
         ...
 
     def on_stage_trained(self, ctx: Context, out: StageDir) -> None:
-        """The stage's weights are in the model and on disk; the stage is not yet done, so that
-        metrics and `out.summary` are still its own. Called again where a run stops in it."""
+        """The stage's weights are in the model and on disk, and the stage is not yet done.
+
+        Metrics and `out.summary` can still be added to. Called again if a run is stopped in it.
+        """
         ...
-
-
-def tell_trained(callbacks: Iterable[object], ctx: Context, out: StageDir) -> None:
-    """Call those that work with a stage's context."""
-    for callback in callbacks:
-        if isinstance(callback, StageCallback):
-            callback.on_stage_trained(ctx, out)
-
-
-def tell_ended(callbacks: Iterable[object], run: Run, stage: str, model: nn.Module) -> None:
-    """Call those that look at a stage that is done; for the main process."""
-    for callback in callbacks:
-        if isinstance(callback, Callback):
-            callback.on_stage_end(run, stage, model)
-
-
-logger = logging.getLogger(__name__)
-
-
-OVERWRITE_VARIABLE = "SELF_REWARDING_LM_OVERWRITE"
-
-
-MERGED = "merged"
 
 
 class SelfRewardingTrainer:
     """Runs stages on a model, one after the other, each with its records and weights on disk.
 
     model: ids (b, n) -> logits (b, n, v), or an object with `.logits`; trained in place. A Hugging
-    Face causal LM as it is, or by folder, hub name or .gguf file; those are loaded in `torch_dtype`
-    (default float32), with `device_map`, or with `load_in_4bit` (bitsandbytes). peft_config: a
-    LoRA adapter is trained and saved in place of all weights; with `merge_adapter` the merged
-    model is written to <checkpoints_folder>/merged after the last stage.
+    Face causal LM is taken as it is, or by its folder, hub name or .gguf file; those are loaded in
+    `torch_dtype` (default float32), with `device_map`, or with `load_in_4bit` (bitsandbytes).
+    peft_config: train and save a LoRA adapter in place of all weights; with `merge_adapter` the
+    merged model is written to <checkpoints_folder>/merged after the last stage.
     finetune_configs: a list of stages, or a dict for create_default_paper_config(**dict).
-    tokenizer: of Hugging Face, or an object with encode and decode; or tokenizer_encode, str -> 1-D
-    tensor of any number dtype, and tokenizer_decode, tensor -> str. Stages that see only ids need
-    none. chat_template: a name (plain, chatml, llama-3, gemma, zephyr), jinja text, or "raw";
-    default the tokenizer's own.
+    tokenizer: a Hugging Face tokenizer, or an object with encode and decode. tokenizer_encode: in
+    its place, str -> 1-D tensor of any number dtype, with tokenizer_decode, tensor -> str. Stages
+    that see only ids need neither. chat_template: a name (plain, chatml, llama-3, gemma, zephyr),
+    jinja text, or "raw"; default the tokenizer's own.
     self_reward_prompt_config: the judge's prompt, or several by name.
-    eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted and not needed,
-    masks come from lengths. checkpoints_folder: the run directory. keep_stages: how many of the
-    stages that are done keep their weights on disk, the last ones, and those that a later stage
-    asks for; default all. accelerate_kwargs: for accelerate.Accelerator. engine: default
-    LocalEngine(); ServerEngine(...) generates by an inference server. quiet: no progress, warnings
-    only (as SELF_REWARDING_LM_QUIET=1). report: write report.html into the run when it is done.
+    eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted but not needed,
+    since masks come from lengths. seed: of sampling, of the order of rows and of dropout.
+    checkpoints_folder: the run directory. keep_stages: how many finished stages keep their weights
+    on disk: the last ones, and those that a later stage uses; default all. accelerate_kwargs: for
+    accelerate.Accelerator. engine: default LocalEngine(); ServerEngine(...) generates with an
+    inference server. callbacks: called when a stage is trained or done. quiet: no progress,
+    warnings only (as SELF_REWARDING_LM_QUIET=1). report: write report.html into the run when it is
+    done.
 
-    Everything that can be known to be wrong before the first stage is raised here: ConfigError,
+    Raises an error for whatever can be known to be wrong before the first stage: ConfigError,
     DataError, TokenizerError, AdapterError, JudgeError, ArgumentTypeError.
     """
 
@@ -153,6 +148,7 @@ class SelfRewardingTrainer:
         quiet: bool = False,
         report: bool = True,
     ) -> None:
+        # 1. the stages and their names
         if isinstance(finetune_configs, dict):
             finetune_configs = paper_config_of(finetune_configs)
         self.stages = list(finetune_configs)
@@ -167,38 +163,42 @@ class SelfRewardingTrainer:
         if keep_stages is not None and keep_stages < 1:
             raise ConfigError(f"keep_stages must be at least 1, or None (all); got {keep_stages}.")
         self.names = stage_names(self.stages)
+        # 2. the run's folder, processes and settings
         self.folder = Path(checkpoints_folder)
         self.runtime = Runtime(accelerate_kwargs, quiet=quiet)
         self.seed, self.keep_stages = seed, keep_stages
         self.engine = engine or LocalEngine()
         self.callbacks, self.report = tuple(callbacks), report
-        self.rewards = _rewards(self_reward_prompt_config)
-        found = _tokenizer(tokenizer, tokenizer_encode, tokenizer_decode)
+        self.rewards = _rewards_by_name(self_reward_prompt_config)
+        # 3. the model, on its device, and the module that is trained
+        given_tokenizer = _tokenizer_of(tokenizer, tokenizer_encode, tokenizer_decode)
         check_placement(model, device_map, self.runtime.world)
-        options = Loading(torch_dtype, device_map, load_in_4bit, peft_config, merge_adapter, seed)
-        self.model, own = open_model(model, options)
+        loading = Loading(torch_dtype, device_map, load_in_4bit, peft_config, merge_adapter, seed)
+        self.model, models_tokenizer = open_model(model, loading)
         check_trainable(self.model)
         self.merge_adapter = merge_adapter
-        placed = is_placed(self.model)
-        if not placed:
+        has_device = is_placed(self.model)
+        if not has_device:
             self.model.to(self.runtime.device)
         self.token_model: TokenModel = adapt(self.model)
-        self.policy = self.runtime.prepare(Policy(self.token_model), place=not placed)
+        self.policy = self.runtime.prepare(Policy(self.token_model), place=not has_device)
+        # 4. the tokenizer, its chat template and end tokens
         self.tokens = Tokens(
-            found or own,
+            given_tokenizer or models_tokenizer,
             eos_id=eos_id,
             vocab=self.token_model.vocab,
             chat_template=chat_template,
             end_ids=end_ids_of(self.model) if eos_id is None else (),
         )
-        self._check_pad(pad_id)
-
-        self._run: Run | None = None
-        self.contexts = [self._context(i) for i in range(len(self.stages))]
+        self._check_pad_id(pad_id)
+        # 5. a context for each stage, in which the stage and the callbacks check what they can
+        self._run: Run | None = None  # begun by __call__
+        self.contexts = [self._context(place) for place in range(len(self.stages))]
         for stage, ctx in zip(self.stages, self.contexts, strict=True):
             stage.check(ctx)
-            for callback in (c for c in self.callbacks if isinstance(c, StageCallback)):
-                callback.check(ctx)
+            for callback in self.callbacks:
+                if isinstance(callback, StageCallback):
+                    callback.check(ctx)
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -209,12 +209,12 @@ class SelfRewardingTrainer:
     def __call__(self, *, overwrite_checkpoints: bool | None = None, rehearse: bool = True) -> Run:
         """Run the stages that are not done; the model is trained in place.
 
-        Goes on where an earlier call was stopped, with the records and the training state that
-        exist. overwrite_checkpoints: start anew, and delete the earlier run's files
-        first; None looks at the environment variable SELF_REWARDING_LM_OVERWRITE. Raises
-        RunMismatchError where a started stage has other settings now, StoreError where another run
-        is in the folder, Interrupted (a KeyboardInterrupt) where a signal stopped it. rehearse:
-        try all stages in short before the first begins.
+        Goes on where an earlier call was stopped, from the records and the training state on disk.
+        overwrite_checkpoints: start anew, and delete the earlier run's files first; None looks at
+        the environment variable SELF_REWARDING_LM_OVERWRITE. rehearse: try all stages in short
+        before the first begins. Raises RunMismatchError if a stage that was begun has other
+        settings now, StoreError if another run is in the folder, Interrupted (a KeyboardInterrupt)
+        if a signal stopped it.
         """
         if overwrite_checkpoints is None:
             overwrite_checkpoints = os.environ.get(OVERWRITE_VARIABLE, "") not in ("", "0")
@@ -222,7 +222,8 @@ class SelfRewardingTrainer:
             return self._run_all(overwrite_checkpoints, rehearse)
 
     def _run_all(self, overwrite_checkpoints: bool, rehearse: bool) -> Run:
-        folders = [f"{i:02d}-{name}" for i, name in enumerate(self.names, 1)]
+        # 1. try all stages in short, then begin the run or open it again
+        folders = [f"{number:02d}-{name}" for number, name in enumerate(self.names, 1)]
         if rehearse:
             rehearse_stages(self, [] if overwrite_checkpoints else folders)
         run = begin_run(
@@ -237,15 +238,18 @@ class SelfRewardingTrainer:
         if any(INITIAL in stage.weights_used() for stage in self.stages):
             save_initial(run, self.token_model, self.model, self.runtime)
         self._run = run
+        # 2. load the weights of the last stage that is done
         total = len(self.stages)
-        first = next((i for i in range(total) if not run.is_done(i)), total)
+        first = next((place for place in range(total) if not run.is_done(place)), total)
         if first > 0:
             logger.info("%d of %d stages are done already in %s", first, total, self.folder)
             self.token_model.load(run.weights(first - 1))
-        for place in range(max(first - 1, 0), total):
-            if place >= first:
-                self._run_stage(run, place)
+            self._drop_old_weights(run, first - 1)
+        # 3. run the stages that are not done
+        for place in range(first, total):
+            self._run_stage(run, place)
             self._drop_old_weights(run, place)
+        # 4. write the merged adapter and the report
         if self.merge_adapter and self.runtime.is_main:
             beside = with_card(run, self.names[-1], self.tokens.save)
             save_folder(adapt(merged(self.model)), self.folder / MERGED, beside)
@@ -265,31 +269,49 @@ class SelfRewardingTrainer:
         self.runtime.barrier()
 
     def _run_stage(self, run: Run, place: int) -> None:
-        stage, name, ctx = self.stages[place], self.names[place], self._context(place)
+        # 1. the context: this run, and where earlier stages stopped in the prompts
+        stage, name = self.stages[place], self.names[place]
+        first_prompt = self._first_prompt(run, place)
+        ctx = replace(self.contexts[place], run=run, first_prompt=first_prompt)
+        for rows in ctx.rows.values():
+            rows.forget_stages()
+        # 2. the weights it begins with, and its folder
         if stage.init_from != "previous":
             ctx.load(stage.init_from)
         beside = with_card(run, name, self.tokens.save)
-        before = sum(run.summary(i).get("steps", 0) for i in range(place))
-        out = StageDir(run.stage(place).path, self.runtime, beside, steps_before=before)
+        steps_before = sum(run.summary(earlier).get("steps", 0) for earlier in range(place))
+        out = StageDir(run.stage(place).path, self.runtime, beside, steps_before=steps_before)
         out.begin(self._settings(stage))
+        # 3. the stage itself
         logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
         with ends_told(out.tell):
             stage.run(ctx, out)
+        # 4. its weights, its end, and the callbacks
         out.save_weights(self.token_model)
-        tell_trained(self.callbacks, ctx, out)
+        for callback in self.callbacks:
+            if isinstance(callback, StageCallback):
+                callback.on_stage_trained(ctx, out)
         out.finish()
         if self.runtime.is_main:
-            show_stage(run, name, self.runtime, before + out.summary.get("steps", 0))
-            tell_ended(self.callbacks, run, name, self.model)
+            show_stage(run, name, self.runtime, steps_before + out.summary.get("steps", 0))
+            for callback in self.callbacks:
+                if isinstance(callback, Callback):
+                    callback.on_stage_end(run, name, self.model)
         self.runtime.barrier()
 
     def _drop_old_weights(self, run: Run, place: int) -> None:
-        needed: set[str] = set().union(*(s.weights_used() for s in self.stages[place + 1 :]))
+        """Delete weights beyond the last `keep_stages`, unless a stage after `place` uses them."""
+        later_stages = self.stages[place + 1 :]
+        needed: set[str] = set().union(*(stage.weights_used() for stage in later_stages))
         for old in range(place + 1 - (self.keep_stages or len(self.stages))):
             if self.names[old] not in needed:
                 StageDir(run.stage(old).path, self.runtime).drop_weights("model")
 
     def _context(self, place: int) -> Context:
+        """What the stage at `place` may reach, before the run has begun; its datasets are opened.
+
+        Raises ConfigError if the stage names weights or records that no earlier stage makes.
+        """
         stage, name, earlier = self.stages[place], self.names[place], self.names[:place]
         for error in wrong_names(stage, name, earlier):
             raise error
@@ -299,13 +321,6 @@ class SelfRewardingTrainer:
             assert self._run is not None
             return self._run.training_data(source.stage)
 
-        datasets = stage.datasets()
-        if self._run is None:
-            rows = {field: Rows(data, field, resolve) for field, data in datasets.items()}
-        else:
-            rows = dict(self.contexts[place].rows)
-            for opened in rows.values():
-                opened.forget_stages()
         return Context(
             stage=name,
             seed=self.seed,
@@ -315,28 +330,30 @@ class SelfRewardingTrainer:
             tokens=self.tokens,
             runtime=self.runtime,
             rewards=self.rewards,
-            adapt=self._adapt,
-            rows=rows,
-            first_prompt=self._first_prompt(place),
-            run=self._run,
+            adapt=self._adapt_on_device,
+            rows={field: Rows(data, field, resolve) for field, data in stage.datasets().items()},
             earlier=earlier,
         )
 
-    def _adapt(self, module: nn.Module) -> TokenModel:
+    def _adapt_on_device(self, module: nn.Module) -> TokenModel:
         return adapt(module.to(self.runtime.device))
 
-    def _first_prompt(self, place: int) -> int:
-        """Where the last stage before this one with the same prompts stopped."""
-        mine = self.stages[place]
-        prompts = mine.datasets().get("prompt_dataset")
-        if self._run is None or prompts is None or getattr(mine, "reuse_prompts", False):
+    def _first_prompt(self, run: Run, place: int) -> int:
+        """Where the stage at `place` begins in its prompts, counted over all passes.
+
+        That is where the last stage before it that has the same prompts stopped.
+        """
+        stage = self.stages[place]
+        prompts = stage.datasets().get("prompt_dataset")
+        if prompts is None or getattr(stage, "reuse_prompts", False):
             return 0
-        for i in reversed(range(place)):
-            if _same(self.stages[i].datasets().get("prompt_dataset"), prompts):
-                return self._run.summary(i).get("next_prompt", 0)
+        for earlier in reversed(range(place)):
+            if _is_same_dataset(self.stages[earlier].datasets().get("prompt_dataset"), prompts):
+                return run.summary(earlier).get("next_prompt", 0)
         return 0
 
     def _settings(self, stage: FinetuneConfig) -> dict[str, Any]:
+        """What config.json holds of a stage, to compare when the run goes on."""
         prompts = {name: fingerprint_of(self.rewards.get(name)) for name in stage.reward_names()}
         return {
             "stage": type(stage).__name__,
@@ -347,7 +364,7 @@ class SelfRewardingTrainer:
             "chat_template": (self.tokens.template or "own") if self.tokens.renders else None,
         }
 
-    def _check_pad(self, pad_id: int | None) -> None:
+    def _check_pad_id(self, pad_id: int | None) -> None:
         if pad_id is not None and not -1 <= pad_id < self.token_model.vocab:
             raise ConfigError(
                 f"pad_id must be a token of the model, 0 to {self.token_model.vocab - 1} (or be "
@@ -355,17 +372,20 @@ class SelfRewardingTrainer:
             )
 
 
-def _rewards(given: RewardConfig | Mapping[str, RewardConfig] | None) -> dict[str, RewardConfig]:
-    if given is None:
+def _rewards_by_name(
+    config: RewardConfig | Mapping[str, RewardConfig] | None,
+) -> dict[str, RewardConfig]:
+    if config is None:
         return {"default": DEFAULT_REWARD_CONFIG}
-    return {"default": given} if isinstance(given, RewardConfig) else dict(given)
+    return {"default": config} if isinstance(config, RewardConfig) else dict(config)
 
 
-def _tokenizer(
+def _tokenizer_of(
     tokenizer: Tokenizer | None,
     encode: Callable[[str], Any] | None,
     decode: Callable[[Tensor], str] | None,
 ) -> Tokenizer | None:
+    """The tokenizer, or the two functions as one; None if neither is given."""
     if tokenizer is not None and (encode is not None or decode is not None):
         raise ConfigError("give tokenizer, or tokenizer_encode and tokenizer_decode, not both.")
     if (encode is None) != (decode is None):
@@ -375,8 +395,8 @@ def _tokenizer(
     return tokenizer
 
 
-def _same(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, str | Path) and str(one) == str(other))
+def _is_same_dataset(first: Any, second: Any) -> bool:
+    return first is second or (isinstance(first, str | Path) and str(first) == str(second))
 
 
 class SPINTrainer(SelfRewardingTrainer):
@@ -384,8 +404,8 @@ class SPINTrainer(SelfRewardingTrainer):
 
     train_sft_dataset: rows with a prompt and a completion, as for SFT. spin_lambda, or
     spin_kwargs=dict(λ=...): lambda of Eq. 4.7. checkpoint_every: steps between copies of the
-    weights. checkpoint_folder is the run directory; the other arguments are those of
-    SelfRewardingTrainer and OptimConfig.
+    weights. checkpoint_folder: the run directory. The other arguments are those of SelfPlayConfig,
+    OptimConfig and SelfRewardingTrainer.
     """
 
     @typed

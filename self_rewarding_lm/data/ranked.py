@@ -51,9 +51,9 @@ def ranked_row(row: Any, where: str) -> RankedReplies:
       messages: ranks 0 and 1
     - `{"input", "output_1", "output_2", "label"}` (LLMBar): label, 1 or 2, names the better output
 
-    Rows of one `group` have the same prompt: the column of that name, else a digest of the prompt.
-    Raises DataError for any other row, for fewer than two replies, unless each reply has a finite
-    number as its rank, and if all ranks are equal.
+    group: the column of that name, else a digest of the prompt, so that rows with the same prompt
+    are one group. Raises DataError for any other row, for fewer than two replies, unless each reply
+    has a finite number as its rank, and if all ranks are equal.
     """
     if isinstance(row, RankedReplies):
         _check_ranking(row.replies, row.ranks, where)

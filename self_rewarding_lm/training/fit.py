@@ -96,7 +96,7 @@ class Fit:
         runtime, earlier = self.ctx.runtime, self.round_state
         # 1. if this training was stopped, load the weights it had; forget what was logged later
         self.nth = self.out.count_training(self.round)
-        saved = self._saved_state()
+        saved = self._load_saved_state()
         done = 0 if saved is None else saved[1]["step"]
         self.out.cut_metrics(self.first_step + done)
         self.ctx.model.refresh()
@@ -111,8 +111,10 @@ class Fit:
             if self.optim.gradient_checkpointing:
                 restored.enter_context(self._policy.token_model.checkpointing())
             # 3. make the optimisers
-            made = make_optimizers(self.module, self.optim, self.ctx.model.vocab)
-            self.optimizers = [runtime.prepare_optimizer(optimizer) for optimizer in made]
+            self.optimizers = [
+                runtime.prepare_optimizer(optimizer)
+                for optimizer in make_optimizers(self.module, self.optim, self.ctx.model.vocab)
+            ]
             if warns:
                 warn_of_lost_updates(self.module, self.optim, self.ctx.stage, checker=self.checker)
             # 4. copy the weights of a moving reference, unless an earlier round did
@@ -307,8 +309,8 @@ class Fit:
                 self.ctx.stage,
             )
 
-    def _saved_state(self) -> tuple[Tensors, dict[str, Any]] | None:
-        """The state in which this training was stopped, if any; loads its weights."""
+    def _load_saved_state(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """Load the weights of this training if it was stopped; returns its state, or None."""
         words = self.out.state_words()
         if words is None:
             return None

@@ -150,8 +150,8 @@ class PreferenceObjective:
         # 2. add the losses up; if there are several, each is a metric of its own
         losses = losses_in(list(self.losses), self.nll_weight)
         are_several = sum(loss.label != "nll" for loss in losses) > 1
-        given = [pair.label_smoothing for pair in pairs]
-        smoothing = _like(logprobs, [s or 0.0 for s in given]) if any(given) else None  # (b,)
+        shares = [pair.label_smoothing or 0.0 for pair in pairs]
+        smoothing = _like(logprobs, shares) if any(shares) else None  # (b,)
         metrics = _metrics(batch, self.beta)
         total = torch.zeros_like(batch.chosen.logprobs)  # (b,)
         for loss in losses:
@@ -177,19 +177,19 @@ class PreferenceObjective:
         records = None if stored is None else [stored[row] for row in rows]
         reads_tokens, sides = read_by(self.losses).tokens, list[Responses]()
         for k, side in enumerate(("chosen", "rejected")):
-            own, is_target = logprobs[k::2], targets[k::2]  # (b, t)
+            values, is_target = logprobs[k::2], targets[k::2]  # (b, t)
             responses = Responses(
-                masked_sum(own, is_target),  # (b,)
-                is_target.sum(dim=-1).to(own.dtype),  # (b,)
-                _like(own, [_win_probabilities(pair)[k] for pair in pairs]),  # (b,)
-                reference=None if sums is None else _like(own, [getattr(s, side) for s in sums]),
+                masked_sum(values, is_target),  # (b,)
+                is_target.sum(dim=-1).to(values.dtype),  # (b,)
+                _like(values, [_win_probabilities(pair)[k] for pair in pairs]),  # (b,)
+                reference=None if sums is None else _like(values, [getattr(s, side) for s in sums]),
             )
             if reads_tokens:
-                responses = replace(responses, tokens=_from_first_target(own, is_target))
+                responses = replace(responses, tokens=_from_first_target(values, is_target))
             if records is not None:
-                lines = [torch.tensor(getattr(r, side), dtype=own.dtype) for r in records]
+                lines = [torch.tensor(getattr(r, side), dtype=values.dtype) for r in records]
                 padded = pad_sequence(lines, batch_first=True)  # (b, longest response)
-                responses = replace(responses, reference_tokens=padded.to(own.device))
+                responses = replace(responses, reference_tokens=padded.to(values.device))
             sides.append(responses)
         return PairBatch(*sides)
 

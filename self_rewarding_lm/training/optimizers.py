@@ -50,12 +50,12 @@ def make_optimizers(
     if not params:
         raise ConfigError("the model has no parameter that requires gradients; nothing to train.")
     if callable(optim.optimizer):
-        made = optim.optimizer(params)
-        if not isinstance(made, torch.optim.Optimizer):
+        optimizer = optim.optimizer(params)
+        if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
-                f"optim.optimizer must return a torch optimiser; got {type(made).__name__}."
+                f"optim.optimizer must return a torch optimiser; got {type(optimizer).__name__}."
             )
-        return [made]
+        return [optimizer]
     check_optimizer(module, optim)
     kinds = _ParameterKinds(module)
     main_ids, make_main, make_other = _division(kinds, optim, vocab)
