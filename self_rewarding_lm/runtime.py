@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from self_rewarding_lm.errors import ConfigError, Interrupted
 from self_rewarding_lm.sharding import Sharded, whole
+from self_rewarding_lm.text import markdown_table
 
 logger = logging.getLogger(__name__)
 
@@ -438,7 +439,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; nothing that stands in a cell can end it or be read as markup."""
     marks = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]()<>#+-!|&~:"}
     cells = [[" ".join(cell.split()).translate(marks) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells])
+    return markdown_table(columns, cells)
 
 
 def _set_up_logging(shows: bool) -> None:

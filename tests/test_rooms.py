@@ -9,7 +9,7 @@ NAME = PACKAGE.name
 ORDER = [
     "errors moved",
     "records",
-    "rubrics scores stats",
+    "rubrics scores stats text",
     "config",
     "describe checks sharding",
     "runtime",

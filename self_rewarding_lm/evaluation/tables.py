@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from self_rewarding_lm.evaluation.head_to_head import Comparison, Side
 from self_rewarding_lm.evaluation.judge_quality import JudgeEvaluation
 from self_rewarding_lm.stats import Interval, Rate
+from self_rewarding_lm.text import aligned
 
 
 def judge_table(found: "JudgeEvaluation") -> str:
@@ -30,14 +31,15 @@ def judge_table(found: "JudgeEvaluation") -> str:
         words = f"bins of 0.1, {found.calibration.pairs} pairs"
         rows.append(("calibration error", found.calibration.error, None, words))
     head = f"{own.replies} replies to {own.instructions} prompts in {own.groups} groups"
-    lines = [head, "", *_aligned(rows)]
+    lines = [head, "", *_measures_in_lines(rows)]
     if found.calibration is not None:
-        lines += ["", "how sure   people agree   pairs"]
-        for b in found.calibration.bins:
-            lines.append(f"{b.predicted:8.2f}   {b.agreed:12.2f}   {b.count:5d}")
+        bins = [
+            (f"{b.predicted:.2f}", f"{b.agreed:.2f}", f"{b.count}") for b in found.calibration.bins
+        ]
+        lines += ["", *aligned([("how sure", "people agree", "pairs"), *bins], ">")]
     if found.histogram:
-        lines += ["", "score   judgements"]
-        lines += [f"{score:5.1f}   {count}" for score, count in found.histogram.items()]
+        counts = [(f"{score:.1f}", f"{count}") for score, count in found.histogram.items()]
+        lines += ["", *aligned([("score", "judgements"), *counts], "><")]
     return "\n".join(lines)
 
 
@@ -58,9 +60,8 @@ def comparison_table(found: "Comparison", names: Sequence[str]) -> str:
     first, second = _measures(found.first), _measures(found.second)
     unknown = f", {rates.unknown} without a verdict" if rates.unknown else ""
     lines = [f"{names[0]} against {names[1]}: {rates.prompts} prompts{unknown}", ""]
-    lines += [*_aligned(rows), "", f"{'':20}{'first':>12}{'second':>12}"]
-    for label, value in first.items():
-        lines.append(f"{label:20}{_number(value):>12}{_number(second[label]):>12}")
+    sides = [(f"{label:18}", _number(first[label]), _number(second[label])) for label in first]
+    lines += [*_measures_in_lines(rows), "", *aligned([("", "first", "second"), *sides], "<>")]
     return "\n".join(lines)
 
 
@@ -82,12 +83,18 @@ def _of(count: int) -> str:
     return f"of {count} untied pairs"
 
 
-def _aligned(rows: Sequence[tuple[str, float | None, "Interval", str]]) -> list[str]:
-    lines = []
-    for label, value, interval, words in rows:
-        between = "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-        lines.append(f"{label:20}{_number(value):>9}   {between:17}{words}".rstrip())
-    return lines
+def _measures_in_lines(rows: Sequence[tuple[str, float | None, Interval, str]]) -> list[str]:
+    """A measure a line, with its interval and words about it."""
+    cells = [
+        (
+            f"{label:20}",
+            _number(value),
+            "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+            words,
+        )
+        for label, value, interval, words in rows
+    ]
+    return aligned(cells, "<><")
 
 
 def _number(value: float | None) -> str:

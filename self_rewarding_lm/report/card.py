@@ -13,11 +13,11 @@ from typing import Any
 
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.report.figures import StageFigures, stage_figures
-from self_rewarding_lm.report.markup import number
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order, words_of
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_folder import read_json
 from self_rewarding_lm.runs.weights import CARD
+from self_rewarding_lm.text import markdown_table, number
 from self_rewarding_lm.training.losses import PAIR_LOSSES
 
 
@@ -262,8 +262,8 @@ def _sources(stages: list[StageFigures]) -> str:
 
 
 def _table(head: list[str], rows: Any) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
+    plain_rows = [[_plain(cell) for cell in row] for row in rows]
+    return markdown_table([_plain(cell) for cell in head], plain_rows)
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from self_rewarding_lm.report.markup import Safe, number, safe, tag
+from self_rewarding_lm.report.markup import Safe, safe, tag
+from self_rewarding_lm.text import number
 
 WIDTH, HEIGHT = 360, 200
 

@@ -121,7 +121,7 @@ def _add_metrics(found: StageFigures, lines: Iterable[dict[str, Any]]) -> None:
     for line in lines:
         step = line.get("step", 0)
         for key, value in line.items():
-            if key == "step" or not _is_number(value):
+            if key == "step" or not is_metric(value):
                 continue
             singles.setdefault(key, []).append((step, value))
     for key, points in singles.items():
@@ -143,7 +143,7 @@ def _add_events(found: StageFigures, events: Sequence[dict[str, Any]]) -> None:
     for event in events:
         if event.get("event") == "warning":
             told[str(event.get("check"))] = event
-        elif _is_number(event.get("time")):
+        elif is_metric(event.get("time")):
             marks.append((str(event.get("event")), float(event["time"])))
     found.warnings = list(told.values())
     if marks:
@@ -220,5 +220,6 @@ def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, fl
     return [(g[-1][0], math.fsum(y for _, y in g) / len(g)) for g in groups], width
 
 
-def _is_number(value: Any) -> bool:
+def is_metric(value: Any) -> bool:
+    """Whether a value of metrics.jsonl is a number; a loss that became NaN is one."""
     return isinstance(value, int | float) and not isinstance(value, bool)

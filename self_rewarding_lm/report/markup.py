@@ -1,10 +1,9 @@
-"""Text made safe and visible in HTML, elements, numbers as people read them.
+"""Text made safe and visible in HTML, and elements of it.
 
 Knows nothing of runs.
 """
 
 import html
-import math
 import re
 
 STEERING = re.compile(
@@ -43,27 +42,3 @@ def tag(name: str, *inner: object, **attributes: object) -> Safe:
         if value is not None
     )
     return Safe(f"<{name}{written}>{''.join(map(safe, inner))}</{name}>")
-
-
-def number(value: float | None, unknown: str = "unknown") -> str:
-    """A number in four digits, a count in full; `unknown` for None."""
-    if value is None:
-        return unknown
-    if not math.isfinite(value):
-        return str(value)
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.4g}"
-
-
-def duration(seconds: float | None) -> str:
-    """A time in its two largest units."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"

@@ -38,7 +38,7 @@ from self_rewarding_lm.report.figures import (
     run_figures,
     thinned,
 )
-from self_rewarding_lm.report.markup import Safe, duration, number, visible
+from self_rewarding_lm.report.markup import Safe, visible
 from self_rewarding_lm.report.words import (
     COUNTS,
     CURVES,
@@ -50,6 +50,7 @@ from self_rewarding_lm.report.words import (
 )
 from self_rewarding_lm.runs.atomic import writing
 from self_rewarding_lm.runs.run import REPORT, Run
+from self_rewarding_lm.text import duration, number
 
 logger = logging.getLogger(__name__)
 

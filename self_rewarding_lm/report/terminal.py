@@ -19,10 +19,11 @@ from self_rewarding_lm.report.examples import (
     sample_rows,
     score_said_of,
 )
-from self_rewarding_lm.report.figures import StageFigures, stage_figures
+from self_rewarding_lm.report.figures import StageFigures, is_metric, stage_figures
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.text import aligned, duration, number
 
 WIDTH = 100
 
@@ -45,7 +46,7 @@ def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
     """
     names = run.stages if stage is None else [run.stages[_place(run, stage)]]
     table = [COLUMNS, *(_row(run, name) for name in names)]
-    lines = [*_heading(run), "", *aligned(table)]
+    lines = [*_heading(run), "", *aligned(table, "<<>")]
     for name in names:
         lines += _remarks(run, name)
     shown = stage if stage is not None else _last_sampled(run)
@@ -95,9 +96,9 @@ def _row(run: Run, name: str) -> tuple[str, ...]:
     return (
         f"{place} {textwrap.shorten(name, 24, placeholder='...')}",
         state,
-        _count(_rows(run, name, summary)),
-        _count(pairs),
-        _count(summary.get("steps", losses[-1][0] if losses else None)),
+        number(_rows(run, name, summary), "-"),
+        number(pairs, "-"),
+        number(summary.get("steps", losses[-1][0] if losses else None), "-"),
         loss,
         _share(judge["judge/parse_rate"]),
         "-" if judge["judge/score_mean"] is None else f"{judge['judge/score_mean']:.2f}",
@@ -119,13 +120,13 @@ def _remarks(run: Run, name: str) -> list[str]:
     found = {}
     for line in run.metrics(name):
         if line.get("step") == 0:
-            found |= {k: v for k, v in line.items() if k not in ("step", *SHOWN) and _is_number(v)}
+            found |= {k: v for k, v in line.items() if k not in ("step", *SHOWN) and is_metric(v)}
     dropped = {k: v for k, v in found.items() if "dropped_" in k}
     rest = {k: v for k, v in found.items() if k not in dropped and v}
     lines = []
     for words, values in (("dropped", dropped), ("also", rest)):
         if values:
-            shown = [f"{k.replace('dropped_', '')} {_number(v)}" for k, v in values.items()]
+            shown = [f"{k.replace('dropped_', '')} {number(v)}" for k, v in values.items()]
             lines += _wrapped(f"{name}, {words}: {', '.join(shown)}", "    ")
     return ["", *lines] if lines else []
 
@@ -173,13 +174,13 @@ def _scores(response: Response, candidate: Candidate) -> str:
     judges = ", ".join(dict.fromkeys(f"{j.judge}, {j.source}" for j in judgements))
     cut = "; cut off" if candidate.finished is False else ""
     words = "parts of a score" if response.has_parts else "no score"
-    words = words if response.score is None else f"score {_number(response.score)}"
+    words = words if response.score is None else f"score {number(response.score)}"
     return f"          {words} of {said} ({judges}){cut}"
 
 
 def _said(judgement: Judgement, candidate: Candidate) -> str:
     score = score_said_of(judgement, candidate.id)
-    return judgement.reason or "no score" if score is None else _number(score)
+    return judgement.reason or "no score" if score is None else number(score)
 
 
 def _text(role: str, text: str | None, ids: Sequence[int]) -> list[str]:
@@ -201,18 +202,6 @@ def _joined(text: str) -> str:
     return " ".join(text.split())
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
-    """Rows in columns: the first `left` to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(
         text, WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True
@@ -223,20 +212,8 @@ def _metric(metrics: Sequence[dict[str, Any]], key: str) -> float | None:
     return next((line[key] for line in reversed(metrics) if key in line), None)
 
 
-def _count(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
-
-
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f}%"
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 logger = logging.getLogger(__name__)
@@ -260,30 +237,19 @@ def stage_table(run: Run, stage: str) -> str:
     """
     found = stage_figures(run, stage, records=False)
     named = in_order(set(found.data), ROUNDS, "anchor/")
-    data = [(key, _live_number(found.data[key])) for key in named]
+    data = [(key, number(found.data[key])) for key in named]
     curves = []
     for key in in_order(set(found.curves), CURVES, "\0"):
         values = [value for _, value in found.curves[key]]
-        first = _live_number(values[0]) if len(values) > 1 else ""
-        curves.append((key, first, _live_number(values[-1])))
-    right = aligned([("", "first", "last"), *curves], 1) if curves else []
-    left = aligned([("", ""), *data], 1)[0 if curves else 1 :]
+        first = number(values[0]) if len(values) > 1 else ""
+        curves.append((key, first, number(values[-1])))
+    right = aligned([("", "first", "last"), *curves], "<>") if curves else []
+    left = aligned([("", ""), *data], "<>")[0 if curves else 1 :]
     width = max(map(len, left), default=0)
     lines = [f"  {a:{width}}    {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
     return "\n".join([_stage_heading(found), *lines])
 
 
 def _stage_heading(found: StageFigures) -> str:
-    times = [f"{name} {_time(seconds)}" for name, seconds in found.seconds.items()]
+    times = [f"{name} {duration(seconds)}" for name, seconds in found.seconds.items()]
     return f"{found.name}: {found.state}" + (f" in {' + '.join(times)}" if times else "")
-
-
-def _live_number(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-
-
-def _time(seconds: float) -> str:
-    """h:mm:ss, or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

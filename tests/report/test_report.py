@@ -25,9 +25,10 @@ from self_rewarding_lm.records import (
 from self_rewarding_lm.report.charts import ticks
 from self_rewarding_lm.report.examples import parts_of
 from self_rewarding_lm.report.figures import histogram, run_figures, thinned
-from self_rewarding_lm.report.markup import duration, number, safe, tag
+from self_rewarding_lm.report.markup import safe, tag
 from self_rewarding_lm.report.page import report_at_end, write_report
 from self_rewarding_lm.runs.run import REPORT
+from self_rewarding_lm.text import duration, number
 from tests.test_trainer import self_reward, sft, trainer_of
 
 HOSTILE = (

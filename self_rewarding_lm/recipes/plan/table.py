@@ -14,6 +14,7 @@ from self_rewarding_lm.recipes.plan.machine import UTILISATION
 from self_rewarding_lm.recipes.plan.phases import GENERATING, JUDGING, Phase
 from self_rewarding_lm.recipes.plan.plan import Fitting, RunPlan, StagePlan
 from self_rewarding_lm.stages.ranges import NOTHING, Range
+from self_rewarding_lm.text import aligned, number
 
 WIDTH = 100
 
@@ -115,14 +116,7 @@ def _table(phases: Sequence[Phase]) -> list[str]:
     for phase in phases:
         name = phase.name if phase.is_used else f"({phase.name})"
         rows.append((name, *(_cell(getattr(phase, column)) for column in COLUMNS)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return aligned(rows, "<>")
 
 
 def _work(stage: StagePlan) -> Iterator[str]:
@@ -133,22 +127,22 @@ def _work(stage: StagePlan) -> Iterator[str]:
         if each.count != NOTHING
     ]
     if asked:
-        told = [f"prompts {_range(work.prompts, _number)}"] if work.prompts != NOTHING else []
+        told = [f"prompts {_range(work.prompts, number)}"] if work.prompts != NOTHING else []
         for name, each in asked:
-            words = f"{name} {_range(each.count, _number)}"
+            words = f"{name} {_range(each.count, number)}"
             if each.here:
-                words += f" of {_range(each.new, _number)} tokens"
+                words += f" of {_range(each.new, number)} tokens"
             told.append(words)
         written = [each.written for _, each in asked if each.here]
-        told.append(f"tokens to generate {_range(sum(written, NOTHING), _number)}")
+        told.append(f"tokens to generate {_range(sum(written, NOTHING), number)}")
         yield from _wrapped("; ".join(told))
     if training is not None:
         noun = "pairs" if training.pairs else "rows"
         micro = next((p.tokens for p in stage.phases if p.is_used and p.gradients), None)
         yield from _wrapped(
-            f"{noun} {_range(training.rows, _number)} of {_range(training.row.tokens, _number)} "
-            f"tokens; steps {_range(training.steps, _number)}; tokens to train "
-            f"{_range(training.tokens, _number)}; in micro-batches of {_number(micro or 0)} tokens"
+            f"{noun} {_range(training.rows, number)} of {_range(training.row.tokens, number)} "
+            f"tokens; steps {_range(training.steps, number)}; tokens to train "
+            f"{_range(training.tokens, number)}; in micro-batches of {number(micro or 0)} tokens"
         )
 
 
@@ -172,8 +166,8 @@ def _fits(stage: StagePlan, memory: int, fitting: Fitting) -> str:
             "(torch_dtype) or several processes that share them (FSDP) are needed"
         )
     return (
-        f"{words}; largest optim.micro_batch_tokens: {_number(fitting.plain)}, with "
-        f"gradient_checkpointing {_number(fitting.checkpointing)}"
+        f"{words}; largest optim.micro_batch_tokens: {number(fitting.plain)}, with "
+        f"gradient_checkpointing {number(fitting.checkpointing)}"
     )
 
 
@@ -204,10 +198,6 @@ def _range(value: Range, form: Callable[[int], str]) -> str:
     if least == most:
         return least
     return f"at most {most}" if value.least == 0 or form(0) == least else f"{least} to {most}"
-
-
-def _number(value: int) -> str:
-    return f"{value:,}"
 
 
 def _size(value: float) -> str:

@@ -1,0 +1,53 @@
+"""Numbers, times and tables as people read them in a text.
+
+Pure: no files, no torch, nothing of runs.
+"""
+
+import math
+from collections.abc import Sequence
+
+
+def number(value: float | None, unknown: str = "unknown") -> str:
+    """A number in four digits, a count in full; `unknown` for None."""
+    if value is None:
+        return unknown
+    if not math.isfinite(value):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time in its two largest units; "unknown" for None."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Rows of one length as lines, in columns two spaces apart.
+
+    sides: for each column "<" (to the left) or ">" (to the right, as numbers stand); the last one
+    holds for all further columns.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = sides.ljust(len(widths), sides[-1])
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown. Its cells are Markdown too: who writes them escapes them."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
