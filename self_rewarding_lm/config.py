@@ -365,6 +365,9 @@ class FinetuneConfig(Config):
     """
 
     folder_name: ClassVar[str] = "custom"
+    hub_tag: ClassVar[str | None] = None
+    """What a model card is found by on the hub, if the stage is a method of its own. The card cites
+    the papers that the class's docstring names."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the stage's folder and of `from_stage`; default: the kind of stage."""

@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from self_rewarding_lm.config import FinetuneConfig
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.report.figures import StageFigures, stage_figures
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order, words_of
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_folder import read_json
 from self_rewarding_lm.runs.weights import CARD
+from self_rewarding_lm.stages.kinds import STAGES
 from self_rewarding_lm.text import markdown_table, number
 from self_rewarding_lm.training.losses import PAIR_LOSSES
 
 
 def upload_folder(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a folder as a model; its address. The repository is made where it is not there yet.
+    """Upload a folder as a model, and make its repository if there is none. Returns the address.
 
-    Logging in is huggingface_hub's business. Raises AdapterError where it is not installed.
+    Logging in is huggingface_hub's business. Raises AdapterError if it is not installed.
     """
     try:
         from huggingface_hub import HfApi
@@ -102,17 +104,17 @@ def with_card(run: Run, stage: str, save: Callable[[Path], None]) -> Callable[[P
 def card_text(run: Run, stage: str, folder: Path) -> str:
     """The card of a stage's weights in Markdown, behind the fields that the hub reads.
 
-    folder: where the weights lie, whose config.json tells their kind. It is the same wherever and
-    whenever the run was.
+    folder: where the weights lie, whose config.json tells their kind. Two runs with equal results
+    have the same card, whenever and wherever they were.
     """
     last = run.stages.index(stage) + 1
     stages = [stage_figures(run, name, records=False) for name in run.stages[:last]]
     model = run.info.get("model", {})
     kind, size = str(model.get("class", "unknown")).rpartition(".")[2], model.get("parameters")
-    told = f"{kind} with {number(size)} parameters" if isinstance(size, int) else kind
+    what = f"{kind} with {number(size)} parameters" if isinstance(size, int) else kind
     parts = [
         *(_head(folder, stages), f"# Stage {_plain(stage)}"),
-        f"A {told}, trained with self_rewarding_lm in {last} of {len(run.stages)} stages, seed "
+        f"A {what}, trained with self_rewarding_lm in {last} of {len(run.stages)} stages, seed "
         f"{run.info.get('seed', 'unknown')}. `report.html` in the run's folder shows the run.",
         "## Stages so far",
         _table(["stage", "kind", "starts from", "data", "steps"], map(_row, stages)),
@@ -137,10 +139,10 @@ def push_to_hub(
     private: bool = True,
     upload: Callable[[Path, str, bool], str] = upload_folder,
 ) -> str:
-    """Upload a stage's folder of weights with its card to the Hugging Face hub; its address.
+    """Upload a stage's weights with their card to the Hugging Face hub. Returns the address.
 
     repo_id: owner/name. upload: what does it, given the folder, the name and `private`. Raises
-    StoreError where the weights are not there or were changed after they were written.
+    StoreError if the weights are not there or were changed after they were written.
     """
     return upload(run.weights(stage).parent, repo_id, private)
 
@@ -153,15 +155,14 @@ def _head(folder: Path, stages: list[StageFigures]) -> str:
         lines.append(f"base_model: {json.dumps(base)}")
     if library != "pytorch":
         lines.append("pipeline_tag: text-generation")
-    methods = ["self-rewarding" for s in stages if s.kind.startswith("SelfReward")]
-    methods += ["dpo" for s in stages if "dpo_beta" in _settings(s)]
-    methods += ["spin" for s in stages if s.kind == "SelfPlayConfig"]
+    methods = [kind.hub_tag for stage in stages if (kind := _kind(stage)) and kind.hub_tag]
+    methods += ["dpo" for stage in stages if "dpo_beta" in _settings(stage)]
     tags = ["self-rewarding-lm", *dict.fromkeys(methods)]
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
 def _library(folder: Path) -> tuple[str, str | None]:
-    """Which library loads the folder, and the base model's name on the hub where it is known."""
+    """Which library loads the folder, and the base model's name on the hub if it is known."""
     for file, library, key in (
         ("adapter_config.json", "peft", "base_model_name_or_path"),
         ("config.json", "transformers", "_name_or_path"),
@@ -171,6 +172,11 @@ def _library(folder: Path) -> tuple[str, str | None]:
             is_known = HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
             return library, name if is_known else None
     return "pytorch", None
+
+
+def _kind(stage: StageFigures) -> type[FinetuneConfig] | None:
+    """The stage's class; None if it is the user's own."""
+    return next((kind for kind in STAGES if kind.__name__ == stage.kind), None)
 
 
 def _settings(stage: StageFigures) -> dict[str, Any]:
@@ -190,10 +196,11 @@ def _row(stage: StageFigures) -> list[str]:
 def _numbers(stages: list[StageFigures]) -> str:
     """The last value of each curve, and the numbers of the data, of each stage that has any."""
     known = {**ROUNDS, **CURVES}
-    found = [{**{k: p[-1][1] for k, p in s.curves.items()}, **s.data} for s in stages]
-    keys = {key for one in found for key in one if key in known or key.startswith("anchor/")}
+    values = [{**{k: p[-1][1] for k, p in s.curves.items()}, **s.data} for s in stages]
+    keys = {key for of_stage in values for key in of_stage}
+    keys = {key for key in keys if key in known or key.startswith("anchor/")}
     rows = [
-        [words_of(key), *(number(one[key]) if key in one else "" for one in found)]
+        [words_of(key), *(number(v[key]) if key in v else "" for v in values)]
         for key in in_order(keys, known, "anchor/")
     ]
     words = "Of training: the last step's. Of data: all of the stage's."
@@ -221,27 +228,31 @@ def _loading(folder: Path, stage: str) -> str:
 
 
 def _cited(stages: list[StageFigures]) -> Iterator[str]:
-    """The arXiv numbers of what was used."""
+    """The arXiv numbers of what was used: stages, their losses, their NLL term."""
     yield "2401.10020"
     for stage in stages:
-        settings = _settings(stage)
-        if stage.kind == "SelfPlayConfig":
-            yield "2401.01335"
-        if "dpo_beta" in settings or stage.kind == "SelfPlayConfig":
-            yield from _of_losses(settings.get("loss", "dpo"))
+        kind, settings = _kind(stage), _settings(stage)
+        if kind is not None:
+            yield from _papers_of(kind)
+        if settings.keys() & {"dpo_beta", "spin_lambda"}:
+            losses = settings.get("loss", "dpo")
+            for loss in losses if isinstance(losses, list) else [losses]:
+                yield from _papers_of_loss(loss)
         if settings.get("nll_weight"):
             yield "2404.19733"
 
 
-def _of_losses(loss: Any) -> Iterator[str]:
-    """The papers that the named losses' own words cite."""
-    for one in loss if isinstance(loss, list) else [loss]:
-        name = one.get("name") if isinstance(one, dict) else one
-        function = PAIR_LOSSES.get(name) if isinstance(name, str) else None
-        if name == "dpo":
-            yield "2305.18290"
-        elif function is not None:
-            yield from re.findall(r"arXiv:(\d{4}\.\d{5})", function.__doc__ or "")
+def _papers_of(it: Any) -> list[str]:
+    """The papers that a class's or function's own docstring cites."""
+    return re.findall(r"arXiv:(\d{4}\.\d{5})", it.__doc__ or "")
+
+
+def _papers_of_loss(loss: Any) -> list[str]:
+    name = loss.get("name") if isinstance(loss, dict) else loss
+    if name == "dpo":
+        return ["2305.18290"]
+    function = PAIR_LOSSES.get(name) if isinstance(name, str) else None
+    return [] if function is None else _papers_of(function)
 
 
 def _citations(stages: list[StageFigures]) -> str:
@@ -258,7 +269,7 @@ def _citations(stages: list[StageFigures]) -> str:
 
 def _sources(stages: list[StageFigures]) -> str:
     others = [paper for paper in dict.fromkeys(_cited(stages)) if paper not in CITATIONS]
-    return f"Losses from: {', '.join(f'arXiv:{paper}' for paper in others)}." if others else ""
+    return f"Methods from: {', '.join(f'arXiv:{paper}' for paper in others)}." if others else ""
 
 
 def _table(head: list[str], rows: Any) -> str:

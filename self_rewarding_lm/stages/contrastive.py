@@ -362,6 +362,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
     """
 
     folder_name: ClassVar[str] = "contrastive"
+    hub_tag: ClassVar[str | None] = "rlcd"
     default_learning_rates: ClassVar[tuple[float, float]] = (5e-7, 5e-8)
     maker: ClassVar[type[PairMaker]] = ContrastMaker
     unused: ClassVar[tuple[str, ...]] = (

@@ -40,6 +40,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
     """
 
     folder_name: ClassVar[str] = "self_reward"
+    hub_tag: ClassVar[str | None] = "self-rewarding"
 
     num_sampled_reward_responses: int = Field(default=3, ge=1)
     """Judgements of each candidate; their mean is its score. One where nothing is sampled

@@ -40,6 +40,7 @@ class SelfPlayConfig(PreferenceConfig):
     """
 
     folder_name: ClassVar[str] = "spin"
+    hub_tag: ClassVar[str | None] = "spin"
     default_learning_rates: ClassVar[tuple[float, float]] = (5e-7, 5e-8)
     default_epochs: ClassVar[int] = 2
 

@@ -1,6 +1,7 @@
 """The model card: what it says of hand-made runs, its head as YAML, and what becomes of it on disk."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from self_rewarding_lm import DPOConfig, Run, push_to_hub
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.report.card import card_text
 from self_rewarding_lm.runs.atomic import ledger
+from self_rewarding_lm.stages.kinds import STAGES
 from tests.report.test_report import made_run, two_rounds
 from tests.test_trainer import sft, trainer_of
 
@@ -108,3 +110,14 @@ def test_a_stage_is_uploaded_with_its_card_and_changed_weights_are_not(tmp_path)
     with pytest.raises(StoreError, match="not the file that was written"):
         push_to_hub(Run.open(tmp_path), 0, "owner/name", upload=upload)
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_card_follows_the_rows_of_stages(tmp_path, kind):
+    """A stage's tag and the papers of its docstring, without a list of stages in the card."""
+    stage = {"config.json": {"stage": kind.__name__, "settings": {}}}
+    card = card_text(made_run(tmp_path / "run", {"x": stage}), "x", tmp_path)
+    papers = re.findall(r"arXiv:(\d{4}\.\d{5})", kind.__doc__)
+    assert all(f"arXiv:{paper}" in card for paper in papers)
+    tags = [] if kind.hub_tag is None else [kind.hub_tag]
+    assert head_of(card)["tags"] == ["self-rewarding-lm", *tags]
