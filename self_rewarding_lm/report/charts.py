@@ -77,7 +77,7 @@ def line_chart(
     parts = [_up_axis(up_ticks, y_of)]
     parts += [_label(x_of(x), text) for x, text in zip(across_ticks, labels, strict=True)]
     parts += [_line(name, style, points, x_of, y_of, names) for name, style, points in lines]
-    words = "; ".join(_told(name, points, across, names) for name, _, points in lines)
+    words = "; ".join(_in_words(name, points, across, names) for name, _, points in lines)
     head = [across, *(name for name, _, _ in lines)]
     svg = _drawing(key, title, words, parts)
     return Chart(key, title, svg, Table(title, head, _rows(lines, names)))
@@ -109,13 +109,13 @@ def bar_chart(key: str, title: str, bars: Sequence[tuple[str, float]], *, across
 
 
 def legend(names: Sequence[str]) -> Safe:
-    """Which line is whose; nothing where there is one."""
+    """Which line is whose; empty if there is one."""
     if len(names) < 2:
         return Safe("")
     items = []
     for style, name in enumerate(names):
-        shown = f"s{style % STYLES}"
-        line = tag("line", class_=f"line {shown}", x1=2, y1=8, x2=42, y2=8)
+        style_class = f"s{style % STYLES}"
+        line = tag("line", class_=f"line {style_class}", x1=2, y1=8, x2=42, y2=8)
         swatch = tag(
             "svg",
             line,
@@ -175,14 +175,14 @@ def _label(x: float, text: str) -> Safe:
 
 
 def _line(name: str, style: int, points: Points, x_of, y_of, names: Sequence[str]) -> Safe:
-    shown = f"s{style % STYLES}"
+    style_class = f"s{style % STYLES}"
     places = " ".join(f"{_at(x_of(x))},{_at(y_of(y))}" for x, y in points)
-    parts = [tag("polyline", class_=f"line {shown}", points=places)]
+    parts = [tag("polyline", class_=f"line {style_class}", points=places)]
     every = math.ceil(len(points) / MARKS)
     offset = (style * every // STYLES) if len(points) > MARKS else 0
     for x, y in [*points[offset::every]]:
-        where = names[int(x)] if names else number(x)
-        parts.append(_mark(x_of(x), y_of(y), style, f"{name}, {where}: {number(y)}"))
+        label = names[int(x)] if names else number(x)
+        parts.append(_mark(x_of(x), y_of(y), style, f"{name}, {label}: {number(y)}"))
     return tag("g", *parts)
 
 
@@ -201,7 +201,7 @@ def _mark(x: float, y: float, style: int, hint: str | None = None) -> Safe:
     return tag("path", title, class_=f"mark s{style % STYLES}", d=shape)
 
 
-def _told(name: str, points: Points, across: str, names: Sequence[str]) -> str:
+def _in_words(name: str, points: Points, across: str, names: Sequence[str]) -> str:
     """A line in words."""
     ys = [y for _, y in points]
     ends = [
@@ -215,14 +215,14 @@ def _told(name: str, points: Points, across: str, names: Sequence[str]) -> str:
 
 
 def _rows(lines: Sequence[tuple[str, int, Points]], names: Sequence[str]) -> list[list[str | None]]:
-    found = [dict(points) for _, _, points in lines]
-    every = sorted({x for points in found for x in points})
+    by_line = [dict(points) for _, _, points in lines]
+    every = sorted({x for points in by_line for x in points})
     if len(every) > ROWS:
         every = [every[round(i * (len(every) - 1) / (ROWS - 1))] for i in range(ROWS)]
     return [
         [
             names[int(x)] if names else number(x),
-            *(number(p[x]) if x in p else None for p in found),
+            *(number(p[x]) if x in p else None for p in by_line),
         ]
         for x in every
     ]

@@ -194,9 +194,9 @@ def _example_of_pair(pair: PreferencePair) -> Example:
     return Example(pair.id, pair.prompt, pair.prompt_ids, responses, _margin(pair))
 
 
-def _example_of_demonstration(made: Demonstration) -> Example:
-    response = Response("demonstration", made.completion, made.completion_ids, "learnt")
-    return Example(made.id, made.prompt, made.prompt_ids, [response])
+def _example_of_demonstration(row: Demonstration) -> Example:
+    response = Response("demonstration", row.completion, row.completion_ids, "learnt")
+    return Example(row.id, row.prompt, row.prompt_ids, [response])
 
 
 def _given_responses(pair: PreferencePair, without: Sequence[str]) -> list[Response]:
@@ -264,7 +264,7 @@ def example_lines(part: Part) -> Iterator[str]:
 
 def sample_rows(run: Run, stage: str, count: int) -> list[list[str]]:
     """Some of a stage's examples, evenly spread, as rows of texts: one for each response."""
-    found = examples(run, stage)
+    of_stage = examples(run, stage)
     return [
         [
             _text_or_ids(example.prompt, example.prompt_ids),
@@ -273,7 +273,7 @@ def sample_rows(run: Run, stage: str, count: int) -> list[list[str]]:
             "" if (score := _rounded(response.score)) is None else str(score),
             "\n".join(judgement.text or "" for judgement in response.judgements),
         ]
-        for example in Picked(found, _spread(len(found), min(count, len(found))))
+        for example in Picked(of_stage, _spread(len(of_stage), min(count, len(of_stage))))
         for response in example.responses
     ]
 
@@ -301,24 +301,24 @@ def _response_as_json(example: Example, response: Response) -> dict[str, Any]:
     """n: name, t: text, x: score, l: role, j: judgements; k: tokens, e: how it ended; w: what its
     judgements are if they are no score."""
     candidate = response.candidate
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "n": response.name,
         "t": _text_or_ids(response.text, response.ids),
         "x": _rounded(response.score),
     }
     if response.score is None and response.has_parts:
-        found["w"] = "parts of a score"
+        values["w"] = "parts of a score"
     if candidate is not None and candidate.finished is False:
-        found["e"] = "cut off"
-    found["l"] = response.role
-    found["j"] = (
+        values["e"] = "cut off"
+    values["l"] = response.role
+    values["j"] = (
         []
         if candidate is None
         else [
             _judgement_as_json(example, judgement, candidate) for judgement in response.judgements
         ]
     )
-    return found if candidate is None else {**found, "k": len(candidate.ids)}
+    return values if candidate is None else {**values, "k": len(candidate.ids)}
 
 
 def _judgement_as_json(
@@ -330,15 +330,15 @@ def _judgement_as_json(
         is_first = judgement.candidate_ids[0] == candidate.id
         other = judgement.candidate_ids[is_first].removeprefix(f"{candidate.prompt_id}/")
         how += f" with {other}, shown {'first' if is_first else 'second'}"
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "b": f"{judgement.judge}, {how}",
         "x": _rounded(score_said_of(judgement, candidate.id)),
     }
     if judgement.reason is not None:
-        found["r"] = judgement.reason
+        values["r"] = judgement.reason
     if judgement.id in example.judgement_roles:
-        found["l"] = example.judgement_roles[judgement.id]
-    return {**found, "t": judgement.text}
+        values["l"] = example.judgement_roles[judgement.id]
+    return {**values, "t": judgement.text}
 
 
 def _text_or_ids(text: str | None, ids: Sequence[int]) -> str:

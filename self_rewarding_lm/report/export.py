@@ -1,7 +1,7 @@
 """What a stage trained on, as a file in TRL's columns.
 
 Pairs: `prompt, chosen, rejected`. Demonstrations: `prompt, completion`. Both are message lists
-where a chat template rendered the prompts (TRL renders them again), else texts. Supervised rows are
+if a chat template rendered the prompts (TRL renders them again), else texts. Supervised rows are
 token ids as they were trained, in the columns of a dataset that is tokenised already: `input_ids`
 and `completion_mask`, 1 where a token is learnt.
 """
@@ -40,7 +40,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """In pieces, of one schema that all of them fit."""
+    """Write pieces of one schema, which all of them fit."""
     try:
         from pyarrow import Table, parquet, unify_schemas
     except ImportError as error:
@@ -61,9 +61,9 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def export_stage(run: Run, stage: str | int, path: Path, *, force: bool = False) -> int:
-    """Write a stage's rows to a .parquet or .jsonl file; the number of rows.
+    """Write a stage's rows to a .parquet or .jsonl file. Returns how many there are.
 
-    Raises StoreError where the file exists (unless `force`) or the stage has no rows; ConfigError
+    Raises StoreError if the file exists (unless `force`) or the stage has no rows; ConfigError
     for other files, and for parquet without pyarrow.
     """
     if path.exists() and not force:
@@ -74,7 +74,10 @@ def export_stage(run: Run, stage: str | int, path: Path, *, force: bool = False)
 
 
 def trained_rows(run: Run, stage: str | int) -> Sequence[dict[str, Any]]:
-    """The rows that a stage trained on, or made for another one. Raises StoreError without any."""
+    """The rows that a stage trained on, or made for another one.
+
+    Raises StoreError if there are none, or prompts of several kinds.
+    """
     rows = run.preference_rows(stage)
     rows = rows or Picked(run.demonstrations(stage), change=_demonstration)
     if not rows:
@@ -95,13 +98,13 @@ def trained_rows(run: Run, stage: str | int) -> Sequence[dict[str, Any]]:
     return rows
 
 
-def _demonstration(made: Demonstration) -> dict[str, Any]:
-    if made.completion is None:
-        return {"prompt": made.prompt_ids, "completion": made.completion_ids}
-    if made.messages is None:
-        return {"prompt": made.prompt, "completion": made.completion}
-    answer = [{"role": "assistant", "content": made.completion}]
-    return {"prompt": list(made.messages), "completion": answer}
+def _demonstration(row: Demonstration) -> dict[str, Any]:
+    if row.completion is None:
+        return {"prompt": row.prompt_ids, "completion": row.completion_ids}
+    if row.messages is None:
+        return {"prompt": row.prompt, "completion": row.completion}
+    answer = [{"role": "assistant", "content": row.completion}]
+    return {"prompt": list(row.messages), "completion": answer}
 
 
 def _supervised(row: TrainingRow) -> dict[str, Any]:

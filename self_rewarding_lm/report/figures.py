@@ -18,7 +18,7 @@ from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.scores import label_of
 
 BINS = 20
-"""Bars of a histogram where there are more different scores than that."""
+"""Bars of a histogram if there are more different scores than that."""
 
 
 POINTS = 300
@@ -35,7 +35,7 @@ PHASES = {"begin": "data", "training": "training", "trained": "data"}
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts[i] scores lie in edges[i] to edges[i + 1], or are values[i] where these are given."""
+    """counts[i] scores lie in edges[i] to edges[i + 1], or are values[i] if these are given."""
 
     counts: tuple[int, ...]
     edges: tuple[float, ...]
@@ -96,16 +96,16 @@ def run_figures(run: Run, label: str) -> RunFigures:
 
 def stage_figures(run: Run, name: str, *, records: bool = True) -> StageFigures:
     """A stage's figures; records are read once, one by one, or not at all."""
-    described = run.settings(name)
-    state = "done" if run.is_done(name) else "not done" if described else "not begun"
-    settings = described.get("settings") or {}
+    config = run.settings(name)
+    state = "done" if run.is_done(name) else "not done" if config else "not begun"
+    settings = config.get("settings") or {}
     start = _start(run, name, str(settings.get("init_from", "previous")))
-    found = StageFigures(name, str(described.get("stage", "unknown")), state, start, described)
-    _add_metrics(found, run.metrics(name))
-    _add_events(found, run.events(name))
+    figures = StageFigures(name, str(config.get("stage", "unknown")), state, start, config)
+    _add_metrics(figures, run.metrics(name))
+    _add_events(figures, run.events(name))
     if records:
-        _add_records(found, run)
-    return found
+        _add_records(figures, run)
+    return figures
 
 
 def _start(run: Run, name: str, init_from: str) -> str:
@@ -115,52 +115,52 @@ def _start(run: Run, name: str, init_from: str) -> str:
     return run.stages[place - 1] if init_from == "previous" else init_from
 
 
-def _add_metrics(found: StageFigures, lines: Iterable[dict[str, Any]]) -> None:
+def _add_metrics(figures: StageFigures, lines: Iterable[dict[str, Any]]) -> None:
     """Metrics that have steps become curves; the others, and all of anchors, single numbers."""
-    singles: dict[str, list[tuple[float, float]]] = {}
+    by_name: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         step = line.get("step", 0)
         for key, value in line.items():
             if key == "step" or not is_metric(value):
                 continue
-            singles.setdefault(key, []).append((step, value))
-    for key, points in singles.items():
+            by_name.setdefault(key, []).append((step, value))
+    for key, points in by_name.items():
         if any(step > 0 for step, _ in points) and not key.startswith("anchor/"):
-            found.curves[key] = points
+            figures.curves[key] = points
         else:
-            found.data[key] = points[-1][1]
-    if "num_tokens" in found.curves:
-        found.tokens["trained"] = int(sum(value for _, value in found.curves["num_tokens"]))
-    steps = [step for step, _ in found.curves.get("loss", [])]
+            figures.data[key] = points[-1][1]
+    if "num_tokens" in figures.curves:
+        figures.tokens["trained"] = int(sum(value for _, value in figures.curves["num_tokens"]))
+    steps = [step for step, _ in figures.curves.get("loss", [])]
     if steps:
-        found.counts["steps"] = int(max(steps))
+        figures.counts["steps"] = int(max(steps))
 
 
-def _add_events(found: StageFigures, events: Sequence[dict[str, Any]]) -> None:
+def _add_events(figures: StageFigures, events: Sequence[dict[str, Any]]) -> None:
     """Times between events that are known, and the last warning of each check."""
-    told: dict[str, dict[str, Any]] = {}
+    last_warnings: dict[str, dict[str, Any]] = {}
     marks = []
     for event in events:
         if event.get("event") == "warning":
-            told[str(event.get("check"))] = event
+            last_warnings[str(event.get("check"))] = event
         elif is_metric(event.get("time")):
             marks.append((str(event.get("event")), float(event["time"])))
-    found.warnings = list(told.values())
+    figures.warnings = list(last_warnings.values())
     if marks:
-        found.began = marks[0][1]
+        figures.began = marks[0][1]
     for (before, start), (after, end) in pairwise(marks):
         if after == "begin":
-            found.lost += before != "stopped"
+            figures.lost += before != "stopped"
         elif before in PHASES:
             phase = PHASES[before]
-            found.seconds[phase] = found.seconds.get(phase, 0.0) + max(0.0, end - start)
+            figures.seconds[phase] = figures.seconds.get(phase, 0.0) + max(0.0, end - start)
     stops = [event for event in events if event.get("event") == "stopped"]
-    if stops and events[-1] is stops[-1] and found.state != "done":
-        found.stopped = str(stops[-1].get("words", ""))
+    if stops and events[-1] is stops[-1] and figures.state != "done":
+        figures.stopped = str(stops[-1].get("words", ""))
 
 
-def _add_records(found: StageFigures, run: Run) -> None:
-    name, counts, tokens = found.name, found.counts, found.tokens
+def _add_records(figures: StageFigures, run: Run) -> None:
+    name, counts, tokens = figures.name, figures.counts, figures.tokens
     prompts, rows = run.prompts(name), run.rows(name)
     if len(prompts):
         counts["prompts"], tokens["prompts"] = len(prompts), sum(len(p.ids) for p in prompts)
@@ -168,37 +168,37 @@ def _add_records(found: StageFigures, run: Run) -> None:
     if len(candidates):
         counts["candidates"] = len(candidates)
         tokens["sampled"] = sum(len(c.ids) for c in candidates)
-    _add_judgements(found, run)
+    _add_judgements(figures, run)
     pairs = run.pairs(name)
     if len(pairs):
         counts["pairs"] = len(pairs)
         lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
-        for side, own in zip(("chosen", "rejected"), zip(*lengths, strict=True), strict=True):
-            found.data[f"pairs/{side}_length"] = sum(own) / len(own)
+        for side, of_side in zip(("chosen", "rejected"), zip(*lengths, strict=True), strict=True):
+            figures.data[f"pairs/{side}_length"] = sum(of_side) / len(of_side)
     if len(rows):
         counts["rows"] = len(rows)
-    made = len(run.demonstrations(name))
-    if made:
-        counts["demonstrations"] = made
+    num_demonstrations = len(run.demonstrations(name))
+    if num_demonstrations:
+        counts["demonstrations"] = num_demonstrations
 
 
-def _add_judgements(found: StageFigures, run: Run) -> None:
+def _add_judgements(figures: StageFigures, run: Run) -> None:
     scores, characters, count = defaultdict[str, array](lambda: array("d")), 0, 0
-    for judgement in run.judgements(found.name):
+    for judgement in run.judgements(figures.name):
         count += 1
         characters += len(judgement.text or "")
         if judgement.score is not None and math.isfinite(judgement.score):
             scores[judgement.judge if label_of(judgement) else ""].append(judgement.score)
     if count:
-        found.counts["judgements"] = count
-        found.tokens["judge_characters"] = characters
+        figures.counts["judgements"] = count
+        figures.tokens["judge_characters"] = characters
     for judge in sorted(scores):
         if (bars := histogram(scores[judge])) is not None:
-            found.histograms[judge] = bars
+            figures.histograms[judge] = bars
 
 
 def histogram(scores: Sequence[float]) -> Histogram | None:
-    """Scores counted by value where they are few, else in BINS bars of one width."""
+    """Scores counted by value if these are few, else in BINS bars of one width."""
     if not len(scores):
         return None
     numbers = np.asarray(scores, dtype=np.float64)

@@ -35,23 +35,23 @@ COLUMNS = ("stage", "state", "rows", "pairs", "steps", "loss", "parsed", "score"
 
 
 SHOWN = ("judge/parse_rate", "judge/score_mean", "judge/tie_rate", "pairs/kept")
-"""Metrics that have a column; all others are listed below the table."""
+"""Metrics that have a column of the table; all others are listed below it."""
 
 
 def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
     """The run in lines of at most 100 characters.
 
     stage: whose prompts are shown, and then no other's numbers; default the last that sampled
-    any. prompts: how many. Raises StoreError where there is no such stage.
+    any. prompts: how many. Raises StoreError if there is no such stage.
     """
     names = run.stages if stage is None else [run.stages[_place(run, stage)]]
     table = [COLUMNS, *(_row(run, name) for name in names)]
     lines = [*_heading(run), "", *aligned(table, "<<>")]
     for name in names:
         lines += _remarks(run, name)
-    shown = stage if stage is not None else _last_sampled(run)
-    if shown is not None and prompts > 0:
-        lines += _examples(run, names[0] if stage is not None else shown, prompts)
+    of_examples = _last_sampled(run) if stage is None else names[0]
+    if of_examples is not None and prompts > 0:
+        lines += _examples(run, of_examples, prompts)
     return "\n".join(lines)
 
 
@@ -67,7 +67,7 @@ def _place(run: Run, stage: str) -> int:
 def stage_name(run: Run, stage: str) -> str:
     """The name of a stage that is given by name, folder or number (from 1).
 
-    Raises StoreError where there is none.
+    Raises StoreError if there is none.
     """
     return run.stages[_place(run, stage)]
 
@@ -107,7 +107,7 @@ def _row(run: Run, name: str) -> tuple[str, ...]:
 
 
 def _rows(run: Run, name: str, summary: dict[str, Any]) -> int | None:
-    """Supervised rows, or demonstrations for a later stage; None where there are none."""
+    """Supervised rows, or demonstrations for a later stage; None if there are none."""
     for key, read in (("rows", run.rows), ("demonstrations", run.demonstrations)):
         count = summary.get(key) or len(read(name))
         if count:
@@ -117,17 +117,17 @@ def _rows(run: Run, name: str, summary: dict[str, Any]) -> int | None:
 
 def _remarks(run: Run, name: str) -> list[str]:
     """What the stage's arrows logged beside the table's columns, dropped prompts among it."""
-    found = {}
+    metrics = {}
     for line in run.metrics(name):
         if line.get("step") == 0:
-            found |= {k: v for k, v in line.items() if k not in ("step", *SHOWN) and is_metric(v)}
-    dropped = {k: v for k, v in found.items() if "dropped_" in k}
-    rest = {k: v for k, v in found.items() if k not in dropped and v}
+            metrics |= {k: v for k, v in line.items() if k not in ("step", *SHOWN) and is_metric(v)}
+    dropped = {k: v for k, v in metrics.items() if "dropped_" in k}
+    rest = {k: v for k, v in metrics.items() if k not in dropped and v}
     lines = []
     for words, values in (("dropped", dropped), ("also", rest)):
         if values:
-            shown = [f"{k.replace('dropped_', '')} {number(v)}" for k, v in values.items()]
-            lines += _wrapped(f"{name}, {words}: {', '.join(shown)}", "    ")
+            named = [f"{k.replace('dropped_', '')} {number(v)}" for k, v in values.items()]
+            lines += _wrapped(f"{name}, {words}: {', '.join(named)}", "    ")
     return ["", *lines] if lines else []
 
 
@@ -138,12 +138,12 @@ def _last_sampled(run: Run) -> str | None:
 
 def _examples(run: Run, name: str, count: int) -> list[str]:
     """So many examples of a stage, those with a pair first, and as many demonstrations."""
-    found, has_pairs = examples(run, name), len(run.pairs(name)) > 0
-    shown = list(islice((e for e in found.worked if e.is_paired), count)) if has_pairs else []
-    others = (example for example in found.worked if not (has_pairs and example.is_paired))
-    shown += islice(others, count - len(shown))
+    of_stage, has_pairs = examples(run, name), len(run.pairs(name)) > 0
+    picked = list(islice((e for e in of_stage.worked if e.is_paired), count)) if has_pairs else []
+    others = (example for example in of_stage.worked if not (has_pairs and example.is_paired))
+    picked += islice(others, count - len(picked))
     lines = []
-    for example in (*shown, *found.demonstrations[:count]):
+    for example in (*picked, *of_stage.demonstrations[:count]):
         lines += _example(example)
         if has_pairs and not example.is_paired and example.responses[0].candidate is not None:
             lines.append("no pair")
@@ -184,7 +184,7 @@ def _said(judgement: Judgement, candidate: Candidate) -> str:
 
 
 def _text(role: str, text: str | None, ids: Sequence[int]) -> list[str]:
-    """A text in a few lines behind its role; ids where there is no text."""
+    """A text in a few lines behind its role; ids if there is no text."""
     words = f"ids {' '.join(map(str, ids))}" if text is None else _plain(text)
     width = WIDTH - len(role) - 2
     lines = textwrap.wrap(words, width) or ['""']
@@ -235,21 +235,21 @@ def stage_table(run: Run, stage: str) -> str:
     """A stage in lines: what it took; its data's numbers to the left, its curves' first and last
     values to the right. In several rounds `first` is of the first one. Records are not read.
     """
-    found = stage_figures(run, stage, records=False)
-    named = in_order(set(found.data), ROUNDS, "anchor/")
-    data = [(key, number(found.data[key])) for key in named]
+    figures = stage_figures(run, stage, records=False)
+    named = in_order(set(figures.data), ROUNDS, "anchor/")
+    data = [(key, number(figures.data[key])) for key in named]
     curves = []
-    for key in in_order(set(found.curves), CURVES, "\0"):
-        values = [value for _, value in found.curves[key]]
+    for key in in_order(set(figures.curves), CURVES, "\0"):
+        values = [value for _, value in figures.curves[key]]
         first = number(values[0]) if len(values) > 1 else ""
         curves.append((key, first, number(values[-1])))
     right = aligned([("", "first", "last"), *curves], "<>") if curves else []
     left = aligned([("", ""), *data], "<>")[0 if curves else 1 :]
     width = max(map(len, left), default=0)
     lines = [f"  {a:{width}}    {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-    return "\n".join([_stage_heading(found), *lines])
+    return "\n".join([_stage_heading(figures), *lines])
 
 
-def _stage_heading(found: StageFigures) -> str:
-    times = [f"{name} {duration(seconds)}" for name, seconds in found.seconds.items()]
-    return f"{found.name}: {found.state}" + (f" in {' + '.join(times)}" if times else "")
+def _stage_heading(figures: StageFigures) -> str:
+    times = [f"{name} {duration(seconds)}" for name, seconds in figures.seconds.items()]
+    return f"{figures.name}: {figures.state}" + (f" in {' + '.join(times)}" if times else "")

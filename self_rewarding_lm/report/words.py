@@ -43,7 +43,7 @@ SHARES = {
 
 
 UNCHARTED = ("rows/", "prompts/", "eft/")
-"""Beginnings of numbers that say how many rows there were: they are in the table alone."""
+"""Beginnings of numbers that say how many rows there were: they have no chart."""
 
 
 COUNTS = ("prompts", "candidates", "judgements", "pairs", "demonstrations", "rows", "steps")
@@ -65,9 +65,9 @@ DROPPED = {
 
 def words_of(key: str) -> str:
     """What a number is called."""
-    found = CURVES.get(key) or ROUNDS.get(key)
-    if found is not None:
-        return found
+    words = CURVES.get(key) or ROUNDS.get(key)
+    if words is not None:
+        return words
     reason = key.rpartition("dropped_")[2]
     return f"{key}: {DROPPED[reason]}" if "dropped_" in key and reason in DROPPED else key
 
