@@ -1,6 +1,7 @@
-"""Named checks of numbers that go wrong: their limits, their words, and what happens then.
+"""Named checks of numbers that go wrong: the limit of each, and what happens beyond it.
 
-Knows numbers and names, not where a number comes from. docs/troubleshooting.md has a line for each.
+Knows numbers and names, not what a number was measured on. docs/troubleshooting.md has a line for
+each check.
 """
 
 import logging
@@ -89,17 +90,17 @@ class ChecksConfig(Config):
         return self
 
     def of(self, name: str) -> tuple[float, str]:
-        """A check's limit and action, its own defaults where nothing is said."""
-        given, own = getattr(self, name), type(self).model_fields[name].default
-        limit = own.limit if given.limit is None else given.limit
-        return limit, given.action or own.action
+        """A check's limit and action; the check's own default for each that is None."""
+        check, default = getattr(self, name), type(self).model_fields[name].default
+        limit = default.limit if check.limit is None else check.limit
+        return limit, check.action or default.action
 
 
 _MAY_EXCEED_ONE = ("pairs_per_prompt", "loss_stuck", "both_fall")
 
 
 _UNDER = ("few_pairs", "pairs_per_prompt")
-"""Those whose limit is a least value."""
+"""Checks whose limit is a least value; that of all others is a greatest."""
 
 
 _ERRORS: dict[str, type[SelfRewardingError]] = {
@@ -109,15 +110,19 @@ _ERRORS: dict[str, type[SelfRewardingError]] = {
     ),
     "rows_truncated": DataError,
 }
-"""What is raised; TrainingError where nothing is said."""
+"""Check -> the error that it raises; all others raise TrainingError."""
 
 
 OFF = ChecksConfig(**{name: Check(action="off") for name in ChecksConfig.model_fields})
-"""No check: for a few rows that say nothing of all."""
+"""All checks off: for trials on a few rows, which say nothing about the whole dataset."""
 
 
 def not_finite(where: str, seen: str, records: Sequence[str], advice: str) -> TrainingError:
-    """The error of numbers that are NaN or infinite: where, what was seen, in which records."""
+    """The error of numbers that are NaN or infinite.
+
+    where: stage and step. seen: which numbers, as a clause. records: ids of those they belong to.
+    advice: what to do, as sentences.
+    """
     names = ", ".join(records[:NAMED]) or "unknown"
     more = f" and {len(records) - NAMED} more" if len(records) > NAMED else ""
     return TrainingError(
@@ -126,10 +131,10 @@ def not_finite(where: str, seen: str, records: Sequence[str], advice: str) -> Tr
 
 
 class Checker:
-    """Holds the numbers of one stage against the limits; each check speaks once.
+    """Compares the numbers of one stage with the limits; each check warns or fails once.
 
-    warns: whether warnings are logged here (on one of several processes). tell: keeps them, such as
-    StageDir.tell.
+    warns: whether this process logs warnings (one of several does). tell: called with each warning,
+    to keep it; such as StageDir.tell.
     """
 
     def __init__(
@@ -145,17 +150,17 @@ class Checker:
         self._said: set[str] = set()
 
     def see(self, name: str, seen: float, words: str) -> None:
-        """Warn or raise where a number is beyond its limit.
+        """Warn or raise if a number is beyond its limit.
 
-        words: what was seen and what to do, as sentences. Raises the error of the check's kind:
-        JudgeError, PairingError, DataError or TrainingError.
+        seen: the number. words: what was seen and what to do, as sentences. Raises the error of the
+        check's kind: JudgeError, PairingError, DataError or TrainingError.
         """
         message = self.failing(name, seen, words)
         if message is not None:
             raise _ERRORS.get(name, TrainingError)(message)
 
     def failing(self, name: str, seen: float, words: str) -> str | None:
-        """The same, with the error's words in place of the error."""
+        """As `see`, but returns the error's message; None if nothing fails."""
         limit, action = self.checks.of(name)
         beyond = seen < limit if name in _UNDER else seen > limit
         if not beyond or action == "off" or name in self._said:

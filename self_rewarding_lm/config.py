@@ -43,6 +43,7 @@ class Config(BaseModel):
 
 
 def _in_words(cls: type[Config], error: ValidationError) -> str:
+    """pydantic's problems with the values of a class as one message."""
     lines = []
     names = list(cls.model_fields)
     for item in error.errors():
@@ -227,7 +228,7 @@ class OptimConfig(Config):
         return self
 
     def completed(self, learning_rate: float, final: float, epochs: int) -> "OptimConfig":
-        """The same with a stage's defaults where nothing is said."""
+        """The same settings, with a stage's defaults for what is None."""
         rate = self.learning_rate or learning_rate
         if self.final_learning_rate is not None:
             final = self.final_learning_rate
@@ -293,7 +294,7 @@ class RewardConfig(Config):
         return tuple(map(float, range(low, high + 1)))
 
     def as_written(self) -> "RewardConfig":
-        """The same, for judgements whose text is what is wanted: the score that it states."""
+        """The same judge, asked for a text with its score: sampled, without forced ending."""
         return self.model_copy(update={"score_mode": "sampled", "forced_ending": False})
 
     def _check_numbers(self) -> None:
@@ -379,7 +380,7 @@ class FinetuneConfig(Config):
         """Do the stage's work. ctx: Context, out: StageDir."""
 
     def check(self, ctx: Any) -> None:
-        """Raise where something is wrong that can be known before stage 1 begins."""
+        """Raise an error for what is wrong and can be known before stage 1 begins."""
 
     def rehearse(self, ctx: Any, out: Any) -> None:
         """Try the stage's parts once before stage 1 begins, so that what cannot work fails then.
@@ -393,7 +394,7 @@ class FinetuneConfig(Config):
         return None
 
     def reward_names(self) -> tuple[str, ...]:
-        """Which of the trainer's reward prompts the stage judges by."""
+        """Names of the trainer's reward prompts that the stage judges by."""
         return ()
 
     def weights_used(self) -> set[str]:
@@ -414,7 +415,7 @@ class FromStage:
 
 
 def from_stage(stage: str) -> FromStage:
-    """What the stage of that name made, as a dataset for a later stage.
+    """What the stage of that name made, as a dataset of a later stage.
 
     Of a preference stage its pairs: a DPO stage trains on them again, an SFT stage on the chosen
     responses alone. Of an EFT stage its demonstrations, for an SFT stage.

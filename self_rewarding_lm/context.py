@@ -1,8 +1,7 @@
 """What a stage may reach, and nothing else: weights by name, sampling, the engine.
 
-While a stage generates and judges, its engine holds the weights that the stage asked for, on the
-rank that has the rows. The local engine decodes with the model's own weights; a server engine is
-given them as files.
+While a stage samples and judges, its engine has the weights that the stage asked for. The local
+engine decodes with the model's own weights; a server engine reads them from files.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -38,11 +37,11 @@ class Context:
     """One stage's view of the trainer.
 
     stage: the stage's name; record ids begin with it. policy: the prepared module whose
-    forward(ids) gives per-token log-probs, holding `model`. rows: the stage's opened datasets by
-    field. first_prompt: where the stage begins in its prompts, counted over all passes.
-    adapt: the TokenModel of another module (a judge of its own). start: the weights that a stage of
-    several rounds began with, kept where its reference asks for them. earlier: names of the stages
-    before it.
+    forward(ids) gives per-token log-probs; it holds `model`. adapt: makes the TokenModel of another
+    module, such as a judge's. rows: the stage's opened datasets by field. first_prompt: the place
+    of the stage's first prompt, counted over all passes. run: None in a rehearsal. start: the
+    weights that a stage of several rounds began with, if its reference asks for them. earlier:
+    names of the stages before it.
     """
 
     stage: str
@@ -61,9 +60,9 @@ class Context:
     earlier: Sequence[str] = ()
 
     def limit(self, max_seq_len: int | None) -> int | None:
-        """Tokens of prompt and response together: the setting, or what the model can take."""
-        known = [n for n in (max_seq_len, self.model.max_len) if n is not None]
-        return min(known) if known else None
+        """Most tokens of prompt and response together, by the setting and by the model; or None."""
+        limits = [n for n in (max_seq_len, self.model.max_len) if n is not None]
+        return min(limits) if limits else None
 
     def rewards_named(self, names: Sequence[str]) -> dict[str, RewardConfig]:
         """Reward prompts by name; ConfigError for a name that the trainer has none of."""
@@ -74,38 +73,41 @@ class Context:
 
     @contextmanager
     def weights(self, which: str | Path) -> Iterator[None]:
-        """Other weights in the one model, and the present ones back afterwards.
+        """Within, the one model has other weights; afterwards it has its present ones again.
 
-        which: "initial", "start" (those that `start` holds), an earlier stage's name, or a path. A
-        rehearsal, which comes before all others are there, goes on with the present ones.
+        which: "initial", "start" (those that `start` holds), an earlier stage's name, or a path. In
+        a rehearsal, when no other weights are there yet, the model keeps its own.
         """
         if self.run is None:
             yield
             return
-        kept = self.model.state()
+        present = self.model.state()
         try:
             self.load(which)
             yield
         finally:
-            self.model.module.load_state_dict(kept, strict=False)
+            self.model.module.load_state_dict(present, strict=False)
 
     def load(self, which: str | Path) -> None:
-        """Load weights into the model, in place."""
+        """Load weights into the model, in place. which: as for `weights`."""
         if which == START and self.start is not None:
             self.model.module.load_state_dict(dict(self.start), strict=False)
         else:
             self.model.load(self.weights_path(which))
 
     def weights_path(self, which: str | Path) -> Path:
-        """The file of weights that `init_from` or `weights` name."""
+        """The file of weights: those before stage 1, an earlier stage's, or those at a path.
+
+        Raises StoreError if there are none.
+        """
         assert self.run is not None
         if which == INITIAL or which in self.run.stages:
             return self.run.weights(str(which))
         path = Path(which)
-        found = weights_file(path) if path.is_dir() else path
-        if found is None:
+        file = weights_file(path) if path.is_dir() else path
+        if file is None:
             raise StoreError(f"there are no weights in the folder {str(which)!r}.")
-        return found
+        return file
 
     def sample(
         self,

@@ -1,4 +1,4 @@
-"""What can be set: the settings of a class or a function, their defaults and their words.
+"""What can be set: the settings of a class or a function, with their defaults and their words.
 
 The words are those of the source: the text below a field of a class, the entry of an argument in a
 function's docstring. Knows nothing of YAML or of what a setting does.
@@ -27,8 +27,8 @@ REQUIRED = object()
 class Setting:
     """One setting.
 
-    default: REQUIRED where there is none. words: "" where nobody wrote any. allowed: the values of
-    a Literal. nested: the Config class that its value is.
+    default: REQUIRED if there is none. words: what the source says of it, or "". allowed: the
+    values of a Literal. nested: the Config class of its value, if it is one.
     """
 
     name: str
@@ -88,7 +88,7 @@ def _allowed(annotation: Any) -> tuple[Any, ...]:
 
 def _field_words(owner: Any) -> dict[str, str]:
     """The texts below a class's fields, those of its parents included."""
-    found: dict[str, str] = {}
+    words: dict[str, str] = {}
     for cls in reversed(owner.__mro__):
         if not _is_config(cls):
             continue
@@ -100,20 +100,20 @@ def _field_words(owner: Any) -> dict[str, str]:
         for field, text in pairwise(statements):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                    found[field.target.id] = _one_line(str(text.value.value))
-    return found
+                    words[field.target.id] = _one_line(str(text.value.value))
+    return words
 
 
 def _argument_words(function: Callable[..., Any]) -> dict[str, str]:
-    """Entries `name: words` of a docstring, at the start of a paragraph or behind a sentence."""
+    """Entries `name: words` of a docstring, at the start of a paragraph or after a sentence."""
     names = "|".join(map(re.escape, inspect.signature(function).parameters))
     entry = re.compile(rf"(?:^|(?<=[.;)] ))({names}): ")
-    found = {}
+    words_of: dict[str, str] = {}
     for paragraph in (inspect.getdoc(function) or "").split("\n\n"):
         pieces = entry.split(_one_line(paragraph))[1:]
         for name, words in zip(pieces[::2], pieces[1::2], strict=True):
-            found[name] = words.strip()
-    return found
+            words_of[name] = words.strip()
+    return words_of
 
 
 def _one_line(text: str) -> str:

@@ -25,10 +25,10 @@ Ids = tuple[int, ...]
 class Prompt:
     """One prompt as it is used in one stage.
 
-    id: stage/row/pass. row: its row in the dataset. text: None where only ids were given.
+    id: stage/row/pass. row: its row in the dataset. text: None if the row has only ids.
     columns: the other columns of its row; text reward functions receive them.
-    completion: ids of the human answer where the row has one (SPIN), else None.
-    messages: what the chat template rendered; None where the text is taken as it is.
+    completion: ids of the human answer if the row has one (SPIN), else None.
+    messages: what the chat template rendered; None if the text is taken as it is.
     """
 
     kind: ClassVar[str] = "prompts"
@@ -45,13 +45,13 @@ class Prompt:
 class Candidate:
     """One sampled response; id: <prompt id>/<sample>.
 
-    ids: the new tokens, the end token included where there is one.
-    finished: True if it ended by itself, False if it was cut off by max_new_tokens, None where no
-    end token is known. max_new_tokens: the limit that was in force for it.
-    tokens: "re-encoded" where a server gave a text and the ids are its encoding; None where they
-    are those that were sampled. reason: why there is no response (a server refused its request);
-    then it has no ids and no text, is judged by nobody and trained in no pair. shown_id: the Prompt
-    that the model was shown, where that is another than the one that this answers.
+    ids: the new tokens, its end token included.
+    finished: True if it ended by itself, False if max_new_tokens cut it off, None if no end token
+    is known. max_new_tokens: the limit that was in force for it.
+    tokens: "re-encoded" if a server gave a text and the ids are its encoding; None if they are
+    those that were sampled. reason: why there is no response (a server refused its request); then
+    it has no ids and no text, nobody judges it and no pair has it. shown_id: the Prompt that the
+    model was shown, if that is not the one that this answers.
     """
 
     kind: ClassVar[str] = "candidates"
@@ -71,10 +71,10 @@ class Judgement:
     """What a judge said once of one candidate (or, comparing, of two); id: <candidate id>/j<k>.
 
     score: None if none could be read, and reason says why. text: the judge's words, None for
-    judges that only give numbers. source: the way the score came: `sampled` (read in the text),
-    `expected` (over the allowed numbers where the judge states one), `forced` (the same behind a
-    score prefix that was appended), `compared`, `given` (by a function or module). score_mass: the
-    probability of all allowed numbers together, where that was looked at.
+    judges that only give numbers. source: how the score came: `sampled` (read in the text),
+    `expected` (the mean over the allowed numbers at the place of the text's number), `forced` (the
+    same after a score prefix that was appended), `compared`, `given` (by a function or module).
+    score_mass: the probability of all allowed numbers together, if it was computed.
     """
 
     kind: ClassVar[str] = "judgements"
@@ -92,9 +92,9 @@ class Judgement:
 class MetaJudgement:
     """Two judgements of one candidate, compared once; id: <judgement id>/vs/j<k>.
 
-    judgement_ids: the two, in the order in which they were shown. score: 1 where the first is
-    better, 0 where the second is, 0.5 for a tie, between them where probabilities were looked at;
-    None if none could be read, and reason says why. The other fields are as of a Judgement.
+    judgement_ids: the two, in the order in which they were shown. score: 1 if the first is better,
+    0 if the second is, 0.5 for a tie, numbers between them for probabilities; None if none could be
+    read, and reason says why. The other fields are those of a Judgement.
     """
 
     kind: ClassVar[str] = "meta_judgements"
@@ -113,11 +113,11 @@ class PreferencePair:
     """A better and a worse response to one prompt; id: the prompt's id.
 
     chosen_id and rejected_id name the candidates; None for a response that was not sampled here
-    (a human answer). The scores are None where nobody scored. messages: those of the prompt, where
-    a chat template rendered it. For losses, where somebody said it: weight, by which the pair's
-    loss is multiplied (None: 1); win_probability and rejected_win_probability, how likely each
-    response wins (None: 1, and what is left of 1); label_smoothing, how likely the two are the
-    wrong way round (None: 0).
+    (a human answer). The scores are None if nobody scored. messages: those of the prompt, if a
+    chat template rendered it. Numbers for losses, if the dataset or a stage gives them: weight, by
+    which the pair's loss is multiplied (None: 1); win_probability and rejected_win_probability, how
+    likely each response wins (None: 1, and 1 less the other); label_smoothing, how likely the two
+    are the wrong way round (None: 0).
     """
 
     kind: ClassVar[str] = "pairs"
@@ -143,7 +143,7 @@ class PreferencePair:
 class Demonstration:
     """A response to be learnt, made by a stage; id: stage/row/reply.
 
-    parents: ids of the records that it was made from. messages: those of the prompt, where a chat
+    parents: ids of the records that it was made from. messages: those of the prompt, if a chat
     template rendered it.
     """
 
@@ -161,8 +161,8 @@ class Demonstration:
 class RankedReplies:
     """Replies to one prompt, ranked by people; id: stage/row.
 
-    prompt: a text, or messages. ranks: 0 is best; equal ranks were not ordered. group: what the
-    row belongs to with others (a message tree); rows of one group are no independent evidence.
+    prompt: a text, or messages. ranks: 0 is best; replies of equal rank were not ordered. group:
+    shared by rows that belong together (a message tree), which are no independent evidence.
     """
 
     kind: ClassVar[str] = "ranked"
@@ -191,7 +191,7 @@ class Instruction:
 class TrainingRow:
     """One supervised sequence as it was trained; id: stage/row.
 
-    targets: for each token whether it is learnt (True) or only read (False, the prompt).
+    targets: for each token whether it is learnt (True) or only read (False, as the prompt is).
     """
 
     kind: ClassVar[str] = "rows"
@@ -234,13 +234,13 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 FIRST = "first"
-"""In ids of pairs, <stage>/first/...: those of a model that was trained ahead and not kept."""
+"""In ids of pairs, <stage>/first/...: trained on by a model that was trained ahead and not kept."""
 
 
 def is_trained(record_id: str) -> bool:
     """Whether the stage's weights were trained on the pair or row of that id.
 
-    They were not on those of a valid_dataset, nor on those of a model that was not kept.
+    Not on those of a valid_dataset, nor on those of the model that a temporal stage trains ahead.
     """
     return record_id.split("/")[1] not in ("valid", FIRST)
 

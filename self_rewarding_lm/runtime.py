@@ -42,7 +42,7 @@ EVERY = 60.0
 
 
 class Progress(tqdm):
-    """Counts what is done of `total` (None: nobody knows); shows nothing where it is not to.
+    """Counts what is done of `total`, and shows it if `shows`. total: None if unknown.
 
     done: how much of it an earlier attempt did.
     """
@@ -65,7 +65,7 @@ class Progress(tqdm):
         self.told_at: float = getattr(self, "start_t", 0.0)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
-        """Draw the bar, or write where it stands; tqdm calls it where it is time."""
+        """Draw the bar, or log a line in its place; tqdm calls it when it is time."""
         if self.is_live:
             return super().display(msg, pos)
         if msg is None and self.initial < self.n != self.total:
@@ -76,7 +76,7 @@ class Progress(tqdm):
         return None
 
     def close(self) -> None:
-        """Take the bar away and say in a line what was done."""
+        """Take the bar away and log in a line what was done."""
         was_open = not self.disable
         super().close()
         if was_open and self.n:
@@ -119,7 +119,7 @@ class Stopping:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are heeded; in the main thread alone, where Python can take them."""
+        """Within, signals are heeded; only in the main thread, as Python gives them to it alone."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -141,12 +141,12 @@ class Stopping:
                     signal.signal(number, handler)
 
     def heed(self) -> None:
-        """Raise Interrupted where a signal came."""
+        """Raise Interrupted if a signal came."""
         if self.asked:
             raise Interrupted(self.asked)
 
     def between(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; where a signal came, none after the one at hand."""
+        """The items; if a signal came, Interrupted is raised after the one at hand."""
         for item in items:
             yield item
             self.heed()
@@ -226,7 +226,7 @@ class Runtime:
         held[:] = [o for o in held if all(o is not gone for gone in optimizers)]
 
     def backward(self, module: nn.Module, loss: Tensor, *, sync: bool) -> None:
-        """Gradients of `loss`; siblings' gradients are averaged only where `sync` is True."""
+        """Gradients of `loss`; those of all processes are averaged only if `sync` is True."""
         context: AbstractContextManager = nullcontext()
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(sync)
@@ -242,12 +242,12 @@ class Runtime:
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by, so that float16 has its gradients; 0.0: by nothing."""
+        """What the loss is multiplied by, so that float16 holds its gradients; 0.0 if it is not."""
         scaler = self.accelerator.scaler
         return 0.0 if scaler is None else scaler.get_scale()
 
     def scaling(self) -> dict[str, Any]:
-        """What the loss scale has come to; empty where nothing is scaled."""
+        """The state of the loss scale; empty if nothing is scaled."""
         scaler = self.accelerator.scaler
         return {} if scaler is None else scaler.state_dict()
 
@@ -261,11 +261,11 @@ class Runtime:
         return tuple(count > 0 for count in self.sum([float(flag) for flag in flags]))
 
     def step(self, optimizers: Sequence[Any], norm: float) -> None:
-        """A step of all optimisers; none where the loss is scaled and the gradient's norm is not
-        finite: then the scale is too large, and is halved.
+        """A step of all optimisers.
 
-        Accelerate's own step brings the scale up to date behind each optimiser, and the gradients
-        of the next one would be divided by it once more.
+        If the loss is scaled and the gradient's norm is not finite, the scale is too large: it is
+        halved, and no optimiser steps. Accelerate's own step is not used: it updates the scale
+        after each optimiser, so that the next one's gradients would be divided by it once more.
         """
         scaler = self.accelerator.scaler
         if scaler is None:
@@ -279,9 +279,9 @@ class Runtime:
             scaler.update(self.loss_scale * scaler.get_backoff_factor())
 
     def autocasted(self, results: Iterable[T]) -> Iterator[T]:
-        """The results of forwards outside the prepared module, each made in mixed precision.
+        """The results of forwards outside the prepared module, each computed in mixed precision.
 
-        Precision is as before for whoever consumes them.
+        Between two results precision is as before.
         """
         iterator = iter(results)
         while True:
@@ -303,8 +303,11 @@ class Runtime:
         return total.tolist()  # type: ignore[union-attr]
 
     def in_step(self, groups: list[T], idle: T) -> list[tuple[T, bool]]:
-        """Groups to work on, each with whether it counts: as many on all processes under FSDP, at
-        least one anywhere, filled up with `idle`."""
+        """Groups to work on, each with whether it counts.
+
+        Filled up with `idle`, which does not count, to at least one group, and under FSDP to as
+        many as the process with the most has.
+        """
         most = max(self.gather([len(groups)])) if self.shards else len(groups)
         filling = [(idle, False)] * (max(most, 1) - len(groups))
         return [(group, True) for group in groups] + filling
@@ -314,7 +317,7 @@ class Runtime:
         return items if self.world == 1 else gather_object(items)
 
     def from_main(self, value: T) -> T:
-        """What the main process passed."""
+        """The value that the main process passed, on all processes."""
         if self.world == 1:
             return value
         box = [value]
@@ -344,8 +347,11 @@ class Runtime:
     def log_table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
     ) -> None:
-        """A table of texts to the trackers that can show one: those of Accelerate or the user with
-        `log_table(table_name, columns, data, step=...)`, and TensorBoard, as Markdown."""
+        """Send a table of texts to the trackers that can show one.
+
+        They are those with `log_table(table_name, columns, data, step=...)`, of Accelerate or the
+        user, and TensorBoard, which gets it as Markdown.
+        """
         for tracker in self.trackers:
             log_table = getattr(tracker, "log_table", None)
             if log_table is not None:
@@ -377,10 +383,10 @@ def random_numbers_kept() -> Iterator[None]:
 
 
 def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
-    """An Accelerator with its own settings, whatever an earlier one of this process has.
+    """An Accelerator with these settings, whatever an earlier one of this process has.
 
-    accelerate shares one state among all of a process. Alone, each gets a state of its own; with
-    siblings the process group cannot be changed, so other settings are refused.
+    accelerate shares one state among all of a process. A process alone gets a new state for each;
+    one of several cannot change the process group, so other settings than before are refused.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (
         torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -404,7 +410,7 @@ def _leave_siblings() -> None:
 
 
 def _scale_on_cpu(accelerator: Accelerator) -> None:
-    """float16 on a CPU; accelerate alone would compute in float32 and say nothing."""
+    """Have float16 on a CPU; accelerate alone would compute in float32 and not say so."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         handler = accelerator.scaler_handler
         settings = {} if handler is None else handler.to_kwargs()
@@ -413,9 +419,9 @@ def _scale_on_cpu(accelerator: Accelerator) -> None:
 
 
 def _asks_for_fsdp(kwargs: Mapping[str, Any], world: int) -> bool:
-    """Whether the launch or the arguments ask for FSDP; ConfigError where it cannot be given.
+    """Whether the launch or the arguments ask for FSDP; ConfigError if it is not to be had.
 
-    Accelerate itself gives DDP without a word where there is no GPU.
+    Without a GPU accelerate itself would use DDP and not say so.
     """
     plugin = kwargs.get("fsdp_plugin")
     if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
@@ -436,13 +442,14 @@ def _asks_for_fsdp(kwargs: Mapping[str, Any], world: int) -> bool:
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; nothing that stands in a cell can end it or be read as markup."""
+    """A table in Markdown; no text of a cell can end the cell or be read as markup."""
     marks = {ord(mark): f"&#{ord(mark)};" for mark in "\\`*_{}[]()<>#+-!|&~:"}
     cells = [[" ".join(cell.split()).translate(marks) for cell in row] for row in rows]
     return markdown_table(columns, cells)
 
 
 def _set_up_logging(shows: bool) -> None:
+    """Show the library's log, unless the user has set up logging. shows: INFO too."""
     logger = logging.getLogger("self_rewarding_lm")
     if not logger.handlers and not logging.getLogger().handlers:
         handler = LogHandler()

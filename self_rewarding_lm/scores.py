@@ -1,4 +1,4 @@
-"""Judgements become one score for each candidate. Pure arithmetic; a missing score is None."""
+"""Judgements become one score per candidate. Pure arithmetic; a missing score is None."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from self_rewarding_lm.records import Candidate, Judgement
 
 
 def number_text(score: float) -> str:
-    """A score as it is written: whole numbers without a point."""
+    """A score as judges write it: whole numbers without a point."""
     return str(int(score)) if score == int(score) else repr(float(score))
 
 
@@ -36,56 +36,59 @@ def score_of(value: object) -> ParsedScore:
 
 
 def mean_score(scores: Iterable[float | None]) -> float | None:
-    """The mean of the scores that there are; None where there is none."""
-    valid = [score for score in scores if score is not None]
-    return math.fsum(valid) / len(valid) if valid else None
+    """The mean of the scores that are not None; None if all are."""
+    known = [score for score in scores if score is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def candidate_scores(
     candidates: Sequence[Candidate], judgements: Iterable[Judgement]
 ) -> dict[str, float | None]:
-    """What judgements come to for each candidate, by its id; None where nothing is known.
+    """The score of each candidate by its id; None if its judgements give none.
 
-    Judgements of one candidate: their mean. Judgements of two, which are `score` 1 where the first
-    shown wins, 0 where the second does: each two candidates are shown in both orders; who wins in
-    both wins, all else is a tie, and an order without a score makes the comparison unknown. The
-    mean over a candidate's known comparisons counts, 1 won, 0.5 tied, 0 lost. Several judges (by
-    name) count alike: the mean of what each comes to, None where one of them comes to nothing, for
-    a mean over fewer judges is no measure of the same thing.
+    Judgements of one candidate: their mean. Judgements of two, whose score is 1 if the first shown
+    wins and 0 if the second does: each two candidates are shown in both orders. Who wins in both
+    wins, all else is a tie, and if one order has no score the comparison is unknown. A candidate's
+    score is its mean over known comparisons, 1 won, 0.5 tied, 0 lost. Several judges (by name)
+    count alike: the mean of what each gives, None if one of them gives none, for a mean over fewer
+    judges measures something else.
     """
     by_judge: dict[tuple[str, bool], list[Judgement]] = {}
     for judgement in judgements:
         key = judgement.judge, len(judgement.candidate_ids) == 2
         by_judge.setdefault(key, []).append(judgement)
-    found: dict[str, list[float | None]] = {candidate.id: [] for candidate in candidates}
-    for (_, compared), own in by_judge.items():
-        for candidate_id, score in (_compared if compared else _means)(own).items():
-            if candidate_id in found:
-                found[candidate_id].append(score)
+    scores_of: dict[str, list[float | None]] = {candidate.id: [] for candidate in candidates}
+    for (_, compares), judgements_of_one in by_judge.items():
+        by_candidate = (_win_rates if compares else _means)(judgements_of_one)
+        for candidate_id, score in by_candidate.items():
+            if candidate_id in scores_of:
+                scores_of[candidate_id].append(score)
     return {
         candidate_id: None if None in scores else mean_score(scores)
-        for candidate_id, scores in found.items()
+        for candidate_id, scores in scores_of.items()
     }
 
 
 def label_of(judgement: Judgement) -> str | None:
-    """The member of an ensemble, or the earlier model, that a judgement is by; else None.
+    """Which member of an ensemble, or which earlier model, judged; None for the stage's one judge.
 
     Ids: <candidate id>/j0 or <candidate id>/vs/3, and with a label <candidate id>/m0/j0.
     """
-    own = judgement.id.removeprefix(f"{judgement.candidate_ids[0]}/")
-    first, _, rest = own.partition("/")
+    behind_candidate = judgement.id.removeprefix(f"{judgement.candidate_ids[0]}/")
+    first, _, rest = behind_candidate.partition("/")
     return first if rest and first != "vs" else None
 
 
 def _means(judgements: Sequence[Judgement]) -> dict[str, float | None]:
+    """The mean score of each candidate, of judgements of one candidate."""
     by_candidate: dict[str, list[float | None]] = {}
     for judgement in judgements:
         by_candidate.setdefault(judgement.candidate_ids[0], []).append(judgement.score)
     return {candidate_id: mean_score(scores) for candidate_id, scores in by_candidate.items()}
 
 
-def _compared(judgements: Sequence[Judgement]) -> dict[str, float | None]:
+def _win_rates(judgements: Sequence[Judgement]) -> dict[str, float | None]:
+    """Each candidate's mean over its known comparisons, of judgements of two candidates."""
     outcomes: dict[str, list[float | None]] = {
         candidate_id: [] for j in judgements for candidate_id in j.candidate_ids
     }
@@ -100,17 +103,23 @@ def _compared(judgements: Sequence[Judgement]) -> dict[str, float | None]:
 def both_orders(
     judgements: Iterable[Judgement],
 ) -> dict[tuple[str, str], tuple[float | None, float | None]]:
-    """For each two candidates how the first of them did in each order: 1, 0.5, 0 or None."""
-    shown: dict[tuple[str, ...], list[float | None]] = {}
+    """For each two candidates what the first of them did, shown first and shown second.
+
+    1 won, 0.5 tied, 0 lost, None if that order has no score.
+    """
+    scores_of: dict[tuple[str, ...], list[float | None]] = {}
     for judgement in judgements:
-        shown.setdefault(judgement.candidate_ids, []).append(judgement.score)
-    found = {}
-    for one, other in (order for order in shown if order[::-1] not in shown or order < order[::-1]):
-        there = _outcome(mean_score(shown[one, other]))
-        back = _outcome(mean_score(shown.get((other, one), ())))
-        found[one, other] = there, None if back is None else 1 - back
-    return found
+        scores_of.setdefault(judgement.candidate_ids, []).append(judgement.score)
+    outcomes = {}
+    for one, other in scores_of:
+        if (other, one) in scores_of and (other, one) <= (one, other):
+            continue  # counted under its other order
+        there = _outcome(mean_score(scores_of[one, other]))
+        back = _outcome(mean_score(scores_of.get((other, one), ())))
+        outcomes[one, other] = there, None if back is None else 1 - back
+    return outcomes
 
 
 def _outcome(score: float | None) -> float | None:
+    """A score between 0 and 1 as 1 (over a half), 0.5 (a half) or 0."""
     return None if score is None else 0.5 + 0.5 * (score > 0.5) - 0.5 * (score < 0.5)

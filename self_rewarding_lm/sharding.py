@@ -37,66 +37,67 @@ class Sharded:
 
     @contextmanager
     def training(self) -> Iterator[nn.Module]:
-        """The twin; the module's own weights are gone within, and the trained ones afterwards."""
+        """Gives the twin. Within, the module has no weights; afterwards it has the trained ones."""
         self._free()
         yield self.twin  # after an error the others may be anywhere: nothing waits for them then
         self._gather()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within `training()`: the module has the present weights, and may be given others."""
+        """Within `training()`: the module has the weights of now, and may be given others."""
         self._gather()
         yield
         self._scatter()
         self._free()
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, DTensor]]:
+        """Each parameter of the module and the twin's share of it."""
         assert isinstance(self.twin, FSDPModule)
         self.twin.reshard()  # after a forward without a backward its own parameters are still whole
-        for own, share in zip(self.module.parameters(), self.twin.parameters(), strict=True):
+        for parameter, share in zip(self.module.parameters(), self.twin.parameters(), strict=True):
             detached = share.detach()
             assert isinstance(detached, DTensor)
-            yield own, detached
+            yield parameter, detached
 
     def _gather(self) -> None:
-        for own, share in self._pairs():
-            own.data = share.full_tensor().clone()  # of its own storage, not padded
+        for parameter, share in self._pairs():
+            parameter.data = share.full_tensor().clone()  # of its own storage, not padded
 
     def _scatter(self) -> None:
-        for own, share in self._pairs():
-            share.to_local().copy_(spread(own.data, share).to_local())
+        for parameter, share in self._pairs():
+            share.to_local().copy_(spread(parameter.data, share).to_local())
 
     def _free(self) -> None:
-        for own, _ in self._pairs():
-            own.data = own.data.new_empty(0)
+        for parameter, _ in self._pairs():
+            parameter.data = parameter.data.new_empty(0)
 
 
 def units(module: nn.Module) -> list[nn.Module]:
-    """What is gathered at once: the layers, which are the members of lists of modules.
+    """The parts that are gathered at once: the layers, which are the members of lists of modules.
 
-    The parts of a layer where layers are lists themselves (x-transformers). Parts without matrices
+    If layers are lists themselves (x-transformers), the parts of a layer. Parts without matrices
     stay with the whole.
     """
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
 
     def collect(part: nn.Module) -> None:
         for child in part.children():
             if isinstance(part, nn.ModuleList) and not isinstance(child, nn.ModuleList):
                 if any(p.ndim > 1 for p in child.parameters()):
-                    found.append(child)
+                    layers.append(child)
             else:
                 collect(child)
 
     collect(module)
-    return found
+    return layers
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over processes, as all of it; all processes must ask."""
+    """The whole of a tensor that may be spread over processes; all processes have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def spread(tensor: Tensor, like: DTensor) -> DTensor:
-    """A tensor that all processes hold in full, spread over them as another one is."""
+    """A tensor that all processes hold in full, spread over them as `like` is."""
     on_device = tensor.to(like.device)
     return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)

@@ -14,7 +14,7 @@ from self_rewarding_lm.errors import ConfigError, DataError
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Spearman's correlation of two lists of one length, ties given their average rank.
 
-    None where it is undefined: fewer than two values, or all of one list the same.
+    None if it is undefined: fewer than two values, or all of one list the same.
     """
     # a value's average rank, doubled and centred, is how many are smaller less how many are greater
     return _cosine([sum(row) for row in _signs(a)], [sum(row) for row in _signs(b)])
@@ -23,7 +23,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 def kendall_tau_b(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Kendall's tau-b of two lists of one length: corrected for ties in either.
 
-    None where it is undefined: fewer than two values, or all of one list the same.
+    None if it is undefined: fewer than two values, or all of one list the same.
     """
     return _cosine(list(chain(*_signs(a))), list(chain(*_signs(b))))
 
@@ -36,7 +36,11 @@ def bootstrap(
     level: float,
     seed: int,
 ) -> tuple[float, float] | None:
-    """Percentile interval of `value`, which is given the numbers of the groups drawn."""
+    """Percentile interval of `value` over resamples of the groups, drawn with replacement.
+
+    value: of the numbers of the groups drawn (groups,); a resample for which it is None is left
+    out. level: of the interval, such as 0.95. None with fewer than two groups or no value.
+    """
     if samples < 1 or not 0 < level < 1:
         raise ConfigError(
             "a bootstrap interval needs samples >= 1 and 0 < level < 1; "
@@ -45,7 +49,7 @@ def bootstrap(
     generator = np.random.default_rng(seed)
     draws = range(samples if groups > 1 else 0)
     values = [value(generator.integers(groups, size=groups)) for _ in draws]
-    known = [found for found in values if found is not None]
+    known = [number for number in values if number is not None]
     if not known:
         return None
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
@@ -58,6 +62,7 @@ def _signs(values: Sequence[float]) -> list[list[int]]:
 
 
 def _cosine(a: Sequence[int], b: Sequence[int]) -> float | None:
+    """a.b / (|a| |b|); None if one of them is 0."""
     if len(a) != len(b):
         raise DataError("a correlation needs two lists of the same length.")
     squares = sum(x * x for x in a) * sum(y * y for y in b)
@@ -68,7 +73,7 @@ def _cosine(a: Sequence[int], b: Sequence[int]) -> float | None:
 Interval = tuple[float, float] | None
 
 
-RIDGE = 1e-6  # on the weights of a logistic fit: where all are won there is a largest one
+RIDGE = 1e-6  # on the weights of a logistic fit, which have no maximum if all outcomes are 1
 
 
 STEPS = 100  # of Newton's method at most
@@ -96,7 +101,7 @@ def ratio_interval(
     """Percentile interval of sum(parts) / sum(wholes), resampling places (bootstrap).
 
     A place is a group of dependent numbers: a tree, a prompt. Resamples of 0/0 are left out. None
-    with fewer than two places or where no resample has a value.
+    with fewer than two places or if no resample has a value.
     """
     columns = np.array([parts, wholes], dtype=np.float64)
 
@@ -109,7 +114,7 @@ def ratio_interval(
 
 @dataclass(frozen=True)
 class Rate:
-    """A share with its interval."""
+    """A share, or another mean, with its interval."""
 
     value: float | None
     interval: Interval
@@ -120,8 +125,8 @@ def fit_logistic(
 ) -> Float[np.ndarray, " d"]:
     """The weights w that make outcomes in [0, 1] likeliest under sigmoid(features @ w).
 
-    Newton's method in float64 with halved steps where one overshoots, and 1e-6 / 2 |w|^2 taken off
-    the log-likelihood, so that there is a maximum where the outcomes can be told apart entirely.
+    Newton's method in float64; a step that overshoots is halved. 1e-6 / 2 |w|^2 is taken off the
+    log-likelihood, so that there is a maximum even if the features separate the outcomes.
     """
 
     def objective(weights: np.ndarray) -> float:
@@ -136,9 +141,9 @@ def fit_logistic(
         gradient = features.T @ (outcomes - chances) - RIDGE * weights
         curvature = (features.T * (chances * (1 - chances))) @ features
         step = np.linalg.solve(curvature + RIDGE * np.eye(len(weights)), gradient)
-        while (found := objective(weights + step)) < reached and np.abs(step).max() > 1e-12:
+        while (value := objective(weights + step)) < reached and np.abs(step).max() > 1e-12:
             step = step / 2
-        weights, reached = weights + step, found
+        weights, reached = weights + step, value
         if np.abs(step).max() < 1e-10:
             break
     return weights

@@ -18,9 +18,9 @@ LEDGER = "files.json"
 
 @contextmanager
 def writing(path: Path, *, listed_in: Path | None = None) -> Iterator[Path]:
-    """A draft to write, which becomes `path` at the end: flushed to the disk, then by rename.
+    """Gives a draft to write, which becomes `path` at the end: flushed to the disk, then renamed.
 
-    listed_in: the folder whose ledger takes the file's digest. Where writing fails the draft is
+    listed_in: the folder whose ledger takes the file's digest. If writing fails, the draft is
     deleted, `path` stays what it was, and an error of the system becomes a StoreError.
     """
     draft = path.with_name(f"{path.name}.tmp")
@@ -34,10 +34,10 @@ def writing(path: Path, *, listed_in: Path | None = None) -> Iterator[Path]:
 
 
 def settle(draft: Path, path: Path, *, listed_in: Path | None = None) -> None:
-    """Let a file that is written take another one's place, for good.
+    """Let a file that is fully written take the place of another.
 
-    Until it has, the ledger holds the digests of both, so that there is no moment at which a file
-    that is right looks wrong.
+    Meanwhile the ledger holds the digests of both, so that a right file looks wrong at no moment.
+    listed_in: as for `writing`.
     """
     flush(draft)
     if listed_in is None:
@@ -61,7 +61,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """An error of the system while `path` is written, as a StoreError that says what to do."""
+    """Turn an error of the system while `path` is written into a StoreError with advice."""
     try:
         yield
     except OSError as error:
@@ -76,8 +76,8 @@ def ledger(folder: Path) -> dict[str, list[str]]:
     """The digests of a folder's finished files by name; more than one while a file is replaced."""
     path = folder / LEDGER
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not all(isinstance(v, list) for v in found.values()):
+        digests = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(digests, dict) or not all(isinstance(v, list) for v in digests.values()):
             raise ValueError("it must hold lists of digests by file name")
     except FileNotFoundError:
         return {}
@@ -86,32 +86,34 @@ def ledger(folder: Path) -> dict[str, list[str]]:
             f"{path} cannot be read: {error}. Without it nothing tells whether the files beside it "
             "are whole; delete it to go on without that check."
         ) from error
-    return found
+    return digests
 
 
 def delist(folder: Path, names: Iterable[str]) -> None:
     """Take files that are to be deleted out of the ledger."""
-    digests = ledger(folder)
-    left = {name: found for name, found in digests.items() if name not in set(names)}
-    if not left:
+    digests, gone = ledger(folder), set(names)
+    others = {name: listed for name, listed in digests.items() if name not in gone}
+    if not others:
         (folder / LEDGER).unlink(missing_ok=True)
-    elif left != digests:
-        _write_ledger(folder, left)
+    elif others != digests:
+        _write_ledger(folder, others)
 
 
 def digest_of(path: Path) -> str:
+    """The SHA-256 digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_file(path: Path, folder: Path) -> None:
-    """Raise StoreError where a file is not what the ledger of `folder` says; none is no error."""
+    """Raise StoreError if the ledger of `folder` lists another digest for the file."""
     digests = ledger(folder).get(path.relative_to(folder).as_posix())
     if digests is not None and digest_of(path) not in digests:
         raise changed(path)
 
 
 def changed(path: Path) -> StoreError:
+    """The error of a file whose digest is not the one that the ledger lists."""
     return StoreError(
         f"{path} is not the file that was written: it was changed, cut or damaged afterwards. Put "
         "the right one back; or delete the stage's folder (and those of later stages) to have all "

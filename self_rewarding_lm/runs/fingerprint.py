@@ -60,11 +60,13 @@ def as_named_now(value: Any) -> Any:
 
 
 def _qualified(module: str | None, name: str) -> str:
-    own = str(module).partition(".")[0] == LIBRARY
-    return f"{LIBRARY if own else module}.{name}"
+    """An object's name behind its module, or behind the library's name for one of its own."""
+    is_ours = str(module).partition(".")[0] == LIBRARY
+    return f"{LIBRARY if is_ours else module}.{name}"
 
 
 def _fingerprint_of_text(value: str | Path) -> str:
+    """The text itself; of a text that names a file, the file's name and digest."""
     try:
         if "\n" in str(value) or not Path(value).is_file():
             return str(value)

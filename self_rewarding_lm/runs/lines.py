@@ -26,9 +26,9 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class Lazy(Sequence[T]):
-    """A sequence that makes an item when it is asked for it, each time anew.
+    """A sequence that makes each item when it is asked for it, each time anew.
 
-    Equal to a list, or another of its kind, with equal items. A slice is a list.
+    It equals a list, or another Lazy, with equal items. A slice is a list.
     """
 
     def _at(self, place: int) -> T:
@@ -64,9 +64,9 @@ def _same(one: Any, other: Any) -> bool:
 
 
 class Picked(Lazy[T]):
-    """The items of a sequence at some places, in their order, each as `change` makes it.
+    """The items of a sequence at some places, in the order of the places, each changed.
 
-    places: default all of them. change: default as it is.
+    places: default all. change: a function of an item; default none.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Picked(Lazy[T]):
 
 
 class Joined(Lazy[T]):
-    """Sequences one behind the other."""
+    """Sequences one after the other, as one."""
 
     def __init__(self, *parts: Sequence[T]) -> None:
         self._parts = parts
@@ -104,8 +104,8 @@ class Joined(Lazy[T]):
 class LineFile:
     """The lines of a file by the byte at which they begin.
 
-    It stays open as long as this object is there: what has been read can be read again though
-    another file took its name.
+    The file stays open as long as this object is there, so that its lines can be read again even if
+    another file has taken its name.
     """
 
     def __init__(self, file: BufferedIOBase, path: Path) -> None:
@@ -135,12 +135,12 @@ class LineFile:
 
 
 def json_of(line: bytes, path: Path, number: Callable[[], int]) -> dict[str, Any]:
-    """A line as a JSON object; StoreError with its number, from 1 on, where it is none."""
+    """A line as a JSON object; StoreError with its number, from 1 on, if it is none."""
     try:
-        found = json.loads(line)
-        if not isinstance(found, dict):
-            raise ValueError(f"it is a {type(found).__name__}")
-        return found
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            raise ValueError(f"it is a {type(values).__name__}")
+        return values
     except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{path}, line {number()}, is no JSON object: {error}. The file was changed or "
@@ -160,13 +160,13 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines as they come; where making one raises, none of them stays there."""
+    """Append JSON lines as they come; if making one raises, none of them stays in the file."""
     with system_errors(path), path.open("ab+") as file:
         end, start = file.seek(0, os.SEEK_END), _end_of_last_line(file)
         if start < end:  # a torn line: the next one must not be glued onto it
             file.truncate(start)
         try:
-            file.writelines(_line(one).encode("utf-8", "replace") for one in values)
+            file.writelines(_line(line).encode("utf-8", "replace") for line in values)
             file.flush()
         except BaseException:
             file.truncate(start)
@@ -174,14 +174,14 @@ def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
 
 
 def _end_of_last_line(file: BufferedIOBase) -> int:
-    """Where the last line that is there in full ends."""
+    """The byte after the last whole line."""
     end, size = file.seek(0, os.SEEK_END), 1
     while end > 0:
         start = max(0, end - size)
         file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        last = file.read(end - start).rfind(b"\n")
+        if last >= 0:
+            return start + last + 1
         end, size = start, BLOCK
     return 0
 
@@ -191,7 +191,10 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Items in lists of `size` as they come; before an error those that came until then."""
+    """Items in lists of `size` as they come.
+
+    The last list may be shorter or empty; before an error comes the list of the items until then.
+    """
     batch: list[T] = []
     try:
         for item in items:

@@ -25,7 +25,7 @@ LOCK = "run.lock"
 
 @contextmanager
 def alone(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """`locked` for a run of several processes, of which the main one holds the lock."""
+    """As `locked`, for a run of several processes: the main one holds the lock for all."""
     with ExitStack() as held:
         failure = None
         if runtime.is_main:
@@ -41,10 +41,10 @@ def alone(folder: Path, runtime: Runtime) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder; StoreError where one is in it.
+    """Keep other runs out of a run's folder; StoreError if one is at work in it.
 
-    The system holds the lock and gives it up with the process, however that ends. Where a file
-    system knows no locks a warning says so.
+    The system holds the lock and gives it up when the process ends, however it does. If the file
+    system has no locks a warning says so.
     """
     with system_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

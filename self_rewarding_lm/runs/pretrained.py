@@ -27,14 +27,14 @@ def save_pretrained(module: nn.Module, folder: Path) -> None:
         return
     with _generation_config_valid(module), _without_progress_bars():
         module.save_pretrained(str(folder), max_shard_size=ONE_FILE)  # type: ignore[operator]
-    if not (folder / MODEL_FILE).exists():  # a model class with a form of files of its own
+    if not (folder / MODEL_FILE).exists():  # some model classes write files of another form
         write_weights(module, folder / MODEL_FILE)
 
 
 def load_pretrained(module: nn.Module, file: Path) -> None:
     """Load weights, or an adapter's, that `save_pretrained` wrote, in place.
 
-    Raises StoreError where they do not fit.
+    Raises StoreError if they do not fit.
     """
     if (file.name == ADAPTER_FILE) != has_adapter(module):
         raise StoreError(
@@ -60,7 +60,7 @@ def load_pretrained(module: nn.Module, file: Path) -> None:
 
 
 def _load_whole(module: nn.Module, file: Path) -> None:
-    """Some kinds have other names on disk than in memory; transformers translates those."""
+    """Load weights; some kinds have other names on disk than in memory, which are translated."""
     try:
         read_weights(module, file)
     except StoreError as refusal:
@@ -75,7 +75,7 @@ def _load_whole(module: nn.Module, file: Path) -> None:
 
 
 def _translated(module: nn.Module, folder: Path) -> dict[str, Tensor] | None:
-    """A folder's weights by their names in memory; None where some are missing or left over."""
+    """A folder's weights by their names in memory; None if some are missing or left over."""
     dtype = next(module.parameters()).dtype
     with _without_progress_bars():
         read, report = type(module).from_pretrained(  # type: ignore[attr-defined]
@@ -87,34 +87,35 @@ def _translated(module: nn.Module, folder: Path) -> dict[str, Tensor] | None:
 
 @contextmanager
 def _generation_config_valid(module: nn.Module) -> Iterator[None]:
-    """transformers refuses to save a model whose generation config contradicts itself.
+    """Within, the module's generation config is one that transformers agrees to save.
 
-    Several published ones do (a temperature, and do_sample=False). What is saved then samples.
+    Several published models have one that contradicts itself (a temperature, and do_sample=False)
+    and is refused; do_sample=True is saved in its place.
     """
-    given: Any = getattr(module, "generation_config", None)
+    config: Any = getattr(module, "generation_config", None)
     try:
-        if given is not None:
-            given.validate(strict=True)
+        if config is not None:
+            config.validate(strict=True)
     except ValueError:
-        module.generation_config = copy(given)  # type: ignore[assignment]
+        module.generation_config = copy(config)  # type: ignore[assignment]
         module.generation_config.do_sample = True  # type: ignore[union-attr]
     try:
         yield
     finally:
-        if given is not None:
-            module.generation_config = given
+        if config is not None:
+            module.generation_config = config
 
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
     from transformers.utils import logging as their_logging
 
-    shown = their_logging.is_progress_bar_enabled()
+    was_enabled = their_logging.is_progress_bar_enabled()
     their_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             their_logging.enable_progress_bar()
 
 

@@ -1,4 +1,4 @@
-"""A run directory as a whole: reading it back, and deciding whether a run may go on in it."""
+"""A run directory as a whole, read back."""
 
 import logging
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from self_rewarding_lm.runs.stage_folder import EVENTS, StageFiles, check_ours, 
 logger = logging.getLogger(__name__)
 
 
-INITIAL = "initial"
+INITIAL = "initial"  # weights before the first stage
 
 
 REPORT = "report.html"
@@ -38,7 +38,7 @@ class Run:
 
     Records come as sequences that read a record when it is asked for; `list(...)` takes them all
     into memory. They are those that were on disk when the sequence was made.
-    `Run.open(folder)` raises StoreError where the folder holds no run.
+    `Run.open(folder)` raises StoreError if the folder holds no run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,14 +77,14 @@ class Run:
         return self.stage(stage).stored(MetaJudgement)
 
     def pairs(self, stage: str | int) -> Sequence[PreferencePair]:
-        """The pairs that the stage trained on; those of its valid_dataset are left out."""
+        """The pairs that the stage trained on, without those of its valid_dataset."""
         return self.stage(stage).stored(PreferencePair, is_trained)
 
     def demonstrations(self, stage: str | int) -> Sequence[Demonstration]:
         return self.stage(stage).stored(Demonstration)
 
     def training_data(self, stage: str | int) -> Sequence[Demonstration | PreferencePair]:
-        """What `from_stage` stands for: the stage's demonstrations, of others their pairs."""
+        """What `from_stage` stands for: the stage's demonstrations, or its pairs if it has none."""
         return self.demonstrations(stage) or self.pairs(stage)
 
     def reference(self, stage: str | int) -> Sequence[ReferenceLogprobs]:
@@ -96,8 +96,8 @@ class Run:
     def preference_rows(self, stage: str | int) -> Sequence[dict[str, Any]]:
         """The stage's pairs in the columns that TRL trains on: prompt, chosen, rejected.
 
-        Message lists where a chat template rendered the prompts, else texts where the pairs have
-        them, else token ids.
+        Message lists if a chat template rendered the prompts, else texts if the pairs have them,
+        else token ids.
         """
         return Picked(self.pairs(stage), change=columns_of)
 
@@ -122,7 +122,7 @@ class Run:
     def weights(self, stage: str | int) -> Path:
         """The file of the stage's trained weights (`initial`: those before the first stage).
 
-        StoreError where it is not there, or was changed after it was written.
+        Raises StoreError if it is not there, or was changed after it was written.
         """
         initial = stage == INITIAL
         files = StageFiles(self.folder) if initial else self.stage(stage)
@@ -140,9 +140,9 @@ class Run:
         """The stage's folder."""
         folders = self.info["stages"]
         if isinstance(stage, int):
-            found = folders[stage] if -len(folders) <= stage < len(folders) else None
+            folder = folders[stage] if -len(folders) <= stage < len(folders) else None
         else:
-            found = next((f for f in folders if stage in (f, f.split("-", 1)[1])), None)
-        if found is None:
+            folder = next((f for f in folders if stage in (f, f.split("-", 1)[1])), None)
+        if folder is None:
             raise StoreError(f"the run has no stage {stage!r}; it has: {', '.join(self.stages)}.")
-        return StageFiles(self.folder / found)
+        return StageFiles(self.folder / folder)

@@ -57,7 +57,7 @@ def append_event(folder: Path, event: str, words: dict[str, Any]) -> None:
 
 @contextmanager
 def ends_told(tell: Callable[..., None]) -> Iterator[None]:
-    """Tell of the error that ends what is done within, as the event `stopped`."""
+    """An error that ends what is done within is told as the event `stopped`."""
     try:
         yield
     except BaseException as error:
@@ -110,8 +110,8 @@ class StageFiles:
     ) -> Stored[Record]:
         """The records of a type that are on disk, each id once, read when they are asked for.
 
-        wanted: whether an id belongs to them, default all. Raises StoreError where a file of them
-        was changed after it was written, or was deleted from a stage that is done.
+        wanted: whether an id belongs to them, default all. Raises StoreError if a file of them was
+        changed after it was written, or was deleted from a stage that is done.
         """
         merged = merged_file(self.path, record_type.kind)  # type: ignore[attr-defined]
         if self.is_done and not merged.exists() and merged.name in ledger(self.path):
@@ -126,11 +126,11 @@ class StageFiles:
         return list(self.stored(record_type))
 
     def weights(self, name: str = "model") -> Path | None:
-        """The weights of that name, if they were written; StoreError where they were changed."""
-        found = weights_file(self.path / name)
-        if found is not None:
-            check_file(found, self.path)
-        return found
+        """The file of the weights of that name, or None; StoreError if it was changed."""
+        file = weights_file(self.path / name)
+        if file is not None:
+            check_file(file, self.path)
+        return file
 
 
 class StageDir(StageFiles):
@@ -157,8 +157,8 @@ class StageDir(StageFiles):
         """What done.json will hold; stages add to it."""
         self.first_step = 0  # steps that earlier rounds of the stage have done
         self.marks: dict[str, Any] = {}  # in each line of metrics: the round, of several
-        self._given: list[weakref.ref[Stored[Any]]] = []
-        self._replayed: Counter[str] = Counter()
+        self._sequences: list[weakref.ref[Stored[Any]]] = []  # those that `stored` gave
+        self._replayed: Counter[str] = Counter()  # lines of metrics that an earlier attempt wrote
         self._trainings: Counter[int] = Counter()
 
     def begin(self, settings: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ class StageDir(StageFiles):
         self.runtime.barrier()
 
     def _check_new(self) -> None:
-        """A stage without config.json has not begun, so that nothing may be there of it."""
+        """Raise StoreError if there are records of a stage that has not begun."""
         if any(record_files(self.path, t.kind) for t in RECORD_TYPES):
             raise StoreError(
                 f"{self.path} holds records and no config.json, so that nobody knows with which "
@@ -183,18 +183,18 @@ class StageDir(StageFiles):
             )
 
     def _say_missing(self) -> None:
-        """Records that were finished and are gone are made again, which is said."""
+        """Warn of finished files that are gone, and take them out of the ledger."""
         gone = [name for name in ledger(self.path) if not (self.path / name).exists()]
         delist(self.path, gone)
-        said = [name for name in gone if not (self.path / f"{name}.tmp").exists()]
-        if said:  # the others were being written when the run was stopped
+        deleted = [name for name in gone if not (self.path / f"{name}.tmp").exists()]
+        if deleted:  # the others were being written when the run was stopped
             words = "%s: %s is not there any more; it is made again."
-            logger.warning(words, self.path, ", ".join(said))
+            logger.warning(words, self.path, ", ".join(deleted))
 
     def append(self, records: Iterable[Any]) -> None:
         """Append records of one type to this process's file as they come.
 
-        Where making one of them raises, none of them stays there.
+        If making one of them raises, none of them stays in the file.
         """
         coming = iter(records)
         first = next(coming, None)
@@ -226,17 +226,17 @@ class StageDir(StageFiles):
         self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
     ) -> Stored[Record]:
         """As of any folder; once records of the type were merged it holds the merged ones."""
-        found = super().stored(record_type, wanted)
-        self._given = [ref for ref in self._given if ref() is not None]
-        self._given.append(weakref.ref(found))
-        return found
+        records = super().stored(record_type, wanted)
+        self._sequences = [ref for ref in self._sequences if ref() is not None]
+        self._sequences.append(weakref.ref(records))
+        return records
 
     def merge(self, record_type: type[Any]) -> None:
         """Make one file, ordered by id, of what all processes appended."""
-        for ref in self._given:
-            given = ref()
-            if given is not None and given.record_type is record_type:
-                given.close()
+        for ref in self._sequences:
+            records = ref()
+            if records is not None and records.record_type is record_type:
+                records.close()
         self.runtime.barrier()
         if self.runtime.is_main:
             merge_files(self.path, record_type.kind)
@@ -276,16 +276,16 @@ class StageDir(StageFiles):
             append_event(self.path, event, words)
 
     def cut_metrics(self, step: int) -> None:
-        """Forget what was logged of later steps: training goes on behind this one."""
+        """Delete the lines of metrics of later steps: training goes on after this one."""
         path = self.path / "metrics.jsonl"
         if not self.runtime.is_main or not path.exists():
             return
         lines = list(read_lines(path))
-        left = [line for line in lines if line.get("step", 0) <= step]
-        if len(left) < len(lines):
+        kept = [line for line in lines if line.get("step", 0) <= step]
+        if len(kept) < len(lines):
             with writing(path) as draft:
-                append_lines(draft, left)
-            self._replayed &= Counter(map(_line_name, left))
+                append_lines(draft, kept)
+            self._replayed &= Counter(map(_line_name, kept))
 
     def count_training(self, round: int) -> int:
         """How many trainings of a round began in this folder before this one, in this process."""
@@ -293,18 +293,18 @@ class StageDir(StageFiles):
         return self._trainings[round] - 1
 
     def save_state(self, tensors: Tensors, words: dict[str, Any]) -> None:
-        """Where training stands (main process), in place of an earlier state."""
+        """Write where training stands, in place of an earlier state (main process)."""
         if self.runtime.is_main:
             write_tensors(tensors, json.dumps(words), self.path / STATE)
         self.runtime.barrier()
 
     def state_words(self) -> dict[str, Any] | None:
-        """The words of the state that was saved last; None where there is none."""
+        """The words of the state that was saved last; None if there is none."""
         state = self.path / STATE
         return json.loads(read_words(state) or read_tensors(state)[1]) if state.exists() else None
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
-        """What `save_state` saved last; StoreError where the file was changed."""
+        """What `save_state` saved last; StoreError if the file was changed."""
         tensors, words = read_tensors(self.path / STATE)
         return tensors, json.loads(words)
 
@@ -315,7 +315,7 @@ class StageDir(StageFiles):
         self.runtime.barrier()
 
     def drop_weights(self, name: str) -> None:
-        """Delete weights."""
+        """Delete the weights of that name (main process)."""
         self.runtime.barrier()
         if self.runtime.is_main:
             remove_weights(self.path / name)
@@ -353,14 +353,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_ours(folder: Path, info: Any) -> None:
-    """Raise StoreError where what run.json holds is no run's, or names folders elsewhere."""
+    """Raise StoreError if run.json is not of this library, or names folders outside its own."""
     if not isinstance(info, dict) or info.get("library") != LIBRARY:
         raise StoreError(f"{folder}/run.json was not written by {LIBRARY}; choose another folder.")
     check_folders(info.get("stages"), folder / "run.json")
 
 
 def check_folders(names: Any, where: Path) -> None:
-    """Raise StoreError where names are none of folders within a run's own, such as 01-sft."""
+    """Raise StoreError for names that are no folders within a run's own, such as 01-sft."""
     bad = [names]
     if isinstance(names, list):
         bad = [n for n in names if not isinstance(n, str) or STAGE_FOLDER.fullmatch(n) is None]

@@ -1,7 +1,7 @@
 """A stage's records on disk: read one by one when they are asked for, and merged into one file.
 
-Of a record the place of its line is kept in memory, eight bytes, and where records are looked up by
-a key its hash and its rank, sixteen more; never the record. Knows nothing of stages.
+What is kept of a record in memory is the place of its line, eight bytes, and if records are looked
+up by a key its hash and its rank, sixteen more; never the record. Knows nothing of stages.
 """
 
 import hashlib
@@ -49,10 +49,10 @@ def id_order(record_id: str) -> IdOrder:
 class Stored(Lazy[Record]):
     """The records of one type in a folder, each id once, in the order of their files.
 
-    It holds what was on disk when it was made. After `close` it is looked up anew by the next
-    access: files that were merged hold the same records, ordered by id. wanted: whether an id
-    belongs to it, default all. Raises StoreError for a line without an id, and where a record is
-    asked for whose line is no record.
+    It holds what was on disk when it was made. After `close` the next access opens the files anew:
+    files that were merged hold the same records, ordered by id. wanted: whether an id belongs to
+    it, default all. Raises StoreError for a line without an id, and for a record that is asked for
+    and whose line is no record.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Stored(Lazy[Record]):
         self._files: list[LineFile] = []
         self._places: Sequence[int] | None = None
         self.times_opened = 0
-        own = weakref.proxy(self)  # so that the files are closed as soon as nobody holds this
-        self._recent = lru_cache(KEPT)(lambda place: own._parsed(place))
+        itself = weakref.proxy(self)  # so that the files are closed as soon as nobody holds this
+        self._recent = lru_cache(KEPT)(lambda place: itself._parsed(place))
         self._opened()
 
     def __len__(self) -> int:
@@ -87,13 +87,14 @@ class Stored(Lazy[Record]):
         return _id_of(file.at(start), file, start)
 
     def close(self) -> None:
-        """Let go of the files, which are to be merged."""
+        """Close the files, which are to be merged."""
         for file in self._files:
             file.close()
         self._files, self._places = [], None
         self._recent.cache_clear()
 
     def _opened(self) -> Sequence[int]:
+        """The records' places, each the start of a line and the number of its file in one."""
         if self._places is None:
             self.times_opened += 1
             kind = self.record_type.kind  # type: ignore[attr-defined]
@@ -113,7 +114,7 @@ class Stored(Lazy[Record]):
         return self._places
 
     def _each_once(self, places: array, hashes: np.ndarray) -> array:
-        """The places without those of ids that came before."""
+        """The places of the first record of each id. hashes: of the ids."""
         order = np.argsort(hashes, kind="stable")
         alike = hashes[order[1:]] == hashes[order[:-1]]
         again, seen = set(), set()
@@ -128,8 +129,8 @@ class Stored(Lazy[Record]):
         return array("q", (p for i, p in enumerate(places) if i not in again)) if again else places
 
     def _line_of(self, place: int) -> tuple[LineFile, int]:
-        found = self._opened()[place]
-        return self._files[found & ((1 << FILE_BITS) - 1)], found >> FILE_BITS
+        packed = self._opened()[place]
+        return self._files[packed & ((1 << FILE_BITS) - 1)], packed >> FILE_BITS
 
     def _parsed(self, place: int) -> Record:
         file, start = self._line_of(place)
@@ -153,7 +154,7 @@ class Groups(Generic[Record]):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Note where the keys stand, where that is not known or not true any more."""
+        """Sort the keys' hashes, unless those of the files as they are now are sorted already."""
         count = len(self.records)
         if self._times_opened != self.records.times_opened:
             keys = self.records.ids() if self._key is None else map(self._key, self.records)
@@ -166,11 +167,11 @@ class Groups(Generic[Record]):
         return bool(self.places(key))
 
     def __getitem__(self, key: str) -> list[Record]:
-        """The records of a key, in the order in which they are stored; none for an unknown one."""
+        """The records of a key, in the order in which they are stored; [] for an unknown one."""
         return [self.records[place] for place in self.places(key)]
 
     def places(self, key: str) -> list[int]:
-        """Where the records of a key stand."""
+        """The places of a key's records in `records`."""
         self._refresh()
         if not len(self._hashes):
             return []
@@ -182,7 +183,7 @@ class Groups(Generic[Record]):
         return [p for p in self._order[first:last].tolist() if self._key_at(p) == key]
 
     def in_order(self, ids: Iterable[str]) -> Sequence[Record]:
-        """The records of some ids, where the key is the id; KeyError for one that is not there.
+        """The records of some ids, if the key is the id; KeyError for one that is not there.
 
         They stay those of the ids when others are merged with them.
         """
@@ -207,12 +208,13 @@ def rank_files(folder: Path, kind: str) -> list[Path]:
 
 
 def record_files(folder: Path, kind: str) -> list[Path]:
-    """All files with records of a kind; of an id that comes twice the first counts."""
+    """All files with records of a kind; if an id comes twice, its first record counts."""
     parts, merged = rank_files(folder, kind), merged_file(folder, kind)
     return [*([merged] if merged.exists() else []), *parts]
 
 
 def _open_all(folder: Path, kind: str) -> list[LineFile]:
+    """All files with records of a kind, opened together while another process may merge them."""
     for _ in range(TRIES):
         try:
             return [LineFile.open(path) for path in record_files(folder, kind)]
@@ -242,7 +244,7 @@ def merge_files(folder: Path, kind: str) -> None:
 
 
 def _sorted_runs(file: LineFile) -> list[array]:
-    """Where the lines of a file begin, in as few lists as are in order by themselves."""
+    """Where the lines of a file begin, in as few lists as possible, each ordered by id."""
     runs: list[array] = []
     last: IdOrder | None = None
     lines = ((id_order(_id_of(line, file, start)), start) for start, line in _whole(file))
@@ -279,23 +281,24 @@ def _whole(file: LineFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _as_written(file: LineFile, digests: list[str]) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file; StoreError at its end where its digest is another one."""
-    found = hashlib.sha256()
+    """The lines of a file; StoreError at its end if its digest is none of `digests`."""
+    digest = hashlib.sha256()
     for start, line in file:
-        found.update(line)
+        digest.update(line)
         if line.endswith(b"\n"):
             yield start, line
     now = ledger(file.path.parent).get(file.path.name, [])  # it may have been replaced meanwhile
-    if found.hexdigest() not in [*digests, *now]:
+    if digest.hexdigest() not in [*digests, *now]:
         raise changed(file.path)
 
 
 def _id_of(line: bytes, file: LineFile, start: int) -> str:
+    """The id in a line, without parsing a line that the library wrote; StoreError without one."""
     end = line.find(b'"', len(ID_START))
     if line.startswith(ID_START) and end > 0 and b"\\" not in line[:end]:
         return line[len(ID_START) : end].decode("utf-8", "replace")
     values = json_of(line, file.path, lambda: file.number(start))
-    found = values.get("id")
-    if not isinstance(found, str):
+    record_id = values.get("id")
+    if not isinstance(record_id, str):
         raise StoreError(f"{file.path} holds no record with an id in line {file.number(start)}.")
-    return found
+    return record_id

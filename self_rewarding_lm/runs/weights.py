@@ -71,8 +71,8 @@ def save_folder(
     """Write a model's folder; the weights file comes last, so its presence means all is there.
 
     beside: writes what else belongs there, such as a tokenizer. listed: the digests of the weights
-    and of the card go into the ledger of the folder around. Raises StoreError where the system
-    cannot write.
+    and of the card go into the ledger of the folder around. Raises StoreError if the system cannot
+    write.
     """
     draft = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -97,9 +97,9 @@ def _is_weights(file: Path) -> bool:
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file of weights in a folder: a whole model's or an adapter's."""
-    found = (folder / name for name in (MODEL_FILE, ADAPTER_FILE))
-    return next((path for path in found if path.exists()), None)
+    """The file of weights in a folder, a whole model's or an adapter's; None if there is none."""
+    paths = (folder / name for name in (MODEL_FILE, ADAPTER_FILE))
+    return next((path for path in paths if path.exists()), None)
 
 
 def write_weights(module: nn.Module, path: Path) -> None:
@@ -110,7 +110,7 @@ def write_weights(module: nn.Module, path: Path) -> None:
 
 
 def read_weights(module: nn.Module, path: Path) -> None:
-    """Load weights into a module, in place; StoreError where they do not fit."""
+    """Load weights into a module, in place; StoreError if they do not fit."""
     try:
         load_model(module, str(path), device="cpu")
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -121,29 +121,30 @@ def read_weights(module: nn.Module, path: Path) -> None:
 
 
 def write_tensors(tensors: Tensors, words: str, path: Path) -> None:
-    """Tensors and a text that belongs to them, in one file, with a digest of all."""
-    found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    held = {"format": "pt", "words": words, "digest": _digest(found, words)}
+    """Write tensors and a text that belongs to them into one file, with a digest of both."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "words": words, "digest": _digest(on_cpu, words)}
     with writing(path) as draft:
-        _reporting(lambda: save_file(found, str(draft), metadata=held))
+        _reporting(lambda: save_file(on_cpu, str(draft), metadata=metadata))
 
 
 def read_tensors(path: Path) -> tuple[Tensors, str]:
-    """What `write_tensors` wrote; StoreError where the file is not that any more."""
+    """What `write_tensors` wrote; StoreError if the file was changed since."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            held = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            metadata = file.metadata() or {}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{path} cannot be read: {error}. {_ANEW}") from error
-    words = held.get("words", "")
-    if held.get("digest") != _digest(found, words):
+    words = metadata.get("words", "")
+    if metadata.get("digest") != _digest(tensors, words):
         raise StoreError(f"{path} was changed or damaged after it was written. {_ANEW}")
-    return found, words
+    return tensors, words
 
 
 def read_words(path: Path) -> str:
-    """The text alone, which is not compared with the digest."""
+    """The text of `write_tensors` alone, without a look at the digest."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return (file.metadata() or {}).get("words", "")
@@ -155,6 +156,7 @@ _ANEW = "Delete it to train its stage again from the stage's start."
 
 
 def _reporting(write: Callable[[], None]) -> None:
+    """Write; safetensors' own error of the system becomes Python's."""
     try:
         write()
     except SafetensorError as error:  # of the system, in words of its own
@@ -168,7 +170,7 @@ def _digest(tensors: Tensors, words: str) -> str:
 
 
 def remove_weights(folder: Path) -> None:
-    """Delete a folder of weights, unless other files are in it; a card that was changed is one."""
+    """Delete a folder of weights; files that are not ours stay, such as a card that was changed."""
     card = folder / CARD
     if card.exists() and digest_of(card) in ledger(folder.parent).get(f"{folder.name}/{CARD}", []):
         card.unlink()
@@ -182,7 +184,7 @@ def remove_weights(folder: Path) -> None:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """A digest of all parameters and buffers."""
+    """A digest of all parameters and buffers, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     _add_tensors(digest, module.state_dict())
     return digest.hexdigest()[:16]
@@ -201,7 +203,7 @@ def import_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     It holds the state dict itself or, as that library's `save` writes it, a dict with it under
     `model`. Only tensors are read (`weights_only=True`): no pickled object is ever made. Raises
-    StoreError where the file holds other objects, is damaged, or does not fit the model.
+    StoreError if the file holds other objects, is damaged, or does not fit the model.
     """
     try:
         held = torch.load(str(path), map_location="cpu", weights_only=True)
@@ -221,11 +223,13 @@ def import_checkpoint(model: nn.Module, path: str | Path) -> None:
         raise StoreError(
             f"{path} holds no state dict, which names tensors, neither as it is nor under 'model'."
         )
-    own, theirs = ({k: tuple(v.shape) for k, v in s.items()} for s in (model.state_dict(), held))
-    if wrong := sorted(dict(own.items() ^ theirs.items())):
+    states = (model.state_dict(), held)
+    ours, theirs = ({k: tuple(v.shape) for k, v in state.items()} for state in states)
+    if wrong := sorted(dict(ours.items() ^ theirs.items())):
         name = wrong[0]
         raise StoreError(
             f"the weights in {path} do not fit this model; {len(wrong)} tensors differ, first "
-            f"{name}: {theirs.get(name, 'missing')} there, {own.get(name, 'missing')} in the model."
+            f"{name}: {theirs.get(name, 'missing')} there, "
+            f"{ours.get(name, 'missing')} in the model."
         )
     model.load_state_dict(held)

@@ -310,7 +310,7 @@ def merging_keeps_every_record_once_in_the_order_of_the_ids(stored, case):
     ),
     mutants={
         "file.truncate(start)\n        try": "pass\n        try",
-        "return start + found + 1": "return start + found",
+        "return start + last + 1": "return start + last",
         'return _ENCODER.encode(values) + "\\n"': "return _ENCODER.encode(values)",
     },
     examples=250,

@@ -45,6 +45,22 @@ def _candidates(prompt, answers):
 
 
 @over(
+    "records",
+    st.tuples(ANSWER, ANSWER),
+    mutants={
+        "one.text.strip() == (other.text": "one.text == (other.text",
+        "if one.ids == other.ids:": "if False:",
+    },
+    examples=100,
+)
+def responses_say_the_same_by_their_ids_or_by_their_texts(records, case):
+    one, other = _candidates(Prompt("s/0/0", 0, (1,)), case)
+    texts = {(candidate.text or "").strip() for candidate in (one, other)}
+    alike = one.ids == other.ids or (one.text is not None and len(texts) == 1)
+    assert records.same_text(one, other) == alike
+
+
+@over(
     "stages.pairing",
     st.tuples(st.lists(st.lists(ANSWER, max_size=5), max_size=4), RULES),
     mutants={
@@ -59,7 +75,6 @@ def _candidates(prompt, answers):
         "(best[0], worst[0])": "(worst[0], best[0])",
         "chosen_id=one.id,": "chosen_id=other.id,",
         "rejected_ids=other.ids,": "rejected_ids=one.ids,",
-        "one.text.strip() == (other.text": "one.text == (other.text",
     },
     examples=750,
 )
