@@ -61,6 +61,23 @@ def responses_say_the_same_by_their_ids_or_by_their_texts(records, case):
 
 
 @over(
+    "records",
+    st.integers() | st.integers(-(10**400), 10**400) | st.floats() | st.booleans() | st.text(),
+    mutants={
+        "is_real and abs(value) <= sys.float_info.max": "is_real",
+        " and not isinstance(value, bool)": "",
+    },
+    examples=100,
+)
+def a_number_is_what_a_float_can_hold(records, value):
+    try:
+        holds = type(value) in (int, float) and math.isfinite(float(value))
+    except OverflowError:
+        holds = False
+    assert records.is_number(value) == holds
+
+
+@over(
     "stages.pairing",
     st.tuples(st.lists(st.lists(ANSWER, max_size=5), max_size=4), RULES),
     mutants={

@@ -370,7 +370,7 @@ def _naive_scores(candidates, judgements):
         "None if None in scores else mean_score(scores)": "mean_score(scores)",
         "won = there if there == back else 0.5": "won = there",
         "outcomes[other].append(1 - won)": "outcomes[other].append(won)",
-        "math.fsum(valid) / len(valid)": "max(valid)",
+        "math.fsum(known) / len(known)": "max(known)",
     },
     examples=600,
 )
