@@ -15,6 +15,7 @@ from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.loading import Loading, end_ids_of, open_model
+from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.weights import weights_file, weights_hash
 from self_rewarding_lm.runtime import Runtime
@@ -48,7 +49,7 @@ def open_context(
         stage=stage,
         seed=seed,
         model=token_model,
-        policy=module,
+        policy=Policy(token_model),
         engine=engine,
         tokens=tokens,
         runtime=runtime,

@@ -196,6 +196,7 @@ def compare(
     judge: a ComparisonConfig, with which judge_model is asked in both orders (where they disagree
     it is a tie, as in arXiv:2401.10020); a RewardConfig, with which it scores, num_judgements each;
     or a Judge with a model of its own, a text function or a reward module. The higher score wins.
+    A Judge that asks the context's model (ImplicitJudge) asks the second one.
     Default: the verifier, a text function that gives 1 for a correct completion. judge_tokenizer:
     default its own; a module's is `tokenizer`, with chat_template and eos_id. out: a folder in
     which everything is kept and used again by the same call; more samples may be asked for.
@@ -208,9 +209,16 @@ def compare(
     if num_samples < 1:
         raise ConfigError(f"num_samples must be 1 or more; got {num_samples}.")
     checker = None if verifier is None else Verifier(verifier)
+    made = make_judge(judge, judging=judging, num_judgements=num_judgements)
+    if weights := sorted(made.weights_used()):
+        raise ConfigError(
+            f"the judge {made.name!r} asks for the weights {', '.join(weights)}, which a stage of "
+            "a run can load and compare cannot. Take a judge that needs the present weights alone, "
+            "such as ImplicitJudge(reference=None)."
+        )
     contest = _Contest(
         judge=judge,
-        made=make_judge(judge, judging=judging, num_judgements=num_judgements),
+        made=made,
         told={"judge": fingerprint_of(judge), "judging": fingerprint_of(judging)},
         checks_here=judge_model is None,
         checker=checker,

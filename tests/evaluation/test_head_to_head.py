@@ -8,6 +8,8 @@ import torch
 
 from self_rewarding_lm import (
     ComparisonConfig,
+    EnsembleJudge,
+    ImplicitJudge,
     RewardConfig,
     SamplingConfig,
     compare,
@@ -22,7 +24,8 @@ from self_rewarding_lm.errors import (
 )
 from self_rewarding_lm.evaluation.verifying import Verifier
 from self_rewarding_lm.runs.run import Run
-from tests.support.models import CHARACTERS, END, TEXT_VOCAB, Fixed, Recurrent, lively
+from tests.judges.test_ensemble import naive
+from tests.support.models import CHARACTERS, END, TEXT_VOCAB, Fixed, Recurrent, ids_of, lively
 from tests.test_trainer import sft, trainer_of
 
 PROMPTS = ["one", "two", "six", "ten"]
@@ -204,6 +207,23 @@ def test_a_reward_prompt_asks_the_judging_model():
     found = compared(judge=reward, judge_model=model(3), num_judgements=2, judging=judging)
     assert len(found.judgements) == 16 and all(j.text is not None for j in found.judgements)
     assert found.first.reward.value is not None
+
+
+def test_a_judge_of_log_probs_asks_the_second_model():
+    second = model(1)
+    found = compared(second=second, judge=ImplicitJudge(reference=None))
+    scores = {j.id: j.score for j in found.judgements}
+    for row, text in enumerate(PROMPTS):
+        for place, side in enumerate((found.first, found.second)):
+            ids = side.candidates[row].ids
+            mean = naive(second, ids_of(text), ids) / len(ids)
+            assert scores[f"compare/{row}/0/{place}/j0"] == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("judge", [ImplicitJudge(), EnsembleJudge([longer, ImplicitJudge()])])
+def test_a_judge_cannot_ask_for_the_weights_of_a_run(judge):
+    with pytest.raises(ConfigError, match=r"asks for the weights initial.*reference=None"):
+        compared(judge=judge)
 
 
 def test_a_task_of_reasoning_gym_brings_its_verifier():
