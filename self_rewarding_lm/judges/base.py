@@ -21,8 +21,6 @@ class Judge:
     """Judgements of each candidate."""
     reads_weights: bool = True
     """Whether its judgements may change when the weights in the context's model change."""
-    judges_singly: bool = False
-    """Whether it judges each candidate without the other candidates of its prompt."""
     knows_ids: bool = True
     """Whether `judgement_ids` holds. If not, the judgements of each candidate are counted."""
 

@@ -1,6 +1,8 @@
 """Self-rewarding DPO: the model answers and judges itself (arXiv:2401.10020, sections 2.2, 2.3)."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -81,29 +83,29 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         model = None if self.rewarding_model is None else ctx.adapt(self.rewarding_model)
         if self.comparison is not None:
             return PairwiseJudge(self.comparison, self.judging, name=name, model=model)
-        judges: list[SelfJudge] = []
-        for key, reward in self._rewards(ctx).items():
-            judges.append(
-                SelfJudge(
-                    reward,
-                    self.judging,
-                    self.num_sampled_reward_responses,
-                    name=name if key == DEFAULT else f"{name}:{key}",
-                    model=model,
-                    first=sum(judge.num_judgements for judge in judges),
-                )
-            )
-        return judges[0] if len(judges) == 1 else SeveralJudges(judges)
+        return self._scoring_judge(ctx, name, partial(SelfJudge, model=model))
 
     def _server_judge(self, ctx: Context, server: ServerJudge) -> Judge:
         if self.comparison is not None:
             return server.comparing(self.comparison, self.judging)
-        count = self.num_sampled_reward_responses
+        return self._scoring_judge(ctx, server.name, server.scoring)
+
+    def _scoring_judge(self, ctx: Context, name: str, make: Callable[..., SelfJudge]) -> Judge:
+        """The judge that scores with each of the stage's reward prompts. make: it, of one prompt.
+
+        The judgements of a candidate are numbered through all prompts.
+        """
         judges: list[SelfJudge] = []
         for key, reward in self._rewards(ctx).items():
-            name = None if key == DEFAULT else f"{server.name}:{key}"
-            first = sum(judge.num_judgements for judge in judges)
-            judges.append(server.scoring(reward, self.judging, count, name=name, first=first))
+            judges.append(
+                make(
+                    reward,
+                    self.judging,
+                    self.num_sampled_reward_responses,
+                    name=name if key == DEFAULT else f"{name}:{key}",
+                    first=sum(judge.num_judgements for judge in judges),
+                )
+            )
         return judges[0] if len(judges) == 1 else SeveralJudges(judges)
 
     def needs(self, ctx: Context) -> list[Need]:
