@@ -1,10 +1,10 @@
-"""Questions to a model that judges, and what is made of its answers.
+"""A model is asked questions and its answers become judgements: sample, read, score.
 
-Knows texts, tokens and the ways a score may come; nothing of what is judged.
+Knows texts, tokens and the ways in which a score can come; nothing of what is judged.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.generation.candidates import decoding_of
-from self_rewarding_lm.generation.engine import Request
+from self_rewarding_lm.generation.engine import Completion, Request
 from self_rewarding_lm.judges.expected import Place, VerdictReader, expected_scores
 from self_rewarding_lm.judges.parsing import VerdictForm
 from self_rewarding_lm.models.interface import TokenModel
@@ -26,7 +26,7 @@ FIRST_LOOK = 64  # judgements after which the parse rate is checked for the firs
 
 
 STATED = (None, "out_of_range", "not_allowed")
-"""Reasons with which a text has a place where a score of the judge's own scale stands."""
+"""Reasons of texts that state a score on the judge's own scale, so that it has a place."""
 
 
 ForcedEnding = bool | Literal["at_once"]
@@ -34,8 +34,11 @@ ForcedEnding = bool | Literal["at_once"]
 
 @dataclass(frozen=True)
 class Question:
-    """One judgement that is wanted. id: of its record, it names the noise; text: the judge prompt,
-    before the chat template."""
+    """One judgement that is asked for.
+
+    id: of its record; the noise of the sampling is a function of it. text: the judge prompt, before
+    the chat template.
+    """
 
     id: str
     candidate_ids: tuple[str, ...]
@@ -44,18 +47,23 @@ class Question:
 
 @dataclass(frozen=True)
 class _Asked:
+    """A question and its judge prompt in tokens."""
+
     question: Question
     prompt: Rendered
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """An answer whose score is still to be computed."""
+class _Reading:
+    """What an answer says: a score, the place whose probabilities give one, or why it has none."""
 
     question: Question
-    text: str | None
-    place: Place
     source: str
+    text: str | None = None
+    score: float | None = None
+    reason: str | None = None
+    place: Place | None = None
+    mass: float | None = None
 
 
 @runtime_checkable
@@ -66,10 +74,11 @@ class Asks(Protocol):
 
 
 class Asker:
-    """A judging model and the way its scores come.
+    """A judging model, and how its answers become scores.
 
-    form: how it says what it decides. model: another one than the context's. source: what all its
-    judgements say of their way, in place of `sampled`, `expected` and `forced`.
+    form: how the model states what it decides. model: the judge, if it is not the context's model.
+    source: what all judgements name as their source, in place of `sampled`, `expected` and
+    `forced`.
     """
 
     def __init__(
@@ -86,156 +95,142 @@ class Asker:
         self.form, self.sampling, self.name = form, sampling, name
         self.score_mode, self.forced_ending = score_mode, forced_ending
         self.model, self.source = model, source
-        self._looked = False
+        self._asked_before = False
         self._reader: VerdictReader | None = None
 
     def ask(self, ctx: Context, questions: Sequence[Question]) -> Iterator[Judgement]:
         """A judgement for each question, in any order; those without room come first."""
-        model = self.model or ctx.model
-        reader = self.reader(ctx.tokens)
-        rendered: dict[tuple[str, object], Rendered] = {}
+        model, reader = self.model or ctx.model, self.reader(ctx.tokens)
+        # 1. render the judge prompts; a prompt that leaves no room for an answer is not asked
         asked: list[_Asked] = []
-        for question in questions:
-            key = question.text, getattr(question.text, "spans", ())
-            if key not in rendered:
-                rendered[key] = ctx.tokens.prompt(question.text)
-            prompt = rendered[key]
+        for question, prompt in _rendered(questions, ctx.tokens):
             if self.has_room(len(prompt.ids), model.max_len, reader):
                 asked.append(_Asked(question, prompt))
             else:
-                yield self._judgement(question, None, "too_long", None, self._way)
-        first = 0 if self._looked else FIRST_LOOK  # few at first: they may all be unreadable
-        self._looked = True
+                source = "forced" if self.forced_ending == "at_once" else self.score_mode
+                yield self._judgement(_Reading(question, source, reason="too_long"))
+        # the first time few are asked at first: the answers may all be unreadable
+        first = 0 if self._asked_before else FIRST_LOOK
+        self._asked_before = True
         with ctx.serving():
-            for chunk in (asked[:first], asked[first:]):
-                if not chunk:
-                    continue
-                if self.forced_ending == "at_once":
-                    waiting = [self._at_once(one, reader) for one in chunk]
-                    yield from self._computed(ctx, model, waiting, reader)
-                else:
-                    yield from self._sampled(ctx, model, chunk, reader)
+            for some in filter(None, (asked[:first], asked[first:])):
+                # 2. sample the answers
+                for answers in self._sample(ctx, model, some, reader):
+                    # 3. read what they state
+                    readings = [self._read(*answer, ctx.tokens, reader) for answer in answers]
+                    # 4. score those whose score is an expectation
+                    yield from self._score(ctx, model, readings, reader)
+
+    def _sample(
+        self, ctx: Context, model: TokenModel, asked: list[_Asked], reader: VerdictReader
+    ) -> Iterator[list[tuple[_Asked, Completion]]]:
+        """Questions with their answers, in lists as they finish; with "at_once" nothing is sampled
+        and all answers are empty."""
+        if self.forced_ending == "at_once":
+            yield [(one, Completion((), True)) for one in asked]
+            return
+        requests = []
+        for one in asked:
+            length, most = len(one.prompt.ids), self.sampling.max_new_tokens
+            if model.max_len is not None:
+                most = min(most, model.max_len - length - self._ending_length(reader))
+            key = stable_hash(ctx.seed, one.question.id)
+            requests.append(Request(one.prompt.ids, key, most, one.question.id))
+        decoding = decoding_of(self.sampling, ctx.tokens)
+        completions = ctx.runtime.autocasted(
+            ctx.engine_of(model).generate(model, requests, decoding)
+        )
+        while some := list(islice(completions, FIRST_LOOK)):
+            yield [(asked[index], completion) for index, completion in some]
+
+    def _read(
+        self, asked: _Asked, answer: Completion, tokens: Tokens, reader: VerdictReader
+    ) -> _Reading:
+        """The score that an answer states, or the place where its probabilities are to be read."""
+        question = asked.question
+        if answer.reason is not None:
+            return _Reading(question, self.score_mode, reason=answer.reason)
+        if self.forced_ending == "at_once":
+            return _Reading(question, "forced", place=reader.forced(asked.prompt, ()))
+        text = tokens.decode(answer.ids) or ""
+        parsed = self.form.read(text)
+        reason = parsed.reason
+        if self.score_mode == "expected" and reason in STATED:
+            place = reader.stated(asked.prompt.ids, answer.ids)
+            if place is not None:
+                return _Reading(question, "expected", text, place=place)
+            reason = "no_place"
+        elif parsed.score is not None:
+            return _Reading(question, "sampled", text, parsed.score)
+        if self.forced_ending:
+            place = reader.forced(asked.prompt, answer.ids)
+            return _Reading(question, "forced", text, place=place)
+        return _Reading(question, self.score_mode, text, reason=reason)
+
+    def _score(
+        self, ctx: Context, model: TokenModel, readings: list[_Reading], reader: VerdictReader
+    ) -> Iterator[Judgement]:
+        """The judgements of readings; at a place the score is the expected one there.
+
+        `too_long` if the numbers behind a place have no room in the model.
+        """
+        places: list[Place] = []
+        at_places: list[_Reading] = []
+        for reading in readings:
+            if reading.place is None:
+                yield self._judgement(reading)
+            elif model.max_len is not None and reading.place.length > model.max_len:
+                yield self._judgement(replace(reading, reason="too_long"))
+            else:
+                places.append(reading.place)
+                at_places.append(reading)
+        computed = expected_scores(model, places, reader, ctx.engine_of(model))
+        for index, found in ctx.runtime.autocasted(computed):
+            scored = replace(
+                at_places[index], score=found.score, reason=found.reason, mass=found.mass
+            )
+            yield self._judgement(scored)
+
+    def _judgement(self, reading: _Reading) -> Judgement:
+        return Judgement(
+            id=reading.question.id,
+            candidate_ids=reading.question.candidate_ids,
+            judge=self.name,
+            score=reading.score,
+            reason=reading.reason,
+            text=reading.text,
+            source=self.source or reading.source,
+            score_mass=reading.mass,
+        )
 
     def reader(self, tokens: Tokens) -> VerdictReader:
-        """Where this judge's verdicts stand in a tokenizer's ids."""
+        """What finds this judge's verdicts in a tokenizer's ids."""
         if self._reader is None or self._reader.tokens is not tokens:
             self._reader = VerdictReader(self.form, tokens)
         return self._reader
 
     def has_room(self, length: int, limit: int | None, reader: VerdictReader) -> bool:
-        """Whether a judge prompt of that length leaves room for an answer and its ending."""
+        """Whether a judge prompt of `length` tokens leaves room for an answer and its ending."""
         if limit is None:
             return True
-        room = limit - length - self._ending(reader)
+        room = limit - length - self._ending_length(reader)
         if self.forced_ending == "at_once":
             return room >= 0
         return room >= min(MIN_ANSWER_TOKENS, self.sampling.max_new_tokens)
 
-    def _ending(self, reader: VerdictReader) -> int:
-        """Tokens that go behind an answer at most, to see the probabilities of scores."""
+    def _ending_length(self, reader: VerdictReader) -> int:
+        """The most tokens that follow an answer when probabilities of scores are computed."""
         if self.forced_ending:
             return reader.forced_length
         return reader.path_length - 1 if self.score_mode == "expected" else 0
 
-    @property
-    def _way(self) -> str:
-        return "forced" if self.forced_ending == "at_once" else self.score_mode
-
-    def _at_once(self, asked: _Asked, reader: VerdictReader) -> _Pending:
-        return _Pending(asked.question, None, reader.forced(asked.prompt, ()), "forced")
-
-    def _sampled(
-        self, ctx: Context, model: TokenModel, asked: list[_Asked], reader: VerdictReader
-    ) -> Iterator[Judgement]:
-        limit, ending = model.max_len, self._ending(reader)
-        requests = []
-        for one in asked:
-            length = len(one.prompt.ids)
-            new = self.sampling.max_new_tokens
-            new = new if limit is None else min(new, limit - length - ending)
-            key = stable_hash(ctx.seed, one.question.id)
-            requests.append(Request(one.prompt.ids, key, new, one.question.id))
-        decoding = decoding_of(self.sampling, ctx.tokens)
-        engine = ctx.engine_of(model)
-        answers = ctx.runtime.autocasted(engine.generate(model, requests, decoding))
-        while some := list(islice(answers, FIRST_LOOK)):
-            waiting: list[_Pending] = []
-            for index, done in some:
-                if done.reason is not None:
-                    one = asked[index].question
-                    yield self._judgement(one, None, done.reason, None, self.score_mode)
-                    continue
-                read = self._read(asked[index], done.ids, ctx.tokens, reader)
-                if isinstance(read, Judgement):
-                    yield read
-                else:
-                    waiting.append(read)
-            yield from self._computed(ctx, model, waiting, reader)
-
-    def _read(
-        self, asked: _Asked, ids: tuple[int, ...], tokens: Tokens, reader: VerdictReader
-    ) -> Judgement | _Pending:
-        """What is written, or the place where its score is to be computed."""
-        text = tokens.decode(ids) or ""
-        parsed = self.form.read(text)
-        reason = parsed.reason
-        if self.score_mode == "expected" and reason in STATED:
-            place = reader.stated(asked.prompt.ids, ids)
-            if place is not None:
-                return _Pending(asked.question, text, place, "expected")
-            reason = "no_place"
-        elif parsed.score is not None:
-            return self._judgement(asked.question, parsed.score, None, text, "sampled")
-        if self.forced_ending:
-            return _Pending(asked.question, text, reader.forced(asked.prompt, ids), "forced")
-        return self._judgement(asked.question, None, reason, text, self.score_mode)
-
-    def _computed(
-        self, ctx: Context, model: TokenModel, waiting: list[_Pending], reader: VerdictReader
-    ) -> Iterator[Judgement]:
-        """Judgements by expected score; those whose numbers have no room go without."""
-        fitting = []
-        for one in waiting:
-            needed = len(one.place.ids) + len(one.place.trie.levels()) - 1
-            if model.max_len is None or needed <= model.max_len:
-                fitting.append(one)
-            else:
-                yield self._judgement(one.question, None, "too_long", one.text, one.source)
-        places = [one.place for one in fitting]
-        found = expected_scores(model, places, reader, ctx.engine_of(model))
-        for index, result in ctx.runtime.autocasted(found):
-            one = fitting[index]
-            yield self._judgement(
-                one.question, result.score, result.reason, one.text, one.source, result.mass
-            )
-
-    def _judgement(
-        self,
-        question: Question,
-        score: float | None,
-        reason: str | None,
-        text: str | None,
-        source: str,
-        mass: float | None = None,
-    ) -> Judgement:
-        return Judgement(
-            id=question.id,
-            candidate_ids=question.candidate_ids,
-            judge=self.name,
-            score=score,
-            reason=reason,
-            text=text,
-            source=self.source or source,
-            score_mass=mass,
-        )
-
     def check(self, text: str, tokens: Tokens, limit: int | None) -> None:
-        """Raise where scores cannot be told apart or an empty judge prompt fills the model.
+        """Raise ConfigError if scores cannot be told apart, JudgeError if no response has room.
 
         text: the judge prompt of empty texts.
         """
         reader, length = self.reader(tokens), len(tokens.prompt(text).ids)
-        ending = self._ending(reader)
+        ending = self._ending_length(reader)
         answer = 0 if self.forced_ending == "at_once" else MIN_ANSWER_TOKENS
         if limit is not None and length + ending + answer >= limit:
             words = f"{answer + ending} tokens of answer"
@@ -243,3 +238,13 @@ class Asker:
                 f"the judge's prompt_template alone has {length} tokens, and the judge takes "
                 f"{limit}: no room for a response and {words}. Shorten it."
             )
+
+
+def _rendered(questions: Sequence[Question], tokens: Tokens) -> Iterator[tuple[Question, Rendered]]:
+    """Each question with its judge prompt in tokens; equal texts are rendered once."""
+    rendered: dict[tuple[str, object], Rendered] = {}
+    for question in questions:
+        key = question.text, getattr(question.text, "spans", ())
+        if key not in rendered:
+            rendered[key] = tokens.prompt(question.text)
+        yield question, rendered[key]

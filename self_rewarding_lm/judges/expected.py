@@ -31,6 +31,11 @@ class Place:
     ids: Ids
     trie: ScoreTrie
 
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads at most: the ids and all of the longest path but its last."""
+        return len(self.ids) + len(self.trie.levels()) - 1
+
 
 class VerdictReader:
     """Finds the places in a tokenizer's ids where verdicts of a form stand."""
@@ -54,10 +59,10 @@ class VerdictReader:
         opens = found.start == len(found.before)
         trie = self._trie(found.before, opens=opens)
         start = max(0, found.start - self._lead(trie, opens))
-        count = bisect_right(range(len(body) + 1), start, key=lambda n: self._length(body[:n])) - 1
-        if self._decode(body[:count]) != text[:start]:
+        token = self._token_at(start, body)
+        if self._decode(body[:token]) != text[:start]:
             return None
-        return Place((*prompt, *body[:count]), trie)
+        return Place((*prompt, *body[:token]), trie)
 
     def forced(self, prompt: Rendered, answer: Ids) -> Place:
         """The place behind an answer that is closed and has the form's words behind it.
@@ -127,6 +132,15 @@ class VerdictReader:
         said = next(text for text, v in self.form.values.items() if v == value)
         before = (*(() if opens else self.tokens.encode_part(DIGITS[0])), *trie.context)
         return self._length((*before, *path)) - self._length(before) - len(said)
+
+    def _token_at(self, character: int, ids: Sequence[int]) -> int:
+        """The index of the token that holds a character of the text of `ids`.
+
+        It is the longest beginning of the ids whose text ends there or before. Texts of beginnings
+        grow, so a search by halves decodes few of them.
+        """
+        beginnings = range(len(ids) + 1)
+        return bisect_right(beginnings, character, key=lambda n: self._length(ids[:n])) - 1
 
     def _decode(self, ids: Sequence[int]) -> str:
         return (self.tokens.decode(ids) or "") if len(ids) else ""
