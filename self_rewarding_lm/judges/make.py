@@ -45,7 +45,8 @@ def make_judge(
         )
     if isinstance(judge, ComparisonConfig):
         return PairwiseJudge(judge, judging, model=model)
-    if not hasattr(judge, "judge") and not callable(judge):
+    is_judge_or_callable = hasattr(judge, "judge") or callable(judge)
+    if not is_judge_or_callable:
         raise ConfigError(
             "a judge is a RewardConfig, a ComparisonConfig, an object with judge(ctx, prompts, "
             f"candidates), a text function or a reward module; got {type(judge).__name__}."
