@@ -15,12 +15,11 @@ from self_rewarding_lm.evaluation.agreement import (
     RankedScores,
     agreeing,
     agreement,
-    bootstrap_interval,
     orders_agree,
     pair_counts,
-    pairwise_interval,
 )
 from self_rewarding_lm.stats import kendall_tau_b, spearman
+from tests.support.intervals import bootstrap_interval, pairwise_interval
 
 
 def item(ranks, scores, *, group="tree", best=None):

@@ -8,8 +8,7 @@ import pytest
 
 from self_rewarding_lm import measure_responses
 from self_rewarding_lm.errors import ConfigError, DataError
-from self_rewarding_lm.evaluation.agreement import RankedScores, agreement, bootstrap_interval
-from self_rewarding_lm.evaluation.agreement import pairwise_interval as of_pairs
+from self_rewarding_lm.evaluation.agreement import RankedScores, agreement
 from self_rewarding_lm.evaluation.judge_quality import (
     agreement_intervals,
     calibration,
@@ -28,6 +27,8 @@ from self_rewarding_lm.evaluation.responses import (
 from self_rewarding_lm.evaluation.verifying import accuracy, pass_at
 from self_rewarding_lm.records import Judgement
 from self_rewarding_lm.stats import fit_logistic, ratio_interval, wilson_interval
+from tests.support.intervals import bootstrap_interval
+from tests.support.intervals import pairwise_interval as of_pairs
 
 
 def test_distinct_and_repeated_ngrams_are_those_a_reader_counts():
