@@ -1,10 +1,10 @@
-"""What an evaluation needs in place of a run: a context of its own, and checkpoints to open."""
+"""A context without a trainer, and the checkpoints that an evaluation opens."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -21,36 +21,39 @@ from self_rewarding_lm.runs.weights import weights_file, weights_hash
 from self_rewarding_lm.runtime import Runtime
 
 
-def open_context(
-    model: nn.Module | str | Path,
-    tokenizer: Tokenizer | None,
-    *,
-    chat_template: str | None,
-    eos_id: int | None,
-    seed: int,
-    engine: Engine,
-    quiet: bool,
-    stage: str = "evaluate",
-) -> Context:
-    """What a judge may reach where there is no trainer. stage: ids of its records begin so."""
-    runtime = _runtime(quiet)
-    module, own = open_model(model, Loading())
+@dataclass(frozen=True)
+class Opening:
+    """How models are opened, as the trainer opens its own. stage: record ids begin with it."""
+
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    eos_id: int | None
+    seed: int
+    engine: Engine
+    quiet: bool
+    stage: str = "evaluate"
+
+
+def open_context(model: nn.Module | str | Path, opening: Opening) -> Context:
+    """A model's context; there is no run and no reward prompt in it."""
+    runtime = _runtime(opening.quiet)
+    module, own_tokenizer = open_model(model, Loading())
     if module is not model:  # it was loaded here
         module.to(runtime.device)
     token_model = adapt(module)
     tokens = Tokens(
-        tokenizer or own,
-        eos_id=eos_id,
+        opening.tokenizer or own_tokenizer,
+        eos_id=opening.eos_id,
         vocab=token_model.vocab,
-        chat_template=chat_template,
-        end_ids=end_ids_of(module) if eos_id is None else (),
+        chat_template=opening.chat_template,
+        end_ids=end_ids_of(module) if opening.eos_id is None else (),
     )
     return Context(
-        stage=stage,
-        seed=seed,
+        stage=opening.stage,
+        seed=opening.seed,
         model=token_model,
         policy=Policy(token_model),
-        engine=engine,
+        engine=opening.engine,
         tokens=tokens,
         runtime=runtime,
         rewards={},
@@ -59,7 +62,7 @@ def open_context(
 
 
 def _runtime(quiet: bool) -> Runtime:
-    """A runtime of its own; how much a trainer around it logs stays as it was."""
+    """A new runtime that leaves the log level as it was: a trainer may have set it."""
     logger = logging.getLogger("self_rewarding_lm")
     level = logger.level
     runtime = Runtime({}, quiet=quiet)
@@ -69,21 +72,22 @@ def _runtime(quiet: bool) -> Runtime:
 
 @contextmanager
 def opened(
-    source: nn.Module | str | Path,
-    module: nn.Module | None,
-    tokenizer: Tokenizer | None,
-    **options: Any,
+    source: nn.Module | str | Path, module: nn.Module | None, opening: Opening
 ) -> Iterator[tuple[Context, str]]:
-    """A model's context and the hash of its weights; `module` is afterwards as before."""
+    """A model's context and the hash of its weights.
+
+    module: takes the weights that `source` names and has its own back afterwards; None if `source`
+    is a module or can be loaded by itself. Raises StoreError if `source` names no weights.
+    """
     if isinstance(source, nn.Module):
-        yield open_context(source, tokenizer, **options), weights_hash(source)
+        yield open_context(source, opening), weights_hash(source)
         return
     path = checkpoint(source)
     if module is None:
-        ctx = open_context(path, tokenizer, **options)
+        ctx = open_context(path, opening)
         yield ctx, weights_hash(ctx.model.module)
         return
-    ctx = open_context(module, tokenizer, **options)
+    ctx = open_context(module, opening)
     file = weights_file(Path(path)) if Path(path).is_dir() else Path(path)
     if file is None or not file.is_file():
         raise StoreError(f"{str(source)!r} names no weights: no file of them is at {path}.")
@@ -96,9 +100,9 @@ def opened(
 
 
 def checkpoint(source: str | Path) -> str | Path:
-    """The folder of the weights that "RUN:STAGE" names; any other name as it is.
+    """The folder of the weights that "RUN:STAGE" names; any other name is returned unchanged.
 
-    Raises StoreError where the run has no such stage, or not its weights.
+    Raises StoreError if the run has no such stage or does not have its weights.
     """
     folder, colon, stage = str(source).rpartition(":")
     if not colon or not (Path(folder) / "run.json").exists():

@@ -29,7 +29,7 @@ from self_rewarding_lm.data.ranked import Asked, as_candidates, ranked_row
 from self_rewarding_lm.data.tokenizers import Tokenizer
 from self_rewarding_lm.errors import ConfigError, DataError, typed
 from self_rewarding_lm.evaluation.agreement import Agreement, RankedScores, agreement
-from self_rewarding_lm.evaluation.contexts import open_context
+from self_rewarding_lm.evaluation.contexts import Opening, open_context
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.base import Judge
@@ -176,10 +176,18 @@ def calibration(
 def agreement_intervals(
     items: Sequence[RankedScores], *, top_score: float | None, seed: int = 0
 ) -> dict[str, Interval]:
-    """95 % intervals of the measures of `agreement`, resampling groups (message trees).
+    """95 % intervals of the measures of `agreement`: a bootstrap of whole groups (message trees).
 
-    Every measure is a sum over instructions or pairs divided by another, so a group is worked once
-    and only its sums are resampled. See `agreement.bootstrap_interval` for what they mean.
+    The replies of one tree are no independent evidence, so each resample draws as many groups as
+    there are, with replacement, and takes all their items. Every measure is a sum over instructions
+    or pairs divided by another sum, so each group is measured once and only its sums are resampled.
+    The same seed gives the same intervals, whatever the order of the groups. None with fewer than
+    two groups, or if no resample has a value. The method is ours; the paper gives no intervals.
+
+    An interval says how far a figure would move with other trees of the same kind. The chance in
+    the judge's sampling and in training is not in it. Models whose figures lie inside each other's
+    intervals are not ranked by these data. With few groups an interval is too narrow, and if all
+    groups give one value its width of 0 is no certainty.
     """
     name = operator.attrgetter("group")
     groups = [list(part) for _, part in groupby(sorted(items, key=name), key=name)]
@@ -300,15 +308,8 @@ def evaluate_judge(
         raise ConfigError("a judge has reward (it scores) or comparison (it compares), not both.")
     asked = comparison or reward or DEFAULT_REWARD_CONFIG
     judge = make_judge(asked, judging=judging, num_judgements=num_judgements)
-    ctx = open_context(
-        model,
-        tokenizer,
-        chat_template=chat_template,
-        eos_id=eos_id,
-        seed=seed,
-        engine=engine or LocalEngine(),
-        quiet=quiet,
-    )
+    opening = Opening(tokenizer, chat_template, eos_id, seed, engine or LocalEngine(), quiet)
+    ctx = open_context(model, opening)
     check_judge(asked, ctx)
     rows = read_ranked(ranked)
     found = _asked(ctx, rows)
