@@ -1,9 +1,9 @@
-"""How well a judge's scores agree with rankings by people, and how sure that figure is.
+"""How well a judge's scores agree with rankings by people.
 
 The five measures are those of arXiv:2401.10020 (Table 4): pairwise accuracy, 5-best, exact match,
 Spearman and Kendall. The paper does not say what it does with ties, missing scores or undefined
-correlations; each choice of ours is named where it is made. Unknown is None; what is left out is
-counted. Knows nothing of models, prompts, texts or files.
+correlations; docstrings name each choice of ours. An unknown measure is None, and what a measure
+leaves out is counted. Knows nothing of models, prompts, texts or files.
 """
 
 import math
@@ -19,13 +19,13 @@ from self_rewarding_lm.stats import kendall_tau_b, spearman
 
 @dataclass(frozen=True, slots=True)
 class RankedScores:
-    """Replies to one instruction: what people ranked and what the judge scored.
+    """Replies to one instruction: their ranks by people and their scores by the judge.
 
-    group: what the instruction belongs to with others (a message tree); the unit of the bootstrap.
-    ranks: 0 is best; equal ranks were not ordered by people. scores: higher is better, None where
-    the judge gave none. best: the rank that counts as the human top, None for the lowest of
-    `ranks`; give 0.0 where the best reply may be missing from the set.
-    Raises DataError where the lengths differ, a number is not finite or a rank is under `best`.
+    group: names the instructions that belong together (a message tree); the unit of the bootstrap.
+    ranks: 0 is best; people did not order replies of equal rank. scores: higher is better, None if
+    the judge gave none. best: the rank that counts as the human top; None takes the lowest of
+    `ranks`. Give 0.0 if the best reply may be missing from the set.
+    Raises DataError if the lengths differ, a number is not finite or a rank is under `best`.
     """
 
     group: str
@@ -59,11 +59,11 @@ class RankedScores:
 
 @dataclass(frozen=True, slots=True)
 class PairCounts:
-    """Pairs of replies that people ordered, by what the judge made of them. Counts can be added.
+    """Counts of the pairs of replies that people ordered, by the judge's scores. They add up.
 
-    agree and disagree: the scores differ, in the order of the ranks or against it. tied: the same
-    score. unscored: at least one of the two has none. The paper does not say what becomes of
-    ties, so there are two accuracies; read them beside `tie_rate`.
+    agree, disagree: the scores differ, in the order of the ranks or against it. tied: the scores
+    are equal. unscored: at least one reply has no score. The paper does not say how it counts ties,
+    so there are two accuracies; read them beside `tie_rate`.
     """
 
     agree: int = 0
@@ -76,36 +76,36 @@ class PairCounts:
 
     @property
     def total(self) -> int:
-        """All pairs that people ordered, the unscored ones too."""
+        """All pairs that people ordered, unscored ones included."""
         return self.agree + self.disagree + self.tied + self.unscored
 
     @property
     def accuracy(self) -> float | None:
-        """agree / (agree + disagree), ties and unscored pairs left out; None for 0/0."""
+        """agree / (agree + disagree), without ties and unscored pairs; None for 0/0."""
         return _share(self.agree, self.agree + self.disagree)
 
     @property
     def accuracy_ties_half(self) -> float | None:
-        """(agree + tied / 2) / (agree + disagree + tied): a tie is a coin. None for 0/0."""
+        """(agree + tied / 2) / (agree + disagree + tied): a tie is half right. None for 0/0."""
         return _share(self.agree + self.tied / 2, self.agree + self.disagree + self.tied)
 
     @property
     def tie_rate(self) -> float | None:
-        """tied / (agree + disagree + tied): unscored pairs are left out. None for 0/0."""
+        """tied / (agree + disagree + tied), without unscored pairs; None for 0/0."""
         return _share(self.tied, self.agree + self.disagree + self.tied)
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What `agreement` found; a measure is None where there is nothing to measure it on.
+    """The measures of `agreement`; a measure is None if there is nothing to measure it on.
 
-    pairs: the pairs people ordered; its `accuracy`, `accuracy_ties_half` and `tie_rate` are the
-    pairwise measures. best_precision: of the `best_count` replies with the top score, the share
-    with the human top rank. exact_match: of the `ordered` instructions, the share that the scores
-    put in the human order. spearman, kendall: means over `correlated` instructions; `uncorrelated`
-    more were ordered by people but have no correlation. scored: the share of all `replies` that
-    have a score (the parse rate). instructions, groups: how many came; ordered: how many
-    instructions hold two replies that people ordered.
+    pairs: counts of the pairs that people ordered; `accuracy`, `accuracy_ties_half` and `tie_rate`
+    of these are the pairwise measures. best_precision: the share of the `best_count` replies with
+    the top score that have the human top rank. exact_match: the share of the `ordered` instructions
+    whose scores follow the human order. spearman, kendall: means over `correlated` instructions;
+    `uncorrelated` others were ordered by people but have no correlation. scored: the share of all
+    `replies` that have a score (the parse rate). groups, instructions: how many were given;
+    ordered: the instructions with at least two replies that people ordered.
     """
 
     pairs: PairCounts
@@ -124,49 +124,56 @@ class Agreement:
 
 
 def pair_counts(item: RankedScores) -> PairCounts:
-    """The pairs of one instruction with different human ranks, by what the judge made of them.
+    """Count the pairs of one instruction that have different human ranks.
 
-    Pairs of equal human rank are not counted at all. A tie is exact equality of the two scores.
+    Pairs of equal human rank are not counted. A tie is exact equality of the two scores.
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     replies = zip(item.ranks, item.scores, strict=True)
     for (rank, score), (other_rank, other) in combinations(replies, 2):
         if rank == other_rank:
             continue
         if score is None or other is None:
-            found["unscored"] += 1
+            counts["unscored"] += 1
         elif score == other:
-            found["tied"] += 1
+            counts["tied"] += 1
         else:
-            found["agree" if (score > other) == (rank < other_rank) else "disagree"] += 1
-    return PairCounts(**found)
+            counts["agree" if (score > other) == (rank < other_rank) else "disagree"] += 1
+    return PairCounts(**counts)
 
 
 def agreement(items: Sequence[RankedScores], *, top_score: float | None) -> Agreement:
     """The five measures of arXiv:2401.10020 (Table 4) over instructions.
 
-    top_score: the highest score a judge can give (the paper: 5); None leaves out `best_precision`.
+    top_score: the highest score that the judge can give (the paper: 5); None leaves out
+    `best_precision`.
 
-    The paper's: pairwise accuracy over the pairs of an instruction; the share of the replies scored
-    exactly `top_score` that people ranked top; the share of instructions whose whole order by
-    score is the human one; Spearman and Kendall correlation with the human ranks.
+    From the paper: pairwise accuracy over the pairs of an instruction; the share of the replies
+    scored exactly `top_score` that people ranked top; the share of instructions whose whole order
+    by score is the human order; Spearman and Kendall correlation with the human ranks.
 
-    Ours, where the paper is silent: instructions in which people ordered nothing count in
-    `scored`, `groups`, `instructions` and `replies` only. Pairs are pooled over instructions. All
-    replies of the top rank are top. Exact match is `orders_agree`: two scores that tie across
-    different ranks are a miss, so is a missing score; replies of equal rank may be scored either
-    way. Kendall is tau-b. Each correlation is that of the scores with -rank over the scored replies
-    of one instruction, averaged over instructions; where all scores (or the ranks of the scored
-    replies) are the same, or fewer than two are scored, it is undefined: dropped, not 0, and
-    counted in `uncorrelated`. A judge that tells only easy replies apart can look good: read
-    `scored`, `tie_rate` and `uncorrelated` beside it. Averaged or expected scores are rarely just
-    `top_score`: read `best_count` too.
+    Our choices, because the paper names none:
+    - Instructions in which people ordered nothing count only in `scored`, `groups`, `instructions`
+      and `replies`. Pairs are pooled over instructions. All replies of the top rank are top.
+    - Exact match is `orders_agree`: two equal scores of different ranks are a miss, and so is a
+      missing score. Replies of equal rank may be scored either way.
+    - Kendall is tau-b. A correlation is that of the scores with -rank, over the scored replies of
+      one instruction, averaged over instructions. It is undefined if all scores (or all ranks of
+      scored replies) are equal or fewer than two replies are scored: then it is left out, not 0,
+      and counted in `uncorrelated`.
+
+    A judge that scores only the easy replies can look good: read `scored`, `tie_rate` and
+    `uncorrelated` too. Averaged or expected scores are rarely exactly `top_score`: read
+    `best_count` too.
     """
     ordered = [item for item in items if item.ordered]
     top = [flag for item in ordered for flag in _top_flags(item, top_score)]
-    twos = [([-r for r, _ in known], [s for _, s in known]) for known in map(_scored, ordered)]
-    spearmans = [value for two in twos if (value := spearman(*two)) is not None]
-    kendalls = [value for two in twos if (value := kendall_tau_b(*two)) is not None]
+    columns = [
+        ([-rank for rank, _ in replies], [score for _, score in replies])
+        for replies in map(scored_replies, ordered)
+    ]
+    spearmans = [value for both in columns if (value := spearman(*both)) is not None]
+    kendalls = [value for both in columns if (value := kendall_tau_b(*both)) is not None]
     scores = [score for item in items for score in item.scores]
     return Agreement(
         pairs=sum(map(pair_counts, ordered), PairCounts()),
@@ -186,16 +193,15 @@ def agreement(items: Sequence[RankedScores], *, top_score: float | None) -> Agre
 
 
 def agreeing(ranks: Sequence[float], scores: Sequence[float | None]) -> tuple[bool, ...]:
-    """For each reply whether it stands where people put it: the lenient rule for EFT data.
+    """For each reply, whether its score puts it where people did: the lenient rule for EFT data.
 
-    True where the reply has a score and every pair with a differently ranked reply has strictly
-    the order of the ranks. A pair with a missing score has no order: where a judge that failed on
-    one reply should not cost the others, leave that reply out before. A scored reply without a
-    differently ranked one is True: nothing contradicts it.
+    True if the reply has a score and stands, against every reply of another rank, strictly in the
+    order of the ranks. A reply without a score has no order with any other; leave such replies out
+    beforehand if they should not count against the others. True also if no reply has another rank.
 
-    The paper accepts judgements where the order of the scores agrees with the human ranking and
-    says no more; that this may be asked of each reply by itself is our reading. `orders_agree` asks
-    it of the instruction as a whole. Raises DataError for lengths that differ.
+    The paper accepts judgements if the order of the scores agrees with the human ranking, and says
+    no more. To ask this of each reply by itself is our reading; `orders_agree` asks it of the whole
+    instruction. Raises DataError if the lengths differ.
     """
     item = RankedScores("", tuple(ranks), tuple(scores))
     replies = list(zip(item.ranks, item.scores, strict=True))
@@ -211,24 +217,25 @@ def agreeing(ranks: Sequence[float], scores: Sequence[float | None]) -> tuple[bo
 
 
 def orders_agree(ranks: Sequence[float], scores: Sequence[float | None]) -> bool:
-    """Whether the scores put the replies in the human order: the strict rule for EFT data.
+    """Whether the scores put all replies in the human order: the strict rule for EFT data.
 
-    True where every reply has a score and every pair with different human ranks has strictly the
-    same order by score; a tie is no agreement. Replies of equal rank may be scored either way, and
-    where people ordered nothing all is True. arXiv:2401.10020 (3.1.1) keeps judgements whose order
-    agrees with the human ranking; strictness in ties is ours. Raises DataError as `agreeing` does.
+    True if every reply has a score and every two replies of different ranks have strictly the same
+    order by score; a tie does not agree. Replies of equal rank may be scored either way.
+    arXiv:2401.10020 (3.1.1) keeps judgements whose order agrees with the human ranking; the
+    strictness about ties is ours. Raises DataError if the lengths differ.
     """
     return all(agreeing(ranks, scores))
 
 
-def _top_flags(item: RankedScores, top_score: float | None) -> list[bool]:
-    best = min(item.ranks) if item.best is None else item.best
-    return [bool(rank == best) for rank, score in _scored(item) if score == top_score]
-
-
-def _scored(item: RankedScores) -> list[tuple[float, float]]:
-    """Rank and score of the replies that have a score."""
+def scored_replies(item: RankedScores) -> list[tuple[float, float]]:
+    """Rank and score of each reply that has a score."""
     return [(r, s) for r, s in zip(item.ranks, item.scores, strict=True) if s is not None]
+
+
+def _top_flags(item: RankedScores, top_score: float | None) -> list[bool]:
+    """For each reply with the top score, whether it has the human top rank."""
+    best = min(item.ranks) if item.best is None else item.best
+    return [bool(rank == best) for rank, score in scored_replies(item) if score == top_score]
 
 
 def _share(part: float, whole: int) -> float | None:

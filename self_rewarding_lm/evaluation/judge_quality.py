@@ -1,7 +1,7 @@
-"""How good a judge is: agreement with people, intervals, order effects, calibration.
+"""How good a judge is: agreement with people, intervals, position bias, calibration.
 
-Replies that people ranked are given to the judge as candidates, as if the model had sampled them.
-What agreement means is in `agreement.py`; where rows come from is in `data/`.
+The judge is given replies that people ranked, as if the model had sampled them. `agreement.py`
+defines the measures of agreement.
 """
 
 import operator
@@ -28,7 +28,12 @@ from self_rewarding_lm.data.oasst import open_assistant
 from self_rewarding_lm.data.ranked import Asked, as_candidates, ranked_row
 from self_rewarding_lm.data.tokenizers import Tokenizer
 from self_rewarding_lm.errors import ConfigError, DataError, typed
-from self_rewarding_lm.evaluation.agreement import Agreement, RankedScores, agreement
+from self_rewarding_lm.evaluation.agreement import (
+    Agreement,
+    RankedScores,
+    agreement,
+    scored_replies,
+)
 from self_rewarding_lm.evaluation.contexts import Opening, open_context
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.local import LocalEngine
@@ -41,15 +46,15 @@ from self_rewarding_lm.scores import both_orders
 from self_rewarding_lm.stats import Interval, fit_logistic, ratio_interval
 
 BINS = 10
-"""Of equal width over probabilities from 0 to 1."""
+"""Bins of calibration, of equal width, over probabilities from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class PositionBias:
-    """What the order in which two responses are shown does to a pairwise judge.
+    """How the order in which two responses are shown moves the verdicts of a pairwise judge.
 
-    first, second, ties: verdicts for the response shown first, for the other, and for neither.
-    compared: pairs with a verdict in both orders; consistent: those with the same one in both.
+    first, second, ties: verdicts for the response shown first, for the other one, for neither.
+    compared: pairs with a verdict in both orders; consistent: those with the same verdict in both.
     """
 
     first: int
@@ -60,7 +65,7 @@ class PositionBias:
 
     @property
     def first_share(self) -> float | None:
-        """first / (first + second); 0.5 without bias, as every pair is shown in both orders."""
+        """first / (first + second): 0.5 without bias, because each pair is shown in both orders."""
         decided = self.first + self.second
         return self.first / decided if decided else None
 
@@ -72,9 +77,9 @@ class PositionBias:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs whose predicted probability lies in [low, high), the last bin with its end.
+    """Pairs whose predicted probability lies in [low, high); the last bin includes its end.
 
-    predicted: its mean; agreed: the share of them that people ordered so.
+    predicted: their mean probability. agreed: the share that people ordered as predicted.
     """
 
     low: float
@@ -86,13 +91,13 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often people agree where a judge is as sure as it is; bins without a pair are left out.
+    """How often people agree with a judge, by how sure the judge is; empty bins are left out.
 
-    error: the expected calibration error, the mean of |predicted - agreed| over the bins, weighted
-    by their counts; bins are of width 0.1. slope: of a judge that scores single responses, the
-    log-odds by which one point more between two scores makes people's agreement likelier, fitted
-    to these very pairs, so that the error says only how far that curve is from them; None for a
-    pairwise judge, whose own probabilities are measured.
+    error: the expected calibration error, the mean of |predicted - agreed| over bins of width 0.1,
+    weighted by their counts. slope: for a judge that scores single responses, the log-odds of
+    people's agreement that each further point between two scores adds. It is fitted to these very
+    pairs, so the error says only how far the fitted curve is from them. None for a pairwise judge,
+    whose own probabilities are measured.
     """
 
     bins: tuple[CalibrationBin, ...]
@@ -102,10 +107,10 @@ class Calibration:
 
 
 def position_bias(judgements: Iterable[Judgement]) -> PositionBias | None:
-    """Of the judgements of two responses; None where there is none with a verdict."""
-    own = [j for j in judgements if len(j.candidate_ids) == 2 and j.score is not None]
-    scores = [j.score for j in own if j.score is not None]
-    orders = [found for found in both_orders(own).values() if None not in found]
+    """The bias in judgements of two responses; None if no such judgement has a verdict."""
+    verdicts = [j for j in judgements if len(j.candidate_ids) == 2 and j.score is not None]
+    scores = [j.score for j in verdicts if j.score is not None]
+    orders = [order for order in both_orders(verdicts).values() if None not in order]
     if not scores:
         return None
     return PositionBias(
@@ -118,12 +123,16 @@ def position_bias(judgements: Iterable[Judgement]) -> PositionBias | None:
 
 
 def calibration_of_scores(items: Iterable[RankedScores]) -> Calibration | None:
-    """Of a judge that scores single responses; None where no ordered pair has two scores."""
+    """The calibration of a judge that scores single responses.
+
+    None if no pair that people ordered has two scores.
+    """
+    # score of the reply that people prefer less that of the other
     gaps = np.array(
         [
             (score - other) if rank < other_rank else (other - score)
             for item in items
-            for (rank, score), (other_rank, other) in combinations(_known(item), 2)
+            for (rank, score), (other_rank, other) in combinations(scored_replies(item), 2)
             if rank != other_rank
         ],
         dtype=float,
@@ -139,33 +148,38 @@ def calibration_of_scores(items: Iterable[RankedScores]) -> Calibration | None:
 def calibration_of_verdicts(
     judgements: Iterable[Judgement], ranks: dict[str, float]
 ) -> Calibration | None:
-    """Of a pairwise judge's probabilities: the mean of both orders, for the likelier response.
+    """The calibration of a pairwise judge: its mean probability over both orders of a pair.
 
-    ranks: people's, by candidate id. None where no pair that people ordered has both.
+    ranks: those by people, by candidate id. The response that the judge finds likelier is the
+    predicted one. None if no pair that people ordered was judged in both orders.
     """
-    shown = {j.candidate_ids: j.score for j in judgements if len(j.candidate_ids) == 2}
-    found = []
-    for (one, other), score in shown.items():
-        back = shown.get((other, one))
+    verdicts = {j.candidate_ids: j.score for j in judgements if len(j.candidate_ids) == 2}
+    predictions = []
+    for (one, other), score in verdicts.items():
+        back = verdicts.get((other, one))
         if one < other and score is not None and back is not None and ranks[one] != ranks[other]:
             chance = (score + 1 - back) / 2
             right = float(ranks[one] < ranks[other])
-            found.append((chance, right) if chance >= 0.5 else (1 - chance, 1 - right))
-    return calibration([(c, 0.5 if c == 0.5 else right) for c, right in found])
+            predictions.append((chance, right) if chance >= 0.5 else (1 - chance, 1 - right))
+    return calibration([(c, 0.5 if c == 0.5 else right) for c, right in predictions])
 
 
 def calibration(
     predictions: Sequence[tuple[float, float]], *, slope: float | None = None
 ) -> Calibration | None:
-    """Of (probability, 1 where it came so, 0 where not, 0.5 for neither); None for none."""
-    places: dict[int, list[tuple[float, float]]] = {}
+    """The calibration of predictions; None if there are none.
+
+    predictions: (probability, outcome); an outcome is 1 if the prediction came true, 0 if not, 0.5
+    for neither.
+    """
+    of_bin: dict[int, list[tuple[float, float]]] = {}
     for chance, right in predictions:
-        places.setdefault(min(int(chance * BINS), BINS - 1), []).append((chance, right))
+        of_bin.setdefault(min(int(chance * BINS), BINS - 1), []).append((chance, right))
     bins = []
-    for place, own in sorted(places.items()):
-        chances, rights = zip(*own, strict=True)
-        means = sum(chances) / len(own), sum(rights) / len(own)
-        bins.append(CalibrationBin(place / BINS, (place + 1) / BINS, len(own), *means))
+    for place, members in sorted(of_bin.items()):
+        chances, rights = zip(*members, strict=True)
+        means = sum(chances) / len(members), sum(rights) / len(members)
+        bins.append(CalibrationBin(place / BINS, (place + 1) / BINS, len(members), *means))
     if not bins:
         return None
     total = len(predictions)
@@ -192,23 +206,23 @@ def agreement_intervals(
     name = operator.attrgetter("group")
     groups = [list(part) for _, part in groupby(sorted(items, key=name), key=name)]
     sums = [_sums(agreement(part, top_score=top_score)) for part in groups]
-    found: dict[str, Interval] = {}
+    intervals: dict[str, Interval] = {}
     for measure in sums[0] if sums else ():
-        parts, wholes = zip(*(own[measure] for own in sums), strict=True)
-        found[measure] = ratio_interval(parts, wholes, seed=seed)
-    return found
+        parts, wholes = zip(*(of_group[measure] for of_group in sums), strict=True)
+        intervals[measure] = ratio_interval(parts, wholes, seed=seed)
+    return intervals
 
 
-def _sums(found: Agreement) -> dict[str, tuple[float, float]]:
+def _sums(measures: Agreement) -> dict[str, tuple[float, float]]:
     """Each measure as a part and its whole."""
-    pairs = found.pairs
+    pairs = measures.pairs
     decided, scored = pairs.agree + pairs.disagree, pairs.total - pairs.unscored
     means = {
-        "best_precision": (found.best_precision, found.best_count),
-        "exact_match": (found.exact_match, found.ordered),
-        "spearman": (found.spearman, found.correlated),
-        "kendall": (found.kendall, found.correlated),
-        "scored": (found.scored, found.replies),
+        "best_precision": (measures.best_precision, measures.best_count),
+        "exact_match": (measures.exact_match, measures.ordered),
+        "spearman": (measures.spearman, measures.correlated),
+        "kendall": (measures.kendall, measures.correlated),
+        "scored": (measures.scored, measures.replies),
     }
     return {
         "accuracy": (pairs.agree, decided),
@@ -218,22 +232,18 @@ def _sums(found: Agreement) -> dict[str, tuple[float, float]]:
     }
 
 
-def _known(item: RankedScores) -> list[tuple[float, float]]:
-    return [(r, s) for r, s in zip(item.ranks, item.scores, strict=True) if s is not None]
-
-
 @dataclass(frozen=True)
 class JudgeEvaluation:
-    """A judge against human rankings.
+    """A judge measured against human rankings.
 
     parse_rate: the share of judgements with a score. agreement: the five measures of
-    arXiv:2401.10020, Table 4; `agreement.pairs` has the pairwise accuracy with and without ties
-    and the tie rate. intervals: of each measure of agreement, 95 %, resampling groups (message
-    trees); they rank no models that lie inside them. histogram: judgements by score, rounded to one
-    decimal. self_agreement: of pairs of judgements of one reply those with the same score (rounded
-    to one decimal), a plain share, not corrected for chance; None where each reply was judged once.
-    position: of a pairwise judge. calibration: of its certainty. items: ranks and scores of each
-    row, in the rows' order. A share of nothing is None.
+    arXiv:2401.10020, Table 4; `agreement.pairs` has the pairwise accuracies and the tie rate.
+    intervals: 95 % intervals of the measures of agreement, see `agreement_intervals`. histogram:
+    the number of judgements of each score, rounded to one decimal. self_agreement: the share of
+    pairs of judgements of one reply that give the same score (rounded to one decimal), not
+    corrected for chance; None if each reply was judged once. position: only of a pairwise judge.
+    calibration: of the judge's certainty. items: ranks and scores of each row, in the order of the
+    rows. A share of nothing is None.
     """
 
     parse_rate: float | None
@@ -248,22 +258,22 @@ class JudgeEvaluation:
 
     @property
     def pairwise_interval(self) -> Interval:
-        """Of `agreement.pairs.accuracy`."""
+        """The 95 % interval of `agreement.pairs.accuracy`."""
         return self.intervals["accuracy"]
 
     def metrics(self) -> dict[str, float]:
-        """All measures by name, as numbers; those that nothing is known of are left out."""
-        found, pairs, position = self.agreement, self.agreement.pairs, self.position
+        """All measures by name, without those that are None."""
+        agreed, pairs, position = self.agreement, self.agreement.pairs, self.position
         measures = {
             "accuracy": pairs.accuracy,
             "accuracy_ties_half": pairs.accuracy_ties_half,
             "tie_rate": pairs.tie_rate,
-            "best_precision": found.best_precision,
-            "best_count": found.best_count,
-            "exact_match": found.exact_match,
-            "spearman": found.spearman,
-            "kendall": found.kendall,
-            "uncorrelated": found.uncorrelated,
+            "best_precision": agreed.best_precision,
+            "best_count": agreed.best_count,
+            "exact_match": agreed.exact_match,
+            "spearman": agreed.spearman,
+            "kendall": agreed.kendall,
+            "uncorrelated": agreed.uncorrelated,
             "parse_rate": self.parse_rate,
             "self_agreement": self.self_agreement,
             "first_share": None if position is None else position.first_share,
@@ -289,32 +299,32 @@ def evaluate_judge(
     engine: Engine | None = None,
     quiet: bool = False,
 ) -> JudgeEvaluation:
-    """Let a model judge replies that people ranked, and compare.
+    """Let a model judge replies that people ranked, and measure how far it agrees with them.
 
-    model: as for the trainer; it stays where it is and is not changed. ranked: a dataset of
-    RankedReplies or of other ranked rows (see `ranked.ranked_row`), a list or a file, which may be
-    one of Open Assistant trees: all their ranked first replies. reward: the judge's prompt, default
-    the library's. comparison: a prompt that shows two replies, in its place; every two replies of a
-    row are then compared once in both orders. judging: default
-    temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). num_judgements of each reply are averaged
-    to its score. tokenizer, chat_template, eos_id: as for the trainer. The same seed gives the same
-    judgements. With several processes each that calls this judges everything; `judge_ranked` gives
-    each a part.
+    model: as for the trainer; it stays on its device and is not changed. ranked: a dataset of
+    RankedReplies or other ranked rows (see `data.ranked.ranked_row`): a list or a file. Of a file
+    of Open Assistant trees all ranked first replies are taken. reward: the judge's prompt; default
+    the library's. comparison: in place of reward, a prompt that shows two replies; every two
+    replies of a row are compared once in each order. judging: default temperature 0.7, top-p 0.9
+    (arXiv:2401.10020, 3.1.3). num_judgements: of each reply; their mean is its score. tokenizer,
+    chat_template, eos_id: as for the trainer. The same seed gives the same judgements. Each of
+    several processes that calls this judges everything; `judge_ranked` shares the work.
 
-    Raises DataError for rows that are no ranking, ConfigError and JudgeError for a reward prompt
-    that cannot be used.
+    Raises DataError if a row is no ranking, ConfigError and JudgeError if the prompt cannot be
+    used.
     """
     if reward is not None and comparison is not None:
         raise ConfigError("a judge has reward (it scores) or comparison (it compares), not both.")
-    asked = comparison or reward or DEFAULT_REWARD_CONFIG
-    judge = make_judge(asked, judging=judging, num_judgements=num_judgements)
+    prompt = comparison or reward or DEFAULT_REWARD_CONFIG
+    judge = make_judge(prompt, judging=judging, num_judgements=num_judgements)
     opening = Opening(tokenizer, chat_template, eos_id, seed, engine or LocalEngine(), quiet)
     ctx = open_context(model, opening)
-    check_judge(asked, ctx)
+    check_judge(prompt, ctx)
     rows = read_ranked(ranked)
-    found = _asked(ctx, rows)
-    told, top = _judged(ctx, found, judge), top_score_of(asked)
-    return _evaluation(judge, rows, found, told, top_score=top, seed=seed)
+    groups = _groups(ctx, rows)
+    judgements = _judge_groups(ctx, groups, judge)
+    top_score = top_score_of(prompt)
+    return _evaluation(judge, rows, groups, judgements, top_score=top_score, seed=seed)
 
 
 def judge_ranked(
@@ -324,20 +334,21 @@ def judge_ranked(
     *,
     top_score: float | None = None,
 ) -> JudgeEvaluation:
-    """The same within a trainer: a judge of its context on ranked replies.
+    """Measure a judge on ranked replies within a trainer's context.
 
-    Several processes judge a part each; all get the whole. top_score: the highest score the judge
-    can give, see `agreement.agreement`. Judgements are named <stage>/<row>/0/<reply>/j<k>.
+    Each of several processes judges a part and gets the whole result. top_score: the highest score
+    that the judge can give, see `agreement.agreement`. Ids of judgements:
+    <stage>/<row>/0/<reply>/j<k>.
     """
-    asked = _asked(ctx, ranked)
-    judgements = ctx.runtime.gather(_judged(ctx, ctx.runtime.share(asked), judge))
-    return _evaluation(judge, ranked, asked, judgements, top_score=top_score, seed=ctx.seed)
+    groups = _groups(ctx, ranked)
+    judgements = ctx.runtime.gather(_judge_groups(ctx, ctx.runtime.share(groups), judge))
+    return _evaluation(judge, ranked, groups, judgements, top_score=top_score, seed=ctx.seed)
 
 
 def read_ranked(dataset: Any) -> list[RankedReplies]:
-    """All rows of a ranked dataset; of a file of Open Assistant trees all ranked first replies.
+    """All rows of a ranked dataset; of a file of Open Assistant trees, all ranked first replies.
 
-    Raises DataError for a dataset that is none, and for no row.
+    Raises DataError if it is no dataset of rankings or has no row.
     """
 
     def no_stage(source: FromStage) -> Sequence[Any]:
@@ -352,41 +363,45 @@ def read_ranked(dataset: Any) -> list[RankedReplies]:
     return [ranked_row(rows.read(i), rows.where(i)) for i in range(len(rows))]
 
 
-def _asked(ctx: Context, ranked: Sequence[RankedReplies]) -> list[Asked]:
+def _groups(ctx: Context, ranked: Sequence[RankedReplies]) -> list[Asked]:
+    """Each row as a prompt and its candidates."""
     named = [replace(item, id=f"{ctx.stage}/{row}") for row, item in enumerate(ranked)]
     return [as_candidates(item, ctx.tokens) for item in named]
 
 
-def _judged(ctx: Context, asked: Sequence[Asked], judge: Judge) -> list[Judgement]:
-    found: list[Judgement] = []
-    total = judge.num_judgements * sum(len(candidates) for _, candidates in asked)
+def _judge_groups(ctx: Context, groups: Sequence[Asked], judge: Judge) -> list[Judgement]:
+    prompts = [prompt for prompt, _ in groups]
+    candidates_PG = [candidates for _, candidates in groups]
+    total = sum(len(judge.judgement_ids(candidates)) for candidates in candidates_PG)
+    judgements: list[Judgement] = []
     with ctx.runtime.progress(total, f"{ctx.stage}: judging", "judgement") as bar:
-        for judgement in judge.judge(ctx, [p for p, _ in asked], [own for _, own in asked]):
-            found.append(judgement)
+        for judgement in judge.judge(ctx, prompts, candidates_PG):
+            judgements.append(judgement)
             bar.update()
-    return found
+    return judgements
 
 
 def _evaluation(
     judge: Judge,
     ranked: Sequence[RankedReplies],
-    asked: Sequence[Asked],
+    groups: Sequence[Asked],
     judgements: Sequence[Judgement],
     *,
     top_score: float | None,
     seed: int,
 ) -> JudgeEvaluation:
-    everyone = [candidate for _, own in asked for candidate in own]
-    scores = judge.scores(everyone, judgements)
+    """All measures of a judge. groups: of the rows of `ranked`, in their order."""
+    every_candidate = [candidate for _, candidates in groups for candidate in candidates]
+    scores = judge.scores(every_candidate, judgements)
     items = tuple(
         RankedScores(item.group, item.ranks, tuple(scores[c.id] for c in candidates))
-        for item, (_, candidates) in zip(ranked, asked, strict=True)
+        for item, (_, candidates) in zip(ranked, groups, strict=True)
     )
     known = [j.score for j in judgements if j.score is not None]
     ranks = {
         candidate.id: rank
-        for item, (_, own) in zip(ranked, asked, strict=True)
-        for candidate, rank in zip(own, item.ranks, strict=True)
+        for item, (_, candidates) in zip(ranked, groups, strict=True)
+        for candidate, rank in zip(candidates, item.ranks, strict=True)
     }
     position = position_bias(judgements)
     return JudgeEvaluation(
@@ -394,7 +409,7 @@ def _evaluation(
         agreement=agreement(items, top_score=top_score),
         intervals=agreement_intervals(items, top_score=top_score, seed=seed),
         histogram=dict(sorted(Counter(round(score, 1) for score in known).items())),
-        self_agreement=judge_metrics(everyone, judgements).get("judge/self_agreement"),
+        self_agreement=judge_metrics(every_candidate, judgements).get("judge/self_agreement"),
         position=position,
         calibration=calibration_of_scores(items)
         if position is None
