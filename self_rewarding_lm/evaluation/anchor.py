@@ -1,14 +1,14 @@
-"""A fixed set of replies ranked by people, judged after every stage by the stage's weights.
+"""After every stage its weights judge a fixed set of replies that people ranked.
 
-In the loop a model is trained on its own scores, and these can rise while it judges worse. What
-people ranked does not move: it shows which of the two happened.
+In the loop a model is trained on its own scores, and these can rise while it judges worse. The
+ranking by people does not move, so it shows which of the two happened.
 """
 
 import logging
 from dataclasses import replace
 from typing import Any
 
-from self_rewarding_lm.config import RewardConfig, SamplingConfig
+from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import typed
 from self_rewarding_lm.evaluation.judge_quality import judge_ranked, read_ranked
@@ -20,23 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 WATCHED = "anchor/accuracy_ties_half"
+"""The measure of the anchor whose fall is warned of, if OWN rises meanwhile."""
 
 
 OWN = "judge/score_mean"
+"""The mean score that the loop gave to its own responses."""
 
 
 class JudgeAnchor:
-    """A callback: how well each stage's weights judge a fixed human-ranked set.
+    """A callback that measures how well each stage's weights judge a fixed human-ranked set.
 
     ranked: as for `evaluate_judge`; the same for the whole run, and in no stage's data. judge: a
-    RewardConfig or ComparisonConfig with which the model is asked, default the trainer's first
-    reward prompt. judging: default temperature 0.7, top-p 0.9; num_judgements of each reply are
-    averaged. The noise of its sampling is the same after every stage.
+    RewardConfig or ComparisonConfig with which the model is asked; default the trainer's first
+    reward prompt. judging: default temperature 0.7, top-p 0.9. num_judgements: of each reply; their
+    mean is its score. The noise of the sampling is the same after every stage.
 
-    Its measures are `anchor/<name>` in the stage's metrics.jsonl, in `anchor` of its done.json and
-    with the trackers. Where the mean score that the loop gave itself rose since the last stage
-    that scored, while the anchor's pairwise accuracy (ties as a half) fell, it warns: that is when
-    to stop (docs/evaluation.md). Stages that were done before it was given are not measured.
+    The measures are `anchor/<name>` in the stage's metrics.jsonl and in the trackers, and stand in
+    `anchor` of its done.json. It warns if the mean score that the loop gave itself rose since the
+    last stage that scored while the anchor's pairwise accuracy (ties as a half) fell: that is when
+    to stop (docs/evaluation.md). Stages that were done before the callback was given are not
+    measured.
     """
 
     @typed
@@ -52,18 +55,18 @@ class JudgeAnchor:
         self.judge, self.judging, self.num_judgements = judge, judging, num_judgements
 
     def check(self, ctx: Context) -> None:
-        """Raise where the judge's prompt cannot be used."""
-        judge = self._named(ctx)
+        """Raise an error if the judge's prompt cannot be used."""
+        judge = self._judge_or_default(ctx)
         make_judge(judge, judging=self.judging, num_judgements=self.num_judgements)
         check_judge(judge, ctx)
 
     def on_stage_trained(self, ctx: Context, out: StageDir) -> None:
-        """Measure, write down and compare with the stages before."""
-        named = self._named(ctx)
-        judge = make_judge(named, judging=self.judging, num_judgements=self.num_judgements)
-        own = replace(ctx, stage="anchor")  # by which ids, and so the noise, are the same
-        found = judge_ranked(own, self.rows, judge, top_score=top_score_of(named))
-        metrics = {f"anchor/{name}": value for name, value in found.metrics().items()}
+        """Measure the stage's weights, log the measures, and warn if the judge got worse."""
+        prompt = self._judge_or_default(ctx)
+        judge = make_judge(prompt, judging=self.judging, num_judgements=self.num_judgements)
+        alike = replace(ctx, stage="anchor")  # ids, and so the noise, are the same in every stage
+        evaluation = judge_ranked(alike, self.rows, judge, top_score=top_score_of(prompt))
+        metrics = {f"anchor/{name}": value for name, value in evaluation.metrics().items()}
         step = out.summary.get("steps", 0)
         out.log({"step": step, **metrics})
         out.summary["anchor"] = metrics
@@ -71,28 +74,24 @@ class JudgeAnchor:
             "%s: judges %d human-ranked rows with pairwise accuracy %s (ties as a half; 95 %% %s)",
             ctx.stage,
             len(self.rows),
-            _shown(metrics.get(WATCHED)),
-            _shown_interval(found.intervals[WATCHED.removeprefix("anchor/")]),
+            _decimals(metrics.get(WATCHED)),
+            _decimals_of(evaluation.intervals[WATCHED.removeprefix("anchor/")]),
         )
         if ctx.runtime.is_main:
             _warn_of_decay(ctx, out)
 
-    def _named(self, ctx: Context) -> Any:
-        return self.judge if self.judge is not None else _first(ctx)
-
-
-def _first(ctx: Context) -> RewardConfig:
-    return next(iter(ctx.rewards.values()))
+    def _judge_or_default(self, ctx: Context) -> Any:
+        return next(iter(ctx.rewards.values())) if self.judge is None else self.judge
 
 
 def _warn_of_decay(ctx: Context, out: StageDir) -> None:
-    """Say where the loop is content with itself and people are not."""
-    now = _standing(out.summary)
+    """Warn if the loop's own score rose while its judge's agreement with people fell."""
+    now = _scores(out.summary)
     if ctx.run is None or None in now:
         return
     names = ctx.run.stages
     for stage in reversed(names[: names.index(ctx.stage)]):
-        before = _standing(ctx.run.summary(stage))
+        before = _scores(ctx.run.summary(stage))
         if None in before:
             continue
         (own, anchor), (own_before, anchor_before) = now, before
@@ -108,14 +107,14 @@ def _warn_of_decay(ctx: Context, out: StageDir) -> None:
         return
 
 
-def _standing(summary: Any) -> tuple[Any, Any]:
-    """The loop's own mean score of a stage, and the anchor's accuracy behind it; or None."""
+def _scores(summary: Any) -> tuple[Any, Any]:
+    """The loop's own mean score in a stage and the anchor's accuracy after it; None if unknown."""
     return summary.get("metrics", {}).get(OWN), summary.get("anchor", {}).get(WATCHED)
 
 
-def _shown(value: float | None) -> str:
+def _decimals(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.3f}"
 
 
-def _shown_interval(found: Interval) -> str:
-    return "unknown" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
+def _decimals_of(interval: Interval) -> str:
+    return "unknown" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"

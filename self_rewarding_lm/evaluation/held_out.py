@@ -1,8 +1,8 @@
-"""Early stopping by what the model answers to held-out prompts: ready-made evaluations.
+"""Early stopping by the model's responses to held-out prompts: ready-made evaluations.
 
-Each is given to a stage as `early_stopper_eval_module`. It samples a response to every prompt with
-the present weights and looks at these. The noise is the same at every check, so that only the
-weights make a difference. Several processes take a part of the prompts each.
+A stage takes one of them as `early_stopper_eval_module`. At each check it samples a response to
+every prompt with the present weights and measures these responses. The noise is the same at every
+check, so only the weights make a difference. Each of several processes takes a part of the prompts.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,25 @@ from self_rewarding_lm.errors import ConfigError, DataError, JudgeError, typed
 from self_rewarding_lm.evaluation.responses import outcome
 from self_rewarding_lm.evaluation.verifying import Verifier
 from self_rewarding_lm.generation.candidates import sample_candidates
+from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.make import check_judge, make_judge
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.scores import candidate_scores, mean_score
 
 Answered = tuple[Prompt, list[Candidate]]
+"""A prompt and the model's responses to it."""
 
 
 class HeldOutReward:
     """The mean score that a judge gives to the model's responses to held-out prompts.
 
-    prompts: a dataset of prompts (docs/data.md). judge: a RewardConfig, with which `judge_model`
-    (a module with the policy's tokens), or else the policy itself, is asked; or a judge object
-    (ServerJudge), a text function in TRL's form or a reward module. A policy that judges itself
-    may come to like its responses without answering better. sampling, judging: default temperature
-    0.7, top-p 0.9; num_judgements of each response are averaged. Responses without a score are left
-    out. Raises JudgeError where none has one.
+    prompts: a dataset of prompts (docs/data.md). judge: a RewardConfig, with which `judge_model` (a
+    module with the policy's tokens) is asked, by default the policy itself; or a Judge such as
+    ServerJudge, a text function in TRL's form or a reward module. A policy that judges itself may
+    come to like its responses without answering better. sampling, judging: default temperature 0.7,
+    top-p 0.9. num_judgements: of each response; their mean is its score. Responses without a score
+    are left out. Raises JudgeError if no response has a score.
     """
 
     @typed
@@ -60,24 +62,24 @@ class HeldOutReward:
         self.sampling, self.num_samples = sampling or SamplingConfig(), num_samples
         self.judge, self.judge_model = judge, judge_model
         self.judging, self.num_judgements = judging, num_judgements
-        self._made(None)
+        self._build_judge(None)  # its errors come here
 
     def check(self, ctx: Context) -> None:
-        """Raise where prompts cannot be read or the judge's prompt cannot be used."""
+        """Raise an error if prompts cannot be read or the judge's prompt cannot be used."""
         read_prompts(ctx, self.rows)
         check_judge(self.judge, ctx)
 
     def begin(self, ctx: Context) -> None:
-        """Read the prompts."""
-        ctx = _own(ctx)
+        """Read the prompts and build the judge."""
+        ctx = _held_out_context(ctx)
         self._prompts = ctx.runtime.share(read_prompts(ctx, self.rows))
-        self._judge = self._made(ctx)
+        self._judge = self._build_judge(ctx)
 
     def measure(self, ctx: Context) -> dict[str, float]:
-        """The mean over prompts of their responses' mean scores."""
-        ctx = _own(ctx)
-        scores = self._scores(ctx, self._judge, self._answered(ctx))
-        known = [found for _, found in scores if found is not None]
+        """The mean over prompts of the mean score of their responses."""
+        ctx = _held_out_context(ctx)
+        scores = self._scores(ctx, self._sample(ctx))
+        known = [score for _, score in scores if score is not None]
         if not known:
             raise JudgeError(
                 f"{ctx.stage}: the judge gave no score to any of {len(scores)} held-out prompts' "
@@ -87,20 +89,20 @@ class HeldOutReward:
         return {"score": sum(known) / len(known)}
 
     def standing(self) -> Any:
-        """Nothing: each check stands alone."""
+        """What `resume` needs: nothing, as no check depends on another."""
         return None
 
     def resume(self, standing: Any) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
-    def _made(self, ctx: Context | None) -> Any:
+    def _build_judge(self, ctx: Context | None) -> Judge:
         model = None if self.judge_model is None or ctx is None else ctx.adapt(self.judge_model)
         return make_judge(
             self.judge, judging=self.judging, num_judgements=self.num_judgements, model=model
         )
 
-    def _answered(self, ctx: Context) -> list[Answered]:
-        """This process's prompts with the present weights' responses."""
+    def _sample(self, ctx: Context) -> list[Answered]:
+        """The present weights' responses to this process's prompts."""
         sampled = sample_candidates(
             ctx.model,
             self._prompts,
@@ -111,27 +113,28 @@ class HeldOutReward:
             seed=ctx.seed,
             limit=ctx.limit(None),
         )
-        found: dict[str, list[Candidate]] = {prompt.id: [] for prompt in self._prompts}
+        responses: dict[str, list[Candidate]] = {prompt.id: [] for prompt in self._prompts}
         for candidate in ctx.runtime.autocasted(sampled):
-            found[candidate.prompt_id].append(candidate)
-        return [(p, sorted(found[p.id], key=lambda c: id_order(c.id))) for p in self._prompts]
+            responses[candidate.prompt_id].append(candidate)
+        return [(p, sorted(responses[p.id], key=lambda c: id_order(c.id))) for p in self._prompts]
 
-    def _scores(
-        self, ctx: Context, judge: Any, answered: Sequence[Answered]
-    ) -> list[tuple[str, float | None]]:
-        """Each prompt's mean score over its responses, of all processes, in their order."""
-        judged = judge.judge(ctx, *zip(*answered, strict=True)) if answered else ()
-        scores = candidate_scores([c for _, own in answered for c in own], judged)
-        found = [(prompt.id, mean_score(scores[c.id] for c in own)) for prompt, own in answered]
-        return sorted(ctx.runtime.gather(found), key=lambda item: id_order(item[0]))
+    def _scores(self, ctx: Context, answered: Sequence[Answered]) -> list[tuple[str, float | None]]:
+        """The id of each prompt of all processes and the mean score of its responses, in order."""
+        judged = self._judge.judge(ctx, *zip(*answered, strict=True)) if answered else ()
+        scores = candidate_scores([c for _, responses in answered for c in responses], judged)
+        means = [
+            (prompt.id, mean_score(scores[c.id] for c in responses))
+            for prompt, responses in answered
+        ]
+        return sorted(ctx.runtime.gather(means), key=lambda item: id_order(item[0]))
 
 
 class VerifierAccuracy(HeldOutReward):
     """The share of responses to held-out prompts that a verifier calls correct.
 
     verifier: a text function in TRL's form, f(prompts, completions, **columns) -> numbers; 1 or
-    more is correct, anything less is not, None is unknown and left out. num_samples responses of
-    each prompt are averaged first. For reasoning-gym's tasks see `reasoning_task`.
+    more is correct, less is not, None is unknown and left out. The num_samples responses to each
+    prompt are averaged first. For tasks of reasoning-gym see `reasoning_task`.
     """
 
     @typed
@@ -147,16 +150,18 @@ class VerifierAccuracy(HeldOutReward):
 
 
 class WinRateOverLast(HeldOutReward):
-    """Whether the model still beats itself: responses compared with those of the last check.
+    """Whether the model still improves: its responses are compared with those of the last check.
 
     As in arXiv:2401.10020 (3.1.3), where a judge compares checkpoints of every 200 steps. judge: a
-    ComparisonConfig, asked in both orders (where these disagree it is a tie), or any judge that
-    scores: the higher score wins. The rest as in HeldOutReward; one response to each prompt.
+    ComparisonConfig, asked in both orders (if these disagree it is a tie), or any judge that
+    scores: the higher score wins. All else is as in HeldOutReward, with one response to each
+    prompt.
 
-    The score of the first check is 0.5; each further one adds its win rate (ties as a half) less a
-    half. So it rises as long as checks win against the one before, and the best weights are those
-    before the first that does not. The win rate itself is logged as early_stopping/win_rate. Its
-    last responses are part of the state of training, so that a run that is stopped goes on alike.
+    The score of the first check is 0.5; each later check adds its win rate (a tie is half a win)
+    minus a half. So the score rises as long as each check wins against the one before, and the best
+    weights are those before the first check that does not. The win rate is logged as
+    early_stopping/win_rate. The last responses are part of the state of training, so a run that was
+    stopped goes on in the same way.
     """
 
     @typed
@@ -181,31 +186,32 @@ class WinRateOverLast(HeldOutReward):
         self.total, self.last = 0.5, dict[str, tuple[int, ...]]()
 
     def begin(self, ctx: Context) -> None:
-        """Read the prompts; there is no last check."""
+        """Read the prompts and build the judge; no check has been made yet."""
         super().begin(ctx)
         self.total, self.last = 0.5, {}
 
     def measure(self, ctx: Context) -> dict[str, float]:
-        """Compare, and keep the present responses for the next check."""
-        ctx = _own(ctx)
-        answered, rate = self._answered(ctx), 0.5
-        if self.last:
-            rate = self._win_rate(ctx, answered)
+        """Compare with the last responses, and keep the present ones for the next check."""
+        ctx = _held_out_context(ctx)
+        answered = self._sample(ctx)
+        rate = self._win_rate(ctx, answered) if self.last else 0.5
         self.total += rate - 0.5
-        own = [(prompt.id, found[0].ids) for prompt, found in answered]
-        self.last = dict(ctx.runtime.gather(own))
+        ids = [(prompt.id, responses[0].ids) for prompt, responses in answered]
+        self.last = dict(ctx.runtime.gather(ids))
         return {"score": self.total, "win_rate": rate}
 
     def standing(self) -> Any:
+        """The score and the last responses of all prompts."""
         return {"total": self.total, "last": self.last}
 
     def resume(self, standing: Any) -> None:
+        """Go on from the score and the responses of `standing`."""
         self.total = standing["total"]
         self.last = {name: tuple(ids) for name, ids in standing["last"].items()}
 
     def _win_rate(self, ctx: Context, answered: Sequence[Answered]) -> float:
-        """Of the present responses against the last ones, over the prompts with a verdict."""
-        groups, found = [], []
+        """The present responses' win rate against the last ones, over prompts with a verdict."""
+        groups, outcomes = [], []
         for prompt, (now, *_) in answered:
             ids = self.last[prompt.id]
             before = replace(now, id=f"{prompt.id}/1", ids=ids, text=ctx.tokens.decode(ids))
@@ -214,18 +220,18 @@ class WinRateOverLast(HeldOutReward):
         judged = self._judge.judge(ctx, prompts, groups) if groups else ()
         scores = candidate_scores([c for group in groups for c in group], judged)
         for (prompt, _), (now, before) in zip(answered, groups, strict=True):
-            found.append((prompt.id, outcome(scores[now.id], scores[before.id])))
-        every = [won for _, won in ctx.runtime.gather(found) if won is not None]
-        if not every:
+            outcomes.append((prompt.id, outcome(scores[now.id], scores[before.id])))
+        known = [won for _, won in ctx.runtime.gather(outcomes) if won is not None]
+        if not known:
             raise JudgeError(
                 f"{ctx.stage}: the judge gave no verdict on any held-out prompt; nothing to "
                 "compare. Make its prompt fit what it writes, or raise judging.max_new_tokens."
             )
-        return sum(every) / len(every)
+        return sum(known) / len(known)
 
 
 def open_prompts(prompts: Any) -> Rows:
-    """A dataset of held-out prompts, opened; DataError where it is none, or empty."""
+    """Open a dataset of held-out prompts; DataError if it is no dataset or is empty."""
 
     def no_stage(source: FromStage) -> Sequence[Any]:
         raise DataError(f"from_stage({source.stage!r}) cannot give held-out prompts.")
@@ -237,12 +243,14 @@ def open_prompts(prompts: Any) -> Rows:
 
 
 def read_prompts(ctx: Context, rows: Rows) -> list[Prompt]:
-    """All prompts of a dataset; ids are <stage>/<row>/0."""
-    limit = ctx.limit(None)
-    places = range(len(rows))
-    return [read_prompt(rows, i, f"{ctx.stage}/{i}/0", ctx.tokens, limit) for i in places]
+    """All prompts of a dataset, with the ids <stage>/<row>/0."""
+    limit, count = ctx.limit(None), len(rows)
+    return [read_prompt(rows, i, f"{ctx.stage}/{i}/0", ctx.tokens, limit) for i in range(count)]
 
 
-def _own(ctx: Context) -> Context:
-    """The context with ids of its own, and an engine that holds the weights being trained."""
+def _held_out_context(ctx: Context) -> Context:
+    """The context with ids apart from the stage's, and an engine that has the weights in training.
+
+    A server holds the weights with which the stage began.
+    """
     return replace(ctx, stage=f"{ctx.stage}/held_out", engine=ctx.local_engine())

@@ -1,7 +1,7 @@
-"""What responses are like, and how two models' responses compare: numbers of texts and outcomes.
+"""Measures of responses, and rates of one model's wins over another, from texts and outcomes.
 
-Pure: knows nothing of models, judges or files. Words are what white space separates. A measure of
-nothing is None. Intervals say how far a figure would move with other prompts of the same kind.
+Knows nothing of models, judges or files. White space separates words. A measure of nothing is None.
+An interval says how far a figure would move with other prompts of the same kind.
 """
 
 import math
@@ -14,17 +14,18 @@ from jaxtyping import Float
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.stats import Rate, bootstrap, fit_logistic, wilson_interval
 
-NGRAM = 3  # words, of repetition
+NGRAM = 3  # words of an n-gram whose repetition is counted
 
 
 @dataclass(frozen=True)
 class ResponseMeasures:
-    """What responses to prompts are like.
+    """Length, diversity and repetition of responses.
 
-    characters, words: means over responses. distinct: for n = 1, 2, 3 the share of different
-    n-grams of words among all of them (arXiv:1510.03055); it falls with the amount of text, so
-    compare equal numbers of responses. repetition: the share of the 3-grams of words of a response
-    that stood in it before, the mean over responses that have any. empty: share without a word.
+    characters, words: means over responses. distinct: for n = 1, 2, 3 the number of different
+    n-grams of words divided by the number of all (arXiv:1510.03055); it falls with the amount of
+    text, so compare equal numbers of responses. repetition: the share of a response's 3-grams of
+    words that occur earlier in it, the mean over responses that have any. empty: the share of
+    responses without a word.
     """
 
     count: int
@@ -36,33 +37,33 @@ class ResponseMeasures:
 
 
 def measure_responses(texts: Sequence[str]) -> ResponseMeasures:
-    """Length, diversity and repetition of responses."""
+    """Measure the texts of responses."""
     words = [text.split() for text in texts]
-    repeated = [found for own in words if (found := repetition(own)) is not None]
+    repetitions = [share for split in words if (share := repetition(split)) is not None]
     return ResponseMeasures(
         count=len(texts),
         characters=_mean(map(len, texts)),
         words=_mean(map(len, words)),
         distinct={n: distinct_n(words, n) for n in (1, 2, 3)},
-        repetition=_mean(repeated),
-        empty=_mean(not own for own in words),
+        repetition=_mean(repetitions),
+        empty=_mean(not split for split in words),
     )
 
 
 def distinct_n(texts: Iterable[Sequence[str]], n: int) -> float | None:
-    """Different n-grams over all n-grams of texts given as words; None where there are none."""
-    found = [gram for words in texts for gram in _ngrams(words, n)]
-    return len(set(found)) / len(found) if found else None
+    """Different n-grams divided by all n-grams of texts, which are lists of words; None for 0/0."""
+    ngrams = [ngram for words in texts for ngram in _ngrams(words, n)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else None
 
 
 def repetition(words: Sequence[str], n: int = NGRAM) -> float | None:
-    """The share of a text's n-grams that stood in it before; None where it has none."""
+    """The share of a text's n-grams that occur earlier in it; None if it has no n-gram."""
     distinct = distinct_n([words], n)
     return None if distinct is None else 1 - distinct
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that one of k responses is correct, of which `samples` were seen.
+    """The chance that at least one of k responses is correct, from `samples` checked responses.
 
     1 - C(n - c, k) / C(n, k), the unbiased estimate of arXiv:2107.03374 (Eq. 1). Raises ConfigError
     unless 1 <= k <= samples and 0 <= correct <= samples.
@@ -77,13 +78,13 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class WinRates:
-    """The first model against the second, comparison by comparison.
+    """How often the first model wins against the second.
 
-    wins, ties, losses: of the first. unknown: comparisons without a verdict, left out of all
-    rates. prompts: those with a known comparison. win_rate: (wins + ties / 2) / (wins + ties +
-    losses), its interval from resampling prompts. won, tied, lost: shares, with Wilson's intervals
-    (which take comparisons for independent: with one of each prompt they are). length_controlled:
-    see `length_controlled`; None where a length is not known.
+    wins, ties, losses: comparisons, as the first model sees them. unknown: comparisons without a
+    verdict, left out of all rates. prompts: those with a known comparison. win_rate: (wins + ties /
+    2) / (wins + ties + losses); its interval resamples prompts. won, tied, lost: shares with
+    Wilson's intervals, which take comparisons for independent (they are with one for each prompt).
+    length_controlled: see `length_controlled`; None if lengths are not known.
     """
 
     wins: int
@@ -106,15 +107,16 @@ def win_rates(
     samples: int = 1000,
     seed: int = 0,
 ) -> WinRates:
-    """What comparisons come to. outcomes: 1 the first won, 0.5 a tie, 0 it lost, None unknown.
+    """The rates of comparisons. outcomes: 1 if the first won, 0.5 for a tie, 0 if it lost, or None.
 
-    lengths: of both responses of each, in characters; None: no length-controlled rate. groups: the
-    prompt of each comparison, by default each has its own. Raises DataError for any other outcome.
+    lengths: characters of both responses of each comparison; None gives no length-controlled rate.
+    groups: the prompt of each comparison; by default each has a prompt of its own. Raises DataError
+    for any other outcome.
     """
-    wrong = [found for found in outcomes if found not in (1, 0.5, 0, None)]
+    wrong = [value for value in outcomes if value not in (1, 0.5, 0, None)]
     if wrong:
         raise DataError(f"an outcome is 1, 0.5, 0 or None (unknown); got {wrong[0]!r}.")
-    known = [i for i, found in enumerate(outcomes) if found is not None]
+    known = [i for i, value in enumerate(outcomes) if value is not None]
     values = np.array([outcomes[i] for i in known], dtype=np.float64)
     names = [str(i) if groups is None else groups[i] for i in known]
     of_group = {name: place for place, name in enumerate(dict.fromkeys(names))}
@@ -152,7 +154,7 @@ def win_rates(
 
 
 def outcome(one: float | None, other: float | None) -> float | None:
-    """1 where the first score is higher, 0 where it is lower, 0.5 for a tie; None unknown."""
+    """1 if the first score is higher, 0 if it is lower, 0.5 if they are equal; None if unknown."""
     if one is None or other is None:
         return None
     return 0.5 + 0.5 * (one > other) - 0.5 * (one < other)
@@ -161,13 +163,13 @@ def outcome(one: float | None, other: float | None) -> float | None:
 def length_controlled(
     outcomes: Float[np.ndarray, " n"], lengths: Float[np.ndarray, "n 2"]
 ) -> float:
-    """The first model's win rate were all responses of one prompt equally long.
+    """The first model's win rate if both responses to each prompt were equally long.
 
-    A logistic model of the outcome, as in arXiv:2404.04475: a term for the models and one for
-    tanh(d / std(d)), d the first length minus the second, in characters (population std). Its mean
-    prediction with the length term at zero is given. Their third term, how difficult each
-    instruction is, comes from many models' results; of two models alone it cannot be known, and is
-    left out.
+    outcomes (n,), lengths (n, 2) in characters. A logistic model of the outcome, as in
+    arXiv:2404.04475, has a term for the models and one for tanh(d / std(d)), where d is the first
+    length minus the second (population std). The result is its prediction with d = 0. The paper's
+    third term, the difficulty of each instruction, comes from the results of many models; two
+    models do not determine it, so it is left out.
     """
     difference = lengths[:, 0] - lengths[:, 1]
     spread = difference.std()
@@ -182,5 +184,5 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return math.fsum(found) / len(found) if found else None
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers) if numbers else None

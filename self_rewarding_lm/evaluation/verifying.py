@@ -1,4 +1,4 @@
-"""Responses that can be checked: a function that says what is correct, and how often it is.
+"""Responses that a function can check: whether they are correct, and how often.
 
 Knows nothing of models.
 """
@@ -20,10 +20,10 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class Verifier(FunctionJudge):
-    """A judge whose scores are 1 where a function says 1 or more, else 0; None where it says None.
+    """A judge whose score is 1 if a function gives 1 or more, 0 if it gives less, None if None.
 
-    function: of texts, in TRL's form, f(prompts, completions, **columns) -> numbers. Raises
-    ConfigError where it is none.
+    function: a text function in TRL's form, f(prompts, completions, **columns) -> numbers. Raises
+    ConfigError for anything else.
     """
 
     def __init__(self, function: Any) -> None:
@@ -46,33 +46,37 @@ class Verifier(FunctionJudge):
         ]
 
 
-def accuracy(found: Sequence[tuple[int, int]], *, seed: int = 0) -> Rate:
-    """The share of correct responses of (samples, correct) by prompt, prompts resampled."""
-    samples, right = [n for n, _ in found], [c for _, c in found]
-    total = sum(samples)
-    value = sum(right) / total if total else None
-    return Rate(value, ratio_interval(right, samples, seed=seed))
+def accuracy(counts: Sequence[tuple[int, int]], *, seed: int = 0) -> Rate:
+    """The share of correct responses; its interval resamples prompts.
+
+    counts: for each prompt the checked and the correct responses.
+    """
+    checked, correct = [n for n, _ in counts], [c for _, c in counts]
+    total = sum(checked)
+    value = sum(correct) / total if total else None
+    return Rate(value, ratio_interval(correct, checked, seed=seed))
 
 
-def pass_at(found: Sequence[tuple[int, int]], most: int) -> dict[int, float]:
-    """pass@k for k = 1, 2, 4, ... and `most`, the mean over prompts of (samples, correct).
+def pass_at(counts: Sequence[tuple[int, int]], most: int) -> dict[int, float]:
+    """pass@k for k = 1, 2, 4, ... and `most`, each the mean over prompts.
 
-    Prompts with fewer than k checked responses are left out; a k that leaves none has no entry.
+    counts: for each prompt the checked and the correct responses. A prompt with fewer than k
+    checked responses is left out; a k for which no prompt remains has no entry.
     """
     ks = sorted({most, *(2**i for i in range(most.bit_length()) if 2**i <= most)})
-    known = {k: [pass_at_k(n, c, k) for n, c in found if n >= k] for k in ks}
+    known = {k: [pass_at_k(n, c, k) for n, c in counts if n >= k] for k in ks}
     return {k: sum(values) / len(values) for k, values in known.items() if values}
 
 
 def reasoning_task(
     name: str, *, size: int = 100, seed: int = 0
 ) -> tuple[list[dict[str, Any]], Callable[..., list[float]]]:
-    """Prompts and the verifier of a task of reasoning-gym, by its name (`chain_sum`).
+    """Prompts and a verifier for a task of reasoning-gym, such as `chain_sum`.
 
-    The rows {"prompt", "entry"} are a prompt dataset, the function a verifier or a `reward_model`;
-    it scores what stands in the last <answer>...</answer> of a completion, or all of it where
-    there is none, from 0 to 1. size: how many problems; the same seed gives the same ones. Raises
-    ConfigError where the package is missing, and for a name that it does not know.
+    The rows {"prompt", "entry"} are a prompt dataset. The function is a verifier or a
+    `reward_model`: it scores the text in a completion's last <answer>...</answer> from 0 to 1, or
+    the whole completion if it has no such mark. size: the number of problems; the same seed gives
+    the same problems. Raises ConfigError if the package is missing or does not know the name.
     """
     try:
         import reasoning_gym  # type: ignore[import-not-found]
@@ -98,5 +102,6 @@ def reasoning_task(
 
 
 def _answer(text: str) -> str:
-    marked = ANSWER.findall(text)
-    return (marked[-1] if marked else text).strip()
+    """The text of the last answer mark, or all of the text."""
+    answers = ANSWER.findall(text)
+    return (answers[-1] if answers else text).strip()
