@@ -1,9 +1,9 @@
-"""Candidates become judgements: a file for each kind of judge.
+"""Candidates become judgements: a file for each kind of judge, and a row in `kinds.py`.
 
-A judge sees all candidates of a prompt at once and returns judgements with scores, comparisons or
-None. Knows nothing of pairs, losses or stages. Begin with `base.py` (what a judge is), then
-`self_judge.py` (the model judges itself), `asking.py` (sample, read, score) and `parsing.py` (text
-to a score).
+A judge is given all candidates of a prompt at once. It returns judgements of one candidate or of
+two, each with a score or with None and the reason. Knows nothing of pairs, losses or stages. Begin
+with `base.py` (what a judge is), then read `self_judge.py` (a model judges), `asking.py` (sample,
+read, score) and `parsing.py` (from text to score).
 """
 
 from self_rewarding_lm.judges.base import Judge

@@ -1,8 +1,8 @@
 """How far a model and an earlier one rank the same responses alike, as label smoothing of the loss.
 
-arXiv:2410.12735 (CREAM), Algorithm 1: c = (tau + 1) / 2 of Kendall's tau between the rankings, and
-the loss c L(chosen, rejected) + (1 - c) L(rejected, chosen). Knows judges and whose weights they
-ask; nothing of how pairs are picked.
+arXiv:2410.12735 (CREAM), Algorithm 1: c = (tau + 1) / 2 with Kendall's tau between the two
+rankings, and the loss c L(chosen, rejected) + (1 - c) L(rejected, chosen). Knows judges and the
+weights that they ask for; nothing of how pairs are picked.
 """
 
 import logging
@@ -33,7 +33,7 @@ MEASURES = {"kendall": kendall_tau_b, "spearman": spearman}
 
 
 class ConsistencyConfig(Config):
-    """Pairs count by how far an earlier model ranks the candidates as the present one does."""
+    """Pairs count more, the more an earlier model ranks the candidates as the present one does."""
 
     previous: str | Path = INITIAL
     """Weights of the earlier model: "initial", an earlier stage's name or a path."""
@@ -48,11 +48,11 @@ class ConsistencyConfig(Config):
 
 
 class ComparingJudge(Judge):
-    """A stage's judge, and beside it the rankings that are compared.
+    """A stage's judge, and beside its judgements those that rank the candidates for comparison.
 
-    The judge's own judgements are what they were without; those of the earlier model are called
-    `<candidate id>/previous/...`, the present model's implicit rewards `<candidate id>/current/...`
-    where the stage's judge is no ImplicitJudge. Rankings are joined by candidate.
+    The judgements of the stage's judge stay as they are. Ids of the earlier model's judgements are
+    `<candidate id>/previous/...`; those of the present model's implicit rewards are
+    `<candidate id>/current/...`, unless the stage's judge is an ImplicitJudge itself.
     """
 
     def __init__(self, judge: Judge, config: ConsistencyConfig) -> None:
@@ -79,42 +79,43 @@ class ComparingJudge(Judge):
         if self.config.by == "judge":
             yield from self.previous.judge(ctx, prompts, candidates_PG)
             return
-        several = [member.inner for member in self.added]
-        found = implicit_judgements(ctx, several, prompts, candidates_PG)  # type: ignore[arg-type]
-        for member, judgements in zip(self.added, found, strict=True):
+        judges = [member.inner for member in self.added]
+        judged = implicit_judgements(ctx, judges, prompts, candidates_PG)  # type: ignore[arg-type]
+        for member, judgements in zip(self.added, judged, strict=True):
             yield from member.labelled(judgements)
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
-        more = [i for member in self.added for i in member.judgement_ids(candidates)]
-        return [*self.inner.judgement_ids(candidates), *more]
+        added = [name for member in self.added for name in member.judgement_ids(candidates)]
+        return [*self.inner.judgement_ids(candidates), *added]
 
     def weights_used(self) -> set[str]:
         return set().union(*(judge.weights_used() for judge in (self.inner, *self.added)))
 
     def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
-        """Those of the stage's judge itself."""
+        """The judgements that the stage's judge itself made."""
         labels = {member.label for member in self.added}
         return [j for j in judgements if label_of(j) not in labels]
 
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> dict[str, float | None]:
-        """The stage's judge's scores of one prompt's candidates."""
+        """The scores of one prompt's candidates by the stage's judge."""
         return self.inner.scores(candidates, self.own(judgements))
 
     def filtered(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> set[str]:
-        """Ids of those that the stage's judge lets through to no pair."""
+        """Ids of candidates that the stage's judge excludes from all pairs."""
         return self.inner.filtered(candidates, self.own(judgements))
 
     def smoothing(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> float | None:
-        """1 - c of a prompt's candidates; None where the correlation is undefined.
+        """1 - c of one prompt's candidates; None if the correlation is undefined.
 
-        That is where fewer than two have a score by both models, or all have the same by one.
+        It is undefined if fewer than two candidates have a score by both models, or if one model
+        gives all of them the same score.
         """
         judgements = list(judgements)
         own = self.own(judgements) if self.current is self.inner else judgements
@@ -127,9 +128,10 @@ class ComparingJudge(Judge):
 
 
 class EarlierJudge(Judge):
-    """A judge asked with earlier weights in the model, in this process: a server holds others.
+    """A judge that is asked while earlier weights are in the model.
 
-    With equal weights it says the same, for it has the same noise.
+    It works in this process, because a server holds the present weights. The noise is the same as
+    that of the judge itself, so equal weights give equal judgements.
     """
 
     def __init__(self, judge: Judge, which: str) -> None:
@@ -140,7 +142,7 @@ class EarlierJudge(Judge):
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> list[Judgement]:
         local = replace(ctx, engine=ctx.local_engine())
-        with ctx.weights(self.which):  # a list: nobody is to see these weights in between
+        with ctx.weights(self.which):  # a list, so that nobody else sees these weights
             judged = self.inner.judge(local, prompts, candidates_PG)
             return list(ctx.runtime.stopping.between(judged))
 
@@ -157,7 +159,7 @@ class EarlierJudge(Judge):
 
 
 def check_consistency(stage: str, config: ConsistencyConfig, judge: Judge) -> None:
-    """Raise ConfigError where two rankings would always be the same, or of equal scores."""
+    """Raise ConfigError if both rankings would be the same, or the scores of one all equal."""
     if config.by == "judge" and not judge.reads_weights:
         raise ConfigError(
             f"{stage}: consistency by='judge' asks the stage's judge with earlier weights in the "
@@ -175,10 +177,11 @@ def check_consistency(stage: str, config: ConsistencyConfig, judge: Judge) -> No
 def smoothed(
     ctx: Context, out: StageDir, pairs: Sequence[PreferencePair], config: ConsistencyConfig
 ) -> Sequence[PreferencePair]:
-    """Pairs with the label smoothing that they are trained with, given that of each prompt.
+    """The pairs with the label smoothing that they are trained with.
 
-    Where a prompt has none it is the mean, and with over="mean" everywhere. The mean is over the
-    prompts; where none has any, pairs are trained as they are, with a warning.
+    pairs: each with the smoothing of its prompt, or None. With over="prompt" a pair keeps it, and
+    pairs without one take the mean over the prompts; with over="mean" all pairs take the mean. If
+    no prompt has a smoothing, the pairs are trained without one and a warning says so.
     """
     of_prompts = [
         next(own).label_smoothing

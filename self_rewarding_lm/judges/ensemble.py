@@ -1,6 +1,6 @@
-"""Several judges of any kind as one: a weighted mean, and judges that only let candidates pass.
+"""Several judges as one: the weighted mean of their scores, and judges that only filter.
 
-Knows judgements and their ids; nothing of how a member comes to its own.
+Knows judgements and their ids; nothing of how a member makes its judgements.
 """
 
 import math
@@ -17,10 +17,11 @@ from self_rewarding_lm.scores import label_of
 
 
 class Member(Judge):
-    """A judge whose judgements stand among others' under a label, of which it knows nothing.
+    """A judge whose judgements are kept under a label, beside those of other judges.
 
-    What it calls `<candidate id>/j0` is `<candidate id>/<label>/j0` on disk, by `<label>:<judge>`.
-    It is asked as it would be alone: with the same noise, and its own way to make scores.
+    Its judgement `<candidate id>/j0` is kept as `<candidate id>/<label>/j0`, made by
+    `<label>:<judge>`. The judge knows nothing of the label: it samples with the same noise as
+    alone, and makes scores of its judgements in its own way.
     """
 
     def __init__(self, judge: Judge, label: str) -> None:
@@ -36,7 +37,7 @@ class Member(Judge):
     def labelled(self, judgements: Iterable[Judgement]) -> Iterator[Judgement]:
         """The inner judge's judgements under the label.
 
-        Raises JudgeError for an id that does not begin with its (first) candidate's.
+        Raises JudgeError for an id that does not begin with the id of its (first) candidate.
         """
         for judgement in judgements:
             head, judge = judgement.candidate_ids[0], f"{self.label}:{judgement.judge}"
@@ -45,16 +46,18 @@ class Member(Judge):
                     f"a judgement's id must be its candidate's with something behind it, such as "
                     f"{head}/j0; {type(self.inner).__name__} gave {judgement.id!r}."
                 )
-            yield replace(judgement, id=self._named(judgement.id, head), judge=judge)
+            yield replace(judgement, id=self._labelled_id(judgement.id, head), judge=judge)
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
         heads = [candidate.id for candidate in candidates]
-        found = self.inner.judgement_ids(candidates)
-        return [self._named(i, next(h for h in heads if i.startswith(f"{h}/"))) for i in found]
+        return [
+            self._labelled_id(name, next(head for head in heads if name.startswith(f"{head}/")))
+            for name in self.inner.judgement_ids(candidates)
+        ]
 
     def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
-        """Those of its label, as the inner judge made them."""
+        """The judgements under the label, as the inner judge made them."""
         return [
             replace(
                 j,
@@ -74,31 +77,31 @@ class Member(Judge):
     def weights_used(self) -> set[str]:
         return self.inner.weights_used()
 
-    def _named(self, record_id: str, head: str) -> str:
+    def _labelled_id(self, record_id: str, head: str) -> str:
         return f"{head}/{self.label}/{record_id[len(head) + 1 :]}"
 
 
 class EnsembleJudge(Judge):
-    """Any judges: the weighted mean of what each comes to is a candidate's score.
+    """Several judges of any kind: a candidate's score is the weighted mean of their scores.
 
-    judges: judges, or (judge, weight) with a weight over 0 (default 1); scales should be alike.
-    What `reward_model` takes is a judge too. filters: (judge, least score): a candidate that such
-    a judge gives less, or no score, gets none and is counted as `filtered`. A candidate has no
-    score either where one of `judges` gives it none: a mean over fewer is no measure of the same
-    thing. A judge that is named twice is asked once. Each judgement is kept under its member's
-    label, m0, m1, ... in the order of first naming.
+    judges: judges, or (judge, weight) with a weight over 0 (default 1). They should score on one
+    scale. Text functions and reward modules are judges too. filters: (judge, least score). A
+    candidate to which a filter gives less, or no score, has no score and is counted as `filtered`.
+    A candidate has no score either if one of `judges` gives it none: a mean over fewer judges does
+    not measure the same thing. A judge that is given twice is asked once. Each judgement is kept
+    under the label of its member: m0, m1, ... in the order in which the judges first occur.
     """
 
     def __init__(self, judges: Sequence[Any], *, filters: Sequence[Any] = ()) -> None:
-        pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in judges]
-        self._check(pairs, filters)
-        different = {id(judge): judge for judge, _ in (*pairs, *filters)}
+        weighted = [one if isinstance(one, tuple) else (one, 1.0) for one in judges]
+        self._check(weighted, filters)
+        different = {id(judge): judge for judge, _ in (*weighted, *filters)}
         members = {
             key: Member(make_judge(judge), f"m{i}")
             for i, (key, judge) in enumerate(different.items())
         }
         self.members = tuple(members.values())
-        self.weighted = [(members[id(judge)], float(weight)) for judge, weight in pairs]
+        self.weighted = [(members[id(judge)], float(weight)) for judge, weight in weighted]
         self.filters = [(members[id(judge)], float(least)) for judge, least in filters]
         self.name = ", ".join(member.name for member in self.members)
         self.reads_weights = any(member.reads_weights for member in self.members)
@@ -119,27 +122,27 @@ class EnsembleJudge(Judge):
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> dict[str, float | None]:
-        """The score of each of one prompt's candidates."""
+        """The weighted mean of the members' scores of each of one prompt's candidates."""
         judgements = list(judgements)
-        out = self.filtered(candidates, judgements)
-        found = [(m.scores(candidates, judgements), weight) for m, weight in self.weighted]
-        return {c.id: None if c.id in out else _mean(found, c.id) for c in candidates}
+        filtered = self.filtered(candidates, judgements)
+        weighted = [(m.scores(candidates, judgements), weight) for m, weight in self.weighted]
+        return {c.id: None if c.id in filtered else _mean(weighted, c.id) for c in candidates}
 
     def filtered(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> set[str]:
-        """Ids of the candidates that a filter keeps out."""
-        judgements, out = list(judgements), set[str]()
+        """Ids of the candidates to which a filter gives less than its least score, or no score."""
+        judgements, filtered = list(judgements), set[str]()
         for member, least in self.filters:
             scores = member.scores(candidates, judgements)
-            out |= {i for i, score in scores.items() if score is None or score < least}
-        return out
+            filtered |= {i for i, score in scores.items() if score is None or score < least}
+        return filtered
 
-    def _check(self, pairs: Sequence[Any], filters: Sequence[Any]) -> None:
-        if not pairs:
+    def _check(self, weighted: Sequence[Any], filters: Sequence[Any]) -> None:
+        if not weighted:
             raise JudgeError("an EnsembleJudge needs a judge that scores; filters alone do not.")
-        for what, given in (("judges", pairs), ("filters", filters)):
-            for one in given:
+        for what, entries in (("judges", weighted), ("filters", filters)):
+            for one in entries:
                 good = isinstance(one, tuple) and len(one) == 2 and is_number(one[1])
                 good = good and (hasattr(one[0], "judge") or callable(one[0]))
                 if not good or (what == "judges" and one[1] <= 0):
@@ -149,9 +152,11 @@ class EnsembleJudge(Judge):
                     )
 
 
-def _mean(found: Sequence[tuple[dict[str, float | None], float]], name: str) -> float | None:
-    """The weighted mean of what members give a candidate; None where one gives nothing."""
-    known = [(score, w) for scores, w in found if (score := scores[name]) is not None]
-    if len(known) < len(found):
+def _mean(
+    weighted: Sequence[tuple[dict[str, float | None], float]], candidate_id: str
+) -> float | None:
+    """The weighted mean of the members' scores of a candidate; None if one gives it none."""
+    known = [(score, w) for scores, w in weighted if (score := scores[candidate_id]) is not None]
+    if len(known) < len(weighted):
         return None
     return math.fsum(score * w for score, w in known) / math.fsum(w for _, w in known)

@@ -1,4 +1,4 @@
-"""Scores as expectations: where a judge states one, and how probable each allowed one is there.
+"""Expected scores: the place where a judge states a score, and the mean of the allowed ones there.
 
 Knows tokens, the forms of verdicts and the model; nothing of prompts, candidates and records.
 """
@@ -26,49 +26,52 @@ DIGITS = "0123456789"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a score stands: all ids before it, and the paths of those that may follow."""
+    """A place for a score: all ids before it, and the token paths of the scores that may follow."""
 
     ids: Ids
     trie: ScoreTrie
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads at most: the ids and all of the longest path but its last."""
+        """The most tokens that the model reads: all but the last of the longest path."""
         return len(self.ids) + len(self.trie.levels()) - 1
 
 
 class VerdictReader:
-    """Finds the places in a tokenizer's ids where verdicts of a form stand."""
+    """Finds the places in a tokenizer's ids at which verdicts of a form stand."""
 
     def __init__(self, form: VerdictForm, tokens: Tokens) -> None:
         self.form, self.tokens = form, tokens
         self._tries: dict[tuple[str, bool], ScoreTrie] = {}
+        self._digits: tuple[int, frozenset[int]] | None = None
 
     def stated(self, prompt: Ids, answer: Ids) -> Place | None:
-        """The place of the last statement in an answer; None where no token begins there.
+        """The place of the last statement in an answer; None if no token begins there.
 
-        Which number the judge took at that place does not matter. None comes where its tokens
-        divide the text otherwise than the paths do: where no beginning of the answer's ids decodes
-        to the text before the paths' first token.
+        The number that the judge took at that place does not matter. No token begins there if the
+        answer's tokens divide the text in another way than the paths do.
         """
+        # 1. the last statement in the text
         body = [i for i in answer if i not in self.tokens.end_ids]
         text = self._decode(body)
-        found = self.form.find(text)
-        if found is None:
+        statement = self.form.find(text)
+        if statement is None:
             return None
-        opens = found.start == len(found.before)
-        trie = self._trie(found.before, opens=opens)
-        start = max(0, found.start - self._lead(trie, opens))
+        # 2. the character at which the paths begin
+        opens = statement.start == len(statement.before)
+        trie = self._trie(statement.before, opens=opens)
+        start = max(0, statement.start - self._lead(trie, opens))
+        # 3. the token at that character, if one begins there
         token = self._token_at(start, body)
         if self._decode(body[:token]) != text[:start]:
             return None
         return Place((*prompt, *body[:token]), trie)
 
     def forced(self, prompt: Rendered, answer: Ids) -> Place:
-        """The place behind an answer that is closed and has the form's words behind it.
+        """The place after an answer to which the form's words are appended.
 
-        End tokens at its end are taken off and a line break follows. Without an answer the words
-        begin the turn of the assistant; where no chat template opened one, they begin a line.
+        End tokens at the answer's end are removed, and the words begin a new line. Without an
+        answer the words begin the assistant's turn, or a line if no chat template opened a turn.
         """
         end = len(answer)
         while end and answer[end - 1] in self.tokens.end_ids:
@@ -82,21 +85,21 @@ class VerdictReader:
 
     @cached_property
     def forced_length(self) -> int:
-        """Tokens at most that a forced ending takes, the last of a number's not counted."""
+        """The most tokens that a forced ending takes, without the last token of a number."""
         words = self.form.prefix
         tries = (self._trie(words, opens=True), self._trie(f"\n{words}", opens=False))
         return max(len(trie.context) + len(trie.levels()) - 1 for trie in tries)
 
     @property
     def path_length(self) -> int:
-        """Tokens of the longest number behind the form's own words."""
+        """Tokens of the longest number after the form's own words."""
         return len(self._trie(self.form.prefix, opens=True).levels())
 
     def longer(self, trie: ScoreTrie, vocab: int) -> frozenset[int]:
-        """The tokens that make another number of one that could end: those that begin a digit.
+        """The tokens that turn a score that could end here into another number.
 
-        A token begins with a digit if the text of ids that end in a digit goes on with a digit once
-        it is put behind them. Empty where no score ends at an inner node of the trie.
+        These are the tokens that begin with a digit: after ids that end in a digit, the text goes
+        on with a digit. Empty if no score ends at an inner node of the trie.
         """
         endings = trie.endings() if self.form.numeric else []
         if not endings:
@@ -106,10 +109,8 @@ class VerdictReader:
             self._digits = vocab, _digit_tokens(before, vocab, self.tokens)
         return self._digits[1]
 
-    _digits: tuple[int, frozenset[int]] | None = None
-
     def _trie(self, before: str, *, opens: bool) -> ScoreTrie:
-        """The paths behind some words. opens: the words begin a text."""
+        """The token paths of the scores after some words. opens: the words begin a text."""
         if (before, opens) not in self._tries:
             others = DIGITS if self.form.numeric else ""
             self._tries[before, opens] = build_trie(
@@ -119,7 +120,7 @@ class VerdictReader:
         return self._tries[before, opens]
 
     def _encode(self, text: str, opens: bool) -> Ids:
-        """Ids of a text; of one that goes on, without what tokenizers put before a beginning."""
+        """Ids of a text; unless it `opens` one, without what tokenizers put before a beginning."""
         if opens:
             return self.tokens.encode_part(text)
         head, whole = (self.tokens.encode_part(DIGITS[0] + t) for t in ("", text))
@@ -127,17 +128,17 @@ class VerdictReader:
         return whole[len(head) :] if is_part else self.tokens.encode_part(text)
 
     def _lead(self, trie: ScoreTrie, opens: bool) -> int:
-        """Characters of a path before its number: 1 where a token joins the space to it."""
+        """Characters of a path before its number: 1 if a token joins the space to the number."""
         value, path = trie.paths[0]
-        said = next(text for text, v in self.form.values.items() if v == value)
+        number = next(text for text, v in self.form.values.items() if v == value)
         before = (*(() if opens else self.tokens.encode_part(DIGITS[0])), *trie.context)
-        return self._length((*before, *path)) - self._length(before) - len(said)
+        return self._length((*before, *path)) - self._length(before) - len(number)
 
     def _token_at(self, character: int, ids: Sequence[int]) -> int:
         """The index of the token that holds a character of the text of `ids`.
 
-        It is the longest beginning of the ids whose text ends there or before. Texts of beginnings
-        grow, so a search by halves decodes few of them.
+        As many ids stand before it as have a text of at most `character` characters. The text grows
+        with the number of ids, so a binary search decodes few beginnings.
         """
         beginnings = range(len(ids) + 1)
         return bisect_right(beginnings, character, key=lambda n: self._length(ids[:n])) - 1
@@ -150,13 +151,13 @@ class VerdictReader:
 
 
 def _digit_tokens(before: Ids, vocab: int, tokens: Tokens) -> frozenset[int]:
-    """The ids whose text begins with a digit behind `before`, which ends in one."""
+    """The ids whose text, after `before`, begins with a digit; `before` ends in one."""
     text = tokens.decode(before) or ""
 
     def begins_with_digit(token: int) -> bool:
         try:
             longer = tokens.decode((*before, token)) or ""
-        except Exception:  # an id that the model has and the tokenizer does not know
+        except Exception:  # the model has ids that the tokenizer does not know
             return False
         return longer.startswith(text) and longer[len(text) : len(text) + 1].isdecimal()
 
@@ -166,14 +167,14 @@ def _digit_tokens(before: Ids, vocab: int, tokens: Tokens) -> frozenset[int]:
 def expected_scores(
     model: TokenModel, places: Sequence[Place], reader: VerdictReader, engine: Engine
 ) -> Iterator[tuple[int, Expected]]:
-    """The expected score at each place, with its index, as they are computed.
+    """The index of each place and its expected score, in any order.
 
-    Probabilities are those of the model as it is: no temperature.
+    The probabilities are the model's own, without a temperature.
     """
     by_trie: dict[ScoreTrie, list[int]] = {}
     for i, place in enumerate(places):
         by_trie.setdefault(place.trie, []).append(i)
     for trie, members in by_trie.items():
         longer = reader.longer(trie, model.vocab)
-        for i, found in engine.chances(model, [places[m].ids for m in members], trie, longer):
-            yield members[i], expected_score(score_probabilities(trie, found))
+        for i, chances in engine.chances(model, [places[m].ids for m in members], trie, longer):
+            yield members[i], expected_score(score_probabilities(trie, chances))

@@ -1,4 +1,4 @@
-"""Judges that are functions of text or modules that give a reward."""
+"""Judges that call a function of texts or a reward module."""
 
 from collections.abc import Callable, Iterator, Sequence
 from inspect import Parameter, signature
@@ -29,6 +29,7 @@ class FunctionJudge(Judge):
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> list[Judgement]:
         flat = [(p, c) for p, group in zip(prompts, candidates_PG, strict=True) for c in group]
+        # 1. one call with a prompt and a completion for each candidate
         columns = self._columns([p for p, _ in flat])
         texts = [c.text for _, c in flat]
         scores = self.function(prompts=[p.text for p, _ in flat], completions=texts, **columns)
@@ -39,25 +40,26 @@ class FunctionJudge(Judge):
                 f"reward function {self.name} must return one score (or None) for each of the "
                 f"{len(flat)} completions; got {came}."
             )
+        # 2. each number becomes a score, or None with its reason
         return [
             Judgement(f"{c.id}/j0", (c.id,), self.name, parsed.score, parsed.reason)
             for (_, c), parsed in zip(flat, map(score_of, scores), strict=True)
         ]
 
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-        """The rows' other columns that the function asks for by name, or all with **columns."""
+        """The other columns of the rows that the function names, or all if it takes **columns."""
         names = {key for p in prompts for key in (p.columns or {})} - {"prompts", "completions"}
-        asked = signature(self.function).parameters
-        if not any(p.kind is Parameter.VAR_KEYWORD for p in asked.values()):
-            names &= set(asked)
+        parameters = signature(self.function).parameters
+        if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+            names &= set(parameters)
         return {key: [(p.columns or {}).get(key) for p in prompts] for key in sorted(names)}
 
 
 class ModuleJudge(Judge):
-    """A reward module (or function) ids (b, t) -> (b,), (b, 1) or (b, classes).
+    """A reward module or function: ids (b, t) -> (b,), (b, 1) or (b, classes).
 
-    It sees prompt and response, unpadded, in batches of equal length. Of classes, the expected
-    class number under their softmax is the score.
+    It is called with prompts and responses of equal length, at most max_rows at once, without
+    padding. From classes the score is the expected class number under their softmax.
     """
 
     reads_weights = False
@@ -79,15 +81,8 @@ class ModuleJudge(Judge):
             for start in range(0, len(rows), self.max_rows):
                 part = rows[start : start + self.max_rows]
                 scores = self._scores([ids for _, ids in part], ctx.runtime.device)
-                for (candidate, _), score in zip(part, scores, strict=True):
-                    parsed = score_of(score)
-                    yield Judgement(
-                        f"{candidate.id}/j0",
-                        (candidate.id,),
-                        self.name,
-                        parsed.score,
-                        parsed.reason,
-                    )
+                for (c, _), parsed in zip(part, map(score_of, scores), strict=True):
+                    yield Judgement(f"{c.id}/j0", (c.id,), self.name, parsed.score, parsed.reason)
 
     @torch.no_grad()
     def _scores(self, rows: list[tuple[int, ...]], device: torch.device) -> list[float]:
@@ -99,7 +94,10 @@ class ModuleJudge(Judge):
 
 
 def reward_scores(output: Any, batch: int) -> list[float]:
-    """Scores from a reward module's output; JudgeError for a shape that is none of the three."""
+    """The scores in the output of a reward module: (b,), (b, 1) or (b, classes).
+
+    Raises JudgeError for any other shape.
+    """
     output = getattr(output, "logits", output)
     if isinstance(output, Tensor) and output.shape[:1] == (batch,):
         if output.ndim == 1:

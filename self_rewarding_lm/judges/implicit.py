@@ -1,7 +1,7 @@
-"""The intrinsic reward of DPO: how much likelier a response is than some reference says.
+"""The implicit reward of DPO: how much likelier a model finds a response than a reference does.
 
 r = log pi(y | x) - log pi_ref(y | x) ranks a model's own responses without a judge's words (CREAM,
-arXiv:2410.12735; DICE, arXiv:2406.09760). Knows log-probs and whose weights are asked; no pairs.
+arXiv:2410.12735; DICE, arXiv:2406.09760). Knows log-probs and names of weights; nothing of pairs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,24 +16,25 @@ from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.runs.run import INITIAL
 
 CURRENT = "current"
+"""The name of the present weights."""
 
 
 Sums = Mapping[str, float]
-"""Summed log-probs by candidate id."""
+"""The summed log-prob of each response, by candidate id."""
 
 
 class ImplicitJudge(Judge):
     """log pi(y|x) - log pi_ref(y|x), summed over the response's tokens, without the beta of DPO.
 
-    reference: "initial", an earlier stage's name or a path; None: no reference, log pi alone.
-    weights: pi, the present weights or others. length_mean: the reward divided by the response's
-    tokens; default only without a reference (the first round of arXiv:2410.12735, where pi_ref is
-    pi). micro_batch_tokens: that go through the model at once (default as in OptimConfig). A
-    response without tokens has no score (`empty`), nor has one that the model cannot take
-    (`too_long`).
+    reference: the weights of pi_ref: "initial", an earlier stage's name or a path; None leaves
+    log pi_ref out. weights: those of pi, named in the same way; default the present ones.
+    length_mean: divide the reward by the number of the response's tokens; by default only without a
+    reference (the first round of arXiv:2410.12735, where pi_ref is pi). micro_batch_tokens: tokens
+    that go through the model at once (default as in OptimConfig). A response has no score if it has
+    no tokens (`empty`) or is longer than the model's limit (`too_long`).
 
-    The candidates of a prompt go through the model together and with no others, so a reward is bit
-    for bit the same whatever else is asked, stopped, or worked by other processes.
+    The candidates of a prompt go through the model together and with no others. So a reward is the
+    same bit for bit, whatever else is judged and however the work is stopped or shared.
     """
 
     name = "implicit"
@@ -61,15 +62,18 @@ class ImplicitJudge(Judge):
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """Whose log-probs make the reward: pi's, and the reference's."""
+        """Names of the weights whose log-probs make the reward: pi's, then the reference's."""
         return (self.weights,) if self.reference is None else (self.weights, self.reference)
 
     def of(self, candidate: Candidate, sums: Mapping[str, Sums]) -> Judgement:
-        """The judgement of a candidate. sums: by weights; without it where it has no room."""
+        """The judgement of a candidate.
+
+        sums: by name of the weights; a candidate that is too long is missing in them.
+        """
         score, reason = None, "empty" if not candidate.ids else "too_long"
-        found = [sums[which].get(candidate.id) for which in self.asked]
-        known = [value for value in found if value is not None]
-        if candidate.ids and len(known) == len(found):
+        logprobs = [sums[which].get(candidate.id) for which in self.asked]
+        known = [value for value in logprobs if value is not None]
+        if candidate.ids and len(known) == len(logprobs):
             score, reason = known[0] - sum(known[1:]), None
             score = score / len(candidate.ids) if self.length_mean else score
         return Judgement(f"{candidate.id}/j0", (candidate.id,), self.name, score, reason)
@@ -81,13 +85,12 @@ def implicit_judgements(
     prompts: Sequence[Prompt],
     candidates_PG: Sequence[Sequence[Candidate]],
 ) -> list[list[Judgement]]:
-    """What several judges say; weights that some of them share are put into the model once."""
-    wanted = dict.fromkeys(which for judge in judges for which in judge.asked)
+    """The judgements of each judge; weights that judges share are loaded into the model once."""
+    names = dict.fromkeys(which for judge in judges for which in judge.asked)
     budget, sums = min(judge.micro_batch_tokens for judge in judges), dict[str, Sums]()
-    for which in wanted:
+    for which in names:
         with nullcontext() if which == CURRENT else ctx.weights(which):
-            found = _sums(ctx, prompts, candidates_PG, token_budget=budget)
-            sums[which] = dict(found)
+            sums[which] = dict(_sums(ctx, prompts, candidates_PG, token_budget=budget))
     flat = [candidate for candidates in candidates_PG for candidate in candidates]
     return [[judge.of(candidate, sums) for candidate in flat] for judge in judges]
 
@@ -99,15 +102,14 @@ def _sums(
     *,
     token_budget: int,
 ) -> Iterator[tuple[str, float]]:
-    """The summed log-prob of each response that fits, under the weights in the model."""
+    """Id and summed log-prob of each response that fits into the model, under its weights."""
     limit, policy = ctx.model.max_len, ctx.runtime.unwrapped(ctx.policy)
     for prompt, candidates in zip(prompts, candidates_PG, strict=True):
         fits = [c for c in candidates if limit is None or len(prompt.ids) + len(c.ids) <= limit]
         rows = [[(*prompt.ids, *c.ids)] for c in fits]
         for group in grouped(ctx.model, rows, token_budget=token_budget):
             some = [fits[i] for i in group]
-            for c, found in zip(
-                some, response_logprobs(policy, [(prompt.ids, c.ids) for c in some]), strict=True
-            ):
-                yield c.id, sum(found)
+            logprobs = response_logprobs(policy, [(prompt.ids, c.ids) for c in some])
+            for candidate, of_tokens in zip(some, logprobs, strict=True):
+                yield candidate.id, sum(of_tokens)
             ctx.runtime.stopping.heed()

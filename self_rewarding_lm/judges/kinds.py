@@ -1,4 +1,7 @@
-"""Every kind of judge: a row for each class."""
+"""The judges of the library, a row for each. The public names read these rows.
+
+To add a judge write its file, a subclass of `Judge`, and its row.
+"""
 
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.ensemble import EnsembleJudge
@@ -20,4 +23,3 @@ JUDGES: tuple[type[Judge], ...] = (
     ServerJudge,
     VoteJudge,
 )
-"""In alphabetical order. The package exports each of them under its name."""

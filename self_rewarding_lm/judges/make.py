@@ -59,7 +59,7 @@ def make_judge(
 
 
 def check_judge(judge: Any, ctx: Context) -> None:
-    """Raise where a prompt for judging cannot be used with a context's model and tokenizer."""
+    """Raise an error if a judge prompt cannot be used with a context's model and tokenizer."""
     if isinstance(judge, RewardConfig):
         check_judge_prompt(judge, ctx.tokens, ctx.model.max_len)
     elif isinstance(judge, ComparisonConfig):
@@ -67,7 +67,7 @@ def check_judge(judge: Any, ctx: Context) -> None:
 
 
 def top_score_of(reward: Any) -> float | None:
-    """The highest score that a reward prompt allows; None where it sets no limit, and of others."""
+    """The highest score that a reward prompt allows; None without a limit or for other judges."""
     if not isinstance(reward, RewardConfig):
         return None
     if reward.allowed_scores is not None:

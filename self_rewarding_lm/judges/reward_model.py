@@ -1,4 +1,4 @@
-"""A reward model of transformers as the judge: a sequence classifier with a tokenizer of its own.
+"""A reward model of transformers judges: a sequence classifier with a tokenizer of its own.
 
 Knows conversations and their scores; nothing of the policy's tokens.
 """
@@ -27,14 +27,15 @@ class RewardModelJudge(Judge):
     """A sequence-classification model that reads prompt and response as a conversation.
 
     model: a folder, a name on the hub or a module. tokenizer: default the one beside the model.
-    chat_template: a name, jinja text; default the tokenizer's own. torch_dtype: default the
-    checkpoint's ("auto"). One output is the score; of several classes it is the expected class
-    number under their softmax, as for ModuleJudge. A conversation longer than the model takes has
-    no score (`too_long`), it is never cut. micro_batch_tokens: that go through the model at once.
+    chat_template: a name or Jinja text; default the tokenizer's own. torch_dtype: default that of
+    the checkpoint ("auto"). A single output is the score; from several classes it is the expected
+    class number under their softmax, as in ModuleJudge. A conversation longer than the model's
+    limit is never cut and has no score (`too_long`). micro_batch_tokens: tokens that go through the
+    model at once.
 
-    The candidates of a prompt go through the model together and with no others; one by one where
-    the model's config has no pad_token_id, because the score is then read at a wrong token.
-    Raises ConfigError for what cannot be loaded, JudgeError without a template.
+    The candidates of a prompt go through the model together and with no others; one by one if the
+    model's config has no pad_token_id, because transformers would then read the score at a wrong
+    token. Raises ConfigError if the model cannot be loaded, JudgeError without a chat template.
     """
 
     reads_weights = False
@@ -48,8 +49,8 @@ class RewardModelJudge(Judge):
         torch_dtype: str | torch.dtype = "auto",
         micro_batch_tokens: int = 16_384,
     ) -> None:
-        self.module, found = load_classifier(model, torch_dtype=torch_dtype)
-        source = found if tokenizer is None else tokenizer
+        self.module, own_tokenizer = load_classifier(model, torch_dtype=torch_dtype)
+        source = own_tokenizer if tokenizer is None else tokenizer
         if source is None or not (chat_template or getattr(source, "chat_template", None)):
             raise JudgeError(
                 "a RewardModelJudge renders prompt and response with its own tokenizer's chat "
@@ -68,37 +69,41 @@ class RewardModelJudge(Judge):
     ) -> Iterator[Judgement]:
         self.module.to(ctx.runtime.device)
         for prompt, candidates in zip(prompts, candidates_PG, strict=True):
-            rows = [self.conversation(prompt, candidate) for candidate in candidates]
-            fits = [i for i, row in enumerate(rows) if self.limit is None or len(row) <= self.limit]
-            for i in sorted({*range(len(rows))} - {*fits}):
-                yield self._judgement(candidates[i], None, "too_long")
+            # 1. render the conversations; those that are too long have no score
+            rows: list[tuple[Candidate, Ids]] = []
+            for candidate in candidates:
+                ids = self.conversation(prompt, candidate)
+                if self.limit is None or len(ids) <= self.limit:
+                    rows.append((candidate, ids))
+                else:
+                    yield self._judgement(candidate, None, "too_long")
+            # 2. score the others in micro batches
             groups = micro_batches(
-                [len(rows[i]) for i in fits],
+                [len(ids) for _, ids in rows],
                 token_budget=self.micro_batch_tokens,
                 max_rows=1 if self.pad_id is None else None,
             )
             for group in groups:
-                places = [fits[k] for k in group]
-                scores = self._scores([rows[i] for i in places])
-                for i, score in zip(places, scores, strict=True):
-                    parsed = score_of(score)
-                    yield self._judgement(candidates[i], parsed.score, parsed.reason)
+                scores = self._scores([rows[i][1] for i in group])
+                for i, parsed in zip(group, map(score_of, scores), strict=True):
+                    yield self._judgement(rows[i][0], parsed.score, parsed.reason)
 
     def conversation(self, prompt: Prompt, candidate: Candidate) -> Ids:
-        """What the reward model reads: the prompt's messages and the response, rendered."""
+        """The ids that the reward model reads: the prompt's messages and the response."""
         if prompt.text is None or candidate.text is None:
             raise JudgeError(
                 "a RewardModelJudge reads texts, so the trainer needs tokenizer_encode and "
                 "tokenizer_decode, or tokenizer."
             )
-        asked = prompt.messages or ({"role": "user", "content": prompt.text},)
-        answer = {"role": "assistant", "content": candidate.text}
-        return self.tokens.conversation([*asked, answer], candidate.id)
+        messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+        response = {"role": "assistant", "content": candidate.text}
+        return self.tokens.conversation([*messages, response], candidate.id)
 
     @torch.no_grad()
     def _scores(self, rows: list[Ids]) -> list[float]:
-        ids, lengths = pad_rows(rows, self.pad_id or 0)
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        """The score of each row of ids."""
+        ids, lengths = pad_rows(rows, self.pad_id or 0)  # (b, t), (b,)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (b, t)
         device = device_of(self.module)
         with inferring(self.module):
             output = self.module(ids.to(device), attention_mask=mask.long().to(device))

@@ -1,4 +1,4 @@
-"""The pairwise judge: a model is shown two candidates and says which is better."""
+"""A model judges with a prompt: it scores one candidate, or says which of two is better."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
@@ -21,13 +21,13 @@ from self_rewarding_lm.scores import ParsedScore
 
 
 class SelfJudge(Judge):
-    """A model asked with a reward prompt, several times a candidate (arXiv:2401.10020, 2.2).
+    """A model scores each candidate with a reward prompt (arXiv:2401.10020, 2.2).
 
-    num_judgements: 1 whatever is asked where `reward.forced_ending` is "at_once", for nothing is
-    sampled then and all would be the same. model: another judge than the policy (the LLM annotator
-    of arXiv:2402.04792), None for the policy itself. It reads the policy's tokens. first: the
-    number of its first judgement of a candidate, where other judges have made some. asker: who is
-    asked in place of a model.
+    num_judgements: of each candidate; always 1 if `reward.forced_ending` is "at_once", because
+    nothing is sampled then and all would be equal. model: the judge (the LLM annotator of
+    arXiv:2402.04792), which reads the policy's tokens; None for the policy itself. first: the
+    number of the first judgement of a candidate, if other judges make those before. asker: answers
+    the questions in place of a model.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class SelfJudge(Judge):
 
 
 class SeveralJudges(Judge):
-    """Judges that each judge every candidate; in its score they count alike.
+    """Judges that each judge every candidate; their scores count alike.
 
-    Their judgements of a candidate must have different ids, see SelfJudge's `first`.
+    Unlike the members of an EnsembleJudge they keep their names, and number their judgements of a
+    candidate one after the other: each has a `first` of its own.
     """
 
     def __init__(self, judges: Sequence[SelfJudge]) -> None:
@@ -97,7 +98,10 @@ class SeveralJudges(Judge):
 
 
 def form_of(reward: RewardConfig) -> VerdictForm:
-    """How a reward config's judge says its score: `parse_reward` reads it, else the template."""
+    """How the judge of a reward config states its score, and how that is read.
+
+    `parse_reward` reads it if it is set, else the template.
+    """
     parse = reward.parse_reward
     if parse is not None:
 
@@ -116,15 +120,15 @@ def form_of(reward: RewardConfig) -> VerdictForm:
 
 
 def score_parser(reward: RewardConfig) -> Callable[[str], ParsedScore]:
-    """How a reward config reads a judge's text: `parse_reward` first, else the template."""
+    """The function that reads the score in a judge's text."""
     return form_of(reward).read
 
 
 def check_judge_prompt(reward: RewardConfig, tokens: Tokens, limit: int | None) -> None:
-    """Raise where a reward prompt cannot be used with a tokenizer and a model.
+    """Raise an error if a reward prompt cannot be used with a tokenizer and a model.
 
-    ConfigError where its templates are wrong or the tokenizer does not tell its numbers apart;
-    JudgeError where the empty prompt already fills the judge's context.
+    ConfigError if a template is wrong or the tokenizer gives two scores the same ids; JudgeError if
+    the judge prompt of empty texts already fills the model. limit: the model's, in tokens.
     """
     judge = SelfJudge(reward, SamplingConfig(), 1)
     assert isinstance(judge.asker, Asker)
@@ -132,15 +136,15 @@ def check_judge_prompt(reward: RewardConfig, tokens: Tokens, limit: int | None) 
 
 
 class PairwiseJudge(Judge):
-    """A model asked which of two candidates is better, in both orders, once each.
+    """A model says which of two candidates is better, once in each order.
 
-    A Judgement names the two in the order in which they were shown; its score is 1 where the first
-    wins, 0 where the second does, 0.5 for a tie, or the probability of the first (and half a
-    tie's) where the comparison has expected or forced scores. `judging.candidate_scores` makes
-    scores of candidates of them. N candidates take N (N - 1) judgements.
+    A Judgement names the two candidates in the order in which they were shown. Its score is 1 if
+    the first wins, 0 if the second wins, 0.5 for a tie; with expected or forced scores it is the
+    probability of the first plus half that of a tie. `scores.candidate_scores` makes scores of
+    candidates from them. N candidates take N (N - 1) judgements.
 
-    sampling: default temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). model: another judge
-    than the policy, None for the policy itself. asker: who is asked in place of a model.
+    sampling: default temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). model: the judge; None
+    for the policy itself. asker: answers the questions in place of a model.
     """
 
     def __init__(
@@ -175,25 +179,25 @@ class PairwiseJudge(Judge):
         for prompt, candidates in zip(prompts, candidates_PG, strict=True):
             for one, other in permutations(candidates, 2):
                 text = self.render(prompt.text or "", one.text or "", other.text or "")
-                questions.append(Question(_id(one, other), (one.id, other.id), text))
+                questions.append(Question(_comparison_id(one, other), (one.id, other.id), text))
         yield from self.asker.ask(ctx, questions)
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
-        return [_id(one, other) for one, other in permutations(candidates, 2)]
+        return [_comparison_id(one, other) for one, other in permutations(candidates, 2)]
 
 
 def form_of_comparison(comparison: ComparisonConfig) -> VerdictForm:
-    """How a comparison's judge says its verdict."""
+    """How the judge of a comparison states its verdict, and how that is read."""
     return comparison_form(comparison.verdict_prefix, comparison.labels, comparison.tie_label)
 
 
 def check_comparison(comparison: ComparisonConfig, tokens: Tokens, limit: int | None) -> None:
-    """Raise where a comparison cannot be used; as `judges.check_judge_prompt`."""
+    """Raise an error if a comparison cannot be used; errors as in `check_judge_prompt`."""
     judge = PairwiseJudge(comparison)
     assert isinstance(judge.asker, Asker)
     judge.asker.check(judge.render("", "", ""), tokens, limit)
 
 
-def _id(one: Candidate, other: Candidate) -> str:
+def _comparison_id(one: Candidate, other: Candidate) -> str:
     return f"{one.id}/vs/{other.id.rsplit('/', 1)[-1]}"

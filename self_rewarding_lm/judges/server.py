@@ -1,7 +1,7 @@
 """A judge behind an address: another, larger model that is asked in words.
 
-It reads texts, so it may have any tokenizer. Knows judge prompts and how their answers are read;
-nothing of the policy's weights.
+It reads texts, so it may have any tokenizer. Knows judge prompts and how answers are read; nothing
+of the policy's weights.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,20 +32,20 @@ PATH = "/chat/completions"
 
 
 class ServerJudge(Judge):
-    """A model at an OpenAI-compatible address as the judge (the LLM annotator of arXiv:2402.04792).
+    """A model at an OpenAI-compatible address judges (the LLM annotator of arXiv:2402.04792).
 
-    As `rewarding_model` of a self-reward stage it takes the stage's reward prompts (or comparison),
-    `judging` and number of judgements. As `judge=` of any stage it takes those given here.
+    As `rewarding_model` of a self-reward stage it uses the stage's reward prompts (or comparison),
+    `judging` and number of judgements. As `judge=` of any stage it uses those given here.
 
-    model: its name there; default the first that the server lists. reward: default the library's.
-    sampling: default temperature 0.7, top-p 0.9; top_k, min_p, min_new_tokens and
-    repetition_penalty are sent, by vLLM's names, where they are set. num_judgements of each
-    candidate, each with a seed of its own. extra: fields that are put into every request in place
-    of others; one that is None is left out. name: of its judgements, default the model's.
-    api_key: default OPENAI_API_KEY. max_in_flight, timeout, max_retries: as for ServerEngine.
+    model: its name on the server; default the first that the server lists. reward: default the
+    library's. sampling: default temperature 0.7, top-p 0.9; top_k, min_p, min_new_tokens and
+    repetition_penalty are sent by vLLM's names if they are set. num_judgements: of each candidate,
+    each with its own seed. extra: fields of every request that replace others; a field that is
+    None is left out. name: in the judgements; default the model's. api_key: default OPENAI_API_KEY.
+    max_in_flight, timeout, max_retries: as for ServerEngine.
 
-    Scores are read in what it says. Raises ConfigError for expected and forced scores, which need
-    the policy's own tokens, and for filter_fn.
+    Scores are read in the model's text. Raises ConfigError for expected and forced scores, which
+    need the policy's own tokens, and for filter_fn.
     """
 
     reads_weights = False
@@ -99,14 +99,14 @@ class ServerJudge(Judge):
         name: str | None = None,
         first: int = 0,
     ) -> SelfJudge:
-        """The judge of a reward prompt; ConfigError where its scores cannot be had so."""
+        """The judge that scores with a reward prompt. Raises ConfigError as the class does."""
         _check(reward, sampling)
         name = name or self.name
         asker = ServerAsker(self, form_of(reward), sampling, name=name)
         return SelfJudge(reward, sampling, num_judgements, name=name, first=first, asker=asker)
 
     def comparing(self, comparison: ComparisonConfig, sampling: SamplingConfig) -> PairwiseJudge:
-        """The judge of a comparison; ConfigError as above."""
+        """The judge that compares two candidates. Raises ConfigError as the class does."""
         _check(comparison, sampling)
         form = form_of_comparison(comparison)
         asker = ServerAsker(self, form, sampling, name=self.name, source="compared")
@@ -114,7 +114,7 @@ class ServerJudge(Judge):
 
 
 class ServerAsker:
-    """Asks the model of a ServerJudge. form: how it says what it decides."""
+    """Asks the model of a ServerJudge. form: how the model states what it decides."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class ServerAsker:
         self.name, self.source = name, source
 
     def ask(self, ctx: Context, questions: Sequence[Question]) -> Iterator[Judgement]:
-        """A judgement for each question, as they come; None with its reason where none does."""
+        """A judgement for each question, in any order; its score is None if the server refuses."""
         if not questions:
             return
         model = self._model()
@@ -138,17 +138,19 @@ class ServerAsker:
             yield self._judgement(questions[place], answer)
 
     def _model(self) -> str:
+        """The model's name; ConfigError if the server lists none."""
         server = self.server
         if server.model is None:
-            found = server.client.models()
-            if not found:
+            names = server.client.models()
+            if not names:
                 raise ConfigError(f"{server.client.url} lists no model; give ServerJudge(model=).")
-            server.model = found[0]
+            server.model = names[0]
         return server.model
 
     def _body(self, question: Question, model: str, seed: int) -> Body:
+        """The request for one judgement; the seed is a function of `seed` and its id."""
         s = self.sampling
-        asked = {
+        if_set = {
             "stop": list(s.stop) or None,
             "top_k": s.top_k,
             "min_p": s.min_p,
@@ -162,21 +164,22 @@ class ServerAsker:
             "temperature": s.temperature,
             "top_p": s.top_p,
             "seed": stable_hash(seed, question.id) & (2**SEED_BITS - 1),
-            **asked,
+            **if_set,
             **self.server.extra,
         }
         return {name: value for name, value in body.items() if value is not None}
 
     def _judgement(self, question: Question, answer: Body | Refusal) -> Judgement:
+        """The judgement in a server's answer, or the reason why there is no score."""
         text, score, reason = None, None, None
         if isinstance(answer, Refusal):
             reason = answer.reason
         else:
-            said = (first_choice(answer) or {}).get("message") or {}
-            text = said.get("content") if isinstance(said, Mapping) else None
+            message = (first_choice(answer) or {}).get("message") or {}
+            text = message.get("content") if isinstance(message, Mapping) else None
             if isinstance(text, str) and text:
-                read = self.form.read(text)
-                score, reason = read.score, read.reason
+                parsed = self.form.read(text)
+                score, reason = parsed.score, parsed.reason
             else:
                 text, reason = None, "empty"
         return Judgement(
@@ -190,8 +193,9 @@ class ServerAsker:
         )
 
 
-def _check(asked: RewardConfig | ComparisonConfig, sampling: SamplingConfig) -> None:
-    if asked.score_mode == "expected" or asked.forced_ending:
+def _check(prompt: RewardConfig | ComparisonConfig, sampling: SamplingConfig) -> None:
+    """Raise ConfigError for settings that no server can follow."""
+    if prompt.score_mode == "expected" or prompt.forced_ending:
         raise ConfigError(
             "a ServerJudge reads what the model says; its tokens are not the policy's, so expected "
             "and forced scores are not to be had. Use score_mode='sampled' without forced_ending "

@@ -1,8 +1,7 @@
-"""What a stage's candidates and judgements come to, counted prompt by prompt.
+"""Measures of a stage's candidates and judgements, counted prompt by prompt, and their checks.
 
-Nothing of a prompt is kept but numbers, and sums are exact, so that neither the order of the
-prompts nor the number of processes changes a measure. While they come in, the checks look at
-them.
+Only numbers are kept of a prompt, and sums are exact, so neither the order of the prompts nor the
+number of processes changes a measure. The checks look at the counts while they grow.
 """
 
 import math
@@ -21,12 +20,13 @@ from self_rewarding_lm.scores import both_orders, candidate_scores
 
 @dataclass
 class Share:
-    """A part of a whole."""
+    """A part of a whole; `part` is an exact fraction as long as all parts are finite."""
 
     part: Any = 0
     whole: int = 0
 
     def add(self, part: float, whole: int) -> None:
+        """Add to the part and to the whole."""
         exact = isinstance(part, float) and math.isfinite(part)
         self.part += Fraction(part) if exact else part
         self.whole += whole
@@ -34,7 +34,7 @@ class Share:
 
 @dataclass
 class JudgeTally:
-    """How a judge did; all judgements of a prompt's candidates are added at once."""
+    """Counts of a judge's judgements; those of all candidates of a prompt are added at once."""
 
     parsed: Share = field(default_factory=Share)
     score: Share = field(default_factory=Share)
@@ -51,15 +51,15 @@ class JudgeTally:
         judgements: Sequence[Judgement],
         scores: Mapping[str, float | None] | None = None,
     ) -> None:
-        """Count one or more prompts. scores: of the candidates; default `candidate_scores`."""
+        """Count one or more prompts. scores: by candidate id; default `candidate_scores`."""
         self._add_singles(judgements)
         known = candidate_scores(candidates, judgements) if scores is None else scores
         by_prompt: dict[str, list[float]] = {}
         for candidate in candidates:
             if (score := known[candidate.id]) is not None:
                 by_prompt.setdefault(candidate.prompt_id, []).append(score)
-        ranked = [own for own in by_prompt.values() if len(own) >= 2]
-        self.tie.add(sum(max(own) == min(own) for own in ranked), len(ranked))
+        several = [of_prompt for of_prompt in by_prompt.values() if len(of_prompt) >= 2]
+        self.tie.add(sum(max(s) == min(s) for s in several), len(several))
         compared = both_orders(j for j in judgements if len(j.candidate_ids) == 2).values()
         orders = [(there, back) for there, back in compared if None not in (there, back)]
         self.position_agreement.add(sum(a == b for a, b in orders), len(orders))
@@ -69,20 +69,20 @@ class JudgeTally:
         self.forced.add(sum(j.source == "forced" for j in judgements), len(judgements))
 
     def _add_singles(self, judgements: Sequence[Judgement]) -> None:
-        """Judgements of one candidate by one judge, and how far they agree."""
+        """Count judgements of one candidate, and how far several by one judge agree."""
         singles: dict[tuple[str, str], list[float]] = {}
         for j in judgements:
             if j.score is not None and len(j.candidate_ids) == 1:
                 singles.setdefault((j.candidate_ids[0], j.judge), []).append(j.score)
-        for own in singles.values():
-            self.score.add(math.fsum(own), len(own))
-            rounded = [round(score, 1) for score in own]
+        for scores in singles.values():
+            self.score.add(math.fsum(scores), len(scores))
+            rounded = [round(score, 1) for score in scores]
             self.rounded.update(rounded)
-            twos = list(combinations(rounded, 2))
-            self.self_agreement.add(sum(a == b for a, b in twos), len(twos))
+            pairs = list(combinations(rounded, 2))
+            self.self_agreement.add(sum(a == b for a, b in pairs), len(pairs))
 
     def metrics(self) -> dict[str, float]:
-        """The measures of `judge_metrics`."""
+        """The measures that `judge_metrics` describes."""
         modal = Share(max(self.rounded.values(), default=0), self.score.whole)
         shares = {
             "judge/parse_rate": self.parsed,
@@ -99,7 +99,7 @@ class JudgeTally:
 
 @dataclass
 class StageTally:
-    """A stage's prompts, candidates and judgements. Tallies of processes can be added."""
+    """Counts of a stage's prompts, candidates and judgements; see `together` for processes."""
 
     prompts: int = 0
     candidates: int = 0
@@ -116,7 +116,7 @@ class StageTally:
         judgements: Sequence[Judgement],
         scores: Mapping[str, float | None] | None = None,
     ) -> None:
-        """Count one prompt; scores as for a JudgeTally."""
+        """Count one prompt. scores: of its candidates, as in a JudgeTally."""
         self.prompts += 1
         self.candidates += len(candidates)
         self.judgements += len(judgements)
@@ -128,7 +128,7 @@ class StageTally:
         self.judge.add(candidates, judgements, scores)
 
     def metrics(self) -> dict[str, float]:
-        """`completions/...` and `judge/...`; completions/re_encoded only where there are any."""
+        """`completions/...` and `judge/...`; completions/re_encoded only if there are any."""
         return {
             "completions/mean_length": self.tokens / max(1, self.answered),
             "completions/clipped_ratio": self.clipped / max(1, self.answered),
@@ -138,7 +138,7 @@ class StageTally:
 
 
 def together(tallies: Sequence[Any]) -> Any:
-    """One tally of several of a kind."""
+    """The sum of several tallies of one kind, field by field."""
     first = tallies[0]
     if not isinstance(first, JudgeTally | StageTally | Share):
         return sum(tallies[1:], first)
@@ -149,23 +149,25 @@ def together(tallies: Sequence[Any]) -> Any:
 def judge_metrics(
     candidates: Sequence[Candidate], judgements: Sequence[Judgement]
 ) -> dict[str, float]:
-    """How a judge did on a stage's candidates.
+    """Measures of a judge on a stage's candidates; a measure of nothing is left out.
 
-    judge/parse_rate: judgements with a score. Of judgements of one candidate, scores rounded to
-    one decimal: judge/score_mean; judge/modal_share, the commonest score's share (1.0 for a judge
-    that always says the same); judge/self_agreement, of pairs of judgements of a candidate by one
-    judge those with the same score. Of judgements of two: judge/position_agreement, of comparisons
-    known in both orders those with the same verdict. judge/tie_rate: of prompts with two scored
-    candidates, those where the best and the worst have the same score. judge/score_mass: its mean
-    where it was looked at. judge/forced_share: judgements whose ending was forced, where any was.
-    A measure that nothing is known of is left out.
+    judge/parse_rate: the share of judgements with a score. judge/tie_rate: the share of prompts
+    with two scored candidates whose best and worst score are equal. judge/score_mass: the mean
+    probability of all allowed scores together. judge/forced_share: the share of judgements whose
+    ending was forced, if any was.
+    Of judgements of one candidate: judge/score_mean; judge/modal_share, the share of the commonest
+    score (1.0 for a judge that always gives the same); judge/self_agreement, the share of pairs of
+    judgements of a candidate by one judge that give the same score. The last two round scores to
+    one decimal.
+    Of judgements of two candidates: judge/position_agreement, the share of comparisons known in
+    both orders that have the same verdict in both.
     """
     tally = JudgeTally()
     tally.add(candidates, judgements)
     return tally.metrics()
 
 
-SHOWN = 3  # texts of a judge that cannot be read, in the error
+SHOWN = 3  # unreadable texts of a judge that an error shows
 
 
 ADVICE = (
@@ -178,9 +180,9 @@ ADVICE = (
 
 
 class JudgeWatcher:
-    """Sees the judgements of a stage on one of `world` processes.
+    """Checks the judgements of a stage on one of `world` processes.
 
-    Its methods give the words of an error, or None: all processes have to raise together.
+    Its methods return the text of an error, or None: all processes have to raise it together.
     """
 
     def __init__(self, checker: Checker, *, min_parse_rate: float, world: int = 1) -> None:
@@ -188,10 +190,10 @@ class JudgeWatcher:
         self.look = math.ceil(FIRST_LOOK / world)
         self.scored = self.judged = self.not_finite = 0
         self.unread: list[Judgement | MetaJudgement] = []
-        """The first without a score, to show."""
+        """The first judgements without a score, which an error shows."""
 
     def count(self, judgements: Sequence[Judgement | MetaJudgement]) -> None:
-        """Count judgements, new ones or those of an attempt before."""
+        """Count judgements: new ones, or those that an earlier attempt stored."""
         self.judged += len(judgements)
         without = [j for j in judgements if j.score is None]
         self.scored += len(judgements) - len(without)
@@ -199,15 +201,15 @@ class JudgeWatcher:
         self.unread += without[: SHOWN - len(self.unread)]
 
     def see_new(self, judgements: Sequence[Judgement]) -> str | None:
-        """Check `scores_not_finite`: of judgements that were counted and are not stored yet."""
-        found = [j.id for j in judgements if j.reason == "not_finite"]
-        if not found:
+        """The check `scores_not_finite`, of judgements that are counted and not stored yet."""
+        ids = [j.id for j in judgements if j.reason == "not_finite"]
+        if not ids:
             return None
         return self.checker.failing(
             "scores_not_finite",
             self.not_finite / self.judged,
             f"{self.not_finite} of {self.judged} judgements gave NaN or infinity, such as "
-            f"{', '.join(found[:8])}. A reward function or module has to give finite numbers, or "
+            f"{', '.join(ids[:8])}. A reward function or module has to give finite numbers, or "
             "None where there is no score; with a judging model its logits are not finite: the "
             "training before has diverged, or its type is too narrow. The last ones are not "
             "stored and will be judged again.",
@@ -216,7 +218,7 @@ class JudgeWatcher:
     def see_parsed(
         self, stage: str, where: object, *, noun: str = "judgements", advice: str = ADVICE
     ) -> str | None:
-        """Check `min_parse_rate`. where: the stage's folder. noun: what was counted."""
+        """The check `min_parse_rate`. where: the stage's folder. noun: names what was counted."""
         if self.judged < self.look or self.scored >= self.min_parse_rate * self.judged:
             return None
         texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in self.unread)
@@ -229,13 +231,13 @@ class JudgeWatcher:
         )
 
     def see_scores(self, tally: JudgeTally) -> str | None:
-        """Checks `one_score` and `ties`, of all that was judged so far."""
-        found, failure = tally.metrics(), None
+        """The checks `one_score` and `ties`, of all judgements so far."""
+        metrics, failure = tally.metrics(), None
         if tally.score.whole >= self.look:
             commonest, count = tally.rounded.most_common(1)[0]
             failure = self.checker.failing(
                 "one_score",
-                found["judge/modal_share"],
+                metrics["judge/modal_share"],
                 f"{count} of {tally.score.whole} scores are {commonest:g} (rounded to one decimal; "
                 "judge/modal_share): the judge does not tell responses apart, and what is left are "
                 "ties and noise. Take score_mode='expected', a comparison, another reward prompt "
@@ -245,8 +247,8 @@ class JudgeWatcher:
         if failure is None and tally.tie.whole >= self.look:
             failure = self.checker.failing(
                 "ties",
-                found["judge/tie_rate"],
-                f"of {tally.tie.whole} prompts {found['judge/tie_rate']:.0%} have the same score "
+                metrics["judge/tie_rate"],
+                f"of {tally.tie.whole} prompts {metrics['judge/tie_rate']:.0%} have the same score "
                 "for their best and their worst response (judge/tie_rate) and give no pair. Take "
                 "score_mode='expected', more num_sampled_reward_responses, a higher "
                 "generation.temperature or another judge.",

@@ -1,4 +1,4 @@
-"""Judge prompts: templates of one response, of two, and of judgements, compiled and checked."""
+"""Templates of judge prompts, compiled and checked: of one response, of two, of two judgements."""
 
 import re
 from collections.abc import Callable
@@ -10,22 +10,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from self_rewarding_lm.data.control_tokens import Filled, fill
 from self_rewarding_lm.errors import ConfigError
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # around what is put into a template; no text has them
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # around each value put into a template; no text has them
 
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     autoescape=False,
     keep_trailing_newline=True,
-    undefined=StrictUndefined,  # what the sandbox refuses would be rendered as nothing
-    finalize=lambda put: f"{_OPEN}{put}{_CLOSE}",
+    undefined=StrictUndefined,  # else what the sandbox refuses would be rendered as nothing
+    finalize=lambda value: f"{_OPEN}{value}{_CLOSE}",
 )
 
 
 def compile_prompt_template(template: str, *, auto_dedent: bool) -> Callable[[str, str], Filled]:
-    """The function (prompt, response) -> judge prompt of a jinja2 template.
+    """The function (prompt, response) -> judge prompt of a Jinja template.
 
-    The judge prompt knows which of its characters the template put in. Raises ConfigError where
-    `prompt` or `response` is missing or another variable is asked for.
+    The judge prompt knows which of its characters are data, not the template's. Raises ConfigError
+    if `prompt` or `response` is missing in the template or it has another variable.
     """
     return _compiled(template, ("prompt", "response"), auto_dedent)
 
@@ -33,20 +33,24 @@ def compile_prompt_template(template: str, *, auto_dedent: bool) -> Callable[[st
 def compile_comparison_template(
     template: str, *, auto_dedent: bool
 ) -> Callable[[str, str, str], Filled]:
-    """The function (prompt, response_a, response_b) -> judge prompt; errors as above."""
+    """The function (prompt, response_a, response_b) -> judge prompt of a Jinja template.
+
+    Raises ConfigError if the template has not exactly these variables.
+    """
     return _compiled(template, ("prompt", "response_a", "response_b"), auto_dedent)
 
 
 def compile_meta_template(template: str, *, auto_dedent: bool) -> Callable[[str, str, str], Filled]:
-    """The function (judge prompt, judgement a, judgement b) -> meta-judge prompt; errors as above.
+    """The function (judge_prompt, judgement_a, judgement_b) -> meta-judge prompt of a template.
 
-    All three are data in it, the judge prompt too.
+    All three are data in it, the judge prompt too. Raises ConfigError if the template has not
+    exactly these variables.
     """
     return _compiled(template, ("judge_prompt", "judgement_a", "judgement_b"), auto_dedent)
 
 
 def template_parts(template: str) -> tuple[str, str]:
-    """The texts before and behind {{ reward }}; ConfigError where it is not there once."""
+    """The texts before and after {{ reward }}; ConfigError unless the template has it once."""
     names = _variables(template, "reward_regex_template")
     if names != {"reward"}:
         raise ConfigError(
@@ -88,7 +92,7 @@ def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Call
 
 
 def _filled(marked: str) -> Filled:
-    """A rendering without the marks around what was put in; they may stand within each other."""
+    """A rendering without the marks around its values, which may be nested."""
     parts, depth = [], 0
     for part in re.split(f"([{_OPEN}{_CLOSE}])", marked):
         if part in (_OPEN, _CLOSE):

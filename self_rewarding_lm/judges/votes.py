@@ -1,4 +1,4 @@
-"""Self-consistency: the answer that most of a prompt's candidates give (ScPO, arXiv:2411.04109).
+"""Self-consistency: candidates vote for the answers that they give (ScPO, arXiv:2411.04109).
 
 Knows how answers are written at the end of a text; nothing of models and tokens.
 """
@@ -13,10 +13,10 @@ from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 
-READ_CHARACTERS = 20_000  # of the end of a text
+READ_CHARACTERS = 20_000  # at the end of a text that are read
 
 
-MOST_DIGITS = 400  # of a number; a longer one is no answer
+MOST_DIGITS = 400  # a longer number is no answer
 
 
 _WHOLE = (
@@ -55,9 +55,9 @@ _CHOICES = tuple(
 def last_number(text: str) -> Fraction | None:
     """The number that a text ends with, exact, so that 12, 12.0 and 24/2 are one answer.
 
-    The last \\boxed{...} counts, else the line behind the last ####, else the last number of the
-    text. Commas stand between thousands; 1/2 and \\frac{1}{2} are fractions. Of longer texts the
-    last 20,000 characters are read.
+    It is looked for in the last \\boxed{...}, else in the line after the last ####, else in the
+    whole text. Commas separate thousands; 1/2 and \\frac{1}{2} are fractions. Only the last 20,000
+    characters are read.
     """
     text = text[-READ_CHARACTERS:]
     boxes = _BOX.findall(text)
@@ -66,17 +66,17 @@ def last_number(text: str) -> Fraction | None:
     elif "####" in text:
         text = text.rpartition("####")[2].strip().partition("\n")[0]
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "")
-    found = None
+    last = None
     for match in _NUMBER.finditer(_FRACTION.sub(r"\1/\2", text)):
-        found = match
-    return None if found is None else _value(found)
+        last = match
+    return None if last is None else _value(last)
 
 
 def last_choice(text: str) -> str | None:
-    """The letter A to J that a text chooses, as a capital.
+    """The letter from A to J that a text chooses, as a capital; None if it chooses none.
 
-    The last \\boxed{B} counts, else the last "answer is B" or "Answer: B", else the last "(B)",
-    else the last line that is nothing but a letter, else the last line that begins with "B.".
+    It is read in the last \\boxed{B}, else in the last "answer is B" or "Answer: B", else in the
+    last "(B)", else in the last line that is only a letter, else in the last that begins with "B.".
     """
     text = text[-READ_CHARACTERS:]
     boxes = _BOX.findall(text)
@@ -84,9 +84,9 @@ def last_choice(text: str) -> str | None:
         letters = re.findall(r"(?<![A-Za-z])[A-J](?![A-Za-z])", boxes[-1])
         return letters[-1] if letters else None
     for pattern in _CHOICES:
-        found = [match["letter"] for match in pattern.finditer(text)]
-        if found:
-            return found[-1].upper()
+        letters = [match["letter"] for match in pattern.finditer(text)]
+        if letters:
+            return letters[-1].upper()
     return None
 
 
@@ -97,31 +97,31 @@ EXTRACTORS: dict[str, Callable[[str], Hashable | None]] = {
 
 
 class VoteJudge(Judge):
-    """The share of a prompt's candidates that give a candidate's answer is its score.
+    """A candidate's score is the share of its prompt's candidates that give the same answer.
 
-    extract: "number" (`last_number`), "choice" (`last_choice`), or a function of a response's text
-    that gives its answer (anything that can be compared and hashed) or None. The shares are of all
-    the prompt's candidates (k of arXiv:2411.04109, section 2), those without an answer included;
+    extract: "number" (`last_number`), "choice" (`last_choice`), or a function from a response's
+    text to its answer (any value that can be compared and hashed) or None. The share is of all
+    candidates of the prompt (k of arXiv:2411.04109, section 2), those without an answer included;
     these have no score (`no_answer`). A judgement's text is the answer. No model is asked.
     """
 
     reads_weights = False
 
     def __init__(self, extract: str | Callable[[str], Hashable | None] = "number") -> None:
-        found = EXTRACTORS.get(extract) if isinstance(extract, str) else extract
-        if not callable(found):
+        function = EXTRACTORS.get(extract) if isinstance(extract, str) else extract
+        if not callable(function):
             raise JudgeError(
                 f"VoteJudge: extract must be {', '.join(map(repr, EXTRACTORS))} or a function of a "
                 f"text that gives its answer or None; got {extract!r:.200}."
             )
-        self.extract = found
-        named = extract if isinstance(extract, str) else getattr(extract, "__name__", "own")
-        self.name = f"votes:{named}"
+        self.extract = function
+        name = extract if isinstance(extract, str) else getattr(extract, "__name__", "own")
+        self.name = f"votes:{name}"
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> list[Judgement]:
-        found = []
+        judgements = []
         for candidates in candidates_PG:
             answers = [self._answer(candidate) for candidate in candidates]
             votes = Counter(answer for answer in answers if answer is not None)
@@ -129,12 +129,13 @@ class VoteJudge(Judge):
                 score = None if answer is None else votes[answer] / len(candidates)
                 reason = "no_answer" if answer is None else None
                 text = None if answer is None else str(answer)
-                found.append(
+                judgements.append(
                     Judgement(f"{candidate.id}/j0", (candidate.id,), self.name, score, reason, text)
                 )
-        return found
+        return judgements
 
     def _answer(self, candidate: Candidate) -> Hashable | None:
+        """A candidate's answer; JudgeError if it has no text or its answer cannot be hashed."""
         if candidate.text is None:
             raise JudgeError(
                 "a VoteJudge reads texts, so the trainer needs tokenizer_encode and "
@@ -152,6 +153,7 @@ class VoteJudge(Judge):
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
+    """The value of a number or fraction; None if it is too long or divides by zero."""
     parts = [match["top"], match["bottom"] or "1"]
     if max(map(len, parts)) > MOST_DIGITS:
         return None
