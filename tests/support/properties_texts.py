@@ -183,8 +183,8 @@ WRITTEN = st.sampled_from(
         PLAIN_WORDS,
     ),
     mutants={
-        "number_of(found.scale) != high": "number_of(found.scale) == high",
-        "score = number_of(found.said)": "score = float(found.start)",
+        "number_of(statement.scale) != high": "number_of(statement.scale) == high",
+        "score = number_of(statement.said)": "score = float(statement.start)",
     },
     examples=600,
 )
@@ -211,8 +211,8 @@ def the_last_score_that_is_written_is_the_one_that_is_read(judging, case):
         st.sampled_from(["Score:", "", "rate"]),
     ),
     mutants={
-        "found[group], start + skipped,": "found[group], start,",
-        "found[-1].start(), skipped)\n    return _bare_score": "0, skipped)\n    return _bare_score",
+        "match[group], start + skipped,": "match[group], start,",
+        "matches[-1].start(), skipped)\n    return _bare_score": "0, skipped)\n    return _bare_score",
         "text = _ascii_digits(text[skipped:])": "text = _ascii_digits(text[:PARSED_CHARACTERS])",
     },
 )
@@ -240,7 +240,7 @@ LABELS = st.sampled_from([("A", "B", "C"), ("1", "2", "tie"), ("[[A]]", "[[B]]",
     st.tuples(JUDGE_TEXT, LABELS, st.integers(0, 2), PLAIN_WORDS),
     mutants={
         "labels[0]: 1.0, labels[1]: 0.0": "labels[0]: 0.0, labels[1]: 1.0",
-        'ParsedScore(None, "no_verdict") if found is None': "ParsedScore(0.5) if found is None",
+        'return ParsedScore(None, "no_verdict")': "return ParsedScore(0.5)",
     },
 )
 def the_last_verdict_that_is_written_is_the_one_that_is_read(judging, case):
