@@ -70,6 +70,6 @@ def top_score_of(reward: Any) -> float | None:
     """The highest score that a reward prompt allows; None without a limit or for other judges."""
     if not isinstance(reward, RewardConfig):
         return None
-    if reward.allowed_scores is not None:
+    if reward.allowed_scores:
         return float(max(reward.allowed_scores))
     return None if reward.score_range is None else float(reward.score_range[1])

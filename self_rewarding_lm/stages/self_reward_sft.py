@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from self_rewarding_lm.config import Object, RewardConfig
+from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.errors import ConfigError, PairingError
+from self_rewarding_lm.judges.make import top_score_of
 from self_rewarding_lm.judges.server import ServerJudge
 from self_rewarding_lm.records import Candidate, Demonstration, Prompt
 from self_rewarding_lm.runs.lines import Joined
@@ -122,7 +123,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         )
         if self.judge is None and own:
             rewards = self._rewards(ctx).values()
-            tops = {1.0} if self.comparison is not None else {_highest(r) for r in rewards}
+            tops = {1.0} if self.comparison is not None else set(map(top_score_of, rewards))
         top = tops.pop()
         if top is None or tops:
             raise ConfigError(
@@ -139,13 +140,6 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             on_bad_row=self.on_bad_row,
             checks=self.checks,
         )
-
-
-def _highest(reward: RewardConfig) -> float | None:
-    """The highest score of a reward prompt; None where it names none."""
-    if reward.allowed_scores:
-        return float(max(reward.allowed_scores))
-    return None if reward.score_range is None else float(reward.score_range[1])
 
 
 class TopMaker(PairMaker):
