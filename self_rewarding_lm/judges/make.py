@@ -45,8 +45,7 @@ def make_judge(
         )
     if isinstance(judge, ComparisonConfig):
         return PairwiseJudge(judge, judging, model=model)
-    is_judge_or_callable = hasattr(judge, "judge") or callable(judge)
-    if not is_judge_or_callable:
+    if not hasattr(judge, "judge") and not callable(judge):
         raise ConfigError(
             "a judge is a RewardConfig, a ComparisonConfig, an object with judge(ctx, prompts, "
             f"candidates), a text function or a reward module; got {type(judge).__name__}."
@@ -55,7 +54,7 @@ def make_judge(
         return judge if isinstance(judge, Judge) else WrappedJudge(judge)
     if not isinstance(judge, nn.Module) and "completions" in signature(judge).parameters:
         return FunctionJudge(judge)
-    return ModuleJudge(judge)
+    return ModuleJudge(judge)  # type: ignore[arg-type]
 
 
 def check_judge(judge: Any, ctx: Context) -> None:
