@@ -60,9 +60,10 @@ class Tokens:
     eos_id: the token that ends a response; None asks the tokenizer and the template. end_ids:
     further ids that end a response, as a model's generation config names them.
 
-    renders: whether a text is a user's message and goes through the template. template: its text,
-    None if it is the tokenizer's own. eos_id: the token that is put behind a response, None if
-    none is known. end_ids: all tokens that end a response, by end of turn or end of text.
+    Of its attributes, `renders` says whether a text is a user's message and goes through the
+    template, `template` is that template's text (None if it is the tokenizer's own), `eos_id` the
+    token that is put behind a response (None if none is known), and `end_ids` are all tokens that
+    end a response: end of turn and end of text.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class Fit:
 
     def run(self) -> int:
         """Train; returns how many steps are done, those before an interruption included."""
-        runtime, earlier = self.ctx.runtime, self.round_state
+        runtime, round_state = self.ctx.runtime, self.round_state
         # 1. if this training was stopped, load the weights it had; forget what was logged later
         self.nth = self.out.count_training(self.round)
         saved = self._load_saved_state()
@@ -106,7 +106,7 @@ class Fit:
             restored.enter_context(random_numbers_kept())
             restored.enter_context(modes_kept(self.ctx.policy))
             self.module = restored.enter_context(runtime.training(self.ctx.policy))
-            warns = not earlier.optimizer_states  # an earlier round has warned already
+            warns = not round_state.optimizer_states  # an earlier round has warned already
             restored.enter_context(dropout_set(self.module, self.dropout, warns=warns))
             if self.optim.gradient_checkpointing:
                 restored.enter_context(self._policy.token_model.checkpointing())
@@ -120,18 +120,18 @@ class Fit:
             # 4. copy the weights of a moving reference, unless an earlier round did
             moving = getattr(self.objective, "live", None)
             if moving is not None:
-                earlier.live = earlier.live or LiveReference(moving)
-                earlier.live.begin(self._policy)
-            self.forwards = Forwards(self.ctx, self.optim, self.module, earlier.live)
+                round_state.live = round_state.live or LiveReference(moving)
+                round_state.live.begin(self._policy)
+            self.forwards = Forwards(self.ctx, self.optim, self.module, round_state.live)
             # 5. go on from the optimisers of the round before, or from the saved state
-            earlier.give_to(self.optimizers)
+            round_state.give_to(self.optimizers)
             if saved is not None:
                 self._resume(saved)
             # 6. train
             try:
                 steps = self._train(done)
-                if earlier.rounds > 1:
-                    earlier.take_from(self.optimizers)
+                if round_state.rounds > 1:
+                    round_state.take_from(self.optimizers)
                 self.out.tell("trained")
                 return steps
             finally:
@@ -177,8 +177,9 @@ class Fit:
 
     def _step(self, rows: list[int], step: int) -> dict[str, float]:
         """One optimiser step on these rows of the objective, and its metrics. step: from 0."""
-        runtime, earlier = self.ctx.runtime, self.round_state
-        # 1. prepare the batch: this process's share of its rows, in micro-batches
+        runtime, round_state = self.ctx.runtime, self.round_state
+        # 1. prepare the batch: dropout's noise, this process's rows in micro-batches, what a moving
+        #    reference says of them
         noise = (self.ctx.seed, self.ctx.stage, "dropout", self.round, step, runtime.rank)
         torch.manual_seed(stable_hash(*noise))
         self.module.train()
@@ -206,12 +207,13 @@ class Fit:
             if not math.isfinite(value):
                 self._raise_not_finite(name, value, runtime.gather(bad_rows) or rows, step)
 
-        # 4. optimiser step: clip the gradient, set the learning rate, step
+        # 4. clip the gradient, set the learning rate, take the optimiser step
         norm = runtime.clip_gradients(self.module.parameters(), self.optim.max_grad_norm)
         if not math.isfinite(norm) and runtime.loss_scale <= 1:
             self._raise_not_finite("gradient norm", norm, rows, step)
-        steps_before = self.round * self.total if earlier.rounds > 1 else 0  # rounds equally long
-        rate = learning_rate_at(steps_before + step, earlier.rounds * self.total, self.optim)
+        # one schedule over all rounds, as if they were equally long
+        steps_before = self.round * self.total if round_state.rounds > 1 else 0
+        rate = learning_rate_at(steps_before + step, round_state.rounds * self.total, self.optim)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -220,8 +222,8 @@ class Fit:
             optimizer.zero_grad()
 
         # 5. a moving reference follows the weights
-        if earlier.live:
-            earlier.live.follow(self._policy)
+        if round_state.live:
+            round_state.live.follow(self._policy)
         return {"loss": means.pop("loss"), "grad_norm": norm, "learning_rate": rate, **means}
 
     @property
