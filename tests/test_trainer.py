@@ -27,6 +27,7 @@ from self_rewarding_lm import (
     create_mock_dataset,
     from_stage,
 )
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import (
     AdapterError,
     ConfigError,
@@ -232,6 +233,15 @@ def test_a_prompt_that_is_too_long_is_found_before_an_earlier_stage_trains(tmp_p
     prompts = ["tell", "a" * 40]
     with pytest.raises(DataError, match="prompt_dataset, row 1: the prompt has 40 tokens"):
         trainer_of(tmp_path, [sft(), self_reward(prompt_dataset=prompts)], small_xt())
+
+
+def test_a_warning_of_another_chat_template_comes_once_a_stage(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        Tokens, "compare_template", lambda _, stage, weights: compared.append(stage)
+    )
+    trainer_of(tmp_path, [sft(), sft()])(rehearse=False)
+    assert compared == ["sft", "sft-2"]
 
 
 def test_reference_log_probs_of_other_weights_are_not_taken_for_the_models_own(tmp_path):
