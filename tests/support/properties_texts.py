@@ -592,7 +592,7 @@ MODEL_TEXT = st.lists(
     st.tuples(MODEL_TEXT, st.integers(1, 12), st.booleans()),
     mutants={
         "return text if any(character.isalpha() for character in text)": "return text if True",
-        "return reader.found[:whole]": "return reader.found",
+        "return reader.instructions[:whole]": "return reader.instructions",
         'counts.count("unfinished")': "pass",
     },
     examples=750,
@@ -636,7 +636,7 @@ NUMBERING = st.sampled_from(
     mutants={
         '_LABEL.sub("", "\\n".join(kept).strip(), count=1)': '"\\n".join(kept)',
         "self.number < number <= self.number + 1 + SKIPPED_NUMBERS": "self.number + 1 < number <= self.number + 1 + SKIPPED_NUMBERS",
-        "self.started, self.number, self.indent, self.item = True, number, indent, []": "self.started, self.number, self.indent, self.item = True, 1, indent, []",
+        "self.has_begun, self.number, self.item_indent, self.item = True, number, indent, []": "self.has_begun, self.number, self.item_indent, self.item = True, 1, indent, []",
     },
     examples=300,
 )
