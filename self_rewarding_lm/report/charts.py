@@ -134,7 +134,7 @@ def ticks(low: float, high: float, about: int) -> list[float]:
         room = abs(low) / 2 or 0.5
         low, high = low - room, high + room
     power = 10.0 ** math.floor(math.log10((high - low) / about))
-    step = next(f * power for f in (1, 2, 5, 10) if f * power * about >= high - low - 1e-12)
+    step = next(f * power for f in (1, 2, 5, 10) if f * power * about >= (high - low) * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 

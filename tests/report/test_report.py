@@ -234,6 +234,12 @@ def test_ticks_are_round_and_hold_all_values(low, high, found):
     assert ticks(low, high, 4) == pytest.approx(found)
 
 
+def test_ticks_of_tiny_numbers_are_as_few_as_those_of_others():
+    """There were thirteen: what is allowed for rounding was larger than the numbers."""
+    found = ticks(3e-16, 1.2e-15, 4)
+    assert found == pytest.approx([0, 5e-16, 1e-15, 1.5e-15])
+
+
 def test_numbers_and_times_are_written_for_people():
     assert [number(x) for x in (None, 1234567, 0.123456, 2.0, math.nan, -3)] == [
         "unknown", "1,234,567", "0.1235", "2", "nan", "-3",
