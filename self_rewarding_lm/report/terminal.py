@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from typing import Any
 
+from tqdm import tqdm
+
 from self_rewarding_lm.records import Candidate, Judgement
 from self_rewarding_lm.report.examples import (
     SAMPLE,
@@ -23,7 +25,7 @@ from self_rewarding_lm.report.figures import StageFigures, is_metric, stage_figu
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.text import aligned, duration, number
+from self_rewarding_lm.text import aligned, number
 
 WIDTH = 100
 
@@ -251,5 +253,5 @@ def stage_table(run: Run, stage: str) -> str:
 
 
 def _stage_heading(figures: StageFigures) -> str:
-    times = [f"{name} {duration(seconds)}" for name, seconds in figures.seconds.items()]
+    times = [f"{name} {tqdm.format_interval(seconds)}" for name, seconds in figures.seconds.items()]
     return f"{figures.name}: {figures.state}" + (f" in {' + '.join(times)}" if times else "")
