@@ -22,23 +22,6 @@ from self_rewarding_lm.stages.kinds import STAGES
 from self_rewarding_lm.text import markdown_table, number
 from self_rewarding_lm.training.losses import PAIR_LOSSES
 
-
-def upload_folder(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a folder as a model, and make its repository if there is none. Returns the address.
-
-    Logging in is huggingface_hub's business. Raises AdapterError if it is not installed.
-    """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise AdapterError(
-            "uploading needs huggingface_hub: pip install 'self-rewarding-lm[hf]'."
-        ) from error
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -129,6 +112,22 @@ def card_text(run: Run, stage: str, folder: Path) -> str:
         _sources(stages),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def upload_folder(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a folder as a model, and make its repository if there is none. Returns the address.
+
+    Logging in is huggingface_hub's business. Raises AdapterError if it is not installed.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise AdapterError(
+            "uploading needs huggingface_hub: pip install 'self-rewarding-lm[hf]'."
+        ) from error
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
 
 
 def push_to_hub(

@@ -27,6 +27,9 @@ from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.text import aligned, number
 
+logger = logging.getLogger(__name__)
+
+
 WIDTH = 100
 
 
@@ -38,6 +41,10 @@ COLUMNS = ("stage", "state", "rows", "pairs", "steps", "loss", "parsed", "score"
 
 SHOWN = ("judge/parse_rate", "judge/score_mean", "judge/tie_rate", "pairs/kept")
 """Metrics that have a column of the table; all others are listed below it."""
+
+
+SAMPLES = 8
+"""Prompts of a stage in the trackers' table, evenly spread over it."""
 
 
 def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
@@ -216,13 +223,6 @@ def _metric(metrics: Sequence[dict[str, Any]], key: str) -> float | None:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f}%"
-
-
-logger = logging.getLogger(__name__)
-
-
-SAMPLES = 8
-"""Prompts of a stage in the trackers' table, evenly spread over it."""
 
 
 def show_stage(run: Run, stage: str, runtime: Runtime, step: int) -> None:
