@@ -33,15 +33,38 @@ Need = tuple[Decoding, bool]
 
 
 @dataclass(frozen=True)
+class Round:
+    """One of a stage's rounds, each of which makes pairs and trains on them.
+
+    number: from 0 on. first_step: optimiser steps that the rounds before have done. weights_gone:
+    if the model has not the weights any more with which the round began, for the stage goes on in
+    the training of this round or of a later one; then all records of the round must be on disk.
+    """
+
+    number: int = 0
+    first_step: int = 0
+    weights_gone: bool = False
+
+    def check_weights(self) -> None:
+        """Before the present weights are asked for a record: StoreError if they are gone."""
+        if self.weights_gone:
+            raise StoreError(
+                "records of a round that was trained are not there any more, and the weights that "
+                "made them are gone. Put the files back, or delete state.safetensors in the "
+                "stage's folder to train it again from its start."
+            )
+
+
+@dataclass(frozen=True)
 class Context:
     """One stage's view of the trainer.
 
     stage: the stage's name; record ids begin with it. policy: the prepared module whose
     forward(ids) gives per-token log-probs; it holds `model`. adapt: makes the TokenModel of another
     module, such as a judge's. rows: the stage's opened datasets by field. first_prompt: the place
-    of the stage's first prompt, counted over all passes. run: None in a rehearsal. start: the
-    weights that a stage of several rounds began with, if its reference asks for them. earlier:
-    names of the stages before it.
+    of the stage's first prompt, counted over all passes. round: which of the stage's rounds this
+    is. run: None in a rehearsal. start: the weights that a stage of several rounds began with, if
+    its reference asks for them. earlier: names of the stages before it.
     """
 
     stage: str
@@ -55,6 +78,7 @@ class Context:
     adapt: Callable[[nn.Module], TokenModel]
     rows: Mapping[str, Rows] = field(default_factory=dict)
     first_prompt: int = 0
+    round: Round = Round()
     run: Run | None = None
     start: Mapping[str, Tensor] | None = None
     earlier: Sequence[str] = ()

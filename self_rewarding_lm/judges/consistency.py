@@ -201,7 +201,7 @@ def smoothed(
         )
     else:
         metrics["consistency/tau_mean"] = 1 - 2 * mean
-    out.log({"step": out.first_step, **metrics})
+    out.log({"step": ctx.round.first_step, **metrics})
     out.summary["consistency"] = metrics
 
     def change(pair: PreferencePair) -> PreferencePair:

@@ -155,8 +155,7 @@ class StageDir(StageFiles):
         self.steps_before = steps_before
         self.summary: dict[str, Any] = {}
         """What done.json will hold; stages add to it."""
-        self.first_step = 0  # steps that earlier rounds of the stage have done
-        self.marks: dict[str, Any] = {}  # in each line of metrics: the round, of several
+        self._round: dict[str, int] = {}  # in each line of metrics, if there are several
         self._sequences: list[weakref.ref[Stored[Any]]] = []  # those that `stored` gave
         self._replayed: Counter[str] = Counter()  # lines of metrics that an earlier attempt wrote
         self._trainings: Counter[int] = Counter()
@@ -254,6 +253,10 @@ class StageDir(StageFiles):
         """Ids of a type that were merged; none of what processes appended since."""
         return (values["id"] for values in read_lines(merged_file(self.path, record_type.kind)))
 
+    def begin_round(self, number: int) -> None:
+        """From now on each line of metrics names this round."""
+        self._round = {"round": number}
+
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl, and its numbers to the trackers (main process).
 
@@ -264,7 +267,7 @@ class StageDir(StageFiles):
         name, step = self.path.name.partition("-")[2], metrics.get("step", 0) + self.steps_before
         numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
         self.runtime.log({f"{name}/{k}": v for k, v in numbers.items()}, step)
-        metrics = {**metrics, **self.marks}
+        metrics = {**metrics, **self._round}
         if self._replayed[_line_name(metrics)] > 0:
             self._replayed[_line_name(metrics)] -= 1
             return

@@ -7,6 +7,7 @@ contrasts that ship, and how a prompt looks with one, stand here too.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -20,9 +21,17 @@ from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, did_you_mean
 from self_rewarding_lm.judges.asking import FIRST_LOOK
 from self_rewarding_lm.judges.base import Judge
-from self_rewarding_lm.records import Candidate, Judgement, Prompt, same_text, stable_hash
-from self_rewarding_lm.runs.lines import batched
-from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.records import (
+    Candidate,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    prompt_id_of,
+    same_text,
+    stable_hash,
+)
+from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts
 from self_rewarding_lm.stages.ranges import Range
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
@@ -205,28 +214,54 @@ class ContrastMaker(PairMaker):
 
     config: "ContrastiveDPOConfig"
 
-    def __init__(self, config: "ContrastiveDPOConfig", ctx: Context, out: Any) -> None:
+    def __init__(self, config: "ContrastiveDPOConfig", ctx: Context, out: StageDir) -> None:
         super().__init__(config, ctx, out)
         self.contrasts = config.pairs()
         self.counts: Counter[str] = Counter()
-        self.is_trial = False
+        self.is_rehearsal = False
 
-    def _sample(self, prompts: Sequence[Prompt]) -> None:
-        limit, how = self.ctx.limit(self.config.max_seq_len), self.config.generation
-        missing = [p for p in prompts if len(self.candidates[p.id]) < len(SIDES)]
-        known = {c.id for prompt in missing for c in self.candidates[prompt.id]}
-        shown = {f"{p.id}/{i}": s for p in missing for i, s in enumerate(self._shown_prompts(p))}
-        asked = {candidate_id: s for candidate_id, s in shown.items() if candidate_id not in known}
-        fits = [s for s in asked.values() if limit is None or len(s.ids) < limit]
-        sampled = self.ctx.sample(fits, how, 1, max_seq_len=self.config.max_seq_len)
-        for batch in batched(self._of_sides(asked, sampled), FIRST_LOOK):
-            self.out.append(batch)
-            for candidate in batch:
-                self.candidates[candidate.prompt_id].append(candidate)
-        for prompt in missing:
-            self.candidates[prompt.id].sort(key=lambda candidate: candidate.id)
+    def sample(self, block: Sequence[JudgedPrompt]) -> None:
+        """The prompt is answered as each side shows it; the answers are those of the prompt."""
+        limit = self.ctx.limit(self.config.max_seq_len)
+        missing = [judged for judged in block if len(judged.candidates) < len(SIDES)]
+        # 1. what is shown for each candidate that is missing
+        known = {c.id for judged in missing for c in judged.candidates}
+        shown = {  # by the id of the candidate
+            candidate_id: side
+            for judged in missing
+            for number, side in enumerate(self.shown_on_sides(judged.prompt))
+            if (candidate_id := f"{judged.prompt.id}/{number}") not in known
+        }
+        if not shown:
+            return
+        self.ctx.round.check_weights()
+        # 2. sample those that leave room for a response
+        fitting = {i: side for i, side in shown.items() if limit is None or len(side.ids) < limit}
+        sampled = self.ctx.sample(
+            list(fitting.values()),
+            self.config.generation,
+            1,
+            max_seq_len=self.config.max_seq_len,
+        )
+        candidate_ids = {side.id: candidate_id for candidate_id, side in shown.items()}
+        responses = (
+            replace(
+                candidate,
+                id=candidate_ids[candidate.prompt_id],
+                prompt_id=prompt_id_of(candidate.prompt_id),
+                shown_id=candidate.prompt_id,
+            )
+            for candidate in sampled
+        )
+        # 3. the others have no response, and the reason
+        without_room = (
+            Candidate(i, prompt_id_of(i), (), None, None, 0, reason=NO_ROOM, shown_id=side.id)
+            for i, side in shown.items()
+            if i not in fitting
+        )
+        self.keep_candidates(chain(responses, without_room), missing)
 
-    def _shown_prompts(self, prompt: Prompt) -> list[Prompt]:
+    def shown_on_sides(self, prompt: Prompt) -> list[Prompt]:
         """What is shown on each side, on disk as prompts of their own."""
         ids = [f"{prompt.id}/{side}" for side in SIDES]
         known = [self.known_prompts[record_id] for record_id in ids]
@@ -234,73 +269,57 @@ class ContrastMaker(PairMaker):
             return [records[0] for records in known]
         place = stable_hash(self.ctx.seed, "contrast", prompt.id) % len(self.contrasts)
         rendered = shown_prompts(prompt, self.contrasts[place], self.ctx.tokens)
-        found = [
+        shown = [
             Prompt(record_id, prompt.row, r.ids, r.text, messages=r.messages)
             for record_id, r in zip(ids, rendered, strict=True)
         ]
-        self.out.append([s for s, there in zip(found, known, strict=True) if not there])
-        return found
+        self.out.append([s for s, records in zip(shown, known, strict=True) if not records])
+        return shown
 
-    def _of_sides(
-        self, asked: dict[str, Prompt], sampled: Iterator[Candidate]
-    ) -> Iterator[Candidate]:
-        """Candidates as those of the prompt itself, by the prompts that were shown for them."""
-        names = {shown.id: candidate_id for candidate_id, shown in asked.items()}
-        left = dict(asked)
-        for one in sampled:
-            own = names[one.prompt_id]
-            left.pop(own)
-            yield replace(one, id=own, prompt_id=own.rpartition("/")[0], shown_id=one.prompt_id)
-        for own, shown in left.items():
-            parent = own.rpartition("/")[0]
-            yield Candidate(own, parent, (), None, None, 0, reason=NO_ROOM, shown_id=shown.id)
+    def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
+        """None of a prompt that gives no pair whatever a judge says."""
+        can_be_pair = self.is_rehearsal or are_whole(judged.answers)
+        return super().candidates_to_judge(judged) if can_be_pair else []
 
-    def _is_judged(self, prompt: Prompt) -> bool:
-        """What gives no pair whatever a judge says is not judged."""
-        wanted = self.is_trial or self._is_whole(self._given(prompt))
-        return not wanted or super()._is_judged(prompt)
-
-    def _is_whole(self, given: Sequence[Candidate]) -> bool:
-        """Whether both sides gave a finished response, and not the same."""
-        finished = len(given) == len(SIDES) and all(c.finished is not False for c in given)
-        return finished and not same_text(*given)
-
-    def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
-        """The judge's, where it was asked; else the positive side has the higher one."""
-        if self.config.is_judged and self._is_whole(candidates):
-            return super().scores(candidates)
-        return {c.id: 1.0 - place for place, c in enumerate(candidates)}
-
-    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
-        given = self._given(prompt)
-        if len(given) == len(SIDES):
-            scores, (positive, negative) = self.scores(given), given
+    def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[PreferencePair]:
+        # 1. the judge's scores if it was asked; else the positive side has the higher one
+        answers, is_judged = judged.answers, self.config.is_judged
+        if is_judged and are_whole(answers):
+            scores = self.judge.scores(answers, judged.judgements)
+        else:
+            scores = {c.id: 1.0 - place for place, c in enumerate(answers)}
+        # 2. leave out what the judge disagrees with
+        if len(answers) == len(SIDES):
+            positive, negative = answers
             self.counts.update(counted(positive, negative, scores))
             disagrees = _disagrees(scores[positive.id], scores[negative.id])
             if self.config.confirm == "drop" and disagrees:
                 drops.prompts["disagreed"] += 1
                 return []
-        found = super()._made(prompt, drops)
-        if self.config.is_judged:
-            return found
-        return [replace(pair, chosen_score=None, rejected_score=None) for pair in found]
+        # 3. pair the two sides
+        candidates = self.usable_candidates(judged, drops, least=2)
+        pairs = self.pairs_of(judged, candidates, scores, drops) if candidates else []
+        if is_judged:
+            return pairs
+        return [replace(pair, chosen_score=None, rejected_score=None) for pair in pairs]
 
-    def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
-        self.is_trial = True  # of two tokens: never whole
-        prompt, candidates, made = super().rehearse()
-        if any(c.reason == NO_ROOM for c in candidates):
+    def rehearse(self) -> tuple[JudgedPrompt, list[PreferencePair]]:
+        self.is_rehearsal = True  # responses of two tokens are never whole
+        judged, pairs = super().rehearse()
+        if any(c.reason == NO_ROOM for c in judged.candidates):
             raise DataError(
-                f"{self.ctx.stage}: the shortest of the first prompts ({len(prompt.ids)} tokens) "
-                f"with its contrast fills the {self.ctx.limit(self.config.max_seq_len)} tokens "
-                "that prompt and response may have. Raise max_seq_len, or use shorter contrasts."
+                f"{self.ctx.stage}: the shortest of the first prompts ({len(judged.prompt.ids)} "
+                f"tokens) with its contrast fills the {self.ctx.limit(self.config.max_seq_len)} "
+                "tokens that prompt and response may have. Raise max_seq_len, or use shorter "
+                "contrasts."
             )
-        return prompt, candidates, made
+        return judged, pairs
 
-    def make(self) -> Sequence[Any]:
-        found = super().make()
+    def report(self, drops: DropCounts) -> None:
+        super().report(drops)
         counts = sum(self.ctx.runtime.gather([self.counts]), Counter[str]())
         metrics = metrics_of(counts, judged=self.config.is_judged)
-        self.out.log({"step": self.out.first_step, **metrics})
+        self.out.log({"step": self.ctx.round.first_step, **metrics})
         self.out.summary["metrics"] |= metrics
         if counts["finished"] >= FIRST_LOOK:
             self.checker.see(
@@ -311,7 +330,12 @@ class ContrastMaker(PairMaker):
                 "contrasts. Raise generation.temperature, make the texts differ more, or try "
                 "kind='prefix' where the model was not trained with system messages.",
             )
-        return found
+
+
+def are_whole(answers: Sequence[Candidate]) -> bool:
+    """Whether both sides gave a finished response, and not the same."""
+    finished = len(answers) == len(SIDES) and all(c.finished is not False for c in answers)
+    return finished and not same_text(*answers)
 
 
 def counted(

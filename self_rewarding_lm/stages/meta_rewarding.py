@@ -33,7 +33,7 @@ from self_rewarding_lm.records import (
     prompt_id_of,
 )
 from self_rewarding_lm.rubrics import META_JUDGE_PROMPT
-from self_rewarding_lm.runs.lines import Joined, batched
+from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.pair_maker import PairMaker
@@ -150,11 +150,12 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
     ) -> Sequence[PreferencePair]:
         if not self.train_judge:
             return super().trained(ctx, out, pairs)
-        own = [pair.id for pair in pairs]  # merging judge pairs with them closes their file
+        actor_ids = [pair.id for pair in pairs]  # merging judge pairs with them closes their file
         with ctx.serving(self.needs(ctx)):
-            judge = JudgePairMaker(self, ctx, out).make_beside(len(own))
-        made = Groups(out.known(PreferencePair))
-        return Joined(super().trained(ctx, out, made.in_order(own)), made.in_order(judge))
+            judge_ids = JudgePairMaker(self, ctx, out).make(len(actor_ids))
+        stored = Groups(out.known(PreferencePair))
+        actor_pairs = super().trained(ctx, out, stored.in_order(actor_ids))
+        return Joined(actor_pairs, stored.in_order(judge_ids))
 
     def work(self, counting: Counting) -> Work:
         work = super().work(counting)
@@ -164,7 +165,7 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
         if not self.train_judge:
             super().rehearse(ctx, out)
             return
-        _, _, (pair,) = self.answered(JudgePairMaker, ctx, out)
+        pair = self.for_rehearsal(JudgePairMaker, ctx, out).rehearse()
         self.try_pair(ctx, out, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
 
     def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
@@ -275,180 +276,197 @@ ADVICE = (
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """What is compared of a prompt: judgements of one candidate, each text once."""
+class ComparedJudgements:
+    """The judgements of one candidate that are compared with each other, each text once."""
 
     prompt: Prompt
     candidate: Candidate
     judgements: list[Judgement]
 
 
-class JudgePairMaker(PairMaker):
+class JudgePairMaker:
     """Compares the judgements of a stage whose responses are judged, and makes pairs of them.
 
     What is on disk already is used again. All processes make the same pairs.
     """
 
-    config: "MetaRewardDPOConfig"
-
     def __init__(self, config: "MetaRewardDPOConfig", ctx: Context, out: StageDir) -> None:
-        super().__init__(config, ctx, out)
+        self.config, self.ctx, self.out = config, ctx, out
+        self.responses = PairMaker(config, ctx, out)
+        """What was made of the stage's responses before."""
         self.asker = meta_asker(config.meta_judging)
         self.render_meta = compile_meta_template(
             config.meta_judging.prompt_template, auto_dedent=config.meta_judging.auto_dedent
         )
-        self.known_meta = Groups(out.known(MetaJudgement), lambda m: prompt_id_of(m.id))
+        self.known_comparisons = Groups(out.known(MetaJudgement), lambda c: prompt_id_of(c.id))
         self.dropped: Counter[str] = Counter()
         self.followed = Share()
         """Of verdicts on judgements with different scores those for the higher one."""
 
-    def make_beside(self, actor_pairs: int) -> list[str]:
+    def make(self, actor_pairs: int) -> list[str]:
         """Ids of the stage's judge pairs, on disk with the comparisons that they are made of.
 
-        actor_pairs: how many pairs of responses they are trained with. Raises JudgeError where too
+        actor_pairs: how many pairs of responses they are trained with. Raises JudgeError if too
         few comparisons can be read.
         """
-        prompts, out = list(self.known_prompts.records.ids()), self.out
-        self._compare_all(prompts)
+        prompt_ids, out = list(self.responses.known_prompts.records.ids()), self.out
+        # 1. compare all judgements that are not compared yet
+        self._compare_all(prompt_ids)
         out.merge(MetaJudgement)
-        self.known_meta = Groups(out.known(MetaJudgement), lambda m: prompt_id_of(m.id))
+        self.known_comparisons = Groups(out.known(MetaJudgement), lambda c: prompt_id_of(c.id))
+        # 2. weight the two places by how often each wins in the whole stage
         verdicts = Counter(
-            None if told.score is None else verdict(told.score) for told in self.known_meta.records
+            None if comparison.score is None else verdict(comparison.score)
+            for comparison in self.known_comparisons.records
         )
         weights = position_weights(verdicts[1], verdicts[-1])
-        kept, share = list[str](), self.config.judge_share
+        # 3. pair the best and the worst judgement of each prompt
+        kept_ids, share = list[str](), self.config.judge_share
         most = None if share is None else int(share * actor_pairs / (1 - share) + 1e-9)
-        new = (p for p in self._pairs(prompts, weights, most, kept) if p.id not in self.known_made)
+        pairs = self._pairs(prompt_ids, weights, most, kept_ids)
+        new = (pair for pair in pairs if pair.id not in self.responses.known_records)
         if self.ctx.runtime.is_main:
             out.append(new)
         else:
             deque(new, maxlen=0)
         out.merge(PreferencePair)
-        self._tell(verdicts, len(kept))
-        return kept
+        self._report(verdicts, len(kept_ids))
+        return kept_ids
 
-    def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
-        """The same of a judgement, which is compared with itself and would be both sides."""
-        prompt, candidates, _ = super().rehearse()
-        told = self.judgements[prompt.id][0]
-        judged = next(c for c in candidates if c.id == told.candidate_ids[0])
-        compared = _Compared(prompt, judged, [told, told])
+    def rehearse(self) -> PreferencePair:
+        """The pair of a judgement that is compared with itself and is both sides."""
+        judged, _ = self.responses.rehearse()
+        judgement = judged.judgements[0]
+        candidate = next(c for c in judged.candidates if c.id == judgement.candidate_ids[0])
+        compared = ComparedJudgements(judged.prompt, candidate, [judgement, judgement])
         (answer,) = self.asker.ask(self.ctx, list(self._questions(compared))[:1])
         if answer.reason == "too_long":
             raise JudgeError(
                 f"{self.ctx.stage}: the meta-judge's prompt with the shortest prompt "
-                f"({len(prompt.ids)} tokens) and two judgements of at most "
+                f"({len(judged.prompt.ids)} tokens) and two judgements of at most "
                 f"{self.config.judging.max_new_tokens} tokens leaves no room to answer. Use a "
                 "shorter meta_judging.prompt_template or reward prompt."
             )
-        return prompt, candidates, [self._judge_pair(compared, (0, 0), (0.0, 0.0))]
+        return self._judge_pair(compared, (0, 0), (0.0, 0.0))
 
-    def _compare_all(self, prompts: Sequence[str]) -> None:
+    def _compare_all(self, prompt_ids: Sequence[str]) -> None:
         """Have all judgements compared that are not, block by block."""
         config, ctx = self.config, self.ctx
-        told = config.num_sampled_reward_responses
-        each = min(told, config.max_judgements_compared or told)
+        made = config.num_sampled_reward_responses
+        compared = min(made, config.max_judgements_compared or made)
+        most = len(prompt_ids) * compared * (compared - 1)
         words = "%s: judgements of %d prompts are compared, in up to %d comparisons"
-        logger.info(words, ctx.stage, len(prompts), len(prompts) * each * (each - 1))
-        with ctx.runtime.progress(len(prompts), f"{ctx.stage}: comparing", "prompt") as bar:
-            for start in range(0, len(prompts), config.prompts_per_block):
-                block = list(prompts[start : start + config.prompts_per_block])
+        logger.info(words, ctx.stage, len(prompt_ids), most)
+        with ctx.runtime.progress(len(prompt_ids), f"{ctx.stage}: comparing", "prompt") as bar:
+            for start in range(0, len(prompt_ids), config.prompts_per_block):
+                block = list(prompt_ids[start : start + config.prompts_per_block])
                 failure = self._compare(ctx.runtime.share(block))
                 failures = [text for text in ctx.runtime.gather([failure]) if text]
                 if failures:
                     raise JudgeError(failures[0])
                 bar.update(len(block))
 
-    def _compare(self, prompts: Sequence[str]) -> str | None:
-        """Compare what is not compared of some prompts; words on verdicts that cannot be read."""
-        questions: list[Question] = []
-        for prompt_id in prompts:
-            compared, known = self._compared(prompt_id), self.known_meta[prompt_id]
-            self.watcher.count(known)
-            ids = {told.id for told in known}
+    def _compare(self, prompt_ids: Sequence[str]) -> str | None:
+        """Compare what is not compared of some prompts.
+
+        Returns the words of an error if too few verdicts can be read, else None.
+        """
+        watcher, questions = self.responses.watcher, list[Question]()
+        for prompt_id in prompt_ids:
+            compared, known = self._compared(prompt_id), self.known_comparisons[prompt_id]
+            watcher.count(known)
+            known_ids = {comparison.id for comparison in known}
             if compared is not None:
-                questions += [q for q in self._questions(compared) if q.id not in ids]
+                questions += [q for q in self._questions(compared) if q.id not in known_ids]
         answers = self.asker.ask(self.ctx, questions) if questions else ()
-        for batch in batched(self.ctx.runtime.stopping.between(answers), FIRST_LOOK):
-            new = [_as_meta(told) for told in batch]
-            self.out.append(new)
-            self.watcher.count(new)
+        for comparisons in self.out.keep(map(_as_comparison, answers)):
+            watcher.count(comparisons)
             if (failure := self._see_parsed()) is not None:
                 return failure
         return self._see_parsed()
 
     def _see_parsed(self) -> str | None:
-        return self.watcher.see_parsed(
+        return self.responses.watcher.see_parsed(
             self.ctx.stage, self.out.path, noun="comparisons of judgements", advice=ADVICE
         )
 
-    def _compared(self, prompt_id: str) -> _Compared | None:
-        """What is compared of a prompt; None where no response's judgements differ."""
-        told: dict[str, list[Judgement]] = {}
-        for judgement in sorted(self.known_judgements[prompt_id], key=_number):
-            told.setdefault(judgement.candidate_ids[0], []).append(judgement)
-        candidates = sorted(self.known_candidates[prompt_id], key=lambda c: _last(c.id))
-        scores = [[j.score for j in told.get(c.id, ())] for c in candidates]
+    def _compared(self, prompt_id: str) -> ComparedJudgements | None:
+        """What is compared of a prompt; None if no response's judgements differ."""
+        responses = self.responses
+        # 1. the response whose judgements differ most
+        by_candidate: dict[str, list[Judgement]] = {}
+        for judgement in sorted(responses.known_judgements[prompt_id], key=_number):
+            by_candidate.setdefault(judgement.candidate_ids[0], []).append(judgement)
+        candidates = sorted(responses.known_candidates[prompt_id], key=lambda c: _last(c.id))
+        scores = [[j.score for j in by_candidate.get(c.id, ())] for c in candidates]
         picked = most_varied(scores)
         if picked is None:
             return None
-        texts: dict[str, Judgement] = {}
-        for judgement in told[candidates[picked].id]:
+        # 2. the first of its judgements that can be read and differ
+        by_text: dict[str, Judgement] = {}
+        for judgement in by_candidate[candidates[picked].id]:
             if judgement.score is not None and judgement.text is not None:
-                texts.setdefault(judgement.text.strip(), judgement)
-        found = list(texts.values())[: self.config.max_judgements_compared]
-        return _Compared(self.known_prompts[prompt_id][0], candidates[picked], found)
+                by_text.setdefault(judgement.text.strip(), judgement)
+        judgements = list(by_text.values())[: self.config.max_judgements_compared]
+        prompt = responses.known_prompts[prompt_id][0]
+        return ComparedJudgements(prompt, candidates[picked], judgements)
 
-    def _asked(self, compared: _Compared) -> Filled:
+    def _judge_prompt(self, compared: ComparedJudgements) -> Filled:
         """What the judge was asked."""
-        assert isinstance(self.judge, SelfJudge)
-        shown = self._shown(compared.candidate)
-        return self.judge.render(compared.prompt.text or "", shown.text or "")
+        judge, shown = self.responses.judge, self.responses.as_judged(compared.candidate)
+        assert isinstance(judge, SelfJudge)
+        return judge.render(compared.prompt.text or "", shown.text or "")
 
-    def _questions(self, compared: _Compared) -> Iterator[Question]:
-        asked = self._asked(compared)
+    def _questions(self, compared: ComparedJudgements) -> Iterator[Question]:
+        judge_prompt = self._judge_prompt(compared)
         for one, other in permutations(compared.judgements, 2):
-            text = self.render_meta(asked, one.text or "", other.text or "")
+            text = self.render_meta(judge_prompt, one.text or "", other.text or "")
             yield Question(_id(one, other), (one.id, other.id), text)
 
     def _pairs(
         self,
-        prompts: Sequence[str],
+        prompt_ids: Sequence[str],
         weights: tuple[float, float],
         most: int | None,
-        kept: list[str],
+        kept_ids: list[str],
     ) -> Iterator[PreferencePair]:
-        """The judge pairs of prompts, at most so many; their ids are put into `kept`."""
-        for prompt_id in prompts:
+        """The judge pairs of prompts, `most` at most; their ids are put into `kept_ids`."""
+        for prompt_id in prompt_ids:
             pair = self._pair(prompt_id, weights)
-            if pair is not None and len(kept) == most:
+            if pair is not None and len(kept_ids) == most:
                 self._drop("surplus")
             elif pair is not None:
-                kept.append(pair.id)
+                kept_ids.append(pair.id)
                 yield pair
 
     def _pair(self, prompt_id: str, weights: tuple[float, float]) -> PreferencePair | None:
-        """A prompt's judge pair; None where it is dropped, which is counted by its reason."""
+        """A prompt's judge pair; None, counted by its reason, if it is dropped."""
         compared = self._compared(prompt_id)
         if compared is None:
             return self._drop("unvaried")
-        own, found = compared.judgements, {j.id: j for j in self.known_meta[prompt_id]}
-        verdicts = {
-            (m, n): verdict(found[_id(own[m], own[n])].score)
-            for m, n in permutations(range(len(own)), 2)
+        # 1. who won in which order
+        judgements = compared.judgements
+        comparisons = {
+            comparison.id: comparison for comparison in self.known_comparisons[prompt_id]
         }
-        self._count_followed(own, verdicts)
-        strong = strengths(battles(verdicts, len(own), weights))
-        picked = best_and_worst(strong)
+        verdicts = {
+            (m, n): verdict(comparisons[_id(judgements[m], judgements[n])].score)
+            for m, n in permutations(range(len(judgements)), 2)
+        }
+        self._count_followed(judgements, verdicts)
+        # 2. the strongest judgement against the weakest
+        strength = strengths(battles(verdicts, len(judgements), weights))
+        picked = best_and_worst(strength)
         if picked is None:
             return self._drop("tie")
-        chosen, rejected = (own[i] for i in picked)
+        # 3. leave out what the settings and the length limit do not allow
+        chosen, rejected = (judgements[i] for i in picked)
         if self.config.drop_equal_scores and chosen.score == rejected.score:
             return self._drop("equal_scores")
         longest = self.config.max_judgement_length
         if longest is not None and len(chosen.text or "") > longest:
             return self._drop("long")
-        pair = self._judge_pair(compared, picked, (strong[picked[0]], strong[picked[1]]))
+        pair = self._judge_pair(compared, picked, (strength[picked[0]], strength[picked[1]]))
         limit = self.ctx.limit(self.config.max_seq_len)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
         return self._drop("no_room") if limit is not None and length > limit else pair
@@ -457,51 +475,51 @@ class JudgePairMaker(PairMaker):
         self.dropped[reason] += 1
 
     def _count_followed(
-        self, own: Sequence[Judgement], verdicts: dict[tuple[int, int], int]
+        self, judgements: Sequence[Judgement], verdicts: dict[tuple[int, int], int]
     ) -> None:
         for (m, n), said in verdicts.items():
-            one, other = own[m].score, own[n].score
+            one, other = judgements[m].score, judgements[n].score
             assert one is not None and other is not None
             if said and one != other:
                 self.followed.add(int((one > other) == (said > 0)), 1)
 
     def _judge_pair(
-        self, compared: _Compared, picked: tuple[int, int], strong: tuple[float, float]
+        self, compared: ComparedJudgements, picked: tuple[int, int], strength: tuple[float, float]
     ) -> PreferencePair:
         """The pair as it is trained: what the judge was asked, and two of its answers.
 
         Judgements are kept as texts, so their ids are those of the text and its end token.
         """
-        asked, tokens = self._asked(compared), self.ctx.tokens
+        judge_prompt, tokens = self._judge_prompt(compared), self.ctx.tokens
         chosen, rejected = (compared.judgements[i] for i in picked)
-        rendered = tokens.prompt(asked)
+        rendered = tokens.prompt(judge_prompt)
         return PreferencePair(
             id=f"{compared.prompt.id}/judge",
             prompt_ids=rendered.ids,
-            chosen_ids=tokens.response(asked, chosen.text or ""),
-            rejected_ids=tokens.response(asked, rejected.text or ""),
+            chosen_ids=tokens.response(judge_prompt, chosen.text or ""),
+            rejected_ids=tokens.response(judge_prompt, rejected.text or ""),
             prompt=rendered.text,
             chosen=chosen.text,
             rejected=rejected.text,
             chosen_id=chosen.id,
             rejected_id=rejected.id,
-            chosen_score=strong[0],
-            rejected_score=strong[1],
+            chosen_score=strength[0],
+            rejected_score=strength[1],
             messages=rendered.messages,
         )
 
-    def _tell(self, verdicts: Counter[int | None], kept: int) -> None:
-        """Metrics of the comparisons and the pairs, and a word where they show something wrong."""
-        whole, wins = verdicts.total(), verdicts[1] + verdicts[-1]
-        read = whole - verdicts[None]
+    def _report(self, verdicts: Counter[int | None], kept: int) -> None:
+        """Log metrics of the comparisons and the pairs; warn if they show something wrong."""
+        total, wins = verdicts.total(), verdicts[1] + verdicts[-1]
+        read = total - verdicts[None]
         shares = {
-            "meta/parse_rate": (read, whole),
+            "meta/parse_rate": (read, total),
             "meta/tie_rate": (verdicts[0], read),
             "meta/position_bias": (verdicts[1], wins),
             "meta/prefers_higher_score": (self.followed.part, self.followed.whole),
         }
-        metrics: dict[str, Any] = {name: part / of for name, (part, of) in shares.items() if of}
-        metrics |= {"meta/comparisons": whole, "pairs/judge_kept": kept}
+        metrics: dict[str, Any] = {n: part / whole for n, (part, whole) in shares.items() if whole}
+        metrics |= {"meta/comparisons": total, "pairs/judge_kept": kept}
         metrics |= {f"pairs/judge_dropped_{k}": n for k, n in sorted(self.dropped.items()) if n}
         stage, summary = self.ctx.stage, self.out.summary
         self.out.log({"step": 0, **metrics})
@@ -510,9 +528,9 @@ class JudgePairMaker(PairMaker):
         dropped = ", ".join(f"{n} {k}" for k, n in self.dropped.most_common() if n) or "none"
         level = logging.INFO if kept else logging.WARNING
         words = "%s: %d comparisons of judgements, %d judge pairs; dropped: %s"
-        logger.log(level, words, stage, whole, kept, dropped)
+        logger.log(level, words, stage, total, kept, dropped)
         if self.followed.whole >= FIRST_LOOK:
-            self.checker.see(
+            self.responses.checker.see(
                 "meta_follows_scores",
                 metrics["meta/prefers_higher_score"],
                 f"of {self.followed.whole} comparisons of judgements with different scores "
@@ -534,16 +552,16 @@ def meta_asker(how: "MetaJudgingConfig") -> Asker:
     )
 
 
-def _as_meta(told: Judgement) -> MetaJudgement:
+def _as_comparison(judgement: Judgement) -> MetaJudgement:
     return MetaJudgement(
-        id=told.id,
-        judgement_ids=told.candidate_ids,
-        judge=told.judge,
-        score=told.score,
-        reason=told.reason,
-        text=told.text,
-        source=told.source,
-        score_mass=told.score_mass,
+        id=judgement.id,
+        judgement_ids=judgement.candidate_ids,
+        judge=judgement.judge,
+        score=judgement.score,
+        reason=judgement.reason,
+        text=judgement.text,
+        source=judgement.source,
+        score_mass=judgement.score_mass,
     )
 
 

@@ -1,13 +1,14 @@
 """Prompts become pairs: sampled, judged and paired, block by block, each record on disk.
 
-Knows nothing of training; what the settings mean is in `sampled.py`.
+Knows nothing of training.
 """
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,8 @@ from self_rewarding_lm.stages.pairing import (
     score_variances,
 )
 from self_rewarding_lm.stages.preference import PreferenceConfig
+
+logger = logging.getLogger(__name__)
 
 
 class PairSettings(PreferenceConfig):
@@ -135,10 +138,26 @@ class PairSettings(PreferenceConfig):
         return lambda chosen, rejected: bool(function(torch.tensor(chosen), torch.tensor(rejected)))
 
 
+@dataclass(eq=False)
+class JudgedPrompt:
+    """A prompt with the candidates and judgements that there are of it so far."""
+
+    prompt: Prompt
+    candidates: list[Candidate]
+    judgements: list[Judgement]
+
+    @property
+    def answers(self) -> list[Candidate]:
+        """The candidates without those that have a reason why there is no response."""
+        return [candidate for candidate in self.candidates if candidate.reason is None]
+
+
 class PairMaker:
     """Works a stage's prompts block by block; what is on disk already is used again.
 
-    Of a block that is done nothing but counts and ids is kept in memory.
+    Of a block that is done only counts and ids are kept in memory. Subclasses change what is made
+    by three hooks: `sample` (the candidates of a block), `candidates_to_judge` (those that a judge
+    is shown of a prompt) and `pair` (what a prompt gives).
     """
 
     record_type: ClassVar[type[Any]] = PreferencePair
@@ -152,213 +171,259 @@ class PairMaker:
             self.judge = ComparingJudge(self.judge, config.consistency)
         self.known_prompts = Groups(out.known(Prompt))
         self.known_candidates = Groups(out.known(Candidate), lambda c: c.prompt_id)
-        self.known_judgements = Groups(out.known(Judgement), _prompt_id_of)
-        self.known_made = Groups(out.known(self.record_type))
-        self.candidates: dict[str, list[Candidate]] = {}
-        """Of the prompts of the block, as are the judgements."""
-        self.judgements: dict[str, list[Judgement]] = {}
+        self.known_judgements = Groups(out.known(Judgement), prompt_id_of_judgement)
+        self.known_records = Groups(out.known(self.record_type))
         self.checker = Checker(config.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
         self.watcher = JudgeWatcher(
             self.checker, min_parse_rate=config.min_parse_rate, world=ctx.runtime.world
         )
-        self.bad = BadRows(config.on_bad_row)
+        self.bad_rows = BadRows(config.on_bad_row)
         self.tally = StageTally()
 
+    # The three hooks
+
+    def sample(self, block: Sequence[JudgedPrompt]) -> None:
+        """Sample the candidates that are missing, store them and add them to their prompts."""
+        self.sample_missing(self.ctx, self.without_all_candidates(block))
+
+    def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
+        """The candidates that the judge is shown, all together, to make the judgements that are
+        missing of a prompt; none if it has made all."""
+        answers = judged.answers
+        return [] if self.judge.has_judged(answers, judged.judgements) else answers
+
+    def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[Any]:
+        """What a prompt gives; `drops` counts what was left out, and why."""
+        candidates = self.usable_candidates(judged, drops, least=2)
+        if not candidates:
+            return []
+        scores = self.judge.scores(candidates, judged.judgements)
+        return self.pairs_of(judged, candidates, scores, drops)
+
+    # The loop over all prompts
+
     def make(self) -> Sequence[Any]:
-        """The stage's pairs, all records of their making on disk."""
+        """What the stage's prompts give, in their order; all records of its making are on disk.
+
+        Raises JudgeError if the judge cannot be used, and the error of `nothing_made` if no prompt
+        gave anything.
+        """
         config, ctx, out = self.config, self.ctx, self.out
-        wanted = config.num_generated_preference_pairs
-        drops, kept, position = DropCounts(), list[str](), ctx.first_prompt
-        total = len(ctx.rows["prompt_dataset"])
+        wanted, total = config.num_generated_preference_pairs, len(ctx.rows["prompt_dataset"])
         passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
-        end = position + (config.prompts_per_round or passes * total)
+        place = ctx.first_prompt
+        end = place + (config.prompts_per_round or passes * total)
+        drops, kept_ids = DropCounts(Counter(bad_row=0)), list[str]()
         label, unit = f"{ctx.stage}: sampling and judging", self.noun if wanted else "prompt"
-        with ctx.runtime.progress(wanted or end - position, label, unit) as bar:
-            while position < end and (wanted is None or len(kept) < wanted):
-                block = range(position, min(position + config.prompts_per_block, end))
-                found, dropped = self._block(block)
-                drops.add(dropped)
-                found = found if wanted is None else found[: wanted - len(kept)]
-                if ctx.runtime.is_main:
-                    out.append([r for r in found if r.id not in self.known_made])
-                kept += [record.id for record in found]
-                position = block.stop
-                bar.update(len(found) if wanted else len(block))
-        bad = self.bad.together(ctx.runtime.gather([self.bad]))
-        bad.report(f"{ctx.stage}: prompts", position - ctx.first_prompt, warn=ctx.runtime.is_main)
-        drops.prompts["surplus"] = drops.kept - len(kept)
-        drops.kept = len(kept)
+        with ctx.runtime.progress(wanted or end - place, label, unit) as bar:
+            while place < end and (wanted is None or len(kept_ids) < wanted):
+                block = range(place, min(place + config.prompts_per_block, end))
+                # 1. sample, judge and pair the block's prompts, each process its own
+                prompts = self.read_prompts(ctx.runtime.share(list(block)))
+                by_prompt = self.make_block(prompts, drops)
+                # 2. keep what they give, in the order of the prompts
+                in_order = [by_prompt.get(self.prompt_id(place), []) for place in block]
+                records = list(chain.from_iterable(in_order))
+                if wanted is not None:
+                    records = records[: wanted - len(kept_ids)]
+                self.keep(records)
+                kept_ids += [record.id for record in records]
+                place = block.stop
+                bar.update(len(records) if wanted else len(block))
+        bad_rows = self.bad_rows.together(ctx.runtime.gather([self.bad_rows]))
+        prompts_worked = place - ctx.first_prompt
+        bad_rows.report(f"{ctx.stage}: prompts", prompts_worked, warn=ctx.runtime.is_main)
+        drops.prompts["bad_row"] = bad_rows.count
+        drops.prompts["surplus"] = drops.kept - len(kept_ids)
+        drops.kept = len(kept_ids)
         for record_type in (Prompt, Candidate, Judgement, self.record_type):
             out.merge(record_type)
-        out.summary["next_prompt"] = position
-        report_made(self, drops, wanted)
-        return Groups(out.known(self.record_type)).in_order(kept)
+        out.summary["next_prompt"] = place
+        self.report(drops)
+        return Groups(out.known(self.record_type)).in_order(kept_ids)
 
-    def _block(self, block: range) -> tuple[list[Any], DropCounts]:
-        """What a block's prompts give, in their order, the same list on every process."""
-        asked = self.ctx.runtime.share(list(block))
-        mine = self._prompts(asked)
-        found, drops = self._worked(mine, len(asked) - len(mine))
-        in_order = [found.get(self._prompt_id(place), []) for place in block]
-        return [record for records in in_order for record in records], drops
+    def make_block(self, prompts: Sequence[Prompt], drops: DropCounts) -> dict[str, list[Any]]:
+        """Sample, judge and pair this process's prompts of a block.
 
-    def _worked(
-        self, mine: Sequence[Prompt], bad_rows: int = 0
-    ) -> tuple[dict[str, list[Any]], DropCounts]:
-        """What prompts of all processes give, by their ids. mine: those of this process."""
-        self.candidates = {p.id: sorted(self.known_candidates[p.id], key=_place_of) for p in mine}
-        self.judgements = {p.id: self.known_judgements[p.id] for p in mine}
-        self._sample(mine)
-        unreadable = self._judge(mine)
-        drops = DropCounts()
-        drops.prompts["bad_row"] += bad_rows
-        made = {prompt.id: self._made(prompt, drops) for prompt in mine}
-        for prompt in mine:
-            candidates, own = self.candidates[prompt.id], self._own(prompt.id)
-            self.tally.add(candidates, own, self.judge.scores(candidates, own))
-        failure = unreadable or self.watcher.see_scores(self.tally.judge)
-        failures = [text for text in self.ctx.runtime.gather([failure]) if text]
+        Returns what the prompts of all processes give, by prompt id, and counts in `drops` what
+        all of them left out. Raises JudgeError on every process if the judge cannot be used.
+        """
+        # 1. sample what is missing
+        block = [self.with_known_records(prompt) for prompt in prompts]
+        self.sample(block)
+        # 2. judge what is missing
+        failure = self.judge_missing(block)
+        # 3. pair
+        own_drops = DropCounts()
+        own_records = {judged.prompt.id: self.pair(judged, own_drops) for judged in block}
+        # 4. look at the scores; all processes stop if one has to
+        for judged in block:
+            judgements = self.judge.own(judged.judgements)
+            scores = self.judge.scores(judged.candidates, judgements)
+            self.tally.add(judged.candidates, judgements, scores)
+        failure = failure or self.watcher.see_scores(self.tally.judge)
+        failures = [words for words in self.ctx.runtime.gather([failure]) if words]
         if failures:
             raise JudgeError(failures[0])
-        found, merged = dict[str, list[Any]](), DropCounts()
-        for part, dropped in self.ctx.runtime.gather([(made, drops)]):
-            found |= part
-            merged.add(dropped)
-        return found, merged
+        # 5. bring the processes' parts together
+        records = dict[str, list[Any]]()
+        for part, dropped in self.ctx.runtime.gather([(own_records, own_drops)]):
+            records |= part
+            drops.add(dropped)
+        return records
 
-    def rehearse(self) -> tuple[Prompt, list[Candidate], list[Any]]:
-        """The shortest prompt, its candidates, and what is made of them where it can be.
+    def keep(self, records: Sequence[Any]) -> None:
+        """Store, once for all processes, what the prompts gave and is not on disk yet."""
+        if self.ctx.runtime.is_main:
+            self.out.append([record for record in records if record.id not in self.known_records])
 
-        Judgements that cannot be read have scores of the judge's scale instead, if that is known.
+    def rehearse(self) -> tuple[JudgedPrompt, list[Any]]:
+        """The shortest prompt with its candidates, and what is made of them if that is possible.
+
+        Judgements that cannot be read get scores of the judge's scale instead, if that is known.
         """
-        prompts = self._prompts(range(len(self.ctx.rows["prompt_dataset"])))
-        if not prompts:  # seeds of new prompts may be longer than a prompt
-            prompts = [Prompt(self._prompt_id(0), 0, (0,), self.ctx.tokens.decode((0,)))]
+        # 1. the shortest prompt; seeds of new prompts may be longer than a prompt
+        prompts = self.read_prompts(range(len(self.ctx.rows["prompt_dataset"])))
+        if not prompts:
+            prompts = [Prompt(self.prompt_id(0), 0, (0,), self.ctx.tokens.decode((0,)))]
         prompt = min(prompts, key=lambda p: len(p.ids))
-        self.candidates, self.judgements = {prompt.id: []}, {prompt.id: []}
-        self._sample([prompt])
-        failure = self._judge([prompt])
+        # 2. sample and judge it
+        judged = JudgedPrompt(prompt, [], [])
+        self.sample([judged])
+        failure = self.judge_missing([judged])
         if failure is not None:
             raise JudgeError(failure)
-        told, scale = self.judgements[prompt.id], self.config.score_scale(self.ctx)
-        if told and all(j.reason == "too_long" for j in told):
+        if judged.judgements and all(j.reason == "too_long" for j in judged.judgements):
             raise JudgeError(
                 f"{self.ctx.stage}: the judge's prompt with the shortest of the first "
                 f"{len(prompts)} prompts ({len(prompt.ids)} tokens) and an answer of two tokens "
                 "leaves the judge no room to answer. Use a shorter reward prompt."
             )
-        found = [replace(c, finished=None) for c in self.candidates[prompt.id]]
-        self.candidates[prompt.id] = found
+        # 3. pair it as if the answers were finished and scored differently
+        judged.candidates = [replace(c, finished=None) for c in judged.candidates]
+        scale = self.config.score_scale(self.ctx)
         if scale is not None:
-            self.judgements[prompt.id] = [
-                replace(j, score=scale[j.candidate_ids[0] == found[0].id], reason=None)
+            first = judged.candidates[0].id
+            judged.judgements = [
+                replace(j, score=scale[j.candidate_ids[0] == first], reason=None)
                 if j.score is None
                 else j
-                for j in told
+                for j in judged.judgements
             ]
-        return prompt, found, self._made(prompt, DropCounts())
+        return judged, self.pair(judged, DropCounts())
 
-    def _prompt_id(self, place: int) -> str:
+    # Prompts
+
+    def prompt_id(self, place: int) -> str:
+        """The id of a prompt by its place, counted over all passes: <stage>/<row>/<pass>."""
         passed, row = divmod(place, len(self.ctx.rows["prompt_dataset"]))
         return f"{self.ctx.stage}/{row}/{passed}"
 
-    def _prompts(self, places: Sequence[int]) -> list[Prompt]:
-        """The prompts at some places, without those of bad rows where these are skipped."""
+    def read_prompts(self, places: Sequence[int]) -> list[Prompt]:
+        """The prompts at some places, from disk or read and stored; without bad rows if these are
+        skipped."""
         rows, limit = self.ctx.rows["prompt_dataset"], self.ctx.limit(self.config.max_seq_len)
-        found, new = [], []
+        prompts, new = list[Prompt](), list[Prompt]()
         for place in places:
-            prompt_id = self._prompt_id(place)
-            known, row = self.known_prompts[prompt_id], place % len(rows)
-            if not known:
-                with self.bad.tolerated(rows.where(row)):
-                    known = [read_prompt(rows, row, prompt_id, self.ctx.tokens, limit)]
-                    new += known
-            found += known
+            prompt_id, row = self.prompt_id(place), place % len(rows)
+            known = self.known_prompts[prompt_id]
+            if known:
+                prompts += known
+                continue
+            with self.bad_rows.tolerated(rows.where(row)):
+                new.append(read_prompt(rows, row, prompt_id, self.ctx.tokens, limit))
+                prompts.append(new[-1])
         self.out.append(new)
-        return found
+        return prompts
 
-    def _sample(self, prompts: Sequence[Prompt]) -> None:
-        missing = self._unanswered({prompt.id: prompt for prompt in prompts})
-        self._answer(self.ctx, missing)
+    def with_known_records(self, prompt: Prompt) -> JudgedPrompt:
+        """A prompt with what is on disk of it."""
+        candidates = sorted(self.known_candidates[prompt.id], key=order_of)
+        return JudgedPrompt(prompt, candidates, self.known_judgements[prompt.id])
 
-    def _unanswered(self, asked: Mapping[str, Prompt]) -> dict[str, Prompt]:
-        """Those that miss candidates, whose ids begin with the key."""
-        count = self.config.num_candidate_responses
-        found = {}
-        for key, prompt in asked.items():
-            known = {candidate.id for candidate in self.candidates[prompt.id]}
-            if not known.issuperset(f"{key}/{k}" for k in range(count)):
-                found[key] = prompt
-        return found
+    # 1. Sampling
 
-    def _answer(self, ctx: Context, asked: Mapping[str, Prompt]) -> None:
-        """Sample what is missing of candidates, whose ids begin with the key, and store them."""
-        count, limit = self.config.num_candidate_responses, self.config.max_seq_len
-        known = {c.id for prompt in asked.values() for c in self.candidates[prompt.id]}
-        named = [replace(prompt, id=key) for key, prompt in asked.items()]
-        how = self.config.generation
-        sampled = ctx.sample(named, how, count, max_seq_len=limit, known=known)
-        for batch in batched(sampled, FIRST_LOOK):
-            found = [replace(c, prompt_id=asked[c.prompt_id].id) for c in batch]
-            self.out.append(found)
-            for candidate in found:
-                self.candidates[candidate.prompt_id].append(candidate)
-        for prompt in asked.values():
-            self.candidates[prompt.id].sort(key=_place_of)
+    def without_all_candidates(
+        self, block: Iterable[JudgedPrompt], part: str = ""
+    ) -> dict[str, JudgedPrompt]:
+        """The prompts that miss candidates, by that with which the candidates' ids begin.
 
-    def _judge(self, prompts: Sequence[Prompt]) -> str | None:
-        """Judge what is not judged; words about a judge that cannot be used, else None."""
-        for prompt in prompts:
-            self.watcher.count(self.judgements[prompt.id])
-        missing = [p for p in prompts if not self._is_judged(p)]
-        groups = [[self._shown(c) for c in self._shown_to_judge(p)] for p in missing]
+        That is the prompt's id, with `part` (such as "/anchor") if other weights sample them.
+        """
+        numbers, missing = range(self.config.num_candidate_responses), {}
+        for judged in block:
+            name = f"{judged.prompt.id}{part}"
+            known = {candidate.id for candidate in judged.candidates}
+            if not known.issuperset(f"{name}/{number}" for number in numbers):
+                missing[name] = judged
+        return missing
+
+    def sample_missing(self, ctx: Context, missing: Mapping[str, JudgedPrompt]) -> None:
+        """Sample with the weights in `ctx` what prompts miss of `without_all_candidates`."""
+        if not missing:
+            return
+        self.ctx.round.check_weights()
+        known = {c.id for judged in missing.values() for c in judged.candidates}
+        sampled = ctx.sample(
+            [replace(judged.prompt, id=name) for name, judged in missing.items()],
+            self.config.generation,
+            self.config.num_candidate_responses,
+            max_seq_len=self.config.max_seq_len,
+            known=known,
+        )
+        named = (replace(c, prompt_id=missing[c.prompt_id].prompt.id) for c in sampled)
+        self.keep_candidates(named, missing.values())
+
+    def keep_candidates(
+        self, candidates: Iterable[Candidate], block: Collection[JudgedPrompt]
+    ) -> None:
+        """Store candidates as they come, and add them to their prompts in the order of ids."""
+        by_id = {judged.prompt.id: judged for judged in block}
+        for stored in self.out.keep(candidates):
+            for candidate in stored:
+                by_id[candidate.prompt_id].candidates.append(candidate)
+        for judged in block:
+            judged.candidates.sort(key=order_of)
+
+    # 2. Judging
+
+    def judge_missing(self, block: Sequence[JudgedPrompt]) -> str | None:
+        """Ask the judge for the judgements that are missing, store them and add them to their
+        prompts.
+
+        Returns the words of an error if the judge cannot be used, else None.
+        """
+        for judged in block:
+            self.watcher.count(judged.judgements)
+        to_judge = [(judged, self.candidates_to_judge(judged)) for judged in block]
+        to_judge = [(judged, candidates) for judged, candidates in to_judge if candidates]
+        candidates_PG = [[self.as_judged(c) for c in candidates] for _, candidates in to_judge]
         failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
-        if failure is not None or not missing:
+        if failure is not None or not to_judge:
             return failure
-        known = {j.id for p in missing for j in self.judgements[p.id]}
-        judged = self.judge.judge(self.ctx, missing, groups)
-        for batch in batched(self.ctx.runtime.stopping.between(judged), FIRST_LOOK):
-            new = [_finite(j) for j in batch if j.id not in known]
+        self.ctx.round.check_weights()
+        by_id = {judged.prompt.id: judged for judged in block}
+        known = {j.id for judged, _ in to_judge for j in judged.judgements}
+        prompts = [judged.prompt for judged, _ in to_judge]
+        judgements = self.judge.judge(self.ctx, prompts, candidates_PG)
+        for batch in batched(self.ctx.runtime.stopping.between(judgements), FIRST_LOOK):
+            new = [without_infinite_score(j) for j in batch if j.id not in known]
             self.watcher.count(new)
-            failure = self.watcher.see_new(new)
+            failure = self.watcher.see_new(new)  # what fails is not stored
             if failure is not None:
                 return failure
             self.out.append(new)
             for judgement in new:
-                self.judgements.setdefault(_prompt_id_of(judgement), []).append(judgement)
+                if (judged := by_id.get(prompt_id_of_judgement(judgement))) is not None:
+                    judged.judgements.append(judgement)
             failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
             if failure is not None:
                 return failure
         return None
 
-    def _is_judged(self, prompt: Prompt) -> bool:
-        """Whether a prompt's candidates have all the judgements that the judge makes of them."""
-        return self.judge.has_judged(self._given(prompt), self.judgements[prompt.id])
-
-    def _given(self, prompt: Prompt) -> list[Candidate]:
-        """A prompt's candidates without those that no server answered."""
-        return [c for c in self.candidates[prompt.id] if c.reason is None]
-
-    def _shown_to_judge(self, prompt: Prompt) -> list[Candidate]:
-        """The candidates that a prompt's missing judgements are asked of, all of them together."""
-        return self._given(prompt)
-
-    def _left(self, prompt: Prompt, drops: DropCounts, least: int) -> list[Candidate]:
-        """The same, the others and those that the judge filters out counted; nothing, and the
-        prompt counted, where too few are left."""
-        left = self._given(prompt)
-        missing = Counter(c.reason for c in self.candidates[prompt.id] if c.reason is not None)
-        out = self.judge.filtered(left, self.judgements[prompt.id])
-        left = [c for c in left if c.id not in out]
-        missing += Counter(filtered=len(out))
-        drops.candidates.update(missing)
-        if missing and len(left) < least:
-            drops.prompts[missing.most_common(1)[0][0]] += 1
-            return []
-        return left
-
-    def _shown(self, candidate: Candidate) -> Candidate:
-        """A candidate as judges see it; what is trained stays as it was sampled."""
+    def as_judged(self, candidate: Candidate) -> Candidate:
+        """A candidate as the judge sees it, after `postprocess_response`; what is trained on stays
+        as it was sampled."""
         function = self.config.postprocess_response
         if function is None or candidate.text is None:
             return candidate
@@ -376,43 +441,95 @@ class PairMaker:
         ids = (*self.ctx.tokens.encode_data(text), *candidate.ids[len(body) :])
         return replace(candidate, text=text, ids=ids)
 
-    def scores(self, candidates: Sequence[Candidate]) -> dict[str, float | None]:
-        """The score of each of one prompt's candidates by its id."""
-        return self.judge.scores(candidates, self.judgements[candidates[0].prompt_id])
+    # 3. Pairing
 
-    def _own(self, prompt_id: str) -> list[Judgement]:
-        """A prompt's judgements by the stage's judge, without those that it is compared with."""
-        return self.judge.own(self.judgements[prompt_id])
+    def usable_candidates(
+        self, judged: JudgedPrompt, drops: DropCounts, *, least: int
+    ) -> list[Candidate]:
+        """Candidates that have a response and that the judge does not filter out.
 
-    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
-        """What a prompt gives: its pairs, or nothing."""
-        candidates = self._left(prompt, drops, 2)
-        if not candidates:
+        Counts the others by reason; returns [] if fewer than `least` remain.
+        """
+        answers = judged.answers
+        left_out = Counter(c.reason for c in judged.candidates if c.reason is not None)
+        filtered = self.judge.filtered(answers, judged.judgements)
+        left_out += Counter(filtered=len(filtered))
+        drops.candidates.update(left_out)
+        usable = [candidate for candidate in answers if candidate.id not in filtered]
+        if left_out and len(usable) < least:
+            drops.prompts[left_out.most_common(1)[0][0]] += 1
             return []
-        found = make_pairs(
-            prompt,
+        return usable
+
+    def pairs_of(
+        self,
+        judged: JudgedPrompt,
+        candidates: Sequence[Candidate],
+        scores: Mapping[str, float | None],
+        drops: DropCounts,
+    ) -> list[PreferencePair]:
+        """The pairs of a prompt's usable candidates, given their scores by id."""
+        pairs = make_pairs(
+            judged.prompt,
             candidates,
-            self.scores(candidates),
+            scores,
             drops,
-            pairing=self.config.pairing.of_round(0),
-            pick=self.picker(),
+            pairing=self.config.pairing.of_round(self.ctx.round.number),
+            pick=self.config.picker(),
             noise=lambda record_id: stable_hash(self.ctx.seed, "pairs", record_id),
-            variances=score_variances(self.judgements[prompt.id]),
+            variances=score_variances(judged.judgements),
             is_valid_score=self.config.is_valid_reward,
             is_valid_pair=self.config.pair_check(),
             min_margin=self.config.min_margin,
         )
         if not isinstance(self.judge, ComparingJudge):
-            return found
-        smoothing = self.judge.smoothing(candidates, self.judgements[prompt.id])
-        return [replace(pair, label_smoothing=smoothing) for pair in found]
+            return pairs
+        smoothing = self.judge.smoothing(candidates, judged.judgements)
+        return [replace(pair, label_smoothing=smoothing) for pair in pairs]
 
-    def picker(self) -> Picker | None:
-        """Who picks in place of the stage's `pairing`."""
-        return self.config.picker()
+    # What was made, in numbers and words
 
-    def _nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
-        """The error where no prompt gave anything."""
+    def report(self, drops: DropCounts) -> None:
+        """Log what all processes sampled, judged, kept and dropped.
+
+        Raises the error of `nothing_made` if nothing was kept.
+        """
+        ctx, out, noun = self.ctx, self.out, self.noun
+        tally = together(ctx.runtime.gather([self.tally]))
+        metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
+        out.log({"step": self.ctx.round.first_step, **metrics})
+        out.summary["metrics"] = metrics
+        logger.info(
+            "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",
+            ctx.stage,
+            tally.prompts,
+            tally.candidates,
+            tally.judgements,
+            drops.kept,
+            noun,
+            drops.in_words(),
+        )
+        if drops.kept == 0:
+            raise self.nothing_made(tally.prompts, drops)
+        made = drops.kept + drops.prompts["surplus"]
+        self.checker.see(
+            "pairs_per_prompt",
+            made / max(1, tally.prompts),
+            f"{tally.prompts} prompts gave {made} {noun}s; dropped: {drops.in_words()}. The most "
+            "frequent reason says what to change.",
+        )
+        wanted = self.config.num_generated_preference_pairs
+        if wanted is not None:
+            self.checker.see(
+                "few_pairs",
+                drops.kept / wanted,
+                f"{drops.kept} {noun}s instead of {wanted} after max_prompt_passes over the "
+                f"prompts; dropped: {drops.in_words()}. Give more prompts or passes, or change "
+                "what the most frequent reason says; training goes on with these by default.",
+            )
+
+    def nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
+        """The error for a stage in which no prompt gave anything."""
         return NoPairError(
             f"{self.ctx.stage}: no preference pair could be made from {prompts} prompts. "
             f"Dropped: {drops.in_words()}. 'unfinished' asks for more max_new_tokens; 'tie' "
@@ -421,58 +538,18 @@ class PairMaker:
         )
 
 
-def _prompt_id_of(judgement: Judgement) -> str:
+def prompt_id_of_judgement(judgement: Judgement) -> str:
+    """The id of the prompt whose candidates were judged."""
     return prompt_id_of(judgement.candidate_ids[0])
 
 
-def _place_of(candidate: Candidate) -> IdOrder:
+def order_of(candidate: Candidate) -> IdOrder:
+    """Sorts candidates by their ids, numbers as numbers."""
     return id_order(candidate.id)
 
 
-def _finite(judgement: Judgement) -> Judgement:
-    """A judge of the user's own may give any number; NaN and infinity are no score."""
+def without_infinite_score(judgement: Judgement) -> Judgement:
+    """A judgement whose score, if it is NaN or infinite, is None with the reason `not_finite`."""
     if judgement.score is None or math.isfinite(judgement.score):
         return judgement
     return replace(judgement, score=None, reason="not_finite")
-
-
-logger = logging.getLogger(__name__)
-
-
-def report_made(maker: "PairMaker", drops: DropCounts, wanted: int | None) -> None:
-    """Log what all processes sampled, judged, kept and dropped.
-
-    wanted: how many were asked for, None for all. Raises the maker's error where nothing was made.
-    """
-    ctx, out, noun = maker.ctx, maker.out, maker.noun
-    tally = together(ctx.runtime.gather([maker.tally]))
-    metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
-    out.log({"step": out.first_step, **metrics})
-    out.summary["metrics"] = metrics
-    logger.info(
-        "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",
-        ctx.stage,
-        tally.prompts,
-        tally.candidates,
-        tally.judgements,
-        drops.kept,
-        noun,
-        drops.in_words(),
-    )
-    if drops.kept == 0:
-        raise maker._nothing_made(tally.prompts, drops)
-    made = drops.kept + drops.prompts["surplus"]
-    maker.checker.see(
-        "pairs_per_prompt",
-        made / max(1, tally.prompts),
-        f"{tally.prompts} prompts gave {made} {noun}s; dropped: {drops.in_words()}. The most "
-        "frequent reason says what to change.",
-    )
-    if wanted is not None:
-        maker.checker.see(
-            "few_pairs",
-            drops.kept / wanted,
-            f"{drops.kept} {noun}s instead of {wanted} after max_prompt_passes over the "
-            f"prompts; dropped: {drops.in_words()}. Give more prompts or passes, or change "
-            "what the most frequent reason says; training goes on with these by default.",
-        )

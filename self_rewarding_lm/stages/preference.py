@@ -173,7 +173,7 @@ def cut_pairs(
         cut += lost
         if short.chosen_ids != short.rejected_ids:
             kept.append(place)
-    out.log({"step": out.first_step, "rows/truncated": cut})
+    out.log({"step": ctx.round.first_step, "rows/truncated": cut})
     checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
     see_cut(checker, cut, 2 * len(pairs), limit)
     if kept:

@@ -6,24 +6,23 @@ reference and the schedule of the learning rate go through all rounds as if they
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import model_validator
-from torch import nn
 
 from self_rewarding_lm.config import FromStage, SelfInstruct
-from self_rewarding_lm.context import Context, Need
+from self_rewarding_lm.context import Context, Need, Round
 from self_rewarding_lm.data.control_tokens import from_data
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import check_prompt, prompt_of
-from self_rewarding_lm.errors import ConfigError, NoPairError, StoreError
+from self_rewarding_lm.errors import ConfigError, NoPairError
 from self_rewarding_lm.generation.candidates import decoding_of
 from self_rewarding_lm.judges.consistency import check_consistency, smoothed
 from self_rewarding_lm.judges.make import make_judge
-from self_rewarding_lm.records import Candidate, Instruction, PreferencePair, Prompt
+from self_rewarding_lm.records import Instruction, PreferencePair
 from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
@@ -50,6 +49,8 @@ from self_rewarding_lm.training.loss_config import losses_in, read_by
 from self_rewarding_lm.training.state import RoundState
 
 logger = logging.getLogger(__name__)
+
+Maker = TypeVar("Maker")
 
 
 OBJECT = "its judge is an object, of which nothing is known here"
@@ -147,7 +148,57 @@ class SampledPreferenceConfig(PairSettings):
         check_prompt(prompt_of(row, where, ctx.tokens).ids, where, ctx.limit(self.max_seq_len))
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        work_rounds(self, ctx, out)
+        """Make pairs and train on them, once or in rounds.
+
+        A stage that was stopped in the training of a round goes on from its state: what this round
+        and those before it made is read from disk. Without a state all rounds are trained again,
+        from their records. Raises NoPairError if no round has a pair.
+        """
+        several = self.rounds > 1
+        if several and self.reference_from_start():
+            ctx = replace(ctx, start=ctx.model.state())
+        state = out.state_words() if several else None
+        trained_round = 0 if state is None else state["round"]
+        kept, num_pairs, steps, place = RoundState(self.rounds), 0, 0, ctx.first_prompt
+        rounds_without_pairs = 0
+        for number in range(self.rounds):
+            if several:
+                out.begin_round(number)
+            round = Round(number, steps, weights_gone=0 < number <= trained_round)
+            in_round = replace(ctx, first_prompt=place, round=round)
+            try:
+                # 1. make pairs with the present weights, or read what they made
+                pairs = self.trained(in_round, out, self.made(self.maker, in_round, out))
+                if several:
+                    self._log_round(in_round, out, len(pairs))
+                # 2. ask the reference about them
+                objective = self.objective(in_round, out, pairs, round=number)
+            except NoPairError as error:
+                rounds_without_pairs += 1
+                if rounds_without_pairs == self.rounds:
+                    raise
+                words = "%s: round %d of %d is left out: %s"
+                logger.warning(words, ctx.stage, number + 1, self.rounds, error)
+                continue
+            finally:
+                place = out.summary.get("next_prompt", place)
+            num_pairs += len(pairs)
+            # 3. train on them, unless the weights of a later round are at hand
+            if number < trained_round:
+                steps += self.planned_steps(len(objective))
+            else:
+                steps += self.fit(ctx, out, objective, round=number, first_step=steps, kept=kept)
+        out.summary |= {"pairs": num_pairs, "steps": steps}
+        if several:
+            out.summary |= {"rounds": self.rounds, "rounds_without_pairs": rounds_without_pairs}
+
+    def _log_round(self, ctx: Context, out: StageDir, num_pairs: int) -> None:
+        metrics, words = out.summary["metrics"], [f"{num_pairs} pairs"]
+        for name, label in (("judge/score_mean", "score"), ("completions/mean_length", "length")):
+            if metrics.get(name) is not None:
+                words.append(f"mean {label} {metrics[name]:.4g}")
+        number, said = ctx.round.number + 1, ", ".join(words)
+        logger.info("%s: round %d of %d: %s", ctx.stage, number, self.rounds, said)
 
     def trained(
         self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
@@ -163,29 +214,24 @@ class SampledPreferenceConfig(PairSettings):
             logger.warning("%s: mix_pairs: the stage %s has no pairs.", ctx.stage, name)
         return Joined(*mixed.values(), pairs)
 
-    def for_round(self, round: int) -> "SampledPreferenceConfig":
-        """The stage as it is in one of its rounds, from 0 on."""
-        return self.model_copy(update={"pairing": self.pairing.of_round(round)})
-
     def rehearse(self, ctx: Context, out: StageDir) -> None:
-        prompt, answers, _ = self.answered(self.maker, ctx, out)
-        self.try_pair(ctx, out, prompt.ids, answers[0].ids, answers[1].ids)
+        judged, _ = self.for_rehearsal(self.maker, ctx, out).rehearse()
+        chosen, rejected = judged.candidates[:2]
+        self.try_pair(ctx, out, judged.prompt.ids, chosen.ids, rejected.ids)
 
-    def answered(
-        self, maker: type[PairMaker], ctx: Context, out: StageDir
-    ) -> tuple[Prompt, list[Candidate], list[Any]]:
-        """What a maker rehearses: a prompt, two short candidates, and what they give.
+    def for_rehearsal(self, maker: Callable[..., Maker], ctx: Context, out: StageDir) -> Maker:
+        """A maker that has less to do: two short candidates of each prompt.
 
         Seeds are answered in place of prompts that are still to be written.
         """
-        fewer: dict[str, Any] = {
+        changes: dict[str, Any] = {
             "generation": self.generation.shortened(),
             "num_candidate_responses": 2,
         }
         if "seed_dataset" in ctx.rows:
             ctx = replace(ctx, rows={**ctx.rows, "prompt_dataset": ctx.rows["seed_dataset"]})
-            fewer["on_bad_row"] = "skip"
-        return maker(self.shortened(fewer), ctx, out).rehearse()
+            changes["on_bad_row"] = "skip"
+        return maker(self.shortened(changes), ctx, out)
 
     def shortened(self, changes: dict[str, Any]) -> "SampledPreferenceConfig":
         """The stage with less to do."""
@@ -193,7 +239,8 @@ class SampledPreferenceConfig(PairSettings):
 
     def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> Sequence[Any]:
         """What a maker makes; a server that the engine starts for it is gone afterwards."""
-        with ctx.serving(self.needs(ctx)):
+        is_read = ctx.round.weights_gone  # then there is nothing to ask a server
+        with nullcontext() if is_read else ctx.serving(self.needs(ctx)):
             return maker(self, self.with_prompts(ctx, out), out).make()
 
     def needs(self, ctx: Context) -> list[Need]:
@@ -312,84 +359,3 @@ def sampled_row(lengths: Lengths | None, new: Range, answers: int) -> RowShape:
         lengths.longest_prompt + most,
         answers,
     )
-
-
-def work_rounds(stage: "SampledPreferenceConfig", ctx: Context, out: StageDir) -> None:
-    """All rounds of a stage.
-
-    A stage that was stopped in the training of a round goes on from its state: what earlier rounds
-    made is read from disk. Without a state all rounds are trained again, from their records. Raises
-    NoPairError where no round has a pair.
-    """
-    kept, pairs, steps, empty = RoundState(stage.rounds), 0, 0, list[int]()
-    if stage.rounds > 1 and stage.reference_from_start():
-        ctx = replace(ctx, start=ctx.model.state())
-    state = out.state_words() if stage.rounds > 1 else None
-    standing, place = 0 if state is None else state["round"], ctx.first_prompt
-    for round in range(stage.rounds):
-        now = stage.for_round(round)
-        out.first_step = steps
-        out.marks = {"round": round} if stage.rounds > 1 else {}
-        here = replace(ctx, first_prompt=place)
-        if 0 < round <= standing:  # the model has not the weights of this round
-            here = replace(here, engine=_Nobody(), policy=_NoPolicy())
-        try:
-            made = _made(now, here, out, round)
-            objective = now.objective(here, out, made, round=round)
-        except NoPairError as error:
-            empty.append(round)
-            if len(empty) == stage.rounds:
-                raise
-            words = "%s: round %d of %d is left out: %s"
-            logger.warning(words, ctx.stage, round + 1, stage.rounds, error)
-            continue
-        finally:
-            place = out.summary.get("next_prompt", place)
-        pairs += len(made)
-        if round < standing:
-            steps += now.planned_steps(len(objective))
-        else:
-            steps += now.fit(ctx, out, objective, round=round, first_step=steps, kept=kept)
-    out.summary |= {"pairs": pairs, "steps": steps}
-    if stage.rounds > 1:
-        out.summary |= {"rounds": stage.rounds, "rounds_without_pairs": len(empty)}
-
-
-def _made(
-    stage: "SampledPreferenceConfig", ctx: Context, out: StageDir, round: int
-) -> Sequence[PreferencePair]:
-    """The pairs of a round."""
-    pairs = stage.trained(ctx, out, stage.made(stage.maker, ctx, out))
-    if stage.rounds > 1:
-        found = out.summary["metrics"]
-        words = [f"{len(pairs)} pairs"]
-        for name, label in (("judge/score_mean", "score"), ("completions/mean_length", "length")):
-            if found.get(name) is not None:
-                words.append(f"mean {label} {found[name]:.4g}")
-        said = ", ".join(words)
-        logger.info("%s: round %d of %d: %s", ctx.stage, round + 1, stage.rounds, said)
-    return pairs
-
-
-def _gone(*_: Any, **__: Any) -> NoReturn:
-    raise StoreError(
-        "records of a round that was trained are not there any more, and the weights that made "
-        "them are gone. Put the files back, or delete state.safetensors in the stage's folder to "
-        "train it again from its start."
-    )
-
-
-class _Nobody:
-    """The engine of a round that was trained: all of its records are there."""
-
-    generate = chances = staticmethod(_gone)
-
-    def serving(self, save: Any, tokens: Any) -> Any:
-        return nullcontext()
-
-
-class _NoPolicy(nn.Module):
-    """Its policy."""
-
-    def forward(self, *_: Any) -> NoReturn:
-        _gone()

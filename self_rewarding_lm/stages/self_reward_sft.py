@@ -19,7 +19,7 @@ from self_rewarding_lm.records import Candidate, Demonstration, Prompt
 from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.lengths import training_row_lengths
-from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts
 from self_rewarding_lm.stages.ranges import total
 from self_rewarding_lm.stages.sampled import no_stage
@@ -91,8 +91,9 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows))
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
-        prompt, answers, _ = self.answered(TopMaker, ctx, out)
-        found = Rows((_demonstration(prompt, answers[0]),), "the rehearsed response", no_stage)
+        judged, _ = self.for_rehearsal(TopMaker, ctx, out).rehearse()
+        demonstration = _demonstration(judged.prompt, judged.candidates[0])
+        found = Rows((demonstration,), "the rehearsed response", no_stage)
         supervised = self._supervised()
         if "train_dataset" in ctx.rows:
             supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
@@ -149,20 +150,20 @@ class TopMaker(PairMaker):
     noun: ClassVar[str] = "top-scored response"
     config: SelfRewardSFTConfig
 
-    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
-        candidates = self._left(prompt, drops, 1)
+    def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[Demonstration]:
+        candidates = self.usable_candidates(judged, drops, least=1)
         if not candidates:
             return []
-        found = top_scored(
+        top = top_scored(
             candidates,
-            self.scores(candidates),
+            self.judge.scores(candidates, judged.judgements),
             drops,
             min_score=self.config.least_score(self.ctx),
             is_valid_score=self.config.is_valid_reward,
         )
-        return [_demonstration(prompt, candidate) for candidate in found]
+        return [_demonstration(judged.prompt, candidate) for candidate in top]
 
-    def _nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
+    def nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
         return PairingError(
             f"{self.ctx.stage}: no response to {prompts} prompts has the top score of "
             f"{self.config.least_score(self.ctx):g}. Dropped: {drops.in_words()}. Lower min_score, "

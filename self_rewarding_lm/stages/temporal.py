@@ -7,24 +7,17 @@ Here the worst may be an earlier model's, and the best that of a model that was 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges
-from self_rewarding_lm.records import (
-    FIRST,
-    Candidate,
-    Judgement,
-    PreferencePair,
-    Prompt,
-    prompt_id_of,
-)
+from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, prompt_id_of
 from self_rewarding_lm.runs.run import INITIAL
 from self_rewarding_lm.runs.stage_folder import AHEAD, StageDir
 from self_rewarding_lm.runs.stored import Groups
-from self_rewarding_lm.stages.pair_maker import PairMaker
+from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, ranked
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.work import Counting, Work
@@ -43,70 +36,69 @@ class AnchoredMaker(PairMaker):
 
     config: "TemporalDPOConfig"
 
-    def _sample(self, prompts: Sequence[Prompt]) -> None:
-        super()._sample(prompts)
+    def sample(self, block: Sequence[JudgedPrompt]) -> None:
+        super().sample(block)
         if self.config.rejected_from is not None and self.ctx.run is not None:  # no rehearsal
-            self._sample_with(self.config.rejected_from, ANCHOR, prompts)
+            self.sample_from(self.config.rejected_from, ANCHOR, block)
 
-    def _sample_with(self, which: str | Path, part: str, prompts: Sequence[Prompt]) -> None:
-        """Candidates from other weights. A server does not hold them: they are sampled here."""
-        missing = self._unanswered({f"{prompt.id}/{part}": prompt for prompt in prompts})
+    def sample_from(self, which: str | Path, part: str, block: Sequence[JudgedPrompt]) -> None:
+        """Sample missing candidates from other weights, in this process: a server does not hold
+        them."""
+        missing = self.without_all_candidates(block, f"/{part}")
         if missing:
             with self.ctx.weights(which):
-                self._answer(replace(self.ctx, engine=self.ctx.local_engine()), missing)
-
-    def picker(self) -> Picker:
-        tie_break = self.config.pairing.tie_break
-        return lambda rated: anchored(rated, tie_break)
+                self.sample_missing(replace(self.ctx, engine=self.ctx.local_engine()), missing)
 
 
 class FirstMaker(AnchoredMaker):
     """Makes the pairs on which the next weights are trained, <stage>/first/<row>/<pass>."""
 
-    def _made(self, prompt: Prompt, drops: DropCounts) -> list[Any]:
-        stage, rest = prompt.id.split("/", 1)
-        return [replace(p, id=f"{stage}/{FIRST}/{rest}") for p in super()._made(prompt, drops)]
+    def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[PreferencePair]:
+        stage, row_and_pass = judged.prompt.id.split("/", 1)
+        first_id = f"{stage}/{FIRST}/{row_and_pass}"
+        return [replace(pair, id=first_id) for pair in super().pair(judged, drops)]
 
 
 class NextMaker(AnchoredMaker):
     """Makes the pairs of the same prompts when there are candidates of the next weights too."""
 
-    def _sample(self, prompts: Sequence[Prompt]) -> None:
-        ahead = next_weights(self.out)
-        assert ahead is not None
-        self._sample_with(ahead, NEXT, prompts)
+    def sample(self, block: Sequence[JudgedPrompt]) -> None:
+        weights_ahead = next_weights(self.out)
+        assert weights_ahead is not None
+        self.sample_from(weights_ahead, NEXT, block)
 
-    def _shown_to_judge(self, prompt: Prompt) -> list[Candidate]:
+    def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
         """The others were judged; judges that see more than one candidate need them."""
-        given = self._given(prompt)
+        candidates = super().candidates_to_judge(judged)
         if not isinstance(self.judge, SelfJudge | SeveralJudges):
-            return given
-        return [candidate for candidate in given if part_of(candidate.id) == NEXT]
+            return candidates
+        return [candidate for candidate in candidates if part_of(candidate.id) == NEXT]
 
-    def remade(self, first: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
-        """The pairs of the prompts that `first` are of, in their order."""
-        ctx, out, kept, drops, replaced = self.ctx, self.out, list[str](), DropCounts(), 0
-        with ctx.runtime.progress(len(first), f"{ctx.stage}: next winners", self.noun) as bar:
-            for start in range(0, len(first), self.config.prompts_per_block):
-                block = first[start : start + self.config.prompts_per_block]
-                asked = [prompt_id_of(pair.chosen_id or "") for pair in block]
-                mine = [self.known_prompts[name][0] for name in ctx.runtime.share(asked)]
-                by_prompt, dropped = self._worked(mine)
-                drops.add(dropped)
-                found = [pair for name in asked for pair in by_prompt[name]]
-                replaced += sum(part_of(pair.chosen_id or "") == NEXT for pair in found)
-                if ctx.runtime.is_main:
-                    out.append([pair for pair in found if pair.id not in self.known_made])
-                kept += [pair.id for pair in found]
+    def make_again(self, first_pairs: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
+        """The pairs of the prompts that `first_pairs` are of, in their order."""
+        ctx, out, drops, kept_ids, num_replaced = self.ctx, self.out, DropCounts(), list[str](), 0
+        size, label = self.config.prompts_per_block, f"{ctx.stage}: next winners"
+        with ctx.runtime.progress(len(first_pairs), label, self.noun) as bar:
+            for start in range(0, len(first_pairs), size):
+                block = first_pairs[start : start + size]
+                prompt_ids = [prompt_id_of(pair.chosen_id or "") for pair in block]
+                # 1. sample, judge and pair the block's prompts, each process its own
+                prompts = [self.known_prompts[i][0] for i in ctx.runtime.share(prompt_ids)]
+                by_prompt = self.make_block(prompts, drops)
+                # 2. keep the pairs
+                pairs = [pair for prompt_id in prompt_ids for pair in by_prompt[prompt_id]]
+                self.keep(pairs)
+                kept_ids += [pair.id for pair in pairs]
+                num_replaced += sum(part_of(pair.chosen_id or "") == NEXT for pair in pairs)
                 bar.update(len(block))
         for record_type in (Candidate, Judgement, PreferencePair):
             out.merge(record_type)
-        metrics = {"next/replaced": replaced, **drops.metrics()}
+        metrics = {"next/replaced": num_replaced, **drops.metrics()}
         out.log({"step": 0, **metrics})
-        out.summary["next_replaced"] = replaced
-        if not kept:
-            raise self._nothing_made(len(first), drops)
-        return Groups(out.known(PreferencePair)).in_order(kept)
+        out.summary["next_replaced"] = num_replaced
+        if not kept_ids:
+            raise self.nothing_made(len(first_pairs), drops)
+        return Groups(out.known(PreferencePair)).in_order(kept_ids)
 
 
 class TemporalDPOConfig(SelfRewardDPOConfig):
@@ -148,13 +140,16 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
         anchor = self.rejected_from
         return super().weights_used() | (set() if anchor is None else {str(anchor)})
 
+    def picker(self) -> Picker:
+        return lambda rated: anchored(rated, self.pairing.tie_break)
+
     def run(self, ctx: Context, out: StageDir) -> None:
         ahead = 0
         if self.chosen_from_next:
             first = self.made(FirstMaker, ctx, out)
             ahead = self._train_ahead(ctx, out, first)
             with ctx.serving(self.needs(ctx)):
-                pairs = NextMaker(self, ctx, out).remade(first)
+                pairs = NextMaker(self, ctx, out).make_again(first)
         else:
             pairs = self.made(AnchoredMaker, ctx, out)
         pairs = self.trained(ctx, out, pairs)

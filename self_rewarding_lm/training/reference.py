@@ -127,6 +127,7 @@ class StoredReference:
         rows = [[(*prompt, *response) for prompt, response in both] for both in sides]
         for group in grouped(self.ctx.model, rows, token_budget=self.token_budget):
             if any(block[i][0] not in known for i in group):
+                self.ctx.round.check_weights()
                 sequences = [sequence for i in group for sequence in sides[i]]
                 logprobs = iter(response_logprobs(policy, sequences))
                 records = [
