@@ -104,14 +104,14 @@ def sample_next(
         return best.indices.masked_fill(~best.values.isfinite(), logits.shape[-1])
     filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     tokens = torch.full(uniform.shape, logits.shape[-1], device=logits.device)
-    left = torch.arange(len(logits), device=logits.device)  # rows without a token
+    rest = torch.arange(len(logits), device=logits.device)  # rows without a token
     for size in HEAD_SIZES if _filters_anything(top_k, top_p, min_p) else ():
-        if len(left) and logits.shape[-1] > 4 * size:
-            rows = logits if len(left) == len(logits) else logits[left]
-            tokens[left], whole = _sample_head(rows, uniform[left], size, temperature, filters)
-            left = left[whole]
-    if len(left):
-        tokens[left] = _sample_whole(_scores(logits[left], temperature), uniform[left], filters)
+        if len(rest) and logits.shape[-1] > 4 * size:
+            rows = logits if len(rest) == len(logits) else logits[rest]
+            tokens[rest], short = _sample_head(rows, uniform[rest], size, temperature, filters)
+            rest = rest[short]
+    if len(rest):
+        tokens[rest] = _sample_whole(_scores(logits[rest], temperature), uniform[rest], filters)
     return tokens
 
 

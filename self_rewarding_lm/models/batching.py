@@ -1,5 +1,6 @@
-"""Rows of different lengths as rectangles, and rows in micro-batches. Padding is on the right.
+"""Rows of different lengths as rectangles, and rows in micro-batches.
 
+Padding is on the right, but for caches of keys and values that grow on the right.
 Masks come from lengths; padding is never recognised by its value, so any valid id may pad.
 """
 
@@ -22,6 +23,16 @@ def pad_rows(
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return ids, lengths
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, " b"]]:
+    """Rows of ids, left-padded with 0, and at which column each begins."""
+    longest = max(map(len, rows))
+    starts = [longest - len(row) for row in rows]
+    ids = [[0] * start + [*row] for start, row in zip(starts, rows, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(starts, device=device)
 
 
 def pad_masks(rows: Sequence[Sequence[bool]]) -> Bool[Tensor, "b t"]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models.attention import KeyValues
+from self_rewarding_lm.models.batching import pad_left
 from self_rewarding_lm.models.interface import (
     Cache,
     Plan,
@@ -237,10 +238,8 @@ class PaddedRows:
 
         self.module, self.takes = module, takes
         device = device_of(module)
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
-        starts = torch.tensor([longest - len(row) for row in rows], device=device)
-        self.mask = (torch.arange(longest, device=device) >= starts[:, None]).long()
+        ids, starts = pad_left(rows, device)
+        self.mask = (torch.arange(ids.shape[1], device=device) >= starts[:, None]).long()  # (r, t)
         self.cache = DynamicCache(config=config)
         self.logits = self._forward(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
 

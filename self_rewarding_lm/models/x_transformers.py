@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
@@ -20,6 +19,7 @@ from x_transformers.attend import Attend
 
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models.attention import KeyValues
+from self_rewarding_lm.models.batching import pad_left
 from self_rewarding_lm.models.interface import (
     Cache,
     Plan,
@@ -189,12 +189,9 @@ class KeyValueRows:
 
     def __init__(self, module: TransformerWrapper, rows: Sequence[Sequence[int]]) -> None:
         self.module = module
-        longest = max(len(row) for row in rows)
-        device = device_of(module)
-        padded = [[0] * (longest - len(row)) + list(row) for row in rows]
-        self.starts = torch.tensor([longest - len(row) for row in rows], device=device)
+        ids, self.starts = pad_left(rows, device_of(module))
         self.state: Any = None
-        self.logits = self._forward(torch.tensor(padded, device=device))
+        self.logits = self._forward(ids)
 
     @property
     def bytes_per_token(self) -> int:

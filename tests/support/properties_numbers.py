@@ -592,7 +592,7 @@ def a_sampled_token_is_that_of_a_sorted_list(sampling, case):
         "columns, order = columns.sort(dim=-1)": "order = torch.arange(columns.shape[-1]).expand_as(columns)",
         "short = threshold[:, 0] <= head[:, -1]": "short = threshold[:, 0] < -math.inf",
         "log_total = _scores(logits, temperature).logsumexp": "log_total = head.logsumexp",
-        "left = left[whole]": "left = left[:0]",
+        "rest = rest[short]": "rest = rest[:0]",
         'filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}': 'filters = {"top_k": None, "top_p": top_p, "min_p": min_p}',
     },
     examples=600,
