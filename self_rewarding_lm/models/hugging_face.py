@@ -53,9 +53,11 @@ logger = logging.getLogger(__name__)
 
 
 ATTENTION = "self_rewarding_lm"
+"""The name under which transformers knows our attention function."""
 
 
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""The kinds of layers (`layer_types`) that keep nothing but keys and values."""
 
 
 WITHOUT_EFFECT = {"position_ids", "cache_position"}
@@ -67,7 +69,11 @@ COPIES = 3
 
 
 class HuggingFaceModel:
-    """Rows are padded on the right for training, on the left for cached decoding."""
+    """A causal LM of transformers.
+
+    Rows that are not packed are padded on the right for training, on the left for transformers' own
+    cache. attends: whether it is decoded over our keys and values. caches: whether with any cache.
+    """
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:

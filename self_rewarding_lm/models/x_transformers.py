@@ -47,7 +47,11 @@ it, and rows are copied out of the cache of their prompts."""
 
 
 class XTransformersModel:
-    """Rows are padded on the right for training, on the left for cached decoding."""
+    """A TransformerWrapper of x-transformers.
+
+    Rows that are not packed are padded on the right for training, on the left for x-transformers'
+    own cache. attends: whether it is decoded over our keys and values. caches: whether with any.
+    """
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
