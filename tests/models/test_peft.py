@@ -341,8 +341,8 @@ def test_wrong_combinations_are_refused_before_any_work(tmp_path):
     named = peft.get_peft_model(tiny("llama", VOCAB), lora(), adapter_name="other")
     with pytest.raises(ConfigError, match=r"named 'default'.*got other"):
         trainer_of(tmp_path, [sft()], named, peft_config=None)
-    theirs = tiny("llama", VOCAB)
-    theirs.add_adapter(lora())
+    theirs = peft.inject_adapter_in_model(lora(), tiny("llama", VOCAB))
+    theirs._hf_peft_config_loaded = True  # as its add_adapter does, which asks for a later peft
     with pytest.raises(ConfigError, match=r"adapter that transformers loaded.*peft\.PeftModel"):
         trainer_of(tmp_path, [sft()], theirs, peft_config=None)
     assert not list(tmp_path.iterdir())
