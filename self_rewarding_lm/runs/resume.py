@@ -96,29 +96,29 @@ def _begin(
     # 1. what is in the folder
     check_folders(list(stages), folder)
     earlier = _earlier_run(folder)
-    goes_on = earlier is not None and not overwrite
+    resumed = None if overwrite else earlier
     info = _run_info(stages, model, seed)
 
     # 2. may this run go on, or begin, in it
-    if earlier is not None and goes_on:
-        _check_settings(folder, earlier["stages"], stages, settings)
-        _check_first_weights(folder / stages[0], earlier["model"], info["model"])
+    if resumed is not None:
+        _check_settings(folder, resumed["stages"], stages, settings)
+        _check_first_weights(folder / stages[0], resumed["model"], info["model"])
     else:
         _check_nothing_in_the_way(folder, stages, [] if earlier is None else earlier["stages"])
 
     # 3. what is removed
-    if earlier is not None and goes_on:
-        for name in earlier["stages"]:
+    if resumed is not None:
+        for name in resumed["stages"]:
             if StageFiles(folder / name).is_done:
                 clear(folder / name)  # the run may have been killed before it did
     elif earlier is not None:
         _remove_run(folder, earlier["stages"])
 
     # 4. what is written
-    if earlier is not None and goes_on:
-        info["created"] = earlier["created"]
+    if resumed is not None:
+        info["created"] = resumed["created"]
         if StageFiles(folder / stages[0]).is_done:
-            info["model"] = earlier["model"]  # the model now has the weights of a later stage
+            info["model"] = resumed["model"]  # the model now has the weights of a later stage
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", info)
 
