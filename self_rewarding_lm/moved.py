@@ -253,11 +253,17 @@ NAMES = {
     "report": {
         "report.page": "report_at_end",
     },
+    "reporting.markup": {
+        "text": "duration number",
+    },
     "run": {
         "runs.resume": "begin_run save_initial",
     },
     "sampling": {
         "records": "stable_hash",
+    },
+    "show": {
+        "text": "aligned",
     },
     "statements": {
         "scores": "number_text",
