@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from self_rewarding_lm.config import Config, SamplingConfig, SelfInstruct
-from self_rewarding_lm.context import Context, Need
+from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.chat import Message
 from self_rewarding_lm.data.control_tokens import fill
 from self_rewarding_lm.data.rows import prompt_of
@@ -34,7 +34,6 @@ from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts
 from self_rewarding_lm.stages.ranges import Range
-from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.work import Asking, Counting, Work
 
@@ -452,14 +451,9 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
         groups = [GROUPS[one] if isinstance(one, str) else (one,) for one in self.contrasts]
         return tuple(contrast for group in groups for contrast in group)
 
-    def build_judge(self, ctx: Context) -> Judge:
-        return super().build_judge(ctx) if self.is_judged else _Nobody()
-
-    def needs(self, ctx: Context) -> list[Need]:
-        return self._parent.needs(self, ctx)
-
-    def score_scale(self, ctx: Context) -> tuple[float, float] | None:
-        return super().score_scale(ctx) if self.is_judged else None
+    def given_judge(self) -> Any:
+        """Nobody is asked unless `confirm` says so."""
+        return super().given_judge() if self.is_judged else NoJudge()
 
     def check(self, ctx: Context) -> None:
         if ctx.tokens.tokenizer is None:
@@ -467,7 +461,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
                 f"{ctx.stage}: contrasts are texts, so the trainer needs tokenizer_encode and "
                 "tokenizer_decode, or tokenizer."
             )
-        self._parent.check(self, ctx)
+        super().check(ctx)
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         super().check_row(row, where, ctx)
@@ -488,14 +482,9 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
             return Asking(), ()
         return super().judging_work(counting, candidates, prompt)
 
-    @property
-    def _parent(self) -> type[SampledPreferenceConfig]:
-        """Whose settings are in force: without a judge, those that are not about one."""
-        return SelfRewardDPOConfig if self.is_judged else SampledPreferenceConfig
 
-
-class _Nobody(Judge):
-    """The judge where none is asked."""
+class NoJudge(Judge):
+    """Makes no judgement."""
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]

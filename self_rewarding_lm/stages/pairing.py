@@ -81,7 +81,7 @@ class PairingConfig(Config):
 
 
 ROUNDING = 1e-9
-"""Of the spread of scores: so much beyond a limit of length control still is within it."""
+"""Share of the spread of scores by which a limit of length control may be missed by rounding."""
 
 
 @dataclass
@@ -111,10 +111,10 @@ class DropCounts:
 
 @dataclass(frozen=True)
 class Rated:
-    """A candidate as it is picked.
+    """A candidate with the numbers by which it is picked.
 
     value: its score less the length penalty, by which it is compared. length: see `length_of`.
-    variance: of its judgements; infinite where that is not known.
+    variance: of its judgements; infinite if it is not known.
     """
 
     candidate: Candidate
@@ -155,24 +155,27 @@ def make_pairs(
     worse one), `margin` (their difference is under `min_margin`), `low_score`, `too_long_chosen`
     (limits of the settings) or `invalid_pair` (`is_valid_pair` says no).
     """
-    left = _rated(candidates, scores, drops, pairing.length_penalty, variances, is_valid_score)
-    found, problems = list[PreferencePair](), list[str]()
+    # 1. leave out the candidates that cannot be in a pair
+    rated = _rated(candidates, scores, drops, pairing.length_penalty, variances, is_valid_score)
+    # 2. pick, and take those that can be pairs
+    pairs, problems = list[PreferencePair](), list[str]()
     picks = pick or picker(pairing, noise)
-    for chosen, rejected in picks(left) if left else ():
+    for chosen, rejected in picks(rated) if rated else ():
         problem = _problem(chosen, rejected, pairing, min_margin, is_valid_pair)
-        if problem == "inverted" and pick is not None:  # who picks by himself may mean it
+        if problem == "inverted" and pick is not None:  # a picker of the caller's may mean it
             problem = None
         if problem is not None:
             problems.append(problem)
             continue
-        pair_id = f"{prompt.id}/p{len(found)}" if found else prompt.id
-        found.append(_pair(pair_id, prompt, chosen, rejected, weighted=pairing.weight_by_margin))
-        if len(found) == pairing.pairs_per_prompt:
+        pair_id = f"{prompt.id}/p{len(pairs)}" if pairs else prompt.id
+        pairs.append(_pair(pair_id, prompt, chosen, rejected, weighted=pairing.weight_by_margin))
+        if len(pairs) == pairing.pairs_per_prompt:
             break
-    drops.kept += len(found)
-    if left and not found:
+    # 3. count
+    drops.kept += len(pairs)
+    if rated and not pairs:
         drops.prompts[problems[0] if problems else "unpaired"] += 1
-    return found
+    return pairs
 
 
 def picker(pairing: PairingConfig, noise: Callable[[str], int] | None = None) -> Picker:
@@ -224,18 +227,22 @@ def _length_controlled(
 
 
 def score_variances(judgements: Iterable[Judgement]) -> dict[str, float]:
-    """The variance of what was said of each candidate, by its id; not of those judged once.
+    """The variance of each candidate's scores by its id; candidates judged once are left out.
 
-    A judgement of two says its score of the first, and 1 less its score of the second.
+    A judgement of two candidates gives its score to the first, and 1 less its score to the second.
     """
-    said: dict[str, list[float]] = {}
+    scores_by_id: dict[str, list[float]] = {}
     for judgement in judgements:
         if (score := judgement.score) is not None:
-            for candidate_id, own in zip(judgement.candidate_ids, (score, 1 - score), strict=False):
-                said.setdefault(candidate_id, []).append(own)
-    several = {name: own for name, own in said.items() if len(own) > 1}
-    means = {name: fsum(own) / len(own) for name, own in several.items()}
-    return {n: fsum((s - means[n]) ** 2 for s in own) / len(own) for n, own in several.items()}
+            pair = zip(judgement.candidate_ids, (score, 1 - score), strict=False)
+            for candidate_id, own_score in pair:
+                scores_by_id.setdefault(candidate_id, []).append(own_score)
+    variances = {}
+    for candidate_id, scores in scores_by_id.items():
+        if len(scores) > 1:
+            mean = fsum(scores) / len(scores)
+            variances[candidate_id] = fsum((s - mean) ** 2 for s in scores) / len(scores)
+    return variances
 
 
 def _rated(
@@ -246,7 +253,7 @@ def _rated(
     variances: Mapping[str, float],
     is_valid_score: Callable[[float], bool] | None,
 ) -> list[Rated]:
-    """The candidates that may be picked; where fewer than two may, the prompt is dropped."""
+    """The candidates that may be picked; [], and the prompt is dropped, if fewer than two may."""
     filters: list[tuple[str, Callable[[Candidate], bool]]] = [
         ("unfinished", lambda c: c.finished is not False),
         ("unscored", lambda c: scores.get(c.id) is not None),
@@ -274,7 +281,7 @@ def _problem(
     min_margin: float,
     is_valid_pair: Callable[[float, float], bool] | None,
 ) -> str | None:
-    """Why two can be no pair."""
+    """Why two candidates cannot be a pair; None if they can."""
     margin = chosen.value - rejected.value
     least, most = pairing.min_chosen_score, pairing.max_chosen_length
     problems = {
@@ -313,5 +320,5 @@ def _pair(
 
 
 def length_of(candidate: Candidate) -> int:
-    """Characters of its text; tokens where it has none."""
+    """Characters of its text; tokens if it has none."""
     return len(candidate.ids) if candidate.text is None else len(candidate.text)

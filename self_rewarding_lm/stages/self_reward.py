@@ -70,15 +70,17 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         return self
 
     def given_judge(self) -> Any:
-        return self.rewarding_model if self.judge is None else self.judge
+        """A judge that is given as an object; None if a module judges with this stage's prompts."""
+        if self.judge is not None:
+            return self.judge
+        return self.rewarding_model if hasattr(self.rewarding_model, "judge") else None
 
     def build_judge(self, ctx: Context) -> Judge:
-        if self.judge is not None:
-            return make_judge(self.judge)
-        if isinstance(self.rewarding_model, ServerJudge):
-            return self._server_judge(ctx, self.rewarding_model)
-        if hasattr(self.rewarding_model, "judge"):
-            return make_judge(self.rewarding_model)
+        given = self.given_judge()
+        if self.judge is None and isinstance(given, ServerJudge):
+            return self._server_judge(ctx, given)
+        if given is not None:
+            return make_judge(given)
         name = "self" if self.rewarding_model is None else type(self.rewarding_model).__name__
         model = None if self.rewarding_model is None else ctx.adapt(self.rewarding_model)
         if self.comparison is not None:
@@ -109,12 +111,12 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         return judges[0] if len(judges) == 1 else SeveralJudges(judges)
 
     def needs(self, ctx: Context) -> list[Need]:
-        found = super().needs(ctx)
-        if self.judge is None and self.rewarding_model is None:
+        needs = super().needs(ctx)
+        if self.given_judge() is None and self.rewarding_model is None:
             asked = self._rewards(ctx).values() if self.comparison is None else [self.comparison]
-            counts = any(r.score_mode == "expected" or r.forced_ending for r in asked)
-            found.append((decoding_of(self.judging, ctx.tokens), counts))
-        return found
+            probabilities = any(r.score_mode == "expected" or r.forced_ending for r in asked)
+            needs.append((decoding_of(self.judging, ctx.tokens), probabilities))
+        return needs
 
     def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
         fewer = {
@@ -124,7 +126,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         return super().shortened({**changes, **fewer})
 
     def score_scale(self, ctx: Context) -> tuple[float, float] | None:
-        if self.judge is not None or hasattr(self.rewarding_model, "judge"):
+        if self.given_judge() is not None:
             return None
         if self.comparison is not None:
             return 0.0, 1.0
@@ -155,7 +157,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         super().check(ctx)
         if isinstance(self.rewarding_model, ServerJudge) and self.judge is None:
             self._server_judge(ctx, self.rewarding_model)
-        if self.judge is not None or hasattr(self.rewarding_model, "judge"):
+        if self.given_judge() is not None:
             return
         limit = self._judging_model(ctx).max_len
         if self.comparison is not None:
@@ -165,7 +167,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
             check_judge_prompt(reward, ctx.tokens, limit)
 
     def _judging_model(self, ctx: Context) -> TokenModel:
-        """The model that judges; ConfigError where it cannot."""
+        """The model that judges. Raises ConfigError if it cannot."""
         if self.rewarding_model is None:
             return ctx.model
         if not isinstance(self.rewarding_model, nn.Module):

@@ -39,7 +39,7 @@ JUDGES = {
         "chosen_id=one.id,": "chosen_id=prompt.id,",
         "(best[0], worst[0])": "(worst[0], best[0])",
         'drops.prompts[problems[0] if problems else "unpaired"] += 1': "pass",
-        "if found else prompt.id": "if found else candidates[0].id",
+        "if pairs else prompt.id": "if pairs else candidates[0].id",
     },
     examples=40,
 )
