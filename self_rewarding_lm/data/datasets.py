@@ -75,11 +75,16 @@ class Indexed(Protocol):
 class Rows:
     """A dataset opened for one stage: each row is read once.
 
-    name: the dataset's, for errors. resolve: returns the records of an earlier stage. Raises
-    DataError if `dataset` is no dataset.
+    name: the dataset's, for errors. resolve: returns the records of an earlier stage; None if
+    the dataset names no stage. Raises DataError if `dataset` is no dataset.
     """
 
-    def __init__(self, dataset: Any, name: str, resolve: Callable[[FromStage], Sequence]) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        name: str,
+        resolve: Callable[[FromStage], Sequence] | None = None,
+    ) -> None:
         self.name = name
         self._resolve = resolve
         self._parts: list[Indexed] | None = None
@@ -170,6 +175,7 @@ class Rows:
 
     def _open(self, dataset: Any) -> Indexed:
         if isinstance(dataset, FromStage):
+            assert self._resolve is not None, f"{self.name} names a stage: {dataset}"
             return self._resolve(dataset)
         if isinstance(dataset, str | Path):
             return read_rows(dataset, self.name)

@@ -91,7 +91,7 @@ def counted(
         if isinstance(part, FromStage):
             rows.append(made.get(part.stage, UNKNOWN))
         elif _has_length(part):
-            opened = Rows(part, name, _no_stage)
+            opened = Rows(part, name)
             rows.append(Range.of(len(opened)))
             if measure is not None and tokens is not None:
                 found += _sampled(opened, measure, tokens)
@@ -125,7 +125,3 @@ def _lengths(found: Sequence[Parts]) -> Lengths:
         longest=max(length + sum(lengths) for length, lengths in found),
         answers=len(answers) / len(found),
     )
-
-
-def _no_stage(source: FromStage) -> Sequence[Any]:
-    raise AssertionError(f"rows of a stage are not read here: {source}")

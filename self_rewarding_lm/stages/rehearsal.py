@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.checks import OFF
-from self_rewarding_lm.config import FinetuneConfig, FromStage
+from self_rewarding_lm.config import FinetuneConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.errors import DataError, RehearsalError, SelfRewardingError, TokenizerError
@@ -94,15 +94,11 @@ class _FewRows(Rows):
     """Rows that were looked at before, each with its own words."""
 
     def __init__(self, name: str, found: Sequence[tuple[str, Any]]) -> None:
-        super().__init__(tuple(row for _, row in found), name, _no_stage)
+        super().__init__(tuple(row for _, row in found), name)
         self._words = [where for where, _ in found]
 
     def where(self, index: int) -> str:
         return self._words[index]
-
-
-def _no_stage(source: FromStage) -> Sequence[Any]:
-    raise AssertionError(f"a stand-in has the place of {source}")
 
 
 def _rehearsed(stage: FinetuneConfig, ctx: Context) -> str:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import model_validator
 
-from self_rewarding_lm.config import FromStage, SelfInstruct
+from self_rewarding_lm.config import SelfInstruct
 from self_rewarding_lm.context import Context, Need, Round
 from self_rewarding_lm.data.control_tokens import from_data
 from self_rewarding_lm.data.datasets import Rows
@@ -267,7 +267,7 @@ class SampledPreferenceConfig(PairSettings):
         writer = ctx if settings.model == CURRENT else replace(ctx, engine=ctx.local_engine())
         written = write_prompts(writer, out, seeds, settings, limit=ctx.limit(self.max_seq_len))
         rows = [{"prompt": from_data(r.text), "instruction_id": r.id} for r in written]
-        return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts", no_stage)})
+        return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts")})
 
     def work(self, counting: Counting) -> Work:
         return self.sampled_work(counting)
@@ -341,10 +341,6 @@ class SampledPreferenceConfig(PairSettings):
             return Range(least)
         passes = self.max_prompt_passes or 4 * math.ceil(wanted / rows.most)
         return Range(least, passes * rows.most).capped(passes * rows.most)
-
-
-def no_stage(source: FromStage) -> Sequence[Any]:
-    raise AssertionError(f"new prompts are of no stage: {source}")
 
 
 def sampled_row(lengths: Lengths | None, new: Range, answers: int) -> RowShape:

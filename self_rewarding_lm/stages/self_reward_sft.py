@@ -22,7 +22,6 @@ from self_rewarding_lm.stages.lengths import training_row_lengths
 from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts
 from self_rewarding_lm.stages.ranges import total
-from self_rewarding_lm.stages.sampled import no_stage
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.stages.work import Counting, Work, given_row
@@ -79,7 +78,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
 
     def run(self, ctx: Context, out: StageDir) -> None:
         found = self.made(TopMaker, ctx, out)
-        top = Rows(found, f"{ctx.stage}: top-scored responses", no_stage)
+        top = Rows(found, f"{ctx.stage}: top-scored responses")
         supervised = self._supervised()
         rows = supervised.training_rows(ctx, top, f"{ctx.stage}/top", out)
         if "train_dataset" in ctx.rows:
@@ -93,7 +92,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         judged, _ = self.for_rehearsal(TopMaker, ctx, out).rehearse()
         demonstration = _demonstration(judged.prompt, judged.candidates[0])
-        found = Rows((demonstration,), "the rehearsed response", no_stage)
+        found = Rows((demonstration,), "the rehearsed response")
         supervised = self._supervised()
         if "train_dataset" in ctx.rows:
             supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
