@@ -4,7 +4,7 @@ Both sample with the same noise, so that equal models give equal responses. Resp
 can be kept in a folder, from which a later call goes on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,7 +172,7 @@ Group = tuple[Prompt, list[Candidate]]
 class Contestant:
     """One of the two models. weights: their hash. prompts: in its own tokens.
 
-    responses: by id, <prompt id>/<sample>. side: what is told of them.
+    responses: by id, <prompt id>/<sample>. side: their measures.
     """
 
     weights: str
@@ -263,6 +263,7 @@ class _Contest:
     ) -> list[Judgement]:
         """All judgements of the groups, known ones among them, in the order of their ids."""
         judge = self.judge
+        # 1. the groups that miss judgements
         known = {} if out is None else {j.id: j for j in out.known(Judgement)}
         of_prompt: dict[str, list[Judgement]] = {}
         for judgement in known.values():
@@ -273,11 +274,18 @@ class _Contest:
             for prompt, candidates in ctx.runtime.share(list(groups))
             if not judge.has_judged(candidates, of_prompt.get(prompt.id, ()))
         ]
-        judged = judge.judge(ctx, *map(list, zip(*missing, strict=True))) if missing else ()
-        judged = (judgement for judgement in judged if judgement.id not in known)
-        new = _kept(ctx, out, Judgement, judged, "judging", "judgement", None)
+
+        # 2. judge them
+        def judged() -> Iterator[Judgement]:
+            if missing:
+                prompts, candidates_PG = map(list, zip(*missing, strict=True))
+                yield from (
+                    j for j in judge.judge(ctx, prompts, candidates_PG) if j.id not in known
+                )
+
+        new = _kept(ctx, out, Judgement, judged(), "judging", "judgement", None)
         every = known | {j.id: j for j in new}
-        # `out` may hold judgements of an earlier call that asked for more samples or judgements
+        # 3. leave out judgements of an earlier call that asked for more samples or judgements
         responses = {candidate.id for _, group in groups for candidate in group}
         wanted = [j for j in every.values() if responses.issuperset(j.candidate_ids)]
         if judge.knows_ids:
