@@ -95,7 +95,7 @@ class TrainingConfig(FinetuneConfig):
             check_rows(rows, self.on_bad_row, lambda row, where: self.check_row(row, where, ctx))
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
-        """Raise DataError or TokenizerError where the stage could not use a row."""
+        """Raise DataError or TokenizerError if the stage could not use a row."""
 
     def planned_steps(self, rows: int) -> int:
         """Optimiser steps on so many rows, unless early stopping ends them."""
@@ -113,7 +113,7 @@ class TrainingConfig(FinetuneConfig):
         first_step: int = 0,
         kept: RoundState | None = None,
     ) -> int:
-        """Train on an objective with the stage's settings; the steps that were done."""
+        """Train on an objective with the stage's settings. Returns the steps that were done."""
         stopping = None
         if self.early_stopper_eval_module is not None:
             stopping = EarlyStopping(
@@ -137,7 +137,7 @@ class TrainingConfig(FinetuneConfig):
         return training.run()
 
     def try_fit(self, ctx: Context, out: StageDir, objective: Objective) -> None:
-        """The loss of an objective's first row and its gradient, and no step; for `rehearse`."""
+        """Compute the loss of an objective's first row and its gradient, and take no step."""
         optim = self.optim.completed(*self.default_learning_rates, self.default_epochs)
         Trial(ctx, out, objective, optim, num_train_steps=1, dropout=self.dropout).run()
 
@@ -173,10 +173,10 @@ class TrainingConfig(FinetuneConfig):
 
 
 def check_rows(rows: Rows, on_bad_row: OnBadRow, check: Callable[[Any, str], Any]) -> None:
-    """Look at all rows that can be looked at before the run. check: of a row and its place.
+    """Check all rows that can be looked at before the run. check: takes a row and its place.
 
-    Raises DataError or TokenizerError for a bad one (with "skip": where all are), and DataError
-    with its place where the dataset or the tokenizer itself raises something.
+    Raises DataError or TokenizerError for a bad row (with "skip": if all are bad), and DataError
+    with the row's place if the dataset or the tokenizer itself raises something else.
     """
     bad = BadRows(on_bad_row)
     for place in rows.preview():
@@ -210,8 +210,8 @@ def read_once(
 
     make: (row, record id) -> record. With on_bad_row="skip" the rows are on disk in full once the
     records of all processes were merged, however many were left out; those are logged as
-    `rows/skipped`. check: called on the main process when all rows were made; where it raises none
-    of them is stored. Raises DataError where the dataset is empty, on every process.
+    `rows/skipped`. check: called on the main process when all rows were made; if it raises, no row
+    is stored. Raises DataError on every process if the dataset is empty.
     """
 
     def is_ours(record_id: str) -> bool:
@@ -279,7 +279,7 @@ def see_cut(checker: Checker, cut: int, sequences: int, limit: int | None) -> No
 
 
 def stage_names(stages: Sequence[FinetuneConfig]) -> list[str]:
-    """The stages' names: `name=`, or the kind, with -2, -3 where it comes again."""
+    """The stages' names: `name=`, or the kind; -2, -3 are added if a kind comes again."""
     seen: Counter[str] = Counter()
     names = []
     for stage in stages:

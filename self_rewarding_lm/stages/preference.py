@@ -106,7 +106,7 @@ class PreferenceConfig(TrainingConfig):
         beta: float | None = None,
         round: int = 0,
     ) -> PreferenceObjective:
-        """Pairs and their log-probs under the reference, where a loss reads one."""
+        """Pairs, with their log-probs under the reference if a loss reads one."""
         own = of_round(self.dpo_beta, round)
         given = beta or (own if "dpo_beta" in self.model_fields_set else None)
         losses = [one.with_beta(given) for one in losses_in(self.loss, self.nll_weight)]
@@ -136,13 +136,13 @@ class PreferenceConfig(TrainingConfig):
         return None if ctx.run is None or self.reference in present else self.reference
 
     def reference_from_start(self) -> bool:
-        """Whether the weights that the stage starts from are asked for all the while."""
+        """Whether the reference is the weights that the stage starts from."""
         return self.reference == START and read_by(losses_in(self.loss)).reference
 
     def try_pair(
         self, ctx: Context, out: StageDir, prompt_ids: Ids, chosen_ids: Ids, rejected_ids: Ids
     ) -> None:
-        """`try_fit` on one pair; where both responses are the same, another token ends one."""
+        """`try_fit` on one pair; if both responses are equal, one gets another last token."""
         if chosen_ids == rejected_ids:
             other = (chosen_ids[-1] + 1) % ctx.model.vocab
             rejected_ids = (*chosen_ids[:-1], other)
@@ -160,8 +160,8 @@ def cut_pairs(
 ) -> Sequence[PreferencePair]:
     """Pairs with both responses cut alike to the length limit, each cut when it is asked for.
 
-    Those that become equal are left out. Raises PairingError where none is left, and where the
-    checks `rows_truncated` (a DataError) and `equal_after_cut` are set to "error".
+    Pairs whose responses become equal are left out. Raises NoPairError if no pair is left, and the
+    errors of the checks `rows_truncated` and `equal_after_cut` if they are set to "error".
     """
     limit, cut, kept = ctx.limit(max_seq_len), 0, array("q")
 
@@ -192,7 +192,7 @@ def cut_pairs(
 
 
 def of_round(values: float | tuple[float, ...], round: int) -> float:
-    """A round's value: of several the one at its place, the last one goes on; else the value."""
+    """A round's value. Of several values each round has its own; the last one goes on."""
     return values[min(round, len(values) - 1)] if isinstance(values, tuple) else values
 
 

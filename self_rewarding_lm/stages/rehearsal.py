@@ -41,14 +41,14 @@ def rehearse_stages(trainer: Any, begun: Sequence[str] = ()) -> list[str]:
     error of this library is raised again with the stage's name behind it, any other (a reward
     function's) as a RehearsalError; all processes raise. Nothing was begun then.
     """
-    done = [StageFiles(trainer.folder / name).is_done for name in begun]
-    some = list(zip(trainer.stages, trainer.contexts, strict=True))[done.count(True) :]
-    told = []
-    with trainer.runtime.progress(len(some), "rehearsal", "stage") as bar:
-        for stage, ctx in some:
-            told.append(_rehearsed(stage, ctx))
+    num_done = sum(StageFiles(trainer.folder / name).is_done for name in begun)
+    to_rehearse = list(zip(trainer.stages, trainer.contexts, strict=True))[num_done:]
+    lines = []
+    with trainer.runtime.progress(len(to_rehearse), "rehearsal", "stage") as bar:
+        for stage, ctx in to_rehearse:
+            lines.append(_rehearse(stage, ctx))
             bar.update()
-    return told
+    return lines
 
 
 def stand_in(ctx: Context) -> PreferencePair:
@@ -58,7 +58,7 @@ def stand_in(ctx: Context) -> PreferencePair:
 
 
 class _Alone(Runtime):
-    """A runtime as if there were no other process: no waiting, no trackers, no optimiser steps."""
+    """A runtime that acts as if this process were alone: it neither waits nor tracks nor steps."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.__dict__.update(runtime.__dict__)
@@ -66,11 +66,11 @@ class _Alone(Runtime):
         self.rank, self.world, self.is_main, self.shows = 0, 1, True, False
 
     def meet(self, failure: SelfRewardingError | None = None) -> None:
-        """Hear, once a stage, whether all came as far; the error of one is raised on all."""
+        """Wait for all processes, once a stage; if one of them failed, raise on all."""
         self.has_met = True
-        found = [one for one in self.real.gather([failure]) if one is not None]
-        if found:
-            raise failure or found[0]
+        failures = [each for each in self.real.gather([failure]) if each is not None]
+        if failures:
+            raise failure or failures[0]
 
     def training(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
         if self.shards:  # from here on each waits for the others
@@ -91,18 +91,18 @@ class _Alone(Runtime):
 
 
 class _FewRows(Rows):
-    """Rows that were looked at before, each with its own words."""
+    """A few rows, each with the place where it stands in its dataset."""
 
-    def __init__(self, name: str, found: Sequence[tuple[str, Any]]) -> None:
-        super().__init__(tuple(row for _, row in found), name)
-        self._words = [where for where, _ in found]
+    def __init__(self, name: str, placed: Sequence[tuple[str, Any]]) -> None:
+        super().__init__(tuple(row for _, row in placed), name)
+        self._places = [where for where, _ in placed]
 
     def where(self, index: int) -> str:
-        return self._words[index]
+        return self._places[index]
 
 
-def _rehearsed(stage: FinetuneConfig, ctx: Context) -> str:
-    """Rehearse one stage; its line."""
+def _rehearse(stage: FinetuneConfig, ctx: Context) -> str:
+    """Rehearse one stage. Returns a line that says what was tried."""
     if type(stage).rehearse is FinetuneConfig.rehearse:
         return f"{ctx.stage}: not tried, it has no rehearse of its own"
     runtime, notes, folder = _Alone(ctx.runtime), list[str](), ""
@@ -145,15 +145,16 @@ def _in_words(error: Exception, stage: str, folder: str) -> SelfRewardingError:
 
 
 def _few(stage: FinetuneConfig, ctx: Context, rows: Rows, notes: list[str]) -> Rows:
-    """The first rows that can be used, or a stand-in."""
-    found = list(islice(_usable(stage, ctx, rows), FEW))
-    if not found:
-        found = [(f"{rows.name}, a stand-in", stand_in(ctx))]
+    """The first rows that can be used; if there is none, a stand-in, which `notes` tell of."""
+    placed = list(islice(_usable(stage, ctx, rows), FEW))
+    if not placed:
+        placed = [(f"{rows.name}, a stand-in", stand_in(ctx))]
         notes.append(f"{rows.name}: a stand-in")
-    return _FewRows(rows.name, found)
+    return _FewRows(rows.name, placed)
 
 
 def _usable(stage: FinetuneConfig, ctx: Context, rows: Rows) -> Iterator[tuple[str, Any]]:
+    """Rows that the stage can use, each with its place."""
     check = getattr(stage, "check_row", None)
     for place in rows.preview():
         with suppress(DataError, TokenizerError):

@@ -135,7 +135,7 @@ class SelfPlayConfig(PreferenceConfig):
         return read_once(ctx, out, rows, Prompt, name, make, on_bad_row=self.on_bad_row)
 
     def _parts(self, row: Any, where: str, ctx: Context) -> tuple[PromptRow, tuple[int, ...]]:
-        """A row's prompt and its human completion; DataError where no room is left for one."""
+        """A row's prompt and its human completion. Raises DataError if there is no room for one."""
         prompt, completion = prompt_and_completion(row, where, ctx.tokens)
         limit = ctx.limit(self.max_seq_len)
         truncated((*prompt.ids, *completion), len(prompt.ids), limit, where)
@@ -144,9 +144,9 @@ class SelfPlayConfig(PreferenceConfig):
     def _pairs(
         self, ctx: Context, out: StageDir, humans: Stored[Prompt], name: str, iteration: int
     ) -> Sequence[PreferencePair]:
-        """Each row's human answer against the present weights' own; equal ones are dropped.
+        """Each row's human answer against one that the present weights give.
 
-        name: of the rows, with which their ids begin.
+        Pairs of equal answers are dropped. name: with which the ids of the rows begin.
         """
 
         def asked(human: Prompt) -> Prompt:
@@ -166,7 +166,7 @@ class SelfPlayConfig(PreferenceConfig):
         own = Groups(out.known(Candidate)).in_order(_own_id(n, iteration) for n in humans.ids())
         report_unanswered(ctx, out, own)
         if ctx.runtime.is_main:
-            out.append(_made(Picked(humans, change=asked), own, ctx))
+            out.append(_make_pairs(Picked(humans, change=asked), own, ctx))
         out.merge(PreferencePair)
 
         def is_ours(record_id: str) -> bool:
@@ -203,7 +203,7 @@ def _own_id(human_id: str, iteration: int) -> str:
     return f"{human_id}/{iteration}/0"
 
 
-def _made(
+def _make_pairs(
     prompts: Sequence[Prompt], own: Sequence[Candidate], ctx: Context
 ) -> Iterator[PreferencePair]:
     for prompt, candidate in zip(prompts, own, strict=True):
