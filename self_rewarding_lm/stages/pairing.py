@@ -245,6 +245,40 @@ def score_variances(judgements: Iterable[Judgement]) -> dict[str, float]:
     return variances
 
 
+Filters = dict[str, Callable[[Candidate], bool]]
+"""By the reason that is counted for a candidate that does not pass."""
+
+
+def score_filters(
+    scores: Mapping[str, float | None], is_valid_score: Callable[[float], bool] | None
+) -> Filters:
+    """What a candidate must be to be learnt from: finished, and with a score that is valid."""
+    return {
+        "unfinished": lambda c: c.finished is not False,
+        "unscored": lambda c: scores.get(c.id) is not None,
+        "invalid_score": lambda c: is_valid_score is None or bool(is_valid_score(scores[c.id])),  # type: ignore[arg-type]
+    }
+
+
+def passing(
+    candidates: Sequence[Candidate], filters: Filters, drops: DropCounts, *, least: int
+) -> list[Candidate]:
+    """The candidates that pass all filters, one filter after the other.
+
+    Counts the others by reason. Returns [], and counts the prompt too, at the first filter after
+    which fewer than `least` remain.
+    """
+    left = list(candidates)
+    for reason, passes in filters.items():
+        kept = [c for c in left if passes(c)]
+        drops.candidates.update({reason: len(left) - len(kept)} if len(kept) < len(left) else {})
+        left = kept
+        if len(left) < least:
+            drops.prompts[reason] += 1
+            return []
+    return left
+
+
 def _rated(
     candidates: Sequence[Candidate],
     scores: Mapping[str, float | None],
@@ -254,19 +288,7 @@ def _rated(
     is_valid_score: Callable[[float], bool] | None,
 ) -> list[Rated]:
     """The candidates that may be picked; [], and the prompt is dropped, if fewer than two may."""
-    filters: list[tuple[str, Callable[[Candidate], bool]]] = [
-        ("unfinished", lambda c: c.finished is not False),
-        ("unscored", lambda c: scores.get(c.id) is not None),
-        ("invalid_score", lambda c: is_valid_score is None or bool(is_valid_score(scores[c.id]))),  # type: ignore[arg-type]
-    ]
-    left = list(candidates)
-    for reason, keep in filters:
-        kept = [c for c in left if keep(c)]
-        drops.candidates.update({reason: len(left) - len(kept)} if len(kept) < len(left) else {})
-        left = kept
-        if len(left) < 2:
-            drops.prompts[reason] += 1
-            return []
+    left = passing(candidates, score_filters(scores, is_valid_score), drops, least=2)
     known = [(c, score, length_of(c)) for c in left if (score := scores[c.id]) is not None]
     return [
         Rated(one, score, score - penalty * length / 1000, length, variances.get(one.id, inf))

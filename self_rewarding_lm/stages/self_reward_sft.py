@@ -3,7 +3,7 @@
 What arXiv:2401.10020 compares DPO with (its ablation on positive examples only).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.lengths import training_row_lengths
 from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
-from self_rewarding_lm.stages.pairing import DropCounts
+from self_rewarding_lm.stages.pairing import DropCounts, passing, score_filters
 from self_rewarding_lm.stages.ranges import total
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
@@ -185,27 +185,17 @@ def top_scored(
     the first of these filters that leaves no candidate.
     """
     filters = {
-        "unfinished": lambda c: c.finished is not False,
-        "unscored": lambda c: scores.get(c.id) is not None,
-        "invalid_score": lambda c: is_valid_score is None or bool(is_valid_score(scores[c.id])),
+        **score_filters(scores, is_valid_score),
         "low_score": lambda c: scores[c.id] >= min_score,  # type: ignore[operator]
-        "identical": _new(),
+        "identical": first_of_each_text(),
     }
-    left = list(candidates)
-    for reason, keep in filters.items():
-        kept = [c for c in left if keep(c)]
-        if len(kept) < len(left):
-            drops.candidates[reason] += len(left) - len(kept)
-        left = kept
-        if not left:
-            drops.prompts[reason] += 1
-            return []
-    drops.kept += len(left)
-    return left
+    top = passing(candidates, filters, drops, least=1)
+    drops.kept += len(top)
+    return top
 
 
-def _new() -> Any:
-    """A filter that takes each response once."""
+def first_of_each_text() -> Callable[[Candidate], bool]:
+    """A filter that each response passes once."""
     seen: set[Any] = set()
 
     def keep(candidate: Candidate) -> bool:
