@@ -61,6 +61,7 @@ from self_rewarding_lm.stages.contrastive import Contrast, ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.lengths import training_row_lengths
 from self_rewarding_lm.stages.pairing import PairingConfig
 from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
@@ -842,6 +843,17 @@ class Custom(FinetuneConfig):
 def test_a_stage_of_ones_own_is_not_guessed():
     (work,) = counted(Custom())
     assert work.training is None and "Custom" in work.notes[0] and work.made == NOTHING
+
+
+class Counted(Custom):
+    def work(self, counting):
+        return Work(made=counting.data(ROWS, training_row_lengths).rows)
+
+
+def test_a_stage_of_ones_own_may_count_its_work():
+    own, later = counted(Counted(), SFTConfig(train_dataset=from_stage("a")))
+    assert own.made == Range.of(2) and own.notes == ()
+    assert later.training and later.training.rows == Range.of(2)
 
 
 # -- disk and time ---------------------------------------------------------------------------------
