@@ -39,6 +39,9 @@ from self_rewarding_lm.stages.work import Asking, Counting, Work
 
 SIDES = ("positive", "negative")
 
+NO_ROOM = "no_room"
+"""Why there is no response: the prompt with its contrast fills the model."""
+
 
 class Contrast(Config):
     """Two texts, one of which is shown with a prompt: for a property, and against it.
@@ -126,6 +129,8 @@ GROUPS: dict[str, tuple[Contrast, ...]] = {
 }
 """Paired system messages by the property that they ask for and against."""
 
+Change = Callable[[list[Message], str], list[Message]]
+
 
 def shown_prompts(prompt: Prompt, contrast: Contrast, tokens: Tokens) -> tuple[Rendered, Rendered]:
     """A prompt as it is shown on the positive and on the negative side.
@@ -173,9 +178,6 @@ def _around(prompt: Prompt, text: str, kind: str, tokens: Tokens, is_data: bool)
     return tokens.prompt(fill(parts))
 
 
-Change = Callable[[list[Message], str], list[Message]]
-
-
 def _rendered(
     messages: Sequence[Message], change: Change, texts: tuple[str, str], tokens: Tokens
 ) -> tuple[Rendered, Rendered]:
@@ -202,10 +204,6 @@ def _beside(kind: str) -> Change:
         return [*messages[:place], {**messages[place], "content": said}, *messages[place + 1 :]]
 
     return change
-
-
-NO_ROOM = "no_room"
-"""Why there is no response: the prompt with its contrast fills the model."""
 
 
 class ContrastMaker(PairMaker):
@@ -337,6 +335,10 @@ def are_whole(answers: Sequence[Candidate]) -> bool:
     return finished and not same_text(*answers)
 
 
+def _disagrees(positive: float | None, negative: float | None) -> bool:
+    return positive is not None and negative is not None and negative > positive
+
+
 def counted(
     positive: Candidate, negative: Candidate, scores: Mapping[str, float | None]
 ) -> Counter[str]:
@@ -373,6 +375,18 @@ def metrics_of(counts: Mapping[str, int], *, judged: bool) -> dict[str, float]:
         for name, (part, whole) in shares.items()
         if counts[whole]
     }
+
+
+class NoJudge(Judge):
+    """Makes no judgement."""
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterator[Judgement]:
+        yield from ()
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        return []
 
 
 class ContrastiveDPOConfig(SelfRewardDPOConfig):
@@ -481,19 +495,3 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
         if not self.is_judged:
             return Asking(), ()
         return super().judging_work(counting, candidates, prompt)
-
-
-class NoJudge(Judge):
-    """Makes no judgement."""
-
-    def judge(
-        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
-    ) -> Iterator[Judgement]:
-        yield from ()
-
-    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
-        return []
-
-
-def _disagrees(positive: float | None, negative: float | None) -> bool:
-    return positive is not None and negative is not None and negative > positive
