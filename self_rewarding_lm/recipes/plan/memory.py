@@ -35,6 +35,17 @@ EXACT = 4
 """Bytes of float32, in which norms, log-sums and log-probs are computed at least."""
 
 
+EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
+
+
+BLOCK = 256
+"""Numbers in 8 bit that share a scale in float32 (arXiv:2110.02861)."""
+
+
+LEAST_EIGHT_BIT = 4096
+"""Smaller tensors keep their states in float32 (bitsandbytes' min_8bit_size)."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A decoder layer, as far as what it keeps depends on it.
@@ -202,17 +213,6 @@ def prefill_bytes(block: Block, types: Types, tokens: int) -> int:
 def key_value_bytes(block: Block, layers: int, tokens: int, itemsize: int) -> int:
     """Keys and values of so many tokens in all layers."""
     return 2 * layers * block.kv_heads * block.head_dim * tokens * itemsize
-
-
-EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
-
-
-BLOCK = 256
-"""Numbers in 8 bit that share a scale in float32 (arXiv:2110.02861)."""
-
-
-LEAST_EIGHT_BIT = 4096
-"""Smaller tensors keep their states in float32 (bitsandbytes' min_8bit_size)."""
 
 
 def state_bytes(module: nn.Module, optim: OptimConfig, vocab: int) -> int | None:
