@@ -1,7 +1,8 @@
-"""Contrastive DPO: responses to a prompt that asks for a property, against those to its opposite.
+"""Contrastive DPO: responses to a prompt that asks for a property win against its opposite's.
 
-RLCD (arXiv:2307.12950), its pairs trained on by DPO in place of a reward model and PPO. The
-contrasts that ship, and how a prompt looks with one, stand here too.
+The pairs are those of RLCD (arXiv:2307.12950); they are trained on by DPO in place of a reward
+model and PPO. This file holds, in this order: the contrasts that ship, how a prompt looks with a
+contrast, what makes the pairs, what is measured of them, and the stage.
 """
 
 from collections import Counter
@@ -40,13 +41,14 @@ from self_rewarding_lm.stages.work import Asking, Counting, Work
 SIDES = ("positive", "negative")
 
 NO_ROOM = "no_room"
-"""Why there is no response: the prompt with its contrast fills the model."""
+"""Reason why a candidate has no response: the prompt with its contrast fills the model."""
 
 
 class Contrast(Config):
     """Two texts, one of which is shown with a prompt: for a property, and against it.
 
-    Alike on the surface, so that responses differ in the property alone (arXiv:2307.12950, 3).
+    Their wording should be alike, so that responses differ in the property alone
+    (arXiv:2307.12950, section 3).
     """
 
     positive: str = Field(min_length=1)
@@ -127,40 +129,43 @@ GROUPS: dict[str, tuple[Contrast, ...]] = {
         ),
     ),
 }
-"""Paired system messages by the property that they ask for and against."""
+"""Pairs of system messages, by the property that they ask for and against."""
 
-Change = Callable[[list[Message], str], list[Message]]
+AddText = Callable[[list[Message], str], list[Message]]
+"""Returns messages with a text added; it does not change its argument."""
 
 
 def shown_prompts(prompt: Prompt, contrast: Contrast, tokens: Tokens) -> tuple[Rendered, Rendered]:
-    """A prompt as it is shown on the positive and on the negative side.
+    """Returns a prompt with the contrast's positive text, and the same with its negative text.
 
-    A prompt that went through no chat template gets the text before it (of kind "system" with a
-    blank line between) or behind it. Where a template refuses system messages, or leaves them out,
+    If the prompt went through no chat template, the text stands before it (for kind "system" with
+    a blank line between) or behind it. If the template refuses system messages or leaves them out,
     the text stands before the first message, with a blank line between.
 
-    Raises DataError where a prompt has no text that its ids are the encoding of.
+    Raises DataError if the prompt has no text whose encoding is the prompt's ids.
     """
     texts = (contrast.positive, contrast.negative)
     if prompt.messages is None:
         is_data = comes_from_data(prompt, tokens)
-        one, other = (_around(prompt, text, contrast.kind, tokens, is_data) for text in texts)
-        return one, other
+        positive, negative = (
+            _plain_with_text(prompt, text, contrast.kind, tokens, is_data) for text in texts
+        )
+        return positive, negative
     if contrast.kind != "system":
-        return _rendered(prompt.messages, _beside(contrast.kind), texts, tokens)
+        return _render_both(prompt.messages, _add_to_last_user(contrast.kind), texts, tokens)
     try:
-        shown = _rendered(prompt.messages, _as_system, texts, tokens)
-        if shown[0].ids != shown[1].ids:
-            return shown
-    except DataError:  # the template refuses the system message; the prompt itself it has taken
+        rendered = _render_both(prompt.messages, _add_as_system, texts, tokens)
+        if rendered[0].ids != rendered[1].ids:
+            return rendered
+    except DataError:  # the template refuses the system message, though it took the prompt alone
         pass
-    return _rendered(prompt.messages, _before_all, texts, tokens)
+    return _render_both(prompt.messages, _add_before_first, texts, tokens)
 
 
 def comes_from_data(prompt: Prompt, tokens: Tokens) -> bool:
     """Whether control tokens count as plain text in a prompt that no template rendered.
 
-    Raises DataError where its ids are no encoding of its text.
+    Raises DataError if the prompt's ids are not the encoding of its text.
     """
     if prompt.text is not None:
         for is_data in (False, True):
@@ -172,42 +177,55 @@ def comes_from_data(prompt: Prompt, tokens: Tokens) -> bool:
     )
 
 
-def _around(prompt: Prompt, text: str, kind: str, tokens: Tokens, is_data: bool) -> Rendered:
-    own, gap = (prompt.text or "", is_data), "\n\n" if kind == "system" else ""
-    parts = [own, (text, False)] if kind == "suffix" else [(text + gap, False), own]
+def _plain_with_text(
+    prompt: Prompt, text: str, kind: str, tokens: Tokens, is_data: bool
+) -> Rendered:
+    """A prompt without a chat template, with a text before or behind it."""
+    prompt_part, gap = (prompt.text or "", is_data), "\n\n" if kind == "system" else ""
+    parts = [prompt_part, (text, False)] if kind == "suffix" else [(text + gap, False), prompt_part]
     return tokens.prompt(fill(parts))
 
 
-def _rendered(
-    messages: Sequence[Message], change: Change, texts: tuple[str, str], tokens: Tokens
+def _render_both(
+    messages: Sequence[Message], add_text: AddText, texts: tuple[str, str], tokens: Tokens
 ) -> tuple[Rendered, Rendered]:
-    one, other = (tokens.prompt(change([dict(m) for m in messages], text)) for text in texts)
-    return one, other
+    """Renders messages with the positive text, and with the negative one."""
+    positive, negative = (
+        tokens.prompt(add_text([dict(m) for m in messages], text)) for text in texts
+    )
+    return positive, negative
 
 
-def _as_system(messages: list[Message], text: str) -> list[Message]:
+def _add_as_system(messages: list[Message], text: str) -> list[Message]:
+    """The text as the system message, or behind the one that is there."""
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": text}, *messages]
     return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
 
 
-def _before_all(messages: list[Message], text: str) -> list[Message]:
+def _add_before_first(messages: list[Message], text: str) -> list[Message]:
+    """The text before that of the first message, whatever its role."""
     return [{**messages[0], "content": f"{text}\n\n{messages[0]['content']}"}, *messages[1:]]
 
 
-def _beside(kind: str) -> Change:
-    def change(messages: list[Message], text: str) -> list[Message]:
+def _add_to_last_user(kind: str) -> AddText:
+    """Adds the text before (kind "prefix") or behind (any other) that of the last user message."""
+
+    def add_text(messages: list[Message], text: str) -> list[Message]:
         users = [place for place, m in enumerate(messages) if m["role"] == "user"]
         place = users[-1] if users else len(messages) - 1
-        own = messages[place]["content"]
-        said = text + own if kind == "prefix" else own + text
-        return [*messages[:place], {**messages[place], "content": said}, *messages[place + 1 :]]
+        content = messages[place]["content"]
+        longer = text + content if kind == "prefix" else content + text
+        return [*messages[:place], {**messages[place], "content": longer}, *messages[place + 1 :]]
 
-    return change
+    return add_text
 
 
 class ContrastMaker(PairMaker):
-    """Makes pairs of the responses to both sides of a contrast; sample 0 is the positive one."""
+    """Makes pairs of the responses to both sides of a contrast.
+
+    Each prompt has two candidates: 0 answers the positive side, 1 the negative one.
+    """
 
     config: "ContrastiveDPOConfig"
 
@@ -218,29 +236,29 @@ class ContrastMaker(PairMaker):
         self.is_rehearsal = False
 
     def sample(self, block: Sequence[JudgedPrompt]) -> None:
-        """The prompt is answered as each side shows it; the answers are those of the prompt."""
+        """Sample one response on each side, and store both as candidates of the prompt."""
         limit = self.ctx.limit(self.config.max_seq_len)
         missing = [judged for judged in block if len(judged.candidates) < len(SIDES)]
-        # 1. what is shown for each candidate that is missing
-        known = {c.id for judged in missing for c in judged.candidates}
-        shown = {  # by the id of the candidate
+        # 1. find the prompt that each missing candidate answers
+        known_ids = {c.id for judged in missing for c in judged.candidates}
+        sides = {  # by the id of the candidate
             candidate_id: side
             for judged in missing
             for number, side in enumerate(self.shown_on_sides(judged.prompt))
-            if (candidate_id := f"{judged.prompt.id}/{number}") not in known
+            if (candidate_id := f"{judged.prompt.id}/{number}") not in known_ids
         }
-        if not shown:
+        if not sides:
             return
         self.ctx.round.check_weights()
         # 2. sample those that leave room for a response
-        fitting = {i: side for i, side in shown.items() if limit is None or len(side.ids) < limit}
+        fitting = {i: side for i, side in sides.items() if limit is None or len(side.ids) < limit}
         sampled = self.ctx.sample(
             list(fitting.values()),
             self.config.generation,
             1,
             max_seq_len=self.config.max_seq_len,
         )
-        candidate_ids = {side.id: candidate_id for candidate_id, side in shown.items()}
+        candidate_ids = {side.id: candidate_id for candidate_id, side in sides.items()}
         responses = (
             replace(
                 candidate,
@@ -250,42 +268,45 @@ class ContrastMaker(PairMaker):
             )
             for candidate in sampled
         )
-        # 3. the others have no response, and the reason
+        # 3. the others become candidates without a response, with the reason
         without_room = (
             Candidate(i, prompt_id_of(i), (), None, None, 0, reason=NO_ROOM, shown_id=side.id)
-            for i, side in shown.items()
+            for i, side in sides.items()
             if i not in fitting
         )
         self.keep_candidates(chain(responses, without_room), missing)
 
     def shown_on_sides(self, prompt: Prompt) -> list[Prompt]:
-        """What is shown on each side, on disk as prompts of their own."""
+        """The prompt of the positive and of the negative side, read from disk or made and stored.
+
+        A hash of the seed and the prompt's id picks the contrast.
+        """
         ids = [f"{prompt.id}/{side}" for side in SIDES]
-        known = [self.known_prompts[record_id] for record_id in ids]
-        if all(known):
-            return [records[0] for records in known]
+        stored = [self.known_prompts[record_id] for record_id in ids]
+        if all(stored):
+            return [records[0] for records in stored]
         place = stable_hash(self.ctx.seed, "contrast", prompt.id) % len(self.contrasts)
         rendered = shown_prompts(prompt, self.contrasts[place], self.ctx.tokens)
-        shown = [
+        side_prompts = [
             Prompt(record_id, prompt.row, r.ids, r.text, messages=r.messages)
             for record_id, r in zip(ids, rendered, strict=True)
         ]
-        self.out.append([s for s, records in zip(shown, known, strict=True) if not records])
-        return shown
+        self.out.append([p for p, records in zip(side_prompts, stored, strict=True) if not records])
+        return side_prompts
 
     def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
-        """None of a prompt that gives no pair whatever a judge says."""
+        """The candidates that the judge is shown; none if the prompt can give no pair."""
         can_be_pair = self.is_rehearsal or are_whole(judged.answers)
         return super().candidates_to_judge(judged) if can_be_pair else []
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[PreferencePair]:
-        # 1. the judge's scores if it was asked; else the positive side has the higher one
+        # 1. take the judge's scores if it was asked; else the positive side gets the higher one
         answers, is_judged = judged.answers, self.config.is_judged
         if is_judged and are_whole(answers):
             scores = self.judge.scores(answers, judged.judgements)
         else:
             scores = {c.id: 1.0 - place for place, c in enumerate(answers)}
-        # 2. leave out what the judge disagrees with
+        # 2. with confirm="drop", leave the prompt out if the judge prefers the negative side
         if len(answers) == len(SIDES):
             positive, negative = answers
             self.counts.update(counted(positive, negative, scores))
@@ -330,38 +351,39 @@ class ContrastMaker(PairMaker):
 
 
 def are_whole(answers: Sequence[Candidate]) -> bool:
-    """Whether both sides gave a finished response, and not the same."""
+    """Whether both sides have a finished response, and these differ."""
     finished = len(answers) == len(SIDES) and all(c.finished is not False for c in answers)
     return finished and not same_text(*answers)
 
 
 def _disagrees(positive: float | None, negative: float | None) -> bool:
+    """Whether the judge scores the negative side higher."""
     return positive is not None and negative is not None and negative > positive
 
 
 def counted(
     positive: Candidate, negative: Candidate, scores: Mapping[str, float | None]
 ) -> Counter[str]:
-    """What one prompt's responses add to the counts that `metrics_of` reads."""
-    found = Counter(answered=1, positive=len(positive.ids), negative=len(negative.ids))
+    """What one prompt's two responses add to the counts that `metrics_of` reads."""
+    counts = Counter(answered=1, positive=len(positive.ids), negative=len(negative.ids))
     if False in (positive.finished, negative.finished):
-        return found
-    found["finished"] = 1
-    one, other = scores[positive.id], scores[negative.id]
+        return counts
+    counts["finished"] = 1
+    first, second = scores[positive.id], scores[negative.id]
     if same_text(positive, negative):
-        found["identical"] = 1
-    elif one is not None and other is not None and one != other:
-        found.update(told_apart=1, agreed=int(one > other))
-    return found
+        counts["identical"] = 1
+    elif first is not None and second is not None and first != second:
+        counts.update(told_apart=1, agreed=int(first > second))
+    return counts
 
 
 def metrics_of(counts: Mapping[str, int], *, judged: bool) -> dict[str, float]:
-    """Measures of a stage's contrasts; one of nothing is left out.
+    """Metrics of a stage's contrasts; a metric whose denominator is 0 is left out.
 
-    contrast/identical_rate: of prompts with two finished responses, those where they are the same.
-    contrast/positive_length, contrast/negative_length: mean tokens of a response; length_ratio: the
-    first over the second. contrast/judge_agreement: of pairs whose sides the judge scores
-    differently, those where the positive one has the higher score.
+    contrast/identical_rate: of prompts with two finished responses, the share whose responses are
+    the same. contrast/positive_length, contrast/negative_length: mean tokens of a response;
+    contrast/length_ratio: the first over the second. contrast/judge_agreement: of pairs whose sides
+    the judge scores differently, the share whose positive side has the higher score.
     """
     shares = {
         "identical_rate": ("identical", "finished"),
@@ -378,7 +400,7 @@ def metrics_of(counts: Mapping[str, int], *, judged: bool) -> dict[str, float]:
 
 
 class NoJudge(Judge):
-    """Makes no judgement."""
+    """A judge that makes no judgements, for stages that ask nobody."""
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -392,10 +414,10 @@ class NoJudge(Judge):
 class ContrastiveDPOConfig(SelfRewardDPOConfig):
     """The response to a prompt with a positive text wins against that to it with a negative one.
 
-    Both are sampled from the present weights, and trained as responses to the prompt alone. Nobody
-    scores them, unless `confirm` asks the judge that SelfRewardDPOConfig would ask. Defaults: beta
-    0.1, learning rate 5e-7, one epoch, those of known implementations of the form with system
-    messages; arXiv:2307.12950 trains a reward model on such pairs, and PPO on that.
+    Both responses are sampled from the present weights, and trained on as responses to the prompt
+    alone. No judge scores them unless `confirm` asks the one that SelfRewardDPOConfig would ask.
+    Defaults: beta 0.1, learning rate 5e-7, one epoch, as in known implementations with system
+    messages; arXiv:2307.12950 trains a reward model on such pairs, and then the policy by PPO.
     """
 
     folder_name: ClassVar[str] = "contrastive"
@@ -424,49 +446,49 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
 
     @field_validator("contrasts")
     @classmethod
-    def _groups_known(cls, given: tuple[str | Contrast, ...]) -> tuple[str | Contrast, ...]:
-        for name in given:
+    def _groups_known(cls, contrasts: tuple[str | Contrast, ...]) -> tuple[str | Contrast, ...]:
+        for name in contrasts:
             if isinstance(name, str) and name not in GROUPS:
                 hint = did_you_mean(name, GROUPS)
                 raise ValueError(
                     f"{name!r} is no group of contrasts; {hint}there are {', '.join(GROUPS)}, and "
                     "Contrast(positive=..., negative=...) for your own"
                 )
-        return given
+        return contrasts
 
     @model_validator(mode="after")
     def _go_together(self) -> "ContrastiveDPOConfig":
-        given = [name for name in self.unused if name in self.model_fields_set]
-        if given:
+        refused = [name for name in self.unused if name in self.model_fields_set]
+        if refused:
             raise ValueError(
-                f"{', '.join(given)}: this stage samples one response on each side of a contrast"
+                f"{', '.join(refused)}: this stage samples one response on each side of a contrast"
             )
         if self.generation.temperature == 0:
             raise ValueError(
                 "generation.temperature must be over 0: with the likeliest token everywhere both "
                 "sides of a contrast often give the same text, and such pairs are left out"
             )
-        asked = [name for name in self.of_judges if getattr(self, name) is not None]
-        asked += ["min_margin"] if self.min_margin else []
-        if asked and not self.is_judged:
+        for_judges = [name for name in self.of_judges if getattr(self, name) is not None]
+        for_judges += ["min_margin"] if self.min_margin else []
+        if for_judges and not self.is_judged:
             raise ValueError(
-                f"{', '.join(asked)}: no judge is asked with confirm='none'; set confirm='drop' or "
-                "'reorder'"
+                f"{', '.join(for_judges)}: no judge is asked with confirm='none'; set "
+                "confirm='drop' or 'reorder'"
             )
         return self
 
     @property
     def is_judged(self) -> bool:
-        """Whether a judge sees the pairs."""
+        """Whether a judge scores the responses."""
         return self.confirm != "none"
 
     def pairs(self) -> tuple[Contrast, ...]:
-        """All contrasts, those of groups among them."""
-        groups = [GROUPS[one] if isinstance(one, str) else (one,) for one in self.contrasts]
+        """All contrasts of the stage, with each group replaced by the contrasts in it."""
+        groups = [GROUPS[it] if isinstance(it, str) else (it,) for it in self.contrasts]
         return tuple(contrast for group in groups for contrast in group)
 
     def given_judge(self) -> Any:
-        """Nobody is asked unless `confirm` says so."""
+        """The judge that SelfRewardDPOConfig would ask, or NoJudge if `confirm` is "none"."""
         return super().given_judge() if self.is_judged else NoJudge()
 
     def check(self, ctx: Context) -> None:
@@ -481,9 +503,9 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
         super().check_row(row, where, ctx)
         if isinstance(self.prompt_dataset, SelfInstruct):
             return
-        found = prompt_of(row, where, ctx.tokens)
-        if found.messages is None:
-            comes_from_data(Prompt(where, 0, found.ids, found.text), ctx.tokens)
+        prompt = prompt_of(row, where, ctx.tokens)
+        if prompt.messages is None:
+            comes_from_data(Prompt(where, 0, prompt.ids, prompt.text), ctx.tokens)
 
     def work(self, counting: Counting) -> Work:
         texts = [text for c in self.pairs() for text in (c.positive, c.negative)]

@@ -1,7 +1,8 @@
 """Meta-Rewarding: the model answers, judges, and judges its judgements (arXiv:2407.19594).
 
-Pairs of responses train it to answer, pairs of judgements to judge, in one DPO. Compared judgements
-become strengths by the paper's position weights and battles (section 2.2).
+Pairs of responses train it to answer, pairs of judgements train it to judge, in one DPO. Compared
+judgements get strengths by the paper's position weights and battles (section 2.2). This file holds,
+in this order: the settings and the stage, what makes its pairs of judgements, and the arithmetic.
 """
 
 import logging
@@ -44,10 +45,13 @@ from self_rewarding_lm.stages.work import Counting, Work
 logger = logging.getLogger(__name__)
 
 NAME = "self:meta"
+"""The judge in records of comparisons."""
 
 SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
+"""The sampling of the paper."""
 
 COMPARING = "comparing judgements is not counted, nor are their pairs; see docs/meta_rewarding.md"
+"""The note in a plan that has a stage of this kind."""
 
 ADVICE = (
     "Change one of these: train the model on examples of comparing first; make meta_judging's "
@@ -55,14 +59,15 @@ ADVICE = (
     "meta_judging.sampling.max_new_tokens if its texts are cut off; lower min_parse_rate; or set "
     "train_judge=False."
 )
+"""What to do if too few comparisons can be read."""
 
 EQUAL = 1e-9
-"""Strengths nearer to each other than this are equal: what is left are rounding errors."""
+"""Strengths that differ by at most this are equal: such a difference is a rounding error."""
 
 STEPS = 100  # of Newton's method at most; ten are usual
 
 Verdicts = Mapping[tuple[int, int], int]
-"""r_mn for (m shown first, n shown second): 1 the first is better, -1 the second, 0 neither."""
+"""r_mn by (m, n), m shown first and n second: 1 if m is better, -1 if n is better, 0 if neither."""
 
 
 class MetaJudgingConfig(ComparisonConfig):
@@ -78,11 +83,11 @@ class MetaJudgingConfig(ComparisonConfig):
 class MetaRewardDPOConfig(SelfRewardDPOConfig):
     """Self-rewarding DPO that trains the judge too (arXiv:2407.19594).
 
-    Of each prompt the response whose judgements differ most is taken, its judgements are compared
-    by the same model as a meta-judge, and the best and the worst become a pair whose prompt is the
-    judge prompt. Wins count by the place in which they are rarer in the whole stage. Defaults of
-    the paper: 7 responses, 11 judgements each, temperature 0.8, top-p 0.95, beta 0.1, learning
-    rate 5e-6 (its last value, a tenth, is ours). docs/meta_rewarding.md has the rest.
+    For each prompt, the same model as a meta-judge compares the judgements of the response whose
+    judgements differ most; the best and the worst become a pair whose prompt is the judge prompt.
+    Wins in the place that wins less often in the whole stage count more. Defaults of the paper: 7
+    responses, 11 judgements each, temperature 0.8, top-p 0.95, beta 0.1, learning rate 5e-6 (its
+    last value, a tenth, is our choice). docs/meta_rewarding.md has the rest.
     """
 
     folder_name: ClassVar[str] = "meta_reward"
@@ -117,11 +122,11 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
     def _judges_itself(self) -> "MetaRewardDPOConfig":
         if not self.train_judge:
             return self
-        foreign = ("judge", "rewarding_model", "comparison")
-        given = [name for name in foreign if getattr(self, name) is not None]
-        if given:
+        others = ("judge", "rewarding_model", "comparison")
+        refused = [name for name in others if getattr(self, name) is not None]
+        if refused:
             raise ValueError(
-                f"{', '.join(given)}: train_judge compares what the trained model itself wrote "
+                f"{', '.join(refused)}: train_judge compares what the trained model itself wrote "
                 "as a judge with a reward prompt; leave it out, or set train_judge=False"
             )
         if len(self.reward_names()) > 1 or self.num_sampled_reward_responses < 2:
@@ -150,25 +155,25 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
                 f"{reward.forced_ending!r}, whose scores are not (all) in the texts. Use "
                 "score_mode='sampled' without forced_ending, or set train_judge=False."
             )
-        how, judge = self.meta_judging, self.build_judge(ctx)
+        settings, judge = self.meta_judging, self.build_judge(ctx)
         assert isinstance(judge, SelfJudge)
-        render = compile_meta_template(how.prompt_template, auto_dedent=how.auto_dedent)
+        render = compile_meta_template(settings.prompt_template, auto_dedent=settings.auto_dedent)
         empty = render(judge.render("", ""), "", "")
-        meta_asker(how).check(empty, ctx.tokens, ctx.model.max_len)
+        meta_asker(settings).check(empty, ctx.tokens, ctx.model.max_len)
 
     def needs(self, ctx: Context) -> list[Need]:
-        found, how = super().needs(ctx), self.meta_judging
+        needs, settings = super().needs(ctx), self.meta_judging
         if self.train_judge:
-            counts = how.score_mode == "expected" or bool(how.forced_ending)
-            found.append((decoding_of(how.sampling, ctx.tokens), counts))
-        return found
+            probabilities = settings.score_mode == "expected" or bool(settings.forced_ending)
+            needs.append((decoding_of(settings.sampling, ctx.tokens), probabilities))
+        return needs
 
     def trained(
         self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
     ) -> Sequence[PreferencePair]:
         if not self.train_judge:
             return super().trained(ctx, out, pairs)
-        actor_ids = [pair.id for pair in pairs]  # merging judge pairs with them closes their file
+        actor_ids = [pair.id for pair in pairs]  # read now: merging judge pairs closes the file
         with ctx.serving(self.needs(ctx)):
             judge_ids = JudgePairMaker(self, ctx, out).make(len(actor_ids))
         stored = Groups(out.known(PreferencePair))
@@ -188,13 +193,13 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
 
     def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
         sampling = self.meta_judging.sampling.shortened(MIN_ANSWER_TOKENS)
-        fewer = self.meta_judging.model_copy(update={"sampling": sampling})
-        return super().shortened({**changes, "meta_judging": fewer})
+        meta_judging = self.meta_judging.model_copy(update={"sampling": sampling})
+        return super().shortened({**changes, "meta_judging": meta_judging})
 
 
 @dataclass(frozen=True)
 class ComparedJudgements:
-    """The judgements of one candidate that are compared with each other, each text once."""
+    """The judgements of one candidate that are compared with each other; no two have one text."""
 
     prompt: Prompt
     candidate: Candidate
@@ -202,15 +207,16 @@ class ComparedJudgements:
 
 
 class JudgePairMaker:
-    """Compares the judgements of a stage whose responses are judged, and makes pairs of them.
+    """Compares the judgements of a stage that has its pairs of responses, and makes judge pairs.
 
-    What is on disk already is used again. All processes make the same pairs.
+    Comparisons and pairs that are on disk already are used again. All processes make the same
+    pairs. Settings are those of MetaRewardDPOConfig.
     """
 
-    def __init__(self, config: "MetaRewardDPOConfig", ctx: Context, out: StageDir) -> None:
+    def __init__(self, config: MetaRewardDPOConfig, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
         self.responses = PairMaker(config, ctx, out)
-        """What was made of the stage's responses before."""
+        """Reads the stage's prompts, candidates and judgements."""
         self.asker = meta_asker(config.meta_judging)
         self.render_meta = compile_meta_template(
             config.meta_judging.prompt_template, auto_dedent=config.meta_judging.auto_dedent
@@ -218,20 +224,20 @@ class JudgePairMaker:
         self.known_comparisons = Groups(out.known(MetaJudgement), lambda c: prompt_id_of(c.id))
         self.dropped: Counter[str] = Counter()
         self.followed = Share()
-        """Of verdicts on judgements with different scores those for the higher one."""
+        """How many verdicts on judgements with different scores are for the higher score."""
 
     def make(self, actor_pairs: int) -> list[str]:
-        """Ids of the stage's judge pairs, on disk with the comparisons that they are made of.
+        """Store the stage's judge pairs and their comparisons, and return the pairs' ids.
 
-        actor_pairs: how many pairs of responses they are trained with. Raises JudgeError if too
-        few comparisons can be read.
+        actor_pairs: the number of pairs of responses that are trained on with them. Raises
+        JudgeError if too few comparisons can be read.
         """
         prompt_ids, out = list(self.responses.known_prompts.records.ids()), self.out
-        # 1. compare all judgements that are not compared yet
+        # 1. compare the judgements that are not compared yet
         self._compare_all(prompt_ids)
         out.merge(MetaJudgement)
         self.known_comparisons = Groups(out.known(MetaJudgement), lambda c: prompt_id_of(c.id))
-        # 2. weight the two places by how often each wins in the whole stage
+        # 2. weight the two places in a comparison by how often each wins in the whole stage
         verdicts = Counter(
             None if comparison.score is None else verdict(comparison.score)
             for comparison in self.known_comparisons.records
@@ -251,7 +257,10 @@ class JudgePairMaker:
         return kept_ids
 
     def rehearse(self) -> PreferencePair:
-        """The pair of a judgement that is compared with itself and is both sides."""
+        """A pair whose two sides are one judgement, which is compared with itself.
+
+        Raises JudgeError if the meta-judge has no room to answer.
+        """
         judged, _ = self.responses.rehearse()
         judgement = judged.judgements[0]
         candidate = next(c for c in judged.candidates if c.id == judgement.candidate_ids[0])
@@ -267,10 +276,13 @@ class JudgePairMaker:
         return self._judge_pair(compared, (0, 0), (0.0, 0.0))
 
     def _compare_all(self, prompt_ids: Sequence[str]) -> None:
-        """Have all judgements compared that are not, block by block."""
+        """Compare all judgements that are not compared yet, block by block.
+
+        Raises JudgeError on every process if too few comparisons can be read.
+        """
         config, ctx = self.config, self.ctx
-        made = config.num_sampled_reward_responses
-        compared = min(made, config.max_judgements_compared or made)
+        sampled = config.num_sampled_reward_responses
+        compared = min(sampled, config.max_judgements_compared or sampled)
         most = len(prompt_ids) * compared * (compared - 1)
         words = "%s: judgements of %d prompts are compared, in up to %d comparisons"
         logger.info(words, ctx.stage, len(prompt_ids), most)
@@ -284,9 +296,9 @@ class JudgePairMaker:
                 bar.update(len(block))
 
     def _compare(self, prompt_ids: Sequence[str]) -> str | None:
-        """Compare what is not compared of some prompts.
+        """Compare the judgements of some prompts that are not compared yet, and store the results.
 
-        Returns the words of an error if too few verdicts can be read, else None.
+        Returns the text of an error if too few verdicts can be read, else None.
         """
         watcher, questions = self.responses.watcher, list[Question]()
         for prompt_id in prompt_ids:
@@ -303,23 +315,24 @@ class JudgePairMaker:
         return self._see_parsed()
 
     def _see_parsed(self) -> str | None:
+        """The text of an error if too few verdicts could be read so far, else None."""
         return self.responses.watcher.see_parsed(
             self.ctx.stage, self.out.path, noun="comparisons of judgements", advice=ADVICE
         )
 
     def _compared(self, prompt_id: str) -> ComparedJudgements | None:
-        """What is compared of a prompt; None if no response's judgements differ."""
+        """The judgements of a prompt that are compared; None if no response's judgements differ."""
         responses = self.responses
-        # 1. the response whose judgements differ most
+        # 1. pick the response whose judgements differ most
         by_candidate: dict[str, list[Judgement]] = {}
-        for judgement in sorted(responses.known_judgements[prompt_id], key=_number):
+        for judgement in sorted(responses.known_judgements[prompt_id], key=_judgement_number):
             by_candidate.setdefault(judgement.candidate_ids[0], []).append(judgement)
-        candidates = sorted(responses.known_candidates[prompt_id], key=lambda c: _last(c.id))
+        candidates = sorted(responses.known_candidates[prompt_id], key=lambda c: _last_number(c.id))
         scores = [[j.score for j in by_candidate.get(c.id, ())] for c in candidates]
         picked = most_varied(scores)
         if picked is None:
             return None
-        # 2. the first of its judgements that can be read and differ
+        # 2. take the first of its judgements that can be read, each text once
         by_text: dict[str, Judgement] = {}
         for judgement in by_candidate[candidates[picked].id]:
             if judgement.score is not None and judgement.text is not None:
@@ -329,16 +342,17 @@ class JudgePairMaker:
         return ComparedJudgements(prompt, candidates[picked], judgements)
 
     def _judge_prompt(self, compared: ComparedJudgements) -> Filled:
-        """What the judge was asked."""
-        judge, shown = self.responses.judge, self.responses.as_judged(compared.candidate)
+        """The prompt with which the judge was asked about the compared candidate."""
+        judge, candidate = self.responses.judge, self.responses.as_judged(compared.candidate)
         assert isinstance(judge, SelfJudge)
-        return judge.render(compared.prompt.text or "", shown.text or "")
+        return judge.render(compared.prompt.text or "", candidate.text or "")
 
     def _questions(self, compared: ComparedJudgements) -> Iterator[Question]:
+        """The questions to the meta-judge: each two judgements in both orders."""
         judge_prompt = self._judge_prompt(compared)
-        for one, other in permutations(compared.judgements, 2):
-            text = self.render_meta(judge_prompt, one.text or "", other.text or "")
-            yield Question(_id(one, other), (one.id, other.id), text)
+        for first, second in permutations(compared.judgements, 2):
+            text = self.render_meta(judge_prompt, first.text or "", second.text or "")
+            yield Question(_comparison_id(first, second), (first.id, second.id), text)
 
     def _pairs(
         self,
@@ -347,7 +361,7 @@ class JudgePairMaker:
         most: int | None,
         kept_ids: list[str],
     ) -> Iterator[PreferencePair]:
-        """The judge pairs of prompts, `most` at most; their ids are put into `kept_ids`."""
+        """Yields the prompts' judge pairs, at most `most`, and adds their ids to `kept_ids`."""
         for prompt_id in prompt_ids:
             pair = self._pair(prompt_id, weights)
             if pair is not None and len(kept_ids) == most:
@@ -357,21 +371,21 @@ class JudgePairMaker:
                 yield pair
 
     def _pair(self, prompt_id: str, weights: tuple[float, float]) -> PreferencePair | None:
-        """A prompt's judge pair; None, counted by its reason, if it is dropped."""
+        """The judge pair of a prompt; None if it is dropped, which is counted by its reason."""
         compared = self._compared(prompt_id)
         if compared is None:
             return self._drop("unvaried")
-        # 1. who won in which order
+        # 1. read who won in each order
         judgements = compared.judgements
         comparisons = {
             comparison.id: comparison for comparison in self.known_comparisons[prompt_id]
         }
         verdicts = {
-            (m, n): verdict(comparisons[_id(judgements[m], judgements[n])].score)
+            (m, n): verdict(comparisons[_comparison_id(judgements[m], judgements[n])].score)
             for m, n in permutations(range(len(judgements)), 2)
         }
         self._count_followed(judgements, verdicts)
-        # 2. the strongest judgement against the weakest
+        # 2. pick the strongest and the weakest judgement
         strength = strengths(battles(verdicts, len(judgements), weights))
         picked = best_and_worst(strength)
         if picked is None:
@@ -389,23 +403,26 @@ class JudgePairMaker:
         return self._drop("no_room") if limit is not None and length > limit else pair
 
     def _drop(self, reason: str) -> None:
+        """Count a prompt that gives no judge pair; returns None in place of the pair."""
         self.dropped[reason] += 1
 
     def _count_followed(
         self, judgements: Sequence[Judgement], verdicts: dict[tuple[int, int], int]
     ) -> None:
-        for (m, n), said in verdicts.items():
-            one, other = judgements[m].score, judgements[n].score
-            assert one is not None and other is not None
-            if said and one != other:
-                self.followed.add(int((one > other) == (said > 0)), 1)
+        """Count how often the judgement with the higher score won."""
+        for (m, n), winner in verdicts.items():
+            first, second = judgements[m].score, judgements[n].score
+            assert first is not None and second is not None
+            if winner and first != second:
+                self.followed.add(int((first > second) == (winner > 0)), 1)
 
     def _judge_pair(
         self, compared: ComparedJudgements, picked: tuple[int, int], strength: tuple[float, float]
     ) -> PreferencePair:
-        """The pair as it is trained: what the judge was asked, and two of its answers.
+        """The pair that is trained on: the prompt to the judge, and two of its judgements.
 
-        Judgements are kept as texts, so their ids are those of the text and its end token.
+        picked: places of the chosen and the rejected judgement; strength: theirs. Judgements are
+        stored as texts, so the ids are those of the text and its end token.
         """
         judge_prompt, tokens = self._judge_prompt(compared), self.ctx.tokens
         chosen, rejected = (compared.judgements[i] for i in picked)
@@ -457,19 +474,20 @@ class JudgePairMaker:
             )
 
 
-def meta_asker(how: "MetaJudgingConfig") -> Asker:
-    """Who compares judgements: the stage's own model."""
+def meta_asker(settings: MetaJudgingConfig) -> Asker:
+    """Asks the stage's own model to compare judgements."""
     return Asker(
-        form_of_comparison(how),
-        how.sampling,
+        form_of_comparison(settings),
+        settings.sampling,
         name=NAME,
-        score_mode=how.score_mode,
-        forced_ending=how.forced_ending,
+        score_mode=settings.score_mode,
+        forced_ending=settings.forced_ending,
         source="compared",
     )
 
 
 def _as_comparison(judgement: Judgement) -> MetaJudgement:
+    """The record of a comparison, from the answer to a question about two judgements."""
     return MetaJudgement(
         id=judgement.id,
         judgement_ids=judgement.candidate_ids,
@@ -482,49 +500,53 @@ def _as_comparison(judgement: Judgement) -> MetaJudgement:
     )
 
 
-def _id(one: Judgement, other: Judgement) -> str:
-    return f"{one.id}/vs/{other.id.rsplit('/', 1)[1]}"
+def _comparison_id(first: Judgement, second: Judgement) -> str:
+    """The id of the comparison that shows these two judgements in this order."""
+    return f"{first.id}/vs/{second.id.rsplit('/', 1)[1]}"
 
 
-def _number(judgement: Judgement) -> int:
+def _judgement_number(judgement: Judgement) -> int:
     return int(judgement.id.rsplit("/j", 1)[1])
 
 
-def _last(record_id: str) -> int:
+def _last_number(record_id: str) -> int:
     return int(record_id.rsplit("/", 1)[1])
 
 
 def most_varied(scores: Sequence[Sequence[float | None]]) -> int | None:
-    """Which response's judgements differ most: the highest variance of their scores.
+    """The place of the response whose judgements have the highest variance of scores.
 
-    scores: of each response those of its judgements, None where none could be read; these do not
-    count. Of equals the first; None where no response has two different scores.
+    scores: for each response the scores of its judgements, None if a judgement could not be read;
+    those do not count. Returns the first of equals, and None if no response has two different
+    scores.
     """
-    known = [[score for score in own if score is not None] for own in scores]
-    variances = [pvariance(own) if own else 0.0 for own in known]  # exact sums: in any order alike
+    known = [[score for score in row if score is not None] for row in scores]
+    variances = [pvariance(row) if row else 0.0 for row in known]  # exact sums, so in any order
     best = max(range(len(scores)), key=lambda i: (variances[i], -i), default=None)
     return best if best is not None and variances[best] > 0 else None
 
 
 def verdict(score: float | None) -> int:
-    """1, -1 or 0 of a comparison's score: over a half, under it, or neither (None included)."""
+    """1 if a comparison's score is over 0.5, -1 if it is under 0.5, else 0 (also for None)."""
     return 0 if score is None else (score > 0.5) - (score < 0.5)
 
 
 def position_weights(wins_first: int, wins_second: int) -> tuple[float, float]:
-    """What a win counts in the first and in the second place: o1 = w2 / (w1 + w2), o2 = 1 - o1.
+    """The weights of a win in the first and in the second place (arXiv:2407.19594, section 2.2).
 
-    w1, w2: how often the judgement shown first, or second, won in the whole data set. The place
-    that wins more often counts less. Without any win both are 1/2.
+    o1 = w2 / (w1 + w2) and o2 = 1 - o1, with w1, w2 how often the judgement shown first, or second,
+    won in the whole data set: the place that wins more often counts less. Without any win both are
+    1/2.
     """
     wins = wins_first + wins_second
     return (wins_second / wins, wins_first / wins) if wins else (0.5, 0.5)
 
 
 def battles(verdicts: Verdicts, count: int, weights: tuple[float, float]) -> np.ndarray:
-    """B (count, count): B_mn = o1 [r_mn = 1] + o2 [r_nm = -1], what m won over n.
+    """B (count, count): B_mn = o1 [r_mn = 1] + o2 [r_nm = -1], the weight of m's wins over n.
 
-    An order that is not in `verdicts` counts as 0. weights: (o1, o2) of `position_weights`.
+    count: the number of judgements. weights: (o1, o2) of `position_weights`. An order that is not
+    in `verdicts` counts as 0.
     """
     first, second = weights
     won = np.zeros((count, count))
@@ -534,35 +556,39 @@ def battles(verdicts: Verdicts, count: int, weights: tuple[float, float]) -> np.
 
 
 def strengths(won: np.ndarray, *, l2: float = 0.01) -> list[float]:
-    """argmax over e of sum_mn B_mn log sigma(e_m - e_n) - l2/2 |e|^2; Elo is 400 e / ln 10.
+    """Strengths e (n,) of n judgements: argmax of sum_mn B_mn log sigma(e_m - e_n) - l2/2 |e|^2.
 
-    won: B (n, n), see `battles`; its diagonal does not count. l2 > 0: without it, judgements that
-    win every battle have infinite strength. The default is ours: a normal prior of standard
-    deviation 10, in which a single battle, won once in each order, gives a difference of 3.9. It
-    does not grow with the number of battles, so that these decide where there are many.
+    won: B (n, n), see `battles`; its diagonal does not count. Elo is 400 e / ln 10. l2 > 0: without
+    it, judgements that win every battle have infinite strength. Its default is our choice: a normal
+    prior of standard deviation 10, in which a single battle, won once in each order, gives a
+    difference of 3.9. It does not grow with the number of battles, so if there are many, they
+    decide.
 
-    Newton's method. A step is shortened to log(1 + b)/b of itself, b the spread of its entries;
-    as |g'''| <= g'' for g(t) = log(1 + e^-t), the sum rises with every such step.
+    Newton's method. Each step is shortened to log(1 + b)/b of itself, with b the spread of its
+    entries; because |g'''| <= g'' for g(t) = log(1 + e^-t), each such step raises the sum.
     """
-    won = np.where(np.eye(len(won), dtype=bool), 0.0, won)
-    found = np.zeros(len(won))
+    won = np.where(np.eye(len(won), dtype=bool), 0.0, won)  # (n, n)
+    strength = np.zeros(len(won))  # (n,)
     for _ in range(STEPS):
-        losing = 1 / (1 + np.exp(found[:, None] - found[None, :]))  # sigma(e_n - e_m) at (m, n)
-        flow = won * losing
-        gradient = flow.sum(axis=1) - flow.sum(axis=0) - l2 * found
+        # 1. the gradient of the sum (n,)
+        losing = 1 / (1 + np.exp(strength[:, None] - strength[None, :]))  # sigma(e_n - e_m) (n, n)
+        flow = won * losing  # (n, n)
+        gradient = flow.sum(axis=1) - flow.sum(axis=0) - l2 * strength
+        # 2. its Hessian, with the sign changed (n, n)
         bend = flow * (1 - losing)
         bend = bend + bend.T
         hessian = np.diag(bend.sum(axis=1) + l2) - bend
-        step = np.linalg.solve(hessian, gradient)
+        # 3. a shortened step
+        step = np.linalg.solve(hessian, gradient)  # (n,)
         spread = float(np.ptp(step))
         if spread < 1e-15:
             break
-        found = found + step * (np.log1p(spread) / spread)
-    return found.tolist()
+        strength = strength + step * (np.log1p(spread) / spread)
+    return strength.tolist()
 
 
 def best_and_worst(strengths: Sequence[float]) -> tuple[int, int] | None:
-    """Places of the highest and the lowest strength, the first of equals; None where all are."""
+    """Places of the highest and the lowest strength, the first of equals; None if all are equal."""
     if not strengths or max(strengths) - min(strengths) <= EQUAL:
         return None
     high, low = max(strengths), min(strengths)
