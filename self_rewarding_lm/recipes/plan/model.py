@@ -1,8 +1,9 @@
-"""A model's sizes without its weights: its configuration, and its modules on torch's meta device.
+"""Reads the sizes of a model without loading its weights.
 
-Numbers of parameters are exact, as the modules are there in full and only their memory is not. The
-layers that are known are decoder layers of attention and a feed-forward part, gated or plain, all
-alike; of others nothing is guessed.
+Input: the model's configuration, or a function that builds it. The modules are built on torch's
+meta device, without memory for their weights, so the numbers of parameters are exact. Decoder
+layers are understood if all of them are alike and consist of attention and a feed-forward part,
+gated or plain. For any other layer the plan reports unknown numbers.
 """
 
 import copy
@@ -22,26 +23,31 @@ from self_rewarding_lm.models.interface import limit_of
 from self_rewarding_lm.models.loading import dtype_of, gguf_of, require, with_adapter
 from self_rewarding_lm.recipes.plan.memory import Adapter, Block
 
-TRIED = 8  # numbers that an activation function is tried on
+TRIED = 8  # numbers in the input with which an activation function is tried
 
 
 FOUR_BIT_BYTES = 0.516
-"""Of a weight in nf4 with doubly quantised scales: 4 bit, and a scale of 8 bit for each 64."""
+"""Bytes of a weight in nf4 with doubly quantised scales: 4 bit, and an 8-bit scale for each 64."""
 
 
 class NotKnownError(Exception):
-    """The layers are none of the known kind; the words say why."""
+    """The layers are of a kind that this file does not understand; the message says why."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan knows of a model.
+    """The sizes of a model that a plan computes with.
 
-    module: the model on the meta device. parameters, trainable: exact. weight_bytes: of all
-    weights; gradient_bytes: of gradients of the trained ones; saved_bytes: of a stage's folder of
-    weights. products: weights of linear layers, the head among them, with which a token is
-    multiplied. block: a layer, None where `reason` says why it is not known. head_trained: whether
-    the last linear layer is. max_len: None where the model names no limit.
+    module: the model on the meta device.
+    parameters, trainable: numbers of weights, exact.
+    weight_bytes: bytes of all weights.
+    gradient_bytes: bytes of the gradients of the trained weights.
+    saved_bytes: bytes of the folder of weights that a stage saves.
+    products: numbers of weights in linear layers, including the head; each token is multiplied
+        with all of them.
+    max_len: tokens of the longest sequence, None if the model sets no limit.
+    head_trained: whether the last linear layer is trained.
+    block: a decoder layer, None if it is not understood; `reason` then says why.
     """
 
     name: str
@@ -69,31 +75,33 @@ def read_shape(
     four_bit: bool = False,
     peft_config: Any = None,
 ) -> ModelShape:
-    """The shape of a model that is given as a recipe gives it.
+    """Read the shape of a model from any form in which a recipe may name it.
 
-    source: a folder, a hub name or a .gguf file, of which the configuration alone is read; a
-    module; or a function that makes one, called on the meta device. torch_dtype: of a model by
-    name, default float32. Raises ConfigError for what is no model, or cannot be made so.
+    source: a folder, a hub name or a .gguf file, of which only the configuration is read; a
+    module; or a function that builds a module, called on the meta device. torch_dtype: type of the
+    weights of a model given by name; default float32. four_bit: whether linear layers but the head
+    are quantised to 4 bit. peft_config: the adapter to add, None for none.
+    Raises ConfigError if the source is no model or cannot be built without memory.
     """
     with _quietly():
         if isinstance(source, str):
-            module, saved = _named(source, torch_dtype)
+            module, saved_adapter = _build_by_name(source, torch_dtype)
         else:
-            module, saved = _made(source), None
-        if peft_config is not None and saved is not None:
+            module, saved_adapter = _build(source), None
+        if peft_config is not None and saved_adapter is not None:
             raise ConfigError("the model has an adapter already; leave peft out.")
-        counted = _Counted(module, four_bit)
-        peft_config = peft_config or saved
+        base = _BaseModel(module, four_bit)
+        peft_config = peft_config or saved_adapter
         if peft_config is None:
-            return counted.shape(module)
+            return base.shape(module)
         with torch.device("meta"):
             adapted = with_adapter(module, peft_config)
-    return counted.shape(adapted, peft_config)
+    return base.shape(adapted, peft_config)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without words of transformers on what is made here."""
+    """Silence the warnings that transformers gives while a model is built."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -105,37 +113,37 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _made(source: Any) -> nn.Module:
+def _build(source: Any) -> nn.Module:
+    """A module on the meta device: a copy of `source`, or what `source()` returns."""
     if isinstance(source, nn.Module):
         return _without_memory(source)
     name = getattr(source, "__qualname__", repr(source))
     try:
         with torch.device("meta"):
-            made = source()
+            module = source()
     except Exception as error:  # whatever the user's function raises
         raise ConfigError(
             f"the model that {name}() makes cannot be looked at, as it cannot be made without "
             f"memory (on torch's meta device): {type(error).__name__}: {error!s:.300}. Give a "
             "folder with the model's config.json or a hub name."
         ) from error
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"{name}() must make a torch module; got {type(made).__name__}.")
-    return made
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{name}() must make a torch module; got {type(module).__name__}.")
+    return module
 
 
 def _without_memory(module: nn.Module) -> nn.Module:
-    """The same on the meta device; the module itself stays as it is."""
-    tensors = [*module.parameters(), *module.buffers()]
-    twins: dict[int, Any] = {}
-    for tensor in tensors:
-        twin = torch.empty_like(tensor, device="meta")
+    """A copy of the module on the meta device; the module itself does not change."""
+    meta_tensors: dict[int, Any] = {}  # deepcopy takes these instead of copying the tensors
+    for tensor in [*module.parameters(), *module.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
         is_weight = isinstance(tensor, nn.Parameter)
-        twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_weight else twin
-    return copy.deepcopy(module, twins)
+        meta_tensors[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+    return copy.deepcopy(module, meta_tensors)
 
 
-def _named(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
-    """A causal LM of transformers without memory, and the adapter that its folder has."""
+def _build_by_name(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
+    """A causal LM of transformers on the meta device, and its folder's adapter, None for none."""
     require("transformers", "a model by name")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -157,7 +165,7 @@ def _named(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
             return AutoModelForCausalLM.from_config(config, dtype=dtype), adapter
     except ConfigError:
         raise
-    except Exception as error:  # of transformers, the hub or gguf, each with its own
+    except Exception as error:  # transformers, the hub and gguf raise errors of many types
         raise ConfigError(
             f"no configuration of a causal LM could be read from {source!r}. A plan needs a folder "
             "with a config.json, a name on the hub or a .gguf file; weights need not be there. "
@@ -165,8 +173,8 @@ def _named(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
         ) from error
 
 
-class _Counted:
-    """A module, counted before an adapter is put on it, which changes it in place."""
+class _BaseModel:
+    """The sizes of a model before an adapter is added, which would change the model in place."""
 
     def __init__(self, module: nn.Module, four_bit: bool) -> None:
         self.name = type(module).__name__
@@ -180,11 +188,12 @@ class _Counted:
         self.head = _head_of(module)
         self.weights = _linear_weights(module)
         self.quantised = {i for i in self.weights if four_bit and self.weights[i] is not self.head}
-        self.rest_bytes = 4 if four_bit else None  # what is not quantised is float32 then
+        self.unquantised_itemsize = 4 if four_bit else None  # the other weights become float32
         self.layers, self.block, self.reason = 0, None, None
-        self._look(module)
+        self._read_layers(module)
 
-    def _look(self, module: nn.Module) -> None:
+    def _read_layers(self, module: nn.Module) -> None:
+        """Set `layers` and `block`, or `reason` if the layers are not understood."""
         try:
             if not hasattr(self.config, "num_hidden_layers"):
                 raise NotKnownError(f"a {self.name} is no model of transformers")
@@ -194,11 +203,11 @@ class _Counted:
             self.reason = str(error)
 
     def shape(self, module: nn.Module, peft_config: Any = None) -> ModelShape:
-        """The shape of the module as it is now."""
+        """The shape of `module`: this model, or this model with the adapter of `peft_config`."""
         parameters = list(module.parameters())
         trained = [p for p in parameters if p.requires_grad]
         weight_bytes = sum(map(self._bytes, parameters))
-        gradients = sum(p.numel() * p.itemsize for p in trained)
+        gradient_bytes = sum(p.numel() * p.itemsize for p in trained)
         return ModelShape(
             name=self.name,
             module=module,
@@ -206,8 +215,8 @@ class _Counted:
             parameters=sum(p.numel() for p in parameters),
             trainable=sum(p.numel() for p in trained),
             weight_bytes=weight_bytes,
-            gradient_bytes=gradients,
-            saved_bytes=weight_bytes if peft_config is None else gradients,
+            gradient_bytes=gradient_bytes,
+            saved_bytes=weight_bytes if peft_config is None else gradient_bytes,
             layers=self.layers,
             products=self.products,
             vocab=self.vocab,
@@ -220,54 +229,58 @@ class _Counted:
 
     @property
     def vocab(self) -> int:
-        """0 where neither a head nor a configuration tells it."""
-        named = getattr(self.config, "vocab_size", None) or 0
-        return int(named if self.head is None else self.head.shape[0])
+        """Tokens of the vocabulary; 0 if neither the head nor the configuration says it."""
+        configured = getattr(self.config, "vocab_size", None) or 0
+        return int(configured if self.head is None else self.head.shape[0])
 
     @property
     def products(self) -> int:
-        own = 0 if self.head is None else self.head.numel()
-        return own + sum(w.numel() for w in self.weights.values() if w is not self.head)
+        """Numbers of weights in linear layers, the head counted once."""
+        in_head = 0 if self.head is None else self.head.numel()
+        return in_head + sum(w.numel() for w in self.weights.values() if w is not self.head)
 
     def _bytes(self, parameter: Tensor) -> int:
+        """Bytes of a weight of this model or of an adapter."""
         if id(parameter) in self.quantised:
             return round(parameter.numel() * FOUR_BIT_BYTES)
-        own = self.rest_bytes if id(parameter) in self.parameters else None
-        return parameter.numel() * (own or parameter.itemsize)
+        itemsize = self.unquantised_itemsize if id(parameter) in self.parameters else None
+        return parameter.numel() * (itemsize or parameter.itemsize)
 
 
 def _head_of(module: nn.Module) -> Tensor | None:
-    """The weights of the last linear layer, as a model of transformers names it."""
-    found = getattr(module, "get_output_embeddings", lambda: None)()
-    return getattr(found, "weight", None)
+    """The weights of the last linear layer (vocab, hidden), None if the model names none."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return getattr(head, "weight", None)
 
 
 def _linear_weights(module: nn.Module) -> dict[int, Tensor]:
+    """The weights of all linear layers, by their id()."""
     parts = dict(module.named_modules())
-    found = [parts[name].weight for name, _ in linears(module)]
-    return {id(weight): weight for weight in found if isinstance(weight, Tensor)}
+    weights = [parts[name].weight for name, _ in linears(module)]
+    return {id(weight): weight for weight in weights if isinstance(weight, Tensor)}
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Names and input widths of the linear parts of a module."""
+    """The name and the input width of each linear layer inside a module."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
             yield name, part.in_features
-        elif type(part).__name__ == "Conv1D":  # transformers' linear layer with weights turned
+        elif type(part).__name__ == "Conv1D":  # transformers' linear layer, weights transposed
             yield name, int(part.weight.shape[0])  # type: ignore[union-attr,arg-type]
 
 
 def _adapter(module: nn.Module, peft_config: Any) -> Adapter:
-    added = [p for name, p in module.named_parameters() if "lora_" in name]
+    """The sizes of the adapter that was added to a module."""
+    lora_weights = [p for name, p in module.named_parameters() if "lora_" in name]
     return Adapter(
         rank=int(getattr(peft_config, "r", 0) or 0),
-        itemsize=added[0].itemsize if added else 4,
+        itemsize=lora_weights[0].itemsize if lora_weights else 4,
         dropout=bool(getattr(peft_config, "lora_dropout", 0.0)),
     )
 
 
 def layers_of(module: nn.Module, count: int) -> nn.ModuleList:
-    """A model's decoder layers. Raises NotKnownError where there is no list of `count` layers."""
+    """A model's decoder layers. Raises NotKnownError if it has no list of `count` layers."""
     for part in module.modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return part
@@ -275,17 +288,21 @@ def layers_of(module: nn.Module, count: int) -> nn.ModuleList:
 
 
 def block_of(layers: nn.ModuleList, config: Any) -> Block:
-    """The kind of all of the layers. Raises NotKnownError where they are not of the known kind."""
+    """The sizes that all of the layers share.
+
+    Raises NotKnownError if the layers differ or have other parts than attention and a feed-forward
+    part.
+    """
     sizes = {(type(layer), sum(p.numel() for p in layer.parameters())) for layer in layers}
     if len(sizes) != 1:
         raise NotKnownError("its layers are not all alike")
     layer = layers[0]
-    inside = [(width, "attn" in name or "attention" in name) for name, width in linears(layer)]
-    attention = [width for width, attends in inside if attends]
-    feeding = [width for width, attends in inside if not attends]
-    if len(attention) < 2 or len(feeding) not in (2, 3):
+    widths = [(width, "attn" in name or "attention" in name) for name, width in linears(layer)]
+    attention = [width for width, in_attention in widths if in_attention]
+    feed_forward = [width for width, in_attention in widths if not in_attention]
+    if len(attention) < 2 or len(feed_forward) not in (2, 3):
         raise NotKnownError(
-            f"a layer has {len(attention)} linear parts in its attention and {len(feeding)} "
+            f"a layer has {len(attention)} linear parts in its attention and {len(feed_forward)} "
             "beside it; known are two or more, and two (plain) or three (gated)"
         )
     heads = int(config.num_attention_heads)
@@ -295,11 +312,11 @@ def block_of(layers: nn.ModuleList, config: Any) -> Block:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        inner=feeding[-1],
-        gated=_is_gated(layer, feeding),
+        inner=feed_forward[-1],
+        gated=_is_gated(layer, feed_forward),
         attention_inputs=len(attention) - 1,
-        inner_inputs=len(feeding) - 1,
-        activation_kept=_kept_by(_activation(layer)),
+        inner_inputs=len(feed_forward) - 1,
+        activation_kept=_tensors_kept(_activation(layer)),
         rms_norms=rms,
         norms=norms,
         head_norms=head_norms,
@@ -308,18 +325,23 @@ def block_of(layers: nn.ModuleList, config: Any) -> Block:
     )
 
 
-def _is_gated(layer: nn.Module, feeding: list[int]) -> bool:
-    """Three linear parts, or two of which the first gives both halves at once."""
-    if len(feeding) == 3:
+def _is_gated(layer: nn.Module, widths: list[int]) -> bool:
+    """Whether the feed-forward part is gated.
+
+    It is if it has three linear layers, or two of which the first computes both branches at once.
+    widths: the input widths of its linear layers.
+    """
+    if len(widths) == 3:
         return True
     for name, part in layer.named_modules():
-        if isinstance(part, nn.Linear) and "attn" not in name and part.in_features == feeding[0]:
-            return part.out_features == 2 * feeding[1]
+        if isinstance(part, nn.Linear) and "attn" not in name and part.in_features == widths[0]:
+            return part.out_features == 2 * widths[1]
     return False
 
 
 def _norms(layer: nn.Module, hidden: int) -> tuple[int, int, int]:
-    """Norms of the hidden state in their own words (RMS), by one kernel, and norms of heads."""
+    """How many norms a layer has: of the hidden state in Python (RMS norms), of the hidden state
+    by one kernel of torch, and of the heads of queries or keys."""
     rms = fused = heads = 0
     for part in layer.modules():
         weight = getattr(part, "weight", None)
@@ -335,30 +357,34 @@ def _norms(layer: nn.Module, hidden: int) -> tuple[int, int, int]:
 
 
 def _dropouts(layer: nn.Module) -> int:
-    """Dropout layers of the hidden state."""
-    found = [name for name, part in layer.named_modules() if isinstance(part, nn.Dropout)]
-    return sum("attn_dropout" not in name and "attention_dropout" not in name for name in found)
+    """How many dropout layers act on the hidden state."""
+    names = [name for name, part in layer.named_modules() if isinstance(part, nn.Dropout)]
+    return sum("attn_dropout" not in name and "attention_dropout" not in name for name in names)
 
 
 def _attention_dropout(layer: nn.Module) -> bool:
-    """Whether the attention has a dropout of its own."""
+    """Whether the attention drops out its scores."""
     names = ("attn_dropout", "attention_dropout")
     return any(hasattr(part, name) for part in layer.modules() for name in names)
 
 
 def _activation(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The activation function of the feed-forward part."""
+    """The activation function of the feed-forward part. Raises NotKnownError if there is none."""
     for part in layer.modules():
         for name in ("act_fn", "act", "activation_fn", "activation"):
-            found: Any = getattr(part, name, None)
-            if callable(found):
-                return found  # type: ignore[no-any-return]
+            activation: Any = getattr(part, name, None)
+            if callable(activation):
+                return activation  # type: ignore[no-any-return]
     raise NotKnownError("its activation function was not found")
 
 
-def _kept_by(activation: Callable[[Tensor], Tensor]) -> int:
-    """Tensors as large as its input that autograd keeps for an activation and what takes its
-    result: 2 for silu and gelu (input, result), 1 for relu, more where it is made of many steps."""
+def _tensors_kept(activation: Callable[[Tensor], Tensor]) -> int:
+    """How many tensors of its input's size autograd keeps for an activation function and the
+    product that reads its result.
+
+    2 for silu and gelu (input, result), 1 for relu, more if the function computes in many steps.
+    The function is tried on a small tensor.
+    """
     kept: set[int] = set()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -367,7 +393,7 @@ def _kept_by(activation: Callable[[Tensor], Tensor]) -> int:
         return tensor
 
     with torch.device("cpu"), torch.enable_grad():
-        x, other = torch.ones(TRIED, requires_grad=True), torch.ones(TRIED, requires_grad=True)
+        x, branch = torch.ones(TRIED, requires_grad=True), torch.ones(TRIED, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = activation(x) * other  # noqa: F841 - the graph keeps the tensors alive
-    return len(kept - {other.untyped_storage().data_ptr()})
+            result = activation(x) * branch  # noqa: F841 - the graph keeps the tensors alive
+    return len(kept - {branch.untyped_storage().data_ptr()})
