@@ -556,7 +556,7 @@ def test_the_largest_micro_batch_that_fits():
     def fits(memory, again):
         device = Device("cuda", FP32, 4, memory)
         settings = (stage, training_of(longest=None), shape, device, 2 * shape.gradient_bytes)
-        return fitting_tokens(*settings, again=again)
+        return fitting_tokens(*settings, checkpointing=again)
 
     for again in (False, True):
         found = fits(50_000_000, again)

@@ -1,5 +1,5 @@
-"""What a recipe will take: parameters, memory, work, time and disk, without loading weights.
+"""Estimates what a recipe needs: parameters, memory, work, time and disk, without loading weights.
 
-Knows nothing of runs on disk; it computes from settings, from data and from the shape of the model.
-Begin with `plan.py`, then `work.py` (candidates, judgements and tokens of a stage) and `memory.py`.
+Computes from the settings, the data and the model's configuration. Knows nothing of runs on disk.
+Begin with `plan.py`, then `stages/work.py` (what each stage samples and trains on) and `memory.py`.
 """

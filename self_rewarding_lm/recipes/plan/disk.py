@@ -1,4 +1,4 @@
-"""What a run writes: weights, those that are kept while a stage trains, and records."""
+"""Computes the disk space of a run: weights, further weights while a stage trains, and records."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.stages.work import Work
 
 RECORD = 160
-"""Bytes of a record beside its ids and texts: names of fields, its own id and its parents'."""
+"""Bytes of a record beside its token ids and texts: field names, its id and its parents' ids."""
 
 
 TEXT = 4
-"""Bytes of text of a token, as usual for English."""
+"""Bytes of text per token, as is usual for English."""
 
 
 FLAG = 7
-"""Bytes of a target in a training row: "false, "."""
+"""Bytes of each target in a training row: "false, "."""
 
 
 LOGPROB = 22
@@ -24,13 +24,16 @@ LOGPROB = 22
 
 
 METRICS = 400
-"""Bytes of a line of metrics, one a step."""
+"""Bytes of a line of metrics; each step writes one."""
 
 
 @dataclass(frozen=True)
 class StageDisk:
-    """Bytes. weights: the stage's model folder; meanwhile: further weights while it trains, of
-    which `kept` stay; records: what is in its .jsonl files."""
+    """The disk space of one stage, in bytes.
+
+    weights: its folder of weights. meanwhile: further weights while it trains. kept: the part of
+    `meanwhile` that stays. records: its .jsonl files.
+    """
 
     weights: int
     meanwhile: Range
@@ -41,9 +44,12 @@ class StageDisk:
 def stage_disk(
     stage: FinetuneConfig, work: Work, weights: int, vocab: int, *, states: int | None = 0
 ) -> StageDisk:
-    """What a stage writes. weights: bytes of a folder of weights; vocab: of the model; states: of
-    what its optimiser keeps. A state of training is written beside the one before; a stage that is
-    through before one is due has none."""
+    """The disk space of one stage.
+
+    weights: bytes of a folder of weights. vocab: tokens of the model's vocabulary. states: bytes of
+    the optimiser's state, None if unknown. A state of training is written while the state before it
+    still exists, so two are the most; a stage that ends before a state is due writes none.
+    """
     meanwhile = kept = NOTHING
     if isinstance(stage, TrainingConfig):
         steps = work.training.steps if work.training is not None else UNKNOWN
@@ -62,22 +68,25 @@ def stage_disk(
 
 
 def records(work: Work, vocab: int) -> Range:
-    """Bytes of all records of a stage, by the number of their tokens."""
-    token = len(str(max(vocab - 1, 1))) + 2  # a number, a comma and a space
+    """Bytes of all records of a stage, estimated from the numbers of their tokens."""
+    # 1. prompts, candidates and judgements
+    token = len(str(max(vocab - 1, 1))) + 2  # digits of an id, a comma and a space
     written = token + TEXT
     parts = [
         work.prompts.times(work.prompt.times(written) + Range.of(RECORD)),
         work.candidates.count.times(RECORD) + work.candidates.written.times(written),
         work.judgements.count.times(RECORD) + work.judgements.written.times(TEXT),
     ]
+    # 2. demonstrations of a stage that does not train
     training = work.training
     if training is None:
-        example = work.example.times(written) + Range.of(4 * RECORD)  # replies and their ranks too
+        example = work.example.times(written) + Range.of(4 * RECORD)  # with replies and their ranks
         return total([*parts, work.made.times(example)])
+    # 3. pairs or training rows, and lines of metrics
     row = training.row
     if training.pairs:
-        both = row.answer.times(2)
-        pair = row.tokens.times(written) + both.times(LOGPROB) + Range.of(2 * RECORD)
+        answers = row.answer.times(2)
+        pair = row.tokens.times(written) + answers.times(LOGPROB) + Range.of(2 * RECORD)
         parts.append(training.rows.times(pair))
     else:
         parts.append(training.rows.times(row.tokens.times(token + FLAG) + Range.of(RECORD)))
@@ -86,9 +95,12 @@ def records(work: Work, vocab: int) -> Range:
 
 @dataclass(frozen=True)
 class RunDisk:
-    """Bytes of a whole run. initial: the weights from before the first stage, where a stage asks
-    for them; weights: of the stages whose weights are kept; meanwhile: the most that is there only
-    while a stage works; records: of all stages."""
+    """The disk space of a whole run, in bytes.
+
+    initial: the weights before the first stage, 0 if no stage uses them. weights: the folders of
+    weights that are kept. meanwhile: the most that exists only while a stage works. records: the
+    records of all stages.
+    """
 
     initial: int
     weights: Range
@@ -103,15 +115,19 @@ class RunDisk:
 def run_disk(
     stages: list[StageDisk], *, uses_initial: bool, merged: int, keep: int | None
 ) -> RunDisk:
-    """What a run writes. merged: bytes of the merged model, 0 for none. keep: of how many stages
-    the weights are kept, None for all; one more is there while the next is written."""
+    """The disk space of a run.
+
+    uses_initial: whether a stage uses the weights before the first stage. merged: bytes of the
+    merged model, 0 for none. keep: how many stages keep their weights, None for all; one more
+    folder exists while the next is written.
+    """
     most = len(stages) if keep is None else min(len(stages), keep + 1)
     folders = sorted((stage.weights for stage in stages), reverse=True)
     initial = max((stage.weights for stage in stages), default=0) if uses_initial else 0
-    extra = [stage.meanwhile for stage in stages if stage.meanwhile != stage.kept]
+    temporary = [stage.meanwhile for stage in stages if stage.meanwhile != stage.kept]
     return RunDisk(
         initial,
         Range.of(sum(folders[:most]) + merged) + total(stage.kept for stage in stages),
-        max(extra, key=lambda r: r.most or 0, default=NOTHING),
+        max(temporary, key=lambda r: r.most or 0, default=NOTHING),
         total(stage.records for stage in stages),
     )

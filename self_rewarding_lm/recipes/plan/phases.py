@@ -1,4 +1,4 @@
-"""The phases of a stage, and what each holds in memory: generating, judging, training."""
+"""Computes the memory of each phase of a stage: generating, judging, training."""
 
 from dataclasses import dataclass, replace
 
@@ -28,16 +28,20 @@ GENERATING, JUDGING, TRAINING = "generating", "judging", "training"
 
 
 RECOMPUTED = "training, checkpointing"
+"""The name of training with gradient_checkpointing."""
 
 
 SAMPLED_LOGITS = 3
-"""Times that the logits of a step are held while tokens are drawn, in float32."""
+"""How many copies of a step's logits, in float32, exist while tokens are drawn."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the run computes. kind: cpu or cuda. memory: bytes, None where nobody said. types: of
-    numbers in training; cached: bytes of a number of keys and values."""
+    """The device that the run computes on.
+
+    kind: cpu or cuda. types: bytes of numbers in training. cached: bytes of each number of keys and
+    values. memory: bytes, None if not given.
+    """
 
     kind: str
     types: Types
@@ -47,12 +51,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes; None where they are not known, 0 where there are none.
+    """The memory of one phase, in bytes; None if unknown, 0 if there are none.
 
-    peak: the most at once, less than the sum where parts do not meet. scores: the part of
-    activations that attention takes because it keeps its scores. tokens: of a micro-batch, or
-    rows in flight. is_used: False for the other way to train, which shows what
-    gradient_checkpointing would change.
+    peak: the most at any one time; less than the sum if some parts never exist together. scores:
+    the part of `activations` that attention adds because it keeps its scores. tokens: of a
+    micro-batch while training, rows in flight while sampling. is_used: False for the way to train
+    that the stage does not use, planned to show what gradient_checkpointing would change.
     """
 
     name: str
@@ -71,13 +75,15 @@ class Phase:
 def sampling_phase(
     name: str, asking: Asking, shape: ModelShape, device: Device, engine: LocalEngine
 ) -> Phase:
-    """Texts that the policy writes by the local engine: weights, keys and values, a prefill."""
+    """The memory of sampling by the local engine: weights, keys and values, prefill and logits."""
     weights, block, longest = shape.weight_bytes, shape.block, asking.longest
     if block is None:
         return Phase(name, weights, activations=None, logits=None, cache=None)
+    # 1. rows in flight at most
     rows = engine.max_rows if asking.at_once is None else min(engine.max_rows, asking.at_once)
     if asking.count.most is not None:
         rows = max(1, min(rows, asking.count.most))
+    # 2. keys and values of these rows, of fewer if the device has no room for all
     new, cache, prefill = asking.new.most or 1, None, engine.max_prefill_tokens
     if longest is not None:
         prefill = max(longest, min(prefill, rows * longest))
@@ -85,10 +91,11 @@ def sampling_phase(
             new = max(1, min(new, shape.max_len - longest))
         root = (0,) * min(asking.shared, longest - 1)
         plan = Rows(root, longest, new, rows)
-        each = key_value_bytes(block, shape.layers, 1, device.cached)
+        per_token = key_value_bytes(block, shape.layers, 1, device.cached)
         if device.memory is not None:
-            plan = _fitting(plan, each, SHARE_OF_FREE * (device.memory - weights))
-        cache, rows = plan.tokens * each, plan.max_rows
+            plan = _fitting(plan, per_token, SHARE_OF_FREE * (device.memory - weights))
+        cache, rows = plan.tokens * per_token, plan.max_rows
+    # 3. the forward pass that reads prompts, and the logits of a step
     forward = prefill_bytes(block, device.types, prefill)
     logits = SAMPLED_LOGITS * rows * shape.vocab * 4
     peak = None if cache is None else weights + cache + forward + logits
@@ -97,18 +104,21 @@ def sampling_phase(
     )
 
 
-def _fitting(plan: Rows, each: int, allowed: float) -> Rows:
-    """As many rows as the engine lets be in flight with so much memory; one, if none fits."""
+def _fitting(plan: Rows, per_token: int, cache_bytes: float) -> Rows:
+    """The plan with as many rows in flight as `cache_bytes` allow; with one row if none fits.
+
+    per_token: bytes of a token's keys and values.
+    """
     try:
-        bounded = replace(plan, cache_bytes=max(0, int(allowed)))
-        return bounded.fitting(each, torch.device("cpu"))
+        bounded = replace(plan, cache_bytes=max(0, int(cache_bytes)))
+        return bounded.fitting(per_token, torch.device("cpu"))
     except ConfigError:
         return replace(plan, max_rows=1)
 
 
 def micro_batch(stage: TrainingConfig, training: Training) -> int:
-    """Tokens that go through the model at once: the setting's, or what a step has if that is less,
-    and never less than a row."""
+    """Tokens that go through the model at once: micro_batch_tokens or all tokens of a step,
+    whichever is less, but at least the longest row."""
     rows, longest = stage.optim.batch_size, training.row.longest
     if stage.optim.micro_batch_size is not None:
         rows = min(rows, stage.optim.micro_batch_size)
@@ -125,13 +135,20 @@ def training_phases(
     device: Device,
     optimizer: int | None,
 ) -> list[Phase]:
-    """Training as the stage is set, and with gradient_checkpointing the other way."""
+    """The memory of training without and with gradient_checkpointing; `is_used` tells which of
+    them the stage asks for.
+
+    optimizer: bytes of the optimiser's state, None if unknown.
+    """
     tokens = micro_batch(stage, training)
-    asked = stage.optim.gradient_checkpointing
+    used = stage.optim.gradient_checkpointing
     settings = (stage, training, shape, device, optimizer)
     return [
-        replace(_trained(*settings, tokens=tokens, again=again), is_used=again == asked)
-        for again in (False, True)
+        replace(
+            _training_phase(*settings, tokens=tokens, checkpointing=checkpointing),
+            is_used=checkpointing == used,
+        )
+        for checkpointing in (False, True)
     ]
 
 
@@ -142,21 +159,21 @@ def fitting_tokens(
     device: Device,
     optimizer: int | None,
     *,
-    again: bool,
+    checkpointing: bool,
 ) -> int | None:
-    """The largest power of two of micro_batch_tokens for which training fits the device's memory;
-    0 where none does, None where that is not known."""
+    """The largest micro_batch_tokens, a power of two, with which training fits the device's memory;
+    0 if none does, None if unknown."""
     best = 0
     for power in range(7, 21):
         settings = (stage, training, shape, device, optimizer)
-        peak = _trained(*settings, tokens=2**power, again=again).peak
+        peak = _training_phase(*settings, tokens=2**power, checkpointing=checkpointing).peak
         if peak is None or device.memory is None:
             return None
         best = 2**power if peak <= device.memory else best
     return best
 
 
-def _trained(
+def _training_phase(
     stage: TrainingConfig,
     training: Training,
     shape: ModelShape,
@@ -164,27 +181,33 @@ def _trained(
     optimizer: int | None,
     *,
     tokens: int,
-    again: bool,
+    checkpointing: bool,
 ) -> Phase:
-    name, block, types = RECOMPUTED if again else TRAINING, shape.block, device.types
+    """The memory of training with micro-batches of `tokens` tokens."""
+    name, block, types = RECOMPUTED if checkpointing else TRAINING, shape.block, device.types
+    # 1. weights, with their narrow copies in mixed precision and those of a moving reference
     weights = shape.weight_bytes + (types.product * shape.products if types.mixed else 0)
     if isinstance(getattr(stage, "reference", None), MovingReference):  # float32 at least
         weights += max(shape.gradient_bytes, EXACT * shape.trainable)
     fixed = {"gradients": shape.gradient_bytes, "optimizer": optimizer, "tokens": tokens}
     if block is None:
         return Phase(name, weights, activations=None, logits=None, **fixed)
+    # 2. what the forward pass keeps, and what the backward pass recomputes
     drops = stage.dropout if block.attention_dropout else 0.0
     keys = min(training.row.sequence or tokens, tokens) if drops and device.kind == "cpu" else 0
     mask = types.stream if device.kind == "cpu" else 1
     micro = Micro(tokens, stage.dropout, keys, mask)
     kept = activation_bytes(
-        block, shape.layers, types, micro, adapter=shape.adapter, checkpointing=again
+        block, shape.layers, types, micro, adapter=shape.adapter, checkpointing=checkpointing
     )
-    once_more = recomputed_bytes(block, types, micro, adapter=shape.adapter) if again else 0
+    recomputed = 0
+    if checkpointing:
+        recomputed = recomputed_bytes(block, types, micro, adapter=shape.adapter)
     logits = logits_bytes(tokens, shape.vocab, block.hidden, types, head_trained=shape.head_trained)
+    # 3. the peak: logits are freed before layers are recomputed
     peak = None
     if optimizer is not None:
-        peak = weights + shape.gradient_bytes + optimizer + kept + max(logits, once_more)
-    scores = layer_scores(block, types, micro) * tokens * (1 if again else shape.layers)
+        peak = weights + shape.gradient_bytes + optimizer + kept + max(logits, recomputed)
+    scores = layer_scores(block, types, micro) * tokens * (1 if checkpointing else shape.layers)
     fixed |= {"peak": peak, "scores": scores}
-    return Phase(name, weights, activations=kept + once_more, logits=logits, **fixed)
+    return Phase(name, weights, activations=kept + recomputed, logits=logits, **fixed)

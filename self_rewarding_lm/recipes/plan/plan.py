@@ -1,4 +1,7 @@
-"""The plan of a recipe: what each stage holds, does, takes and writes."""
+"""Plans a recipe: for each stage its work, memory, time and disk space.
+
+Input: a recipe. Output: a `RunPlan`, which `table.py` turns into text or JSON.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,8 +42,10 @@ NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Fitting:
-    """Largest micro_batch_tokens (powers of two) that fit the device, without and with
-    gradient_checkpointing; 0 for none, None where that is not known."""
+    """The largest micro_batch_tokens (powers of two) that fit the device.
+
+    plain, checkpointing: without and with gradient_checkpointing; 0 if none fits, None if unknown.
+    """
 
     plain: int | None
     checkpointing: int | None
@@ -48,8 +53,11 @@ class Fitting:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. seconds: of its phases by name, None where no machine was measured; fitting: where
-    the device's memory was given."""
+    """The plan of one stage.
+
+    seconds: for each phase, by its name; None if no machine was measured. fitting: None if the
+    device's memory was not given.
+    """
 
     name: str
     kind: str
@@ -61,7 +69,7 @@ class StagePlan:
 
     @property
     def peak(self) -> Phase | None:
-        """The phase that takes the most; None where none, or one of them, is not known."""
+        """The phase that needs the most memory; None if there is none or if one is unknown."""
         used = [phase for phase in self.phases if phase.is_used]
         if not used or any(phase.peak is None for phase in used):
             return None
@@ -70,8 +78,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A whole run. machine: None where times were not wanted. texts: why lengths of rows are not
-    known, None where they are."""
+    """The plan of a whole run.
+
+    machine: None if times were not wanted. texts: why the lengths of rows are unknown, None if they
+    are known.
+    """
 
     model: ModelShape
     device: Device
@@ -82,21 +93,23 @@ class RunPlan:
 
     @property
     def peak(self) -> tuple[StagePlan, Phase] | None:
-        """The stage and its phase that take the most; None where a stage's is not known."""
-        found = [(stage, stage.peak) for stage in self.stages if stage.phases]
-        known = [(stage, phase) for stage, phase in found if phase is not None]
-        if not found or len(known) < len(found):
+        """The stage and its phase that need the most memory; None if a stage's peak is unknown."""
+        peaks = [(stage, stage.peak) for stage in self.stages if stage.phases]
+        known = [(stage, phase) for stage, phase in peaks if phase is not None]
+        if not peaks or len(known) < len(peaks):
             return None
         return max(known, key=lambda pair: pair[1].peak or 0)
 
 
 def plan_recipe(recipe: Recipe, *, device_memory: int | None = None, timed: bool = True) -> RunPlan:
-    """What a recipe will take. Reads the model's configuration and the data, loads no weights.
+    """Compute what a recipe will need. Reads the model's configuration and the data, no weights.
 
-    device_memory: bytes of the GPU of each process; then the plan is for a GPU, else for what is
-    here. timed: measure this machine for two seconds, to estimate times. Raises ConfigError where
-    the model's configuration cannot be read, DataError where the data cannot.
+    device_memory: bytes of memory of each process's GPU; if None, the plan is for the device of
+    this machine, otherwise for a GPU. timed: whether to measure this machine, for two seconds, to
+    estimate times. Raises ConfigError if the model's configuration cannot be read, DataError if the
+    data cannot.
     """
+    # 1. the model, the device and this machine
     arguments = recipe.arguments
     peft = None if recipe.peft is None else lora_config(**dict(recipe.peft))
     shape = read_shape(
@@ -111,12 +124,14 @@ def plan_recipe(recipe: Recipe, *, device_memory: int | None = None, timed: bool
     if timed:
         here = "cuda" if torch.cuda.is_available() and not accelerate.get("cpu") else "cpu"
         machine = measure(here, _product_type(shape, accelerate, here))
+    # 2. the stages, in their order
     tokens, texts = _tokens(recipe, shape)
     counting = Counting(arguments["self_reward_prompt_config"], tokens, shape.max_len)
     stages = [
         _stage_plan(stage, name, counting.work(stage, name), shape, device, machine)
         for stage, name in zip(recipe.stages, stage_names(recipe.stages), strict=True)
     ]
+    # 3. the disk space of the run
     disk = run_disk(
         [stage.disk for stage in stages],
         uses_initial=any(INITIAL in stage.weights_used() for stage in recipe.stages),
@@ -134,75 +149,90 @@ def _stage_plan(
     device: Device,
     machine: Machine | None,
 ) -> StagePlan:
-    engine, phases, fitting, optimizer = LocalEngine(), [], None, 0
+    """The plan of one stage: the memory of its phases, their times and its disk space."""
+    engine, phases, fitting, optimizer_bytes = LocalEngine(), [], None, 0
     for label, asking in ((GENERATING, work.candidates), (JUDGING, work.judgements)):
         if asking.here and asking.count != NOTHING:
             phases.append(sampling_phase(label, asking, shape, device, engine))
     if work.training is not None and isinstance(stage, TrainingConfig):
-        optimizer = state_bytes(shape.module, stage.optim, shape.vocab)
-        settings = (stage, work.training, shape, device, optimizer)
+        optimizer_bytes = state_bytes(shape.module, stage.optim, shape.vocab)
+        settings = (stage, work.training, shape, device, optimizer_bytes)
         phases += training_phases(*settings)
         if device.memory is not None:
-            plain, again = (fitting_tokens(*settings, again=again) for again in (False, True))
-            fitting = Fitting(plain, again)
+            fitting = Fitting(
+                fitting_tokens(*settings, checkpointing=False),
+                fitting_tokens(*settings, checkpointing=True),
+            )
     seconds = None if machine is None else _seconds(stage, work, shape, machine, engine)
-    disk = stage_disk(stage, work, shape.saved_bytes, shape.vocab, states=optimizer)
+    disk = stage_disk(stage, work, shape.saved_bytes, shape.vocab, states=optimizer_bytes)
     return StagePlan(name, type(stage).__name__, work, tuple(phases), seconds, disk, fitting)
 
 
 def _seconds(
     stage: FinetuneConfig, work: Work, shape: ModelShape, machine: Machine, engine: LocalEngine
 ) -> dict[str, Range]:
-    """Times of a stage's phases. Operations: two for each weight and token of a forward, twice as
-    many of a backward pass, half of them where weights are not trained themselves."""
-    forward = 2 * shape.products
-    found = {}
+    """Seconds of each phase of a stage, by the phase's name.
+
+    Operations per weight and token: two in a forward pass and four in a backward pass, or two in it
+    if only an adapter is trained.
+    """
+    forward = 2 * shape.products  # operations per token
+    seconds = {}
+    # 1. sampling: prompts are read, texts are written token by token
     for label, asking in ((GENERATING, work.candidates), (JUDGING, work.judgements)):
         if asking.here and asking.count != NOTHING:
-            each = machine.seconds_per_token(shape.products, shape.weight_bytes, engine.max_rows)
+            per_token = machine.seconds_per_token(
+                shape.products, shape.weight_bytes, engine.max_rows
+            )
             reading = machine.computing(asking.read.times(forward))
-            found[label] = reading + asking.written.times(each)
+            seconds[label] = reading + asking.written.times(per_token)
+    # 2. training, and the reference model's forward passes
     training = work.training
     if training is not None and isinstance(stage, TrainingConfig):
-        times = 1 + (2 if shape.adapter is None else 1) + stage.optim.gradient_checkpointing
-        operations = training.tokens.times(forward * times)
+        passes = 1 + (2 if shape.adapter is None else 1) + stage.optim.gradient_checkpointing
+        operations = training.tokens.times(forward * passes)
         if training.pairs and _reads_reference(stage):
             moves = isinstance(stage, PreferenceConfig) and isinstance(
                 stage.reference, MovingReference
             )
-            asked = training.tokens if moves else training.rows.times(training.row.tokens)
-            operations = operations + asked.times(forward)
-        found["training"] = machine.computing(operations)
-    return found
+            reads = training.tokens if moves else training.rows.times(training.row.tokens)
+            operations = operations + reads.times(forward)
+        seconds["training"] = machine.computing(operations)
+    return seconds
 
 
 def _reads_reference(stage: TrainingConfig) -> bool:
+    """Whether the loss of a stage reads log-probs of a reference model."""
     if not isinstance(stage, PreferenceConfig) or stage.reference == NO_REFERENCE:
         return False
     return read_by(losses_in(stage.loss)).reference
 
 
 def _device(shape: ModelShape, accelerate: Mapping[str, Any], memory: int | None) -> Device:
-    """The device that is planned for."""
+    """The device that the plan is for.
+
+    accelerate: the settings of accelerate. memory: bytes of a GPU, None for the device of this
+    machine.
+    """
     has_gpu = torch.cuda.is_available() and not accelerate.get("cpu")
     kind = "cuda" if memory is not None or has_gpu else "cpu"
     narrow = NARROW.get(str(accelerate.get("mixed_precision")))
     stream = shape.dtype.itemsize
     product = stream if narrow is None else min(stream, narrow.itemsize)
-    cached = shape.dtype if narrow is None else narrow
-    slow = kind == "cpu" and is_slow(cached, torch.device("cpu"))
+    cache_dtype = shape.dtype if narrow is None else narrow
+    slow = kind == "cpu" and is_slow(cache_dtype, torch.device("cpu"))
     types = Types(stream, product, autocast=narrow is not None)
-    return Device(kind, types, 4 if slow else cached.itemsize, memory)
+    return Device(kind, types, 4 if slow else cache_dtype.itemsize, memory)
 
 
 def _product_type(shape: ModelShape, accelerate: Mapping[str, Any], kind: str) -> torch.dtype:
-    """The type of products that is measured."""
+    """The type of numbers with which matrix products are measured."""
     dtype = NARROW.get(str(accelerate.get("mixed_precision")), shape.dtype)
     return torch.float32 if is_slow(dtype, torch.device(kind)) else dtype
 
 
 def _tokens(recipe: Recipe, shape: ModelShape) -> tuple[Tokens | None, str | None]:
-    """The recipe's tokenizer; or why there is none to count with."""
+    """What counts the recipe's tokens, None if there is none; and then the reason, else None."""
     source = recipe.tokenizer
     try:
         if source is None and not isinstance(recipe.model, str):
@@ -210,7 +240,7 @@ def _tokens(recipe: Recipe, shape: ModelShape) -> tuple[Tokens | None, str | Non
         if source is None or isinstance(source, str):
             source = load_tokenizer(source or recipe.model)
             if not set(source.encode("a", add_special_tokens=False)) - {*source.all_special_ids}:
-                return None, "no tokenizer is there"  # transformers makes an empty one
+                return None, "no tokenizer is there"  # transformers builds an empty one
         template, eos = recipe.arguments["chat_template"], recipe.arguments["eos_id"]
         return Tokens(source, eos_id=eos, vocab=shape.vocab or None, chat_template=template), None
     except SelfRewardingError as error:

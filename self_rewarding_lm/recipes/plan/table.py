@@ -1,4 +1,4 @@
-"""A plan as text for a terminal, and as JSON values. Sizes are decimal: 1 GB is 10^9 bytes."""
+"""Turns a plan into text for a terminal or into JSON. Sizes are decimal: 1 GB is 10^9 bytes."""
 
 import re
 import textwrap
@@ -17,6 +17,7 @@ from self_rewarding_lm.stages.ranges import NOTHING, Range
 from self_rewarding_lm.text import aligned, number
 
 WIDTH = 100
+"""Characters of a line."""
 
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -26,47 +27,57 @@ BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "peak")
+"""The fields of a `Phase` that the table shows."""
 
 
 HEADS = ("weights", "gradients", "optimiser", "activations", "logits", "cache", "peak")
+"""The heads of these columns."""
 
 
 def bytes_of(text: str) -> int:
-    """A size in words, such as 24GB, 80GiB or 512 MB; ConfigError for what is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if found is None or (found[3] and not found[2]) or float(found[1]) == 0:
+    """The number of bytes that a text such as 24GB, 80GiB or 512 MB names.
+
+    Raises ConfigError if the text is no size or names zero bytes.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]) or float(match[1]) == 0:
         raise ConfigError(f"a size of memory is a number with a unit, such as 24GB; got {text!r}.")
-    units = BINARY_UNITS if found[3] else UNITS
-    return round(float(found[1]) * units[found[2].lower()])
+    units = BINARY_UNITS if match[3] else UNITS
+    return round(float(match[1]) * units[match[2].lower()])
 
 
 def plan_json(plan: RunPlan) -> dict[str, Any]:
-    """The plan as JSON values. Bytes and seconds are numbers; null is what is not known; a range is
-    {"least", "most"}, with most null where no bound is known."""
-    values = _plain(plan)
-    for stage, found in zip(plan.stages, values["stages"], strict=True):
-        found["peak"] = None if stage.peak is None else stage.peak.peak
+    """The plan as JSON values.
+
+    Bytes and seconds are numbers; unknown numbers are null; a range is {"least", "most"}, with null
+    as "most" if it has no upper bound.
+    """
+    values = _json_value(plan)
+    for stage, stage_values in zip(plan.stages, values["stages"], strict=True):
+        stage_values["peak"] = None if stage.peak is None else stage.peak.peak
         for name in ("candidates", "judgements"):
-            found["work"][name]["written"] = _plain(getattr(stage.work, name).written)
+            written = getattr(stage.work, name).written
+            stage_values["work"][name]["written"] = _json_value(written)
     peak = plan.peak
     values["peak"] = None
     if peak is not None:
         values["peak"] = {"bytes": peak[1].peak, "stage": peak[0].name, "phase": peak[1].name}
-    values["disk"]["total"] = _plain(plan.disk.total)
+    values["disk"]["total"] = _json_value(plan.disk.total)
     values["utilisation"] = UTILISATION
     return values
 
 
 def plan_text(plan: RunPlan) -> str:
-    """The plan in lines of at most 100 characters; the last two are peak memory and disk."""
-    lines = [*_heading(plan)]
+    """The plan as lines of at most 100 characters; the last two state peak memory and disk."""
+    lines = [*_heading_lines(plan)]
     for place, stage in enumerate(plan.stages, 1):
         lines += ["", f"stage {place} of {len(plan.stages)}: {stage.name} ({stage.kind})"]
-        lines += [f"  {line}".rstrip() for line in _stage(plan, stage)]
-    return "\n".join([*lines, "", *_totals(plan)])
+        lines += [f"  {line}".rstrip() for line in _stage_lines(plan, stage)]
+    return "\n".join([*lines, "", *_total_lines(plan)])
 
 
-def _heading(plan: RunPlan) -> Iterator[str]:
+def _heading_lines(plan: RunPlan) -> Iterator[str]:
+    """The model, what is unknown, and the measured rates."""
     model, device, machine = plan.model, plan.device, plan.machine
     trained = "all" if model.trainable == model.parameters else f"{model.trainable:,}"
     kind = str(model.dtype).removeprefix("torch.")
@@ -87,10 +98,11 @@ def _heading(plan: RunPlan) -> Iterator[str]:
         )
 
 
-def _stage(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
+def _stage_lines(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
+    """The memory, work, times and disk space of a stage, and whether it fits the device."""
     if stage.phases:
-        yield from _table(stage.phases)
-    yield from _work(stage)
+        yield from _memory_table(stage.phases)
+    yield from _work_lines(stage)
     for phase in stage.phases:
         if phase.is_used and phase.scores:
             yield from _wrapped(
@@ -100,18 +112,19 @@ def _stage(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
     for note in stage.work.notes:
         yield from _wrapped(f"not counted: {note}")
     if stage.seconds:
-        told = [f"{name} {_range(time, _time)}" for name, time in stage.seconds.items()]
-        yield from _wrapped(f"time: {', '.join(told)}")
+        times = [f"{name} {_range(time, _time)}" for name, time in stage.seconds.items()]
+        yield from _wrapped(f"time: {', '.join(times)}")
     disk = stage.disk
-    told = [f"weights {_size(disk.weights)}", f"records {_range(disk.records, _size)}"]
+    sizes = [f"weights {_size(disk.weights)}", f"records {_range(disk.records, _size)}"]
     if disk.meanwhile != NOTHING:
-        told.append(f"further weights while it trains {_range(disk.meanwhile, _size)}")
-    yield from _wrapped(f"disk: {', '.join(told)}")
+        sizes.append(f"further weights while it trains {_range(disk.meanwhile, _size)}")
+    yield from _wrapped(f"disk: {', '.join(sizes)}")
     if stage.fitting is not None:
-        yield from _wrapped(_fits(stage, plan.device.memory or 0, stage.fitting))
+        yield from _wrapped(_fitting_text(stage, plan.device.memory or 0, stage.fitting))
 
 
-def _table(phases: Sequence[Phase]) -> list[str]:
+def _memory_table(phases: Sequence[Phase]) -> list[str]:
+    """A line for each phase; phases that the stage does not use are in parentheses."""
     rows: list[tuple[str, ...]] = [("memory", *HEADS)]
     for phase in phases:
         name = phase.name if phase.is_used else f"({phase.name})"
@@ -119,23 +132,24 @@ def _table(phases: Sequence[Phase]) -> list[str]:
     return aligned(rows, "<>")
 
 
-def _work(stage: StagePlan) -> Iterator[str]:
+def _work_lines(stage: StagePlan) -> Iterator[str]:
+    """What a stage samples, and on what it trains."""
     work, training = stage.work, stage.work.training
-    asked = [
-        (name, each)
-        for name, each in (("candidates", work.candidates), ("judgements", work.judgements))
-        if each.count != NOTHING
+    sampled = [
+        (name, asking)
+        for name, asking in (("candidates", work.candidates), ("judgements", work.judgements))
+        if asking.count != NOTHING
     ]
-    if asked:
-        told = [f"prompts {_range(work.prompts, number)}"] if work.prompts != NOTHING else []
-        for name, each in asked:
-            words = f"{name} {_range(each.count, number)}"
-            if each.here:
-                words += f" of {_range(each.new, number)} tokens"
-            told.append(words)
-        written = [each.written for _, each in asked if each.here]
-        told.append(f"tokens to generate {_range(sum(written, NOTHING), number)}")
-        yield from _wrapped("; ".join(told))
+    if sampled:
+        parts = [f"prompts {_range(work.prompts, number)}"] if work.prompts != NOTHING else []
+        for name, asking in sampled:
+            words = f"{name} {_range(asking.count, number)}"
+            if asking.here:
+                words += f" of {_range(asking.new, number)} tokens"
+            parts.append(words)
+        written = [asking.written for _, asking in sampled if asking.here]
+        parts.append(f"tokens to generate {_range(sum(written, NOTHING), number)}")
+        yield from _wrapped("; ".join(parts))
     if training is not None:
         noun = "pairs" if training.pairs else "rows"
         micro = next((p.tokens for p in stage.phases if p.is_used and p.gradients), None)
@@ -146,8 +160,8 @@ def _work(stage: StagePlan) -> Iterator[str]:
         )
 
 
-def _fits(stage: StagePlan, memory: int, fitting: Fitting) -> str:
-    """Whether a stage fits the device, and what to change where it does not."""
+def _fitting_text(stage: StagePlan, memory: int, fitting: Fitting) -> str:
+    """Whether a stage fits a device with `memory` bytes, and what to change if it does not."""
     peak = stage.peak
     if peak is None or peak.peak is None:
         return f"device: whether it fits into {_size(memory)} is unknown"
@@ -171,7 +185,8 @@ def _fits(stage: StagePlan, memory: int, fitting: Fitting) -> str:
     )
 
 
-def _totals(plan: RunPlan) -> Iterator[str]:
+def _total_lines(plan: RunPlan) -> Iterator[str]:
+    """The peak memory and the disk space of the run."""
     peak, disk = plan.peak, plan.disk
     if peak is None:
         yield "Peak memory: unknown."
@@ -186,10 +201,12 @@ def _totals(plan: RunPlan) -> Iterator[str]:
 
 
 def _cell(value: int | None) -> str:
+    """A number of bytes as the memory table shows it."""
     return "unknown" if value is None else "-" if value == 0 else _size(value)
 
 
 def _range(value: Range, form: Callable[[int], str]) -> str:
+    """A range in words; `form` writes each of its bounds."""
     if value.is_unknown:
         return "unknown"
     if value.most is None:
@@ -209,6 +226,7 @@ def _size(value: float) -> str:
 
 
 def _time(seconds: float) -> str:
+    """Seconds in the unit that a reader would use."""
     for unit, name in ((86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{_digits(seconds / unit)} {name}"
@@ -216,20 +234,22 @@ def _time(seconds: float) -> str:
 
 
 def _digits(value: float) -> str:
+    """A number with three digits; larger ones as whole numbers."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
 def _wrapped(text: str) -> list[str]:
+    """A text in lines that fit the terminal behind an indent of two characters."""
     return textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _plain(value: Any) -> Any:
-    """Records as dicts; modules are left out, types are named."""
+def _json_value(value: Any) -> Any:
+    """A value as JSON: dataclasses become dicts without their modules, torch types become names."""
     if is_dataclass(value):
-        named = ((field.name, getattr(value, field.name)) for field in fields(value))
-        return {name: _plain(each) for name, each in named if not isinstance(each, nn.Module)}
+        values = ((field.name, getattr(value, field.name)) for field in fields(value))
+        return {name: _json_value(v) for name, v in values if not isinstance(v, nn.Module)}
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _json_value(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
+        return [_json_value(item) for item in value]
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
