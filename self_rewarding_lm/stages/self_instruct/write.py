@@ -1,6 +1,7 @@
-"""Seed prompts to new prompts: a model writes them from examples (self-instruct), filters choose.
+"""Writes new prompts: a model continues lists of examples (self-instruct), filters choose.
 
-Knows nothing of what the prompts are for.
+Input: seed prompts. Output: new prompts, stored in instructions.jsonl with those left out. What
+the prompts are used for is no concern of this file.
 """
 
 import logging
@@ -40,33 +41,34 @@ logger = logging.getLogger(__name__)
 
 
 CURRENT = "current"
+"""The value of SelfInstruct(model=...) for the model that is being trained."""
 
 
-SAMPLES_PER_PROMPT = 4  # lists at most for each wanted prompt
+SAMPLES_PER_PROMPT = 4  # lists that are sampled at most for each wanted prompt
 
 
-ANSWER_TOKENS = 16  # room that the examples must leave
+ANSWER_TOKENS = 16  # tokens that the examples must leave for the model's continuation
 
 
-TRIED_LISTS = 32  # one of which must fit into the model
+TRIED_LISTS = 32  # lists of which one must fit into the model
 
 
-TRIED_SEEDS = 1000  # of the seeds, when a trainer is built
+TRIED_SEEDS = 1000  # seeds that are read when a trainer is built
 
 
 SEED, NEW = "seed", "new"
-"""What the ids of seeds and of new prompts have behind the stage."""
+"""The part of an id behind the stage's name, for seeds and for new prompts."""
 
 
 @dataclass(frozen=True)
 class Author:
-    """The model that writes, and its tokens."""
+    """The model that writes new prompts, and its tokenizer."""
 
     model: TokenModel
     tokens: Tokens
 
     def prompt(self, name: str, few_shot: FewShot) -> Prompt | None:
-        """The list as this model reads it; None where that leaves no room to go on with it."""
+        """The list of examples in this model's tokens; None if they leave no room to continue."""
         ids, limit = self.tokens.prompt(few_shot.text).ids, self.model.max_len
         fits = limit is None or len(ids) + ANSWER_TOKENS <= limit
         return Prompt(name, 0, ids) if fits else None
@@ -80,22 +82,26 @@ def write_prompts(
     *,
     limit: int | None,
 ) -> list[Instruction]:
-    """`settings.num_prompts` new prompts, the same list on every process.
+    """Write `settings.num_prompts` new prompts; returns the same list on every process.
 
-    limit: tokens of a new prompt and its response together. A new prompt's id is
-    <stage>/new/<round>/<list>/<place in it>, its parents are the ids of the examples that its list
-    was shown: seeds and new prompts of earlier rounds. All that was written is kept in
-    instructions.jsonl, with the reason where it was left out; what is there already is used again.
+    limit: tokens of a new prompt and its response together, None if there is no limit. The id of a
+    new prompt is <stage>/new/<round>/<list>/<place in the list>. Its parents are the ids of the
+    examples in that list: seeds and new prompts of earlier rounds. instructions.jsonl keeps all
+    that the model wrote, and the reason for each prompt that was left out; prompts that are stored
+    already are not written again.
 
-    Reasons are those of `filters.py` and: `unparsed`, a list without any instruction;
-    `examples_too_long`, a list whose examples leave the model no room; `no_tokens` and `no_room`,
-    a prompt that the trained model's tokenizer cannot write or that fills `limit`; `surplus`, one
-    that is good but not needed any more.
+    The reasons are those of `filters.py` and these:
+    `unparsed`: the list has no instruction.
+    `examples_too_long`: the examples of the list leave the model no room.
+    `unfinished`: the instruction may go on, as the list was cut off.
+    `no_tokens`: the trained model's tokenizer cannot encode the prompt.
+    `no_room`: the prompt fills `limit`.
+    `surplus`: the prompt is good, but enough are kept already.
 
-    Raises DataError where the model gives too few, or where no list leaves it room.
+    Raises DataError if the model writes too few good prompts, or if no list leaves it room.
     """
     examples = [Example(seed.id, seed.text) for seed in seeds]
-    writing = _Writing(ctx, out, settings, examples, limit)
+    writing = _Rounds(ctx, out, settings, examples, limit)
     kept = writing.run()
     samples, metrics = writing.samples, writing.counts.metrics()
     out.log({"step": 0, **metrics})
@@ -115,12 +121,12 @@ def write_prompts(
 
 
 def seed_text(row: Any, where: str, tokens: Tokens) -> str:
-    """The text of a seed, a row of any form with a prompt part (`rows.prompt_of`).
+    """The text of a seed, given as a row of any form with a prompt (`rows.prompt_of`).
 
-    Raises DataError where it has none, or nothing but white space.
+    where: names the row in errors. Raises DataError if the row has no text but white space.
     """
-    found = prompt_of(row, where, tokens)
-    text = tokens.decode(found.ids) if found.text is None else found.text
+    prompt = prompt_of(row, where, tokens)
+    text = tokens.decode(prompt.ids) if prompt.text is None else prompt.text
     if text is None or not text.strip():
         raise DataError(
             f"{where}: the prompt has no text; a seed is shown as an example. Leave it out."
@@ -129,9 +135,10 @@ def seed_text(row: Any, where: str, tokens: Tokens) -> str:
 
 
 def check_self_instruct(ctx: Context, settings: SelfInstruct, on_bad_row: OnBadRow) -> None:
-    """Raise where the model that shall write cannot, as far as that is known before the run.
+    """Check before the run that the model can write prompts.
 
-    ConfigError for what is no model or tokenizer, DataError where no list of examples fits.
+    on_bad_row: what to do with seeds that cannot be read. Raises ConfigError if the settings name
+    no usable model or tokenizer, DataError if no list of examples fits into the model.
     """
     if ctx.tokens.tokenizer is None:
         raise ConfigError(f"{ctx.stage}: new prompts are texts; give the trainer a tokenizer.")
@@ -146,8 +153,11 @@ def check_self_instruct(ctx: Context, settings: SelfInstruct, on_bad_row: OnBadR
 
 
 @dataclass
-class _Writing:
-    """Rounds of lists; each is a function of the seed, the seeds and the rounds before it."""
+class _Rounds:
+    """Samples lists in rounds until enough prompts are kept.
+
+    A round depends only on the random seed, the seed prompts and the rounds before it.
+    """
 
     ctx: Context
     out: StageDir
@@ -162,10 +172,11 @@ class _Writing:
         self.counts = FilterCounts()
         self.samples = 0
         self.stored = _whole_lists(self.out.known(Instruction))
-        self.author: Author | None = None  # from the first list on that is not on disk
+        self.author: Author | None = None  # set when the first list is sampled
         self.other_weights = ExitStack()
 
     def run(self) -> list[Instruction]:
+        """The new prompts that are kept; fewer than wanted if the limit of lists is reached."""
         wanted = self.settings.num_prompts
         limit = self.settings.max_samples or SAMPLES_PER_PROMPT * wanted
         bar = self.ctx.runtime.progress(wanted, f"{self.ctx.stage}: new prompts", "prompt")
@@ -183,30 +194,37 @@ class _Writing:
         return self.kept
 
     def _round(self, number: int, size: int) -> None:
+        """Sample `size` lists, those on disk excepted, and filter the prompts in all of them."""
+        # 1. sample the lists that are not on disk
         names = [f"{self.ctx.stage}/{NEW}/{number}/{place}" for place in range(size)]
         generated = [Example(record.id, record.text) for record in self.kept]
         missing = [name for name in names if name not in self.stored]
-        shown = _few_shots(missing, self.seeds, generated, self.settings, self.ctx.seed)
-        texts = self._texts(shown)
+        few_shots = _few_shots(missing, self.seeds, generated, self.settings, self.ctx.seed)
+        answers = self._answers(few_shots)
+        # 2. filter their prompts, in the order of the lists
         new: list[Instruction] = []
         for name in names:
             if name in self.stored:
                 for record in self.stored[name]:
                     self._take(record)
-            else:  # the first place comes last: with it the list is on disk in full
-                new += reversed(self._read(name, shown[name], texts.get(name)))
+            else:  # the first place is stored last: once it is on disk, the list is complete
+                new += reversed(self._read(name, few_shots[name], answers.get(name)))
+        # 3. store them
         if self.ctx.runtime.is_main:
             self.out.append(new)
 
-    def _texts(self, shown: Mapping[str, FewShot]) -> dict[str, tuple[str, bool]]:
-        """What the model wrote behind each list that fits, and whether it came to an end."""
-        if not shown:
+    def _answers(self, few_shots: Mapping[str, FewShot]) -> dict[str, tuple[str, bool]]:
+        """How the model continues each list that fits: the text, and whether it is finished.
+
+        Each process samples a part of the lists; all processes get all texts.
+        """
+        if not few_shots:
             return {}
-        author, runtime = self._writer(), self.ctx.runtime
-        mine = [author.prompt(name, shown[name]) for name in runtime.share(list(shown))]
-        found = sample_candidates(
+        author, runtime = self._load_author(), self.ctx.runtime
+        prompts = [author.prompt(name, few_shots[name]) for name in runtime.share(list(few_shots))]
+        candidates = sample_candidates(
             author.model,
-            [prompt for prompt in mine if prompt is not None],
+            [prompt for prompt in prompts if prompt is not None],
             self.settings.sampling,
             1,
             engine=self.ctx.engine,
@@ -214,38 +232,42 @@ class _Writing:
             seed=self.ctx.seed,
             limit=author.model.max_len,
         )
-        # where nothing is known that ends a text (None), only the limit does
+        # `finished` is None if no token is known to end a text: then only the limit ended it
         answers = [
             (candidate.prompt_id, candidate.text or "", candidate.finished is True)
-            for candidate in runtime.autocasted(found)
+            for candidate in runtime.autocasted(candidates)
         ]
         return {name: (text, finished) for name, text, finished in runtime.gather(answers)}
 
-    def _writer(self) -> Author:
-        """The model that writes, its weights in place until `other_weights` is closed."""
+    def _load_author(self) -> Author:
+        """The model that writes; its weights stay loaded until `other_weights` is closed."""
         if self.author is None:
             self.author = _author(self.ctx, self.settings)
             _check_room(self.ctx, self.author, self.seeds, self.settings)
-            which = self.settings.model
-            if isinstance(which, str) and which != CURRENT:
-                self.other_weights.enter_context(self.ctx.weights(which))
+            source = self.settings.model
+            if isinstance(source, str) and source != CURRENT:
+                self.other_weights.enter_context(self.ctx.weights(source))
         return self.author
 
     def _read(
-        self, name: str, shown: FewShot, answer: tuple[str, bool] | None
+        self, name: str, few_shot: FewShot, answer: tuple[str, bool] | None
     ) -> list[Instruction]:
-        """The instructions of a list, each with the reason if it is left out."""
+        """The instructions that the model wrote in a list, with a reason for each left out.
+
+        answer: the text and whether it is finished; None if the examples left no room.
+        """
         items: list[tuple[str, str | None]] = [("", "examples_too_long")]
         if answer is not None:
-            items = _items(*answer, first_number=shown.first_number)
-        found = []
+            items = _items(*answer, first_number=few_shot.first_number)
+        instructions = []
         for place, (text, reason) in enumerate(items):
             reason = reason or self._problem(text)
-            found.append(Instruction(f"{name}/{place}", text, shown.parents, reason))
-            self._take(found[-1])
-        return found
+            instructions.append(Instruction(f"{name}/{place}", text, few_shot.parents, reason))
+            self._take(instructions[-1])
+        return instructions
 
     def _problem(self, text: str) -> str | None:
+        """Why an instruction is left out, None if it is kept."""
         settings = self.settings
         problem = instruction_problem(
             text,
@@ -257,15 +279,17 @@ class _Writing:
         return problem or ("surplus" if len(self.kept) >= settings.num_prompts else None)
 
     def _token_problem(self, text: str) -> str | None:
+        """Why the trained model cannot answer an instruction, None if it can."""
         try:
             ids = self.ctx.tokens.prompt(from_data(text)).ids
-        except (ValueError, LookupError):  # whatever a tokenizer raises for unknown characters
+        except (ValueError, LookupError):  # tokenizers raise these for unknown characters
             return "no_tokens"
         if self.limit is not None and len(ids) >= self.limit:
             return "no_room"
         return None if ids else "no_tokens"
 
     def _take(self, record: Instruction) -> None:
+        """Count an instruction, and keep it if it has no reason to be left out."""
         self.counts.count(record.reason)
         if record.reason is None:
             self.kept.append(record)
@@ -273,22 +297,27 @@ class _Writing:
 
 
 def _items(text: str, finished: bool, *, first_number: int) -> list[tuple[str, str | None]]:
-    """What stands in a list, with the reason where it is left out whatever it says."""
-    whole = parse_instructions(text, first_number=first_number, finished=finished)
-    every = parse_instructions(text[:PARSED_CHARACTERS], first_number=first_number)
-    items: list[tuple[str, str | None]] = [(item, None) for item in whole]
-    items += [(item, "unfinished") for item in every[len(whole) :]]
+    """The instructions in a list, each with a reason if its form leaves it out, else None."""
+    complete = parse_instructions(text, first_number=first_number, finished=finished)
+    all_items = parse_instructions(text[:PARSED_CHARACTERS], first_number=first_number)
+    items: list[tuple[str, str | None]] = [(item, None) for item in complete]
+    items += [(item, "unfinished") for item in all_items[len(complete) :]]
     return items or [(text, "unparsed")]
 
 
 def _whole_lists(records: Sequence[Instruction]) -> dict[str, list[Instruction]]:
-    """The lists that are on disk in full, by name; the rest of a torn one is written again."""
-    lists: dict[str, dict[int, Instruction]] = {}
+    """The lists that are on disk in full, by name. A list of which only a part is on disk is
+    sampled again."""
+    lists: dict[str, dict[int, Instruction]] = {}  # name -> place -> record
     for record in records:
         name, _, place = record.id.rpartition("/")
         if record.id.split("/")[1] == NEW:
             lists.setdefault(name, {})[int(place)] = record
-    return {name: [got[i] for i in sorted(got)] for name, got in lists.items() if 0 in got}
+    return {
+        name: [by_place[place] for place in sorted(by_place)]
+        for name, by_place in lists.items()
+        if 0 in by_place
+    }
 
 
 def _few_shots(
@@ -298,7 +327,7 @@ def _few_shots(
     settings: SelfInstruct,
     seed: int,
 ) -> dict[str, FewShot]:
-    """The examples that each list is shown."""
+    """For each list its examples, drawn by a hash of `seed` and the list's name."""
     return {
         name: few_shot_prompt(
             seeds,
@@ -312,25 +341,30 @@ def _few_shots(
 
 
 def _author(ctx: Context, settings: SelfInstruct) -> Author:
-    """Who writes. Raises ConfigError where that is nobody who can."""
-    which, own = settings.model, settings.tokenizer
-    if own is not None and not isinstance(own, Tokenizer):
+    """The model that the settings name, with its tokenizer.
+
+    Raises ConfigError if they name no model or tokenizer that can be used.
+    """
+    source, tokenizer = settings.model, settings.tokenizer
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise ConfigError(
             f"{ctx.stage}: SelfInstruct(tokenizer=...) needs the methods encode and decode; got "
-            f"{type(own).__name__}."
+            f"{type(tokenizer).__name__}."
         )
-    if not isinstance(which, nn.Module):
+    # 1. weights of this run: "current", "initial", a stage's name or a folder
+    if not isinstance(source, nn.Module):
         known = [CURRENT, INITIAL, *(ctx.run.stages if ctx.run is not None else ())]
-        unknown = ctx.run is not None and which not in known and not Path(str(which)).exists()
-        if not isinstance(which, str) or unknown:
+        unknown = ctx.run is not None and source not in known and not Path(str(source)).exists()
+        if not isinstance(source, str) or unknown:
             raise ConfigError(
                 f"{ctx.stage}: SelfInstruct(model=...) is 'current', 'initial', the name of an "
-                f"earlier stage or a module; got {which!r:.100}."
+                f"earlier stage or a module; got {source!r:.100}."
             )
         return Author(ctx.model, ctx.tokens)
-    model, tokens = ctx.adapt(which), ctx.tokens
-    if own is not None:
-        tokens = Tokens(own, eos_id=None, vocab=model.vocab, end_ids=end_ids_of(which))
+    # 2. another model, with its own tokenizer or the trained model's
+    model, tokens = ctx.adapt(source), ctx.tokens
+    if tokenizer is not None:
+        tokens = Tokens(tokenizer, eos_id=None, vocab=model.vocab, end_ids=end_ids_of(source))
     elif model.vocab != ctx.model.vocab:
         raise ConfigError(
             f"{ctx.stage}: the model that writes prompts has {model.vocab} tokens and the trained "
@@ -342,14 +376,14 @@ def _author(ctx: Context, settings: SelfInstruct) -> Author:
 def _check_room(
     ctx: Context, author: Author, seeds: Sequence[Example], settings: SelfInstruct
 ) -> None:
-    """Raise DataError where none of the first lists of seeds leaves the model room."""
+    """Raise DataError if none of the first lists of the first round leaves the model room."""
     names = [f"{ctx.stage}/{NEW}/0/{place}" for place in range(TRIED_LISTS)]
-    shown = _few_shots(names, seeds, (), settings, ctx.seed)
-    if any(author.prompt(name, few_shot) is not None for name, few_shot in shown.items()):
+    lists = _few_shots(names, seeds, (), settings, ctx.seed)
+    if any(author.prompt(name, few_shot) is not None for name, few_shot in lists.items()):
         return
-    shortest = min(len(author.tokens.prompt(few_shot.text).ids) for few_shot in shown.values())
+    shortest = min(len(author.tokens.prompt(few_shot.text).ids) for few_shot in lists.values())
     raise DataError(
-        f"{ctx.stage}: {len(next(iter(shown.values())).parents)} examples leave no room for new "
+        f"{ctx.stage}: {len(next(iter(lists.values())).parents)} examples leave no room for new "
         f"prompts: the shortest of {TRIED_LISTS} lists has {shortest} tokens, and the model that "
         f"writes takes {author.model.max_len}, of which {ANSWER_TOKENS} must be left. Use shorter "
         "seeds, fewer num_seed_examples or another model=."
