@@ -1,4 +1,4 @@
-"""DPO on the model's own responses, ranked by a reward from outside."""
+"""DPO on the model's own responses, ranked by a reward model, a function or a judge object."""
 
 from typing import Any, ClassVar
 

@@ -29,9 +29,11 @@ from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.work import Asking, Counting, together
 
 DEFAULT = "default"
+"""The name of the reward prompt that a stage uses unless it names others."""
 
 
 OTHER = "another model judges: its memory and time are not in this plan"
+"""The note in a plan if `rewarding_model` judges."""
 
 
 class SelfRewardDPOConfig(SampledPreferenceConfig):
@@ -70,17 +72,17 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         return self
 
     def given_judge(self) -> Any:
-        """A judge that is given as an object; None if a module judges with this stage's prompts."""
+        """The user's judge object; None if a model judges with this stage's reward prompts."""
         if self.judge is not None:
             return self.judge
         return self.rewarding_model if hasattr(self.rewarding_model, "judge") else None
 
     def build_judge(self, ctx: Context) -> Judge:
-        given = self.given_judge()
-        if self.judge is None and isinstance(given, ServerJudge):
-            return self._server_judge(ctx, given)
-        if given is not None:
-            return make_judge(given)
+        judge = self.given_judge()
+        if self.judge is None and isinstance(judge, ServerJudge):
+            return self._server_judge(ctx, judge)
+        if judge is not None:
+            return make_judge(judge)
         name = "self" if self.rewarding_model is None else type(self.rewarding_model).__name__
         model = None if self.rewarding_model is None else ctx.adapt(self.rewarding_model)
         if self.comparison is not None:
@@ -88,14 +90,16 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         return self._scoring_judge(ctx, name, partial(SelfJudge, model=model))
 
     def _server_judge(self, ctx: Context, server: ServerJudge) -> Judge:
+        """The judge that asks a server with this stage's comparison or reward prompts."""
         if self.comparison is not None:
             return server.comparing(self.comparison, self.judging)
         return self._scoring_judge(ctx, server.name, server.scoring)
 
     def _scoring_judge(self, ctx: Context, name: str, make: Callable[..., SelfJudge]) -> Judge:
-        """The judge that scores with each of the stage's reward prompts. make: it, of one prompt.
+        """The judge that scores with each of the stage's reward prompts.
 
-        The judgements of a candidate are numbered through all prompts.
+        make: makes the judge of one reward prompt. The judgements of a candidate are numbered
+        through all reward prompts.
         """
         judges: list[SelfJudge] = []
         for key, reward in self._rewards(ctx).items():
@@ -113,17 +117,17 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
     def needs(self, ctx: Context) -> list[Need]:
         needs = super().needs(ctx)
         if self.given_judge() is None and self.rewarding_model is None:
-            asked = self._rewards(ctx).values() if self.comparison is None else [self.comparison]
-            probabilities = any(r.score_mode == "expected" or r.forced_ending for r in asked)
+            forms = self._rewards(ctx).values() if self.comparison is None else [self.comparison]
+            probabilities = any(f.score_mode == "expected" or f.forced_ending for f in forms)
             needs.append((decoding_of(self.judging, ctx.tokens), probabilities))
         return needs
 
     def shortened(self, changes: dict[str, Any]) -> SampledPreferenceConfig:
-        fewer = {
+        judging_changes = {
             "judging": self.judging.shortened(MIN_ANSWER_TOKENS),
             "num_sampled_reward_responses": 1,
         }
-        return super().shortened({**changes, **fewer})
+        return super().shortened({**changes, **judging_changes})
 
     def score_scale(self, ctx: Context) -> tuple[float, float] | None:
         if self.given_judge() is not None:
@@ -139,16 +143,21 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
     ) -> tuple[Asking, tuple[str, ...]]:
         if self.judge is not None:
             return super().judging_work(counting, candidates, prompt)
-        asks, times, sides = [], self.num_sampled_reward_responses, 1
+        # 1. how often each candidate is judged, and how many responses a question shows
+        forms, times, responses = [], self.num_sampled_reward_responses, 1
         if self.comparison is None:
-            asks = [counting.rewards.get(name) for name in self.reward_names()]
-        else:  # each candidate is shown before all others
-            asks, times, sides = [self.comparison], self.num_candidate_responses - 1, 2
+            forms = [counting.rewards.get(name) for name in self.reward_names()]
+        else:  # each candidate is shown first with each of the others
+            forms, times, responses = [self.comparison], self.num_candidate_responses - 1, 2
+        # 2. the tokens that a question shows, beside the reward prompt
         new, longest = candidates.new, candidates.longest
-        shown = prompt + new.times(sides)
-        longest = None if longest is None else longest + sides * (new.most or 0)
+        tokens = prompt + new.times(responses)
+        longest = None if longest is None else longest + responses * (new.most or 0)
         judgements = together(
-            [counting.judgements(a, self.judging, candidates, times, shown, longest) for a in asks]
+            [
+                counting.judgements(f, self.judging, candidates, times, tokens, longest)
+                for f in forms
+            ]
         )
         here = self.rewarding_model is None
         return replace(judgements, here=here), () if here else (OTHER,)
@@ -167,7 +176,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
             check_judge_prompt(reward, ctx.tokens, limit)
 
     def _judging_model(self, ctx: Context) -> TokenModel:
-        """The model that judges. Raises ConfigError if it cannot."""
+        """The model that judges. Raises ConfigError if it is no module or has other tokens."""
         if self.rewarding_model is None:
             return ctx.model
         if not isinstance(self.rewarding_model, nn.Module):
@@ -186,8 +195,10 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         return model
 
     def reward_names(self) -> tuple[str, ...]:
+        """The names of the stage's reward prompts."""
         name = self.self_reward_config_keyname
         return (name,) if isinstance(name, str) else name
 
     def _rewards(self, ctx: Context) -> dict[str, RewardConfig]:
+        """The stage's reward prompts by name."""
         return ctx.rewards_named(self.reward_names())

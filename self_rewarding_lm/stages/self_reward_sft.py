@@ -1,6 +1,6 @@
 """Self-rewarding without pairs: supervised training on the responses that the model rates highest.
 
-What arXiv:2401.10020 compares DPO with (its ablation on positive examples only).
+arXiv:2401.10020 compares DPO with this, in its ablation on positive examples only.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,6 +28,7 @@ from self_rewarding_lm.stages.work import Counting, Work, given_row
 from self_rewarding_lm.training.objectives import SupervisedObjective
 
 CURRENT = "current"
+"""The value of fit_from for the weights that sampled the responses."""
 
 
 class SelfRewardSFTConfig(SelfRewardDPOConfig):
@@ -60,9 +61,9 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
 
     @model_validator(mode="after")
     def _no_pairs(self) -> "SelfRewardSFTConfig":
-        given = [name for name in self.unused if name in self.model_fields_set]
-        if given:
-            raise ValueError(f"{', '.join(given)}: a setting of pairs, and this stage makes none")
+        refused = [name for name in self.unused if name in self.model_fields_set]
+        if refused:
+            raise ValueError(f"{', '.join(refused)}: a setting of pairs, and this stage makes none")
         return self
 
     def weights_used(self) -> set[str]:
@@ -77,26 +78,30 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         self.least_score(ctx)
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        found = self.made(TopMaker, ctx, out)
-        top = Rows(found, f"{ctx.stage}: top-scored responses")
+        """Make demonstrations of top-scored responses; train on them and on `train_dataset`."""
+        # 1. sample and judge responses, and keep those with the top score
+        demonstrations = self.made(TopMaker, ctx, out)
+        # 2. make rows to train on, with the rows of train_dataset behind them
+        top = Rows(demonstrations, f"{ctx.stage}: top-scored responses")
         supervised = self._supervised()
         rows = supervised.training_rows(ctx, top, f"{ctx.stage}/top", out)
         if "train_dataset" in ctx.rows:
             mixed = supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
             rows = Joined(rows, mixed)
+        # 3. train
         if self.fit_from != CURRENT:
             ctx.load(self.fit_from)
-        out.summary |= {"demonstrations": len(found), "rows": len(rows)}
+        out.summary |= {"demonstrations": len(demonstrations), "rows": len(rows)}
         out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows))
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
         judged, _ = self.for_rehearsal(TopMaker, ctx, out).rehearse()
         demonstration = _demonstration(judged.prompt, judged.candidates[0])
-        found = Rows((demonstration,), "the rehearsed response")
+        top = Rows((demonstration,), "the rehearsed response")
         supervised = self._supervised()
         if "train_dataset" in ctx.rows:
             supervised.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
-        rows = supervised.training_rows(ctx, found, f"{ctx.stage}/top", out)
+        rows = supervised.training_rows(ctx, top, f"{ctx.stage}/top", out)
         self.try_fit(ctx, out, SupervisedObjective(rows))
 
     def work(self, counting: Counting) -> Work:
@@ -114,14 +119,17 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         return replace(work, training=training)
 
     def least_score(self, ctx: Context) -> float:
-        """The least mean score that counts as the top."""
+        """The least mean score of a response that is trained on.
+
+        Raises ConfigError if `min_score` is None and the judge's top score is not known.
+        """
         if self.min_score is not None:
             return self.min_score
         tops: set[float | None] = {None}
-        own = isinstance(self.rewarding_model, ServerJudge) or not hasattr(
+        asks_with_rewards = isinstance(self.rewarding_model, ServerJudge) or not hasattr(
             self.rewarding_model, "judge"
         )
-        if self.judge is None and own:
+        if self.judge is None and asks_with_rewards:
             rewards = self._rewards(ctx).values()
             tops = {1.0} if self.comparison is not None else set(map(top_score_of, rewards))
         top = tops.pop()
@@ -134,6 +142,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         return top
 
     def _supervised(self) -> SFTConfig:
+        """The supervised stage whose rows this stage trains on."""
         return SFTConfig(
             train_dataset=self.train_dataset,
             max_seq_len=self.max_seq_len,
@@ -143,7 +152,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
 
 
 class TopMaker(PairMaker):
-    """Makes demonstrations of the candidates with the top score."""
+    """Makes a demonstration of each candidate with the top score."""
 
     record_type: ClassVar[type[Any]] = Demonstration
     noun: ClassVar[str] = "top-scored response"
@@ -179,10 +188,10 @@ def top_scored(
     min_score: float,
     is_valid_score: Any = None,
 ) -> list[Candidate]:
-    """The candidates with at least `min_score`, each text once; `drops` counts the others.
+    """Candidates with a score of at least `min_score`, each text once; `drops` counts the others.
 
-    A prompt that gives none is dropped as `unfinished`, `unscored`, `invalid_score` or `low_score`:
-    the first of these filters that leaves no candidate.
+    If no candidate remains, the prompt is counted as `unfinished`, `unscored`, `invalid_score` or
+    `low_score`: the first of these filters that leaves none.
     """
     filters = {
         **score_filters(scores, is_valid_score),
@@ -195,19 +204,20 @@ def top_scored(
 
 
 def first_of_each_text() -> Callable[[Candidate], bool]:
-    """A filter that each response passes once."""
+    """A filter that passes only the first response of each text (of each ids if it has none)."""
     seen: set[Any] = set()
 
-    def keep(candidate: Candidate) -> bool:
-        words = candidate.ids if candidate.text is None else candidate.text.strip()
-        known = words in seen
-        seen.add(words)
-        return not known
+    def is_new(candidate: Candidate) -> bool:
+        text = candidate.ids if candidate.text is None else candidate.text.strip()
+        was_seen = text in seen
+        seen.add(text)
+        return not was_seen
 
-    return keep
+    return is_new
 
 
 def _demonstration(prompt: Prompt, candidate: Candidate) -> Demonstration:
+    """The record that a response to a prompt is trained on as; its id is the candidate's."""
     return Demonstration(
         id=candidate.id,
         prompt_ids=prompt.ids,
