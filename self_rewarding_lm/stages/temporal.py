@@ -1,7 +1,7 @@
 """Temporal self-rewarding: losers of an earlier model, winners of the next (arXiv:2508.06026).
 
-Where a model judges its own responses, best and worst come nearer to each other round by round.
-Here the worst may be an earlier model's, and the best that of a model that was trained ahead.
+If a model judges its own responses, its best and its worst become more alike round by round. Here
+the worst may come from an earlier model, and the best from a model that was trained ahead.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.work import Counting, Work
 
 ANCHOR, NEXT = "anchor", "next"
-"""In ids of candidates, <prompt id>/anchor/<k>: whose they are. Those of the stage's start have no
-such word."""
+"""Parts of candidate ids, <prompt id>/anchor/<k>, that name the weights which sampled them. Ids of
+candidates from the weights of the stage's start have no such part."""
 
 
 AHEAD_BEFORE = "iteration-0"
-"""The folder of the next weights in runs that version 0.1.0 began; now it is AHEAD."""
+"""The folder of the next weights in runs that version 0.1.0 began; other runs have AHEAD."""
 
 
 class AnchoredMaker(PairMaker):
-    """Beside the candidates of the present weights there are those of `rejected_from`."""
+    """Samples candidates from the present weights and from those of `rejected_from`."""
 
     config: "TemporalDPOConfig"
 
@@ -42,8 +42,10 @@ class AnchoredMaker(PairMaker):
             self.sample_from(self.config.rejected_from, ANCHOR, block)
 
     def sample_from(self, which: str | Path, part: str, block: Sequence[JudgedPrompt]) -> None:
-        """Sample missing candidates from other weights, in this process: a server does not hold
-        them."""
+        """Sample missing candidates from the weights `which`; `part` names them in ids.
+
+        This process samples them, because a server does not hold these weights.
+        """
         missing = self.without_all_candidates(block, f"/{part}")
         if missing:
             with self.ctx.weights(which):
@@ -51,7 +53,7 @@ class AnchoredMaker(PairMaker):
 
 
 class FirstMaker(AnchoredMaker):
-    """Makes the pairs on which the next weights are trained, <stage>/first/<row>/<pass>."""
+    """Makes the pairs that the next weights are trained on; ids are <stage>/first/<row>/<pass>."""
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[PreferencePair]:
         stage, row_and_pass = judged.prompt.id.split("/", 1)
@@ -60,7 +62,7 @@ class FirstMaker(AnchoredMaker):
 
 
 class NextMaker(AnchoredMaker):
-    """Makes the pairs of the same prompts when there are candidates of the next weights too."""
+    """Makes pairs of the same prompts again, with candidates of the next weights added."""
 
     def sample(self, block: Sequence[JudgedPrompt]) -> None:
         weights_ahead = next_weights(self.out)
@@ -68,14 +70,17 @@ class NextMaker(AnchoredMaker):
         self.sample_from(weights_ahead, NEXT, block)
 
     def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
-        """The others were judged; judges that see more than one candidate need them."""
+        """Only candidates of the next weights, unless the judge needs to see all together."""
         candidates = super().candidates_to_judge(judged)
         if not isinstance(self.judge, SelfJudge | SeveralJudges):
             return candidates
         return [candidate for candidate in candidates if part_of(candidate.id) == NEXT]
 
     def make_again(self, first_pairs: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
-        """The pairs of the prompts that `first_pairs` are of, in their order."""
+        """Make pairs of the prompts of `first_pairs`, and return them in the same order.
+
+        Raises NoPairError if no prompt gives a pair.
+        """
         ctx, out, drops, kept_ids, num_replaced = self.ctx, self.out, DropCounts(), list[str](), 0
         size, label = self.config.prompts_per_block, f"{ctx.stage}: next winners"
         with ctx.runtime.progress(len(first_pairs), label, self.noun) as bar:
@@ -104,12 +109,12 @@ class NextMaker(AnchoredMaker):
 class TemporalDPOConfig(SelfRewardDPOConfig):
     """Self-rewarding DPO with losers of an earlier model and winners of the next.
 
-    K candidates of each prompt come from the weights of the stage's start, K from `rejected_from`;
-    the judge scores all with the weights of the start. The best of the start's own wins against the
-    worst of both. With `chosen_from_next` a model is trained on these pairs, which samples K more;
-    where the best of them has a higher score it takes the winner's place. The stage's own training
-    begins again at its start, on the pairs that came of it. All is kept on disk; the model that was
-    trained ahead until the stage is done.
+    For each prompt, the weights of the stage's start sample K candidates, and those of
+    `rejected_from` sample K more; the judge scores all with the weights of the start. The best
+    candidate of the start wins against the worst of both. With `chosen_from_next`, a model is
+    trained on these pairs and samples another K; if the best of these has a higher score, it
+    replaces the winner. Then the weights of the start are trained on the resulting pairs. All
+    records stay on disk; the weights that were trained ahead stay until the stage is done.
     """
 
     folder_name: ClassVar[str] = "temporal"
@@ -125,15 +130,15 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
 
     @model_validator(mode="after")
     def _picks_itself(self) -> "TemporalDPOConfig":
-        given = {
+        is_set = {
             "pairing.pick": self.pairing.pick != "best_worst",
             "pairing.length_control": self.pairing.length_control != 0.0,
             "pick_paired_rewards_fn": self.pick_paired_rewards_fn is not None,
             "rounds": self.rounds > 1,
         }
-        if any(given.values()):
-            words = ", ".join(name for name, is_given in given.items() if is_given)
-            raise ValueError(f"this stage says itself who wins against whom; leave out {words}")
+        if any(is_set.values()):
+            names = ", ".join(name for name, refused in is_set.items() if refused)
+            raise ValueError(f"this stage says itself who wins against whom; leave out {names}")
         return self
 
     def weights_used(self) -> set[str]:
@@ -144,14 +149,18 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
         return lambda rated: anchored(rated, self.pairing.tie_break)
 
     def run(self, ctx: Context, out: StageDir) -> None:
+        """Make pairs, with `chosen_from_next` also train ahead and make them again, and train."""
         ahead = 0
         if self.chosen_from_next:
-            first = self.made(FirstMaker, ctx, out)
-            ahead = self._train_ahead(ctx, out, first)
+            # 1. make pairs, and train the next weights on them
+            first_pairs = self.made(FirstMaker, ctx, out)
+            ahead = self._train_ahead(ctx, out, first_pairs)
+            # 2. make the pairs again with candidates of the next weights
             with ctx.serving(self.needs(ctx)):
-                pairs = NextMaker(self, ctx, out).make_again(first)
+                pairs = NextMaker(self, ctx, out).make_again(first_pairs)
         else:
             pairs = self.made(AnchoredMaker, ctx, out)
+        # 3. train the weights of the start on the pairs
         pairs = self.trained(ctx, out, pairs)
         objective = self.objective(ctx, out, pairs, round=1)
         steps = self.fit(ctx, out, objective, round=1, first_step=ahead)
@@ -162,11 +171,14 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
         work = self.sampled_work(counting, models=models)
         if not self.chosen_from_next or work.training is None:
             return work
-        ahead = self.planned_training(work.made, work.training.row)  # no pairs are mixed in
+        ahead = self.planned_training(work.made, work.training.row)  # without mix_pairs
         return replace(work, training=work.training.plus(ahead))
 
     def _train_ahead(self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]) -> int:
-        """Train and save the next weights, and put those of the start back; the planned steps."""
+        """Train and save the next weights unless they are on disk, and load the start's again.
+
+        Returns the number of steps that this training plans.
+        """
         objective = self.objective(ctx, out, pairs)
         if next_weights(out) is None:
             start = ctx.model.state()
@@ -177,28 +189,32 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
 
 
 def next_weights(out: StageDir) -> Path | None:
-    """The file of the weights that were trained ahead, if they were written."""
+    """The file of the weights that were trained ahead; None if there is none."""
     return out.weights(AHEAD) or out.weights(AHEAD_BEFORE)
 
 
 def anchored(rated: Sequence[Rated], tie_break: str) -> list[tuple[Rated, Rated]]:
-    """Winner and loser, by the rules of arXiv:2508.06026; nothing where no own candidate is left.
+    """Winner and loser by the rules of arXiv:2508.06026; [] if the start has no candidate.
 
-    A winner of the next model stands before the one that it takes the place of.
+    If the best candidate of the next weights beats that of the start, the pair with it comes first
+    and the pair with the start's best second.
     """
-    own, anchors, ahead = (
-        [one for one in rated if part_of(one.candidate.id) == part] for part in ("", ANCHOR, NEXT)
+    # 1. candidates by the weights that sampled them
+    present, anchors, ahead = (
+        [it for it in rated if part_of(it.candidate.id) == part] for part in ("", ANCHOR, NEXT)
     )
-    if not own:
+    if not present:
         return []
-    best, worst = (one[0] for one in ranked(own, tie_break))
-    for low in ranked(anchors, tie_break)[1][:1]:
-        worst = low if low.value < worst.value else worst
-    later = ranked(ahead, tie_break)[0][:1]
-    return [(one, worst) for one in (*later, best) if one is best or one.value > best.value]
+    # 2. the worst of the present and the earlier weights
+    best, worst = (order[0] for order in ranked(present, tie_break))
+    for lowest in ranked(anchors, tie_break)[1][:1]:
+        worst = lowest if lowest.value < worst.value else worst
+    # 3. the best of the next weights if it is better, and the best of the present ones
+    next_best = ranked(ahead, tie_break)[0][:1]
+    return [(it, worst) for it in (*next_best, best) if it is best or it.value > best.value]
 
 
 def part_of(candidate_id: str) -> str:
-    """Whose a candidate is: "anchor", "next", or "" for the weights of the stage's start."""
-    own = candidate_id.removeprefix(prompt_id_of(candidate_id)).split("/")
-    return own[1] if len(own) > 2 else ""
+    """Which weights sampled a candidate: "anchor", "next", or "" for those of the stage's start."""
+    parts = candidate_id.removeprefix(prompt_id_of(candidate_id)).split("/")
+    return parts[1] if len(parts) > 2 else ""
