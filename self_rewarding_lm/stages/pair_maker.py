@@ -1,4 +1,4 @@
-"""Prompts become pairs: sampled, judged and paired, block by block, each record on disk.
+"""Makes pairs of prompts: samples, judges and pairs block by block, with each record on disk.
 
 Knows nothing of training.
 """
@@ -103,23 +103,23 @@ class PairSettings(PreferenceConfig):
         return self
 
     def build_judge(self, ctx: Context) -> Judge:
-        """The stage's judge; `judge=` where that is given."""
+        """The stage's judge; the user's if `judge` is given."""
         if self.judge is None:
             raise ConfigError(f"{ctx.stage}: give judge=, an object with a judge method.")
         return make_judge(self.judge)
 
     def score_scale(self, ctx: Context) -> tuple[float, float] | None:
-        """The lowest and the highest score that the judge may give; None where not known."""
+        """The lowest and the highest score that the judge may give; None if they are not known."""
         return None
 
     def picker(self) -> Picker | None:
-        """A user's function of scores as a picker; None where the settings pick."""
+        """The picker that calls `pick_paired_rewards_fn`; None if `pairing` picks."""
         function = self.pick_paired_rewards_fn
         if function is None:
             return None
 
         def pick(rated: Sequence[Rated]) -> Iterable[tuple[Rated, Rated]]:
-            scores = torch.tensor([one.score for one in rated])
+            scores = torch.tensor([it.score for it in rated])  # (n,)
             picked = torch.as_tensor(function(scores)).flatten().tolist()
             if len(picked) != 2 or not all(0 <= i < len(rated) for i in picked):
                 raise ConfigError(
@@ -131,7 +131,7 @@ class PairSettings(PreferenceConfig):
         return pick
 
     def pair_check(self) -> Callable[[float, float], bool] | None:
-        """A user's function of two scalar tensors as one of two floats."""
+        """`is_valid_reward_pair`, which takes scalar tensors, as a function of two floats."""
         function = self.is_valid_reward_pair
         if function is None:
             return None
@@ -140,7 +140,7 @@ class PairSettings(PreferenceConfig):
 
 @dataclass(eq=False)
 class JudgedPrompt:
-    """A prompt with the candidates and judgements that there are of it so far."""
+    """A prompt with the candidates and judgements that it has so far."""
 
     prompt: Prompt
     candidates: list[Candidate]
@@ -148,21 +148,21 @@ class JudgedPrompt:
 
     @property
     def answers(self) -> list[Candidate]:
-        """The candidates without those that have a reason why there is no response."""
+        """The candidates that have a response: those without a reason why there is none."""
         return [candidate for candidate in self.candidates if candidate.reason is None]
 
 
 class PairMaker:
-    """Works a stage's prompts block by block; what is on disk already is used again.
+    """Samples, judges and pairs a stage's prompts block by block; uses records on disk again.
 
-    Of a block that is done only counts and ids are kept in memory. Subclasses change what is made
-    by three hooks: `sample` (the candidates of a block), `candidates_to_judge` (those that a judge
-    is shown of a prompt) and `pair` (what a prompt gives).
+    Only counts and ids of a finished block stay in memory. Subclasses change what is made by three
+    hooks: `sample` (the candidates of a block), `candidates_to_judge` (the candidates of a prompt
+    that the judge is shown) and `pair` (the records that a prompt gives).
     """
 
     record_type: ClassVar[type[Any]] = PreferencePair
     noun: ClassVar[str] = "pair"
-    """What the prompts give."""
+    """The word for a record that a prompt gives."""
 
     def __init__(self, config: PairSettings, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
@@ -187,13 +187,13 @@ class PairMaker:
         self.sample_missing(self.ctx, self.without_all_candidates(block))
 
     def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
-        """The candidates that the judge is shown, all together, to make the judgements that are
-        missing of a prompt; none if it has made all."""
+        """The candidates of a prompt that the judge is shown together, to make what judgements are
+        missing; [] if none is missing."""
         answers = judged.answers
         return [] if self.judge.has_judged(answers, judged.judgements) else answers
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[Any]:
-        """What a prompt gives; `drops` counts what was left out, and why."""
+        """The records that a prompt gives; `drops` counts what was left out, by reason."""
         candidates = self.usable_candidates(judged, drops, least=2)
         if not candidates:
             return []
@@ -203,10 +203,10 @@ class PairMaker:
     # The loop over all prompts
 
     def make(self) -> Sequence[Any]:
-        """What the stage's prompts give, in their order; all records of its making are on disk.
+        """Make and store the stage's records, and return them in the order of the prompts.
 
         Raises JudgeError if the judge cannot be used, and the error of `nothing_made` if no prompt
-        gave anything.
+        gave a record.
         """
         config, ctx, out = self.config, self.ctx, self.out
         wanted, total = config.num_generated_preference_pairs, len(ctx.rows["prompt_dataset"])
@@ -221,7 +221,7 @@ class PairMaker:
                 # 1. sample, judge and pair the block's prompts, each process its own
                 prompts = self.read_prompts(ctx.runtime.share(list(block)))
                 by_prompt = self.make_block(prompts, drops)
-                # 2. keep what they give, in the order of the prompts
+                # 2. store the records, in the order of the prompts
                 in_order = [by_prompt.get(self.prompt_id(place), []) for place in block]
                 records = list(chain.from_iterable(in_order))
                 if wanted is not None:
@@ -245,8 +245,8 @@ class PairMaker:
     def make_block(self, prompts: Sequence[Prompt], drops: DropCounts) -> dict[str, list[Any]]:
         """Sample, judge and pair this process's prompts of a block.
 
-        Returns what the prompts of all processes give, by prompt id, and counts in `drops` what
-        all of them left out. Raises JudgeError on every process if the judge cannot be used.
+        Returns the records of all processes by prompt id, and counts in `drops` what all of them
+        left out. Raises JudgeError on every process if the judge cannot be used.
         """
         # 1. sample what is missing
         block = [self.with_known_records(prompt) for prompt in prompts]
@@ -254,35 +254,36 @@ class PairMaker:
         # 2. judge what is missing
         failure = self.judge_missing(block)
         # 3. pair
-        own_drops = DropCounts()
-        own_records = {judged.prompt.id: self.pair(judged, own_drops) for judged in block}
-        # 4. look at the scores; all processes stop if one has to
+        local_drops = DropCounts()
+        local_records = {judged.prompt.id: self.pair(judged, local_drops) for judged in block}
+        # 4. check the scores; all processes stop if one has to
         for judged in block:
             judgements = self.judge.own(judged.judgements)
             scores = self.judge.scores(judged.candidates, judgements)
             self.tally.add(judged.candidates, judgements, scores)
         failure = failure or self.watcher.see_scores(self.tally.judge)
-        failures = [words for words in self.ctx.runtime.gather([failure]) if words]
+        failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
             raise JudgeError(failures[0])
-        # 5. bring the processes' parts together
+        # 5. gather the records of all processes
         records = dict[str, list[Any]]()
-        for part, dropped in self.ctx.runtime.gather([(own_records, own_drops)]):
+        for part, dropped in self.ctx.runtime.gather([(local_records, local_drops)]):
             records |= part
             drops.add(dropped)
         return records
 
     def keep(self, records: Sequence[Any]) -> None:
-        """Store, once for all processes, what the prompts gave and is not on disk yet."""
+        """Store the records that are not on disk yet; the main process does it for all."""
         if self.ctx.runtime.is_main:
             self.out.append([record for record in records if record.id not in self.known_records])
 
     def rehearse(self) -> tuple[JudgedPrompt, list[Any]]:
-        """The shortest prompt with its candidates, and what is made of them if that is possible.
+        """Sample, judge and pair the shortest prompt; returns it, judged, and its records.
 
-        Judgements that cannot be read get scores of the judge's scale instead, if that is known.
+        Judgements that cannot be read get scores of the judge's scale if that is known. Raises
+        JudgeError if the judge cannot be used or has no room to answer.
         """
-        # 1. the shortest prompt; seeds of new prompts may be longer than a prompt
+        # 1. find the shortest prompt; seeds of new prompts may all be too long for a prompt
         prompts = self.read_prompts(range(len(self.ctx.rows["prompt_dataset"])))
         if not prompts:
             prompts = [Prompt(self.prompt_id(0), 0, (0,), self.ctx.tokens.decode((0,)))]
@@ -320,8 +321,10 @@ class PairMaker:
         return f"{self.ctx.stage}/{row}/{passed}"
 
     def read_prompts(self, places: Sequence[int]) -> list[Prompt]:
-        """The prompts at some places, from disk or read and stored; without bad rows if these are
-        skipped."""
+        """The prompts at some places, from disk or read from the dataset and stored.
+
+        Bad rows are left out if the stage skips them; otherwise they raise.
+        """
         rows, limit = self.ctx.rows["prompt_dataset"], self.ctx.limit(self.config.max_seq_len)
         prompts, new = list[Prompt](), list[Prompt]()
         for place in places:
@@ -337,7 +340,7 @@ class PairMaker:
         return prompts
 
     def with_known_records(self, prompt: Prompt) -> JudgedPrompt:
-        """A prompt with what is on disk of it."""
+        """A prompt with its candidates and judgements from disk."""
         candidates = sorted(self.known_candidates[prompt.id], key=order_of)
         return JudgedPrompt(prompt, candidates, self.known_judgements[prompt.id])
 
@@ -346,9 +349,9 @@ class PairMaker:
     def without_all_candidates(
         self, block: Iterable[JudgedPrompt], part: str = ""
     ) -> dict[str, JudgedPrompt]:
-        """The prompts that miss candidates, by that with which the candidates' ids begin.
+        """The prompts that miss candidates, by the text that begins their candidates' ids.
 
-        That is the prompt's id, with `part` (such as "/anchor") if other weights sample them.
+        This is the prompt's id, with `part` (such as "/anchor") added if other weights sample.
         """
         numbers, missing = range(self.config.num_candidate_responses), {}
         for judged in block:
@@ -359,17 +362,20 @@ class PairMaker:
         return missing
 
     def sample_missing(self, ctx: Context, missing: Mapping[str, JudgedPrompt]) -> None:
-        """Sample with the weights in `ctx` what prompts miss of `without_all_candidates`."""
+        """Sample the missing candidates with the weights in `ctx`, and store them.
+
+        missing: prompts by the text that begins their candidates' ids.
+        """
         if not missing:
             return
         self.ctx.round.check_weights()
-        known = {c.id for judged in missing.values() for c in judged.candidates}
+        known_ids = {c.id for judged in missing.values() for c in judged.candidates}
         sampled = ctx.sample(
             [replace(judged.prompt, id=name) for name, judged in missing.items()],
             self.config.generation,
             self.config.num_candidate_responses,
             max_seq_len=self.config.max_seq_len,
-            known=known,
+            known=known_ids,
         )
         named = (replace(c, prompt_id=missing[c.prompt_id].prompt.id) for c in sampled)
         self.keep_candidates(named, missing.values())
@@ -377,7 +383,7 @@ class PairMaker:
     def keep_candidates(
         self, candidates: Iterable[Candidate], block: Collection[JudgedPrompt]
     ) -> None:
-        """Store candidates as they come, and add them to their prompts in the order of ids."""
+        """Store candidates as they arrive, and add them to their prompts, sorted by id."""
         by_id = {judged.prompt.id: judged for judged in block}
         for stored in self.out.keep(candidates):
             for candidate in stored:
@@ -388,11 +394,11 @@ class PairMaker:
     # 2. Judging
 
     def judge_missing(self, block: Sequence[JudgedPrompt]) -> str | None:
-        """Ask the judge for the judgements that are missing, store them and add them to their
-        prompts.
+        """Ask the judge for missing judgements, store them and add them to their prompts.
 
-        Returns the words of an error if the judge cannot be used, else None.
+        Returns the text of an error if the judge cannot be used, else None.
         """
+        # 1. find what is missing, and stop if too few stored judgements could be read
         for judged in block:
             self.watcher.count(judged.judgements)
         to_judge = [(judged, self.candidates_to_judge(judged)) for judged in block]
@@ -401,15 +407,16 @@ class PairMaker:
         failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
         if failure is not None or not to_judge:
             return failure
+        # 2. ask, and store and check the judgements in batches
         self.ctx.round.check_weights()
         by_id = {judged.prompt.id: judged for judged in block}
-        known = {j.id for judged, _ in to_judge for j in judged.judgements}
+        known_ids = {j.id for judged, _ in to_judge for j in judged.judgements}
         prompts = [judged.prompt for judged, _ in to_judge]
         judgements = self.judge.judge(self.ctx, prompts, candidates_PG)
         for batch in batched(self.ctx.runtime.stopping.between(judgements), FIRST_LOOK):
-            new = [without_infinite_score(j) for j in batch if j.id not in known]
+            new = [without_infinite_score(j) for j in batch if j.id not in known_ids]
             self.watcher.count(new)
-            failure = self.watcher.see_new(new)  # what fails is not stored
+            failure = self.watcher.see_new(new)  # if it fails, the batch is not stored
             if failure is not None:
                 return failure
             self.out.append(new)
@@ -422,8 +429,11 @@ class PairMaker:
         return None
 
     def as_judged(self, candidate: Candidate) -> Candidate:
-        """A candidate as the judge sees it, after `postprocess_response`; what is trained on stays
-        as it was sampled."""
+        """The candidate that the judge sees: with `postprocess_response` applied to its text.
+
+        Training uses the candidate as it was sampled. Raises ConfigError if the function returns no
+        text.
+        """
         function = self.config.postprocess_response
         if function is None or candidate.text is None:
             return candidate
@@ -435,7 +445,7 @@ class PairMaker:
             )
         if text == candidate.text:
             return candidate
-        body = list(candidate.ids)
+        body = list(candidate.ids)  # without the end tokens, which stay
         while body and body[-1] in self.ctx.tokens.end_ids:
             body.pop()
         ids = (*self.ctx.tokens.encode_data(text), *candidate.ids[len(body) :])
@@ -468,7 +478,7 @@ class PairMaker:
         scores: Mapping[str, float | None],
         drops: DropCounts,
     ) -> list[PreferencePair]:
-        """The pairs of a prompt's usable candidates, given their scores by id."""
+        """The pairs of a prompt's usable candidates; scores: by candidate id."""
         pairs = make_pairs(
             judged.prompt,
             candidates,
@@ -487,10 +497,10 @@ class PairMaker:
         smoothing = self.judge.smoothing(candidates, judged.judgements)
         return [replace(pair, label_smoothing=smoothing) for pair in pairs]
 
-    # What was made, in numbers and words
+    # The report
 
     def report(self, drops: DropCounts) -> None:
-        """Log what all processes sampled, judged, kept and dropped.
+        """Log how much all processes sampled, judged, kept and dropped, and check the shares.
 
         Raises the error of `nothing_made` if nothing was kept.
         """
@@ -511,11 +521,11 @@ class PairMaker:
         )
         if drops.kept == 0:
             raise self.nothing_made(tally.prompts, drops)
-        made = drops.kept + drops.prompts["surplus"]
+        total = drops.kept + drops.prompts["surplus"]
         self.checker.see(
             "pairs_per_prompt",
-            made / max(1, tally.prompts),
-            f"{tally.prompts} prompts gave {made} {noun}s; dropped: {drops.in_words()}. The most "
+            total / max(1, tally.prompts),
+            f"{tally.prompts} prompts gave {total} {noun}s; dropped: {drops.in_words()}. The most "
             "frequent reason says what to change.",
         )
         wanted = self.config.num_generated_preference_pairs
@@ -529,7 +539,7 @@ class PairMaker:
             )
 
     def nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
-        """The error for a stage in which no prompt gave anything."""
+        """The error of a stage in which no prompt gave a record."""
         return NoPairError(
             f"{self.ctx.stage}: no preference pair could be made from {prompts} prompts. "
             f"Dropped: {drops.in_words()}. 'unfinished' asks for more max_new_tokens; 'tie' "
@@ -544,12 +554,12 @@ def prompt_id_of_judgement(judgement: Judgement) -> str:
 
 
 def order_of(candidate: Candidate) -> IdOrder:
-    """Sorts candidates by their ids, numbers as numbers."""
+    """The sort key of a candidate: its id, with numbers compared as numbers."""
     return id_order(candidate.id)
 
 
 def without_infinite_score(judgement: Judgement) -> Judgement:
-    """A judgement whose score, if it is NaN or infinite, is None with the reason `not_finite`."""
+    """The judgement; if its score is NaN or infinite, with no score and the reason `not_finite`."""
     if judgement.score is None or math.isfinite(judgement.score):
         return judgement
     return replace(judgement, score=None, reason="not_finite")

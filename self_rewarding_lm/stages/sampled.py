@@ -1,7 +1,7 @@
 """Stages that make their own pairs: sample, judge, pair, then train, once or in rounds.
 
-Online DPO and OAIF (arXiv:2402.04792) are this with few prompts a round. Optimisers, a moving
-reference and the schedule of the learning rate go through all rounds as if they were one training.
+With few prompts in each round this is online DPO, or OAIF (arXiv:2402.04792). Optimisers, a moving
+reference and the learning rate schedule continue through all rounds as if they were one training.
 """
 
 import logging
@@ -54,42 +54,44 @@ Maker = TypeVar("Maker")
 
 
 OBJECT = "its judge is an object, of which nothing is known here"
-
+"""The note in a plan if the user's judge object judges."""
 
 WRITING = "writing the new prompts is not counted, as it is not known how many lists that takes"
+"""The note in a plan if the stage has its prompts written."""
 
 
 class SampledPreferenceConfig(PairSettings):
     """DPO on pairs of the model's own responses, ranked by a judge.
 
     Prompts are worked in blocks of `prompts_per_block`, in their order, until
-    `num_generated_preference_pairs` are kept; those are trained on. A later stage with the same
-    prompt dataset goes on behind them unless it sets `reuse_prompts`. With `rounds` the next
-    prompts are answered by the weights that were trained so far, and so on (docs/references.md).
+    `num_generated_preference_pairs` are kept; the stage trains on these. A later stage with the
+    same prompt dataset continues after the last prompt used, unless it sets `reuse_prompts`. With
+    `rounds`, the weights that each round trained answer the prompts of the next
+    (docs/references.md).
     """
 
     maker: ClassVar[type[PairMaker]] = PairMaker
-    """What makes the stage's pairs."""
+    """The class that makes the stage's pairs."""
 
     def datasets(self) -> dict[str, Any]:
-        found = super().datasets()
+        datasets = super().datasets()
         if isinstance(self.prompt_dataset, SelfInstruct):
-            del found["prompt_dataset"]
-            found["seed_dataset"] = self.prompt_dataset.seed_dataset
-        return found
+            del datasets["prompt_dataset"]
+            datasets["seed_dataset"] = self.prompt_dataset.seed_dataset
+        return datasets
 
     def weights_used(self) -> set[str]:
         writer = (
             self.prompt_dataset.model if isinstance(self.prompt_dataset, SelfInstruct) else None
         )
-        named = {writer} if isinstance(writer, str) and writer != "current" else set()
-        compared = {str(self.consistency.previous)} if self.consistency is not None else set()
+        of_writer = {writer} if isinstance(writer, str) and writer != "current" else set()
+        previous = {str(self.consistency.previous)} if self.consistency is not None else set()
         judge = self.given_judge()
-        judging = make_judge(judge).weights_used() if hasattr(judge, "judge") else set()
-        return super().weights_used() | named | compared | judging
+        of_judge = make_judge(judge).weights_used() if hasattr(judge, "judge") else set()
+        return super().weights_used() | of_writer | previous | of_judge
 
     def given_judge(self) -> Any:
-        """The judge that is an object of the user's, if any."""
+        """The user's judge object, None if there is none."""
         return self.judge
 
     @model_validator(mode="after")
@@ -150,9 +152,9 @@ class SampledPreferenceConfig(PairSettings):
     def run(self, ctx: Context, out: StageDir) -> None:
         """Make pairs and train on them, once or in rounds.
 
-        A stage that was stopped in the training of a round goes on from its state: what this round
-        and those before it made is read from disk. Without a state all rounds are trained again,
-        from their records. Raises NoPairError if no round has a pair.
+        If the stage was stopped while a round was trained, it continues from the saved state and
+        reads the records of this and the earlier rounds from disk. Without a state it trains all
+        rounds again, on the stored records. Raises NoPairError if no round has a pair.
         """
         several = self.rounds > 1
         if several and self.reference_from_start():
@@ -167,11 +169,11 @@ class SampledPreferenceConfig(PairSettings):
             round = Round(number, steps, weights_gone=0 < number <= trained_round)
             in_round = replace(ctx, first_prompt=place, round=round)
             try:
-                # 1. make pairs with the present weights, or read what they made
+                # 1. make pairs with the present weights, or read them from disk
                 pairs = self.trained(in_round, out, self.made(self.maker, in_round, out))
                 if several:
                     self._log_round(in_round, out, len(pairs))
-                # 2. ask the reference about them
+                # 2. compute what the loss needs of the reference
                 objective = self.objective(in_round, out, pairs, round=number)
             except NoPairError as error:
                 rounds_without_pairs += 1
@@ -183,7 +185,7 @@ class SampledPreferenceConfig(PairSettings):
             finally:
                 place = out.summary.get("next_prompt", place)
             num_pairs += len(pairs)
-            # 3. train on them, unless the weights of a later round are at hand
+            # 3. train on them, unless the state is that of a later round
             if number < trained_round:
                 steps += self.planned_steps(len(objective))
             else:
@@ -193,24 +195,26 @@ class SampledPreferenceConfig(PairSettings):
             out.summary |= {"rounds": self.rounds, "rounds_without_pairs": rounds_without_pairs}
 
     def _log_round(self, ctx: Context, out: StageDir, num_pairs: int) -> None:
-        metrics, words = out.summary["metrics"], [f"{num_pairs} pairs"]
+        metrics, results = out.summary["metrics"], [f"{num_pairs} pairs"]
         for name, label in (("judge/score_mean", "score"), ("completions/mean_length", "length")):
             if metrics.get(name) is not None:
-                words.append(f"mean {label} {metrics[name]:.4g}")
-        number, said = ctx.round.number + 1, ", ".join(words)
-        logger.info("%s: round %d of %d: %s", ctx.stage, number, self.rounds, said)
+                results.append(f"mean {label} {metrics[name]:.4g}")
+        number, line = ctx.round.number + 1, ", ".join(results)
+        logger.info("%s: round %d of %d: %s", ctx.stage, number, self.rounds, line)
 
     def trained(
         self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]
     ) -> Sequence[PreferencePair]:
-        """What is trained on, given the pairs that were made, with `rounds` those of each: with the
-        pairs of earlier stages before them."""
+        """The pairs to train on: those of earlier stages in `mix_pairs`, then the pairs made.
+
+        pairs: those that were just made; with `rounds`, those of one round.
+        """
         if self.consistency is not None:
             pairs = smoothed(ctx, out, pairs, self.consistency)
         if ctx.run is None or not self.mix_pairs:
             return pairs
         mixed = {name: ctx.run.pairs(name) for name in self.mix_pairs}
-        for name in (name for name, found in mixed.items() if not found):
+        for name in (name for name, their_pairs in mixed.items() if not their_pairs):
             logger.warning("%s: mix_pairs: the stage %s has no pairs.", ctx.stage, name)
         return Joined(*mixed.values(), pairs)
 
@@ -220,9 +224,9 @@ class SampledPreferenceConfig(PairSettings):
         self.try_pair(ctx, out, judged.prompt.ids, chosen.ids, rejected.ids)
 
     def for_rehearsal(self, maker: Callable[..., Maker], ctx: Context, out: StageDir) -> Maker:
-        """A maker that has less to do: two short candidates of each prompt.
+        """A maker of pairs from two short candidates of each prompt.
 
-        Seeds are answered in place of prompts that are still to be written.
+        If the prompts are still to be written, the seeds take their place.
         """
         changes: dict[str, Any] = {
             "generation": self.generation.shortened(),
@@ -234,23 +238,26 @@ class SampledPreferenceConfig(PairSettings):
         return maker(self.shortened(changes), ctx, out)
 
     def shortened(self, changes: dict[str, Any]) -> "SampledPreferenceConfig":
-        """The stage with less to do."""
+        """A copy of the settings with `changes` and with what else makes a rehearsal short."""
         return self.model_copy(update={**changes, "min_parse_rate": 0.0})
 
     def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> Sequence[Any]:
-        """What a maker makes; a server that the engine starts for it is gone afterwards."""
-        is_read = ctx.round.weights_gone  # then there is nothing to ask a server
+        """Make the stage's records; a server runs meanwhile if the engine has one.
+
+        Returns pairs, or what `maker` makes in place of pairs.
+        """
+        is_read = ctx.round.weights_gone  # all records are on disk, so no server is needed
         with nullcontext() if is_read else ctx.serving(self.needs(ctx)):
             return maker(self, self.with_prompts(ctx, out), out).make()
 
     def needs(self, ctx: Context) -> list[Need]:
-        """What the stage asks of the engine."""
+        """How the stage samples, and whether it needs probabilities with it."""
         return [(decoding_of(self.generation, ctx.tokens), False)]
 
     def with_prompts(self, ctx: Context, out: StageDir) -> Context:
-        """The context with new prompts in it, where the stage has them written.
+        """The context with new prompts as its prompt dataset, if the stage has them written.
 
-        Other weights than the present ones write in this process: no server holds them.
+        Weights other than the present ones write in this process, because no server holds them.
         """
         settings = self.prompt_dataset
         if not isinstance(settings, SelfInstruct):
@@ -281,15 +288,15 @@ class SampledPreferenceConfig(PairSettings):
         rows_of_prompt: int | None = None,
         answers: int = 2,
     ) -> Work:
-        """The work of a stage that samples and trains on what it sampled.
+        """The work of a stage that samples responses and trains on them.
 
-        models: how many answer each prompt. texts: one of them stands beside the prompt of each
-        candidate. rows_of_prompt: rows to train on that a prompt gives at most; None for those of
-        `pairing`. answers: how many each of these rows has.
+        models: the number of models that answer each prompt. texts: each candidate's prompt has one
+        of them added. rows_of_prompt: the most rows to train on that a prompt gives; None for
+        `pairing.pairs_per_prompt`. answers: the responses in each of these rows.
         """
         rows_of_prompt = rows_of_prompt or self.pairing.pairs_per_prompt
         limit, new = counting.limit(self.max_seq_len), new_tokens(self.generation)
-        # 1. prompts
+        # 1. count the prompts
         notes: tuple[str, ...] = ()
         if isinstance(self.prompt_dataset, SelfInstruct):
             data, notes = Counted(Range.of(self.prompt_dataset.num_prompts)), (WRITING,)
@@ -297,19 +304,19 @@ class SampledPreferenceConfig(PairSettings):
             data = counting.data(self.prompt_dataset, prompt_lengths)
         prompts_of_round = self._prompts_needed(data.rows, rows_of_prompt)
         prompts, prompt = prompts_of_round.times(self.rounds), prompt_tokens(data.lengths, limit)
-        # 2. candidates
+        # 2. count the candidates
         each = self.num_candidate_responses * models
         read = prompts.times(prompt)
         longest = longest_prompt(data.lengths, self.max_seq_len, new)
-        if texts:  # the prompt of each candidate is read for itself
+        if texts:  # each candidate has a prompt of its own
             added = counting.sizes(texts)
             read = prompts.times(each).times(prompt + added)
             longest = None if longest is None or added.most is None else longest + added.most
         at_once = self.prompts_per_block * each
         candidates = Asking(prompts.times(each), new, read, longest, at_once)
-        # 3. judgements
+        # 3. count the judgements
         judgements, unknown = self.judging_work(counting, candidates, prompt)
-        # 4. training, in each round
+        # 4. count the training of all rounds
         wanted = self.num_generated_preference_pairs
         most = prompts_of_round.times(rows_of_prompt).most
         made = Range.of(wanted) if wanted else Range(0, most)
@@ -323,14 +330,19 @@ class SampledPreferenceConfig(PairSettings):
     def judging_work(
         self, counting: Counting, candidates: Asking, prompt: Range
     ) -> tuple[Asking, tuple[str, ...]]:
-        """The judgements of candidates, and notes on what is not known of them. prompt: tokens."""
+        """The judgements of the candidates, and notes on what is not known of them.
+
+        prompt: the tokens of a prompt.
+        """
         if self.judge is not None:
             return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
         return Asking(candidates.count, NOTHING, NOTHING, here=False), ()
 
     def _prompts_needed(self, rows: Range, rows_of_prompt: int) -> Range:
-        """Prompts that a round works on until it has as many pairs as are wanted. rows: of the
-        dataset."""
+        """The number of prompts that a round works on until it has the wanted pairs.
+
+        rows: the number of rows in the dataset.
+        """
         wanted, block = self.num_generated_preference_pairs, self.prompts_per_block
         if self.prompts_per_round is not None:
             return Range(1 if wanted else self.prompts_per_round, self.prompts_per_round)
@@ -344,7 +356,7 @@ class SampledPreferenceConfig(PairSettings):
 
 
 def sampled_row(lengths: Lengths | None, new: Range, answers: int) -> RowShape:
-    """The shape of a dataset's prompt with sampled answers of `new` tokens each."""
+    """The shape of a row to train on: a dataset's prompt with `answers` of `new` tokens each."""
     if lengths is None:
         return RowShape(answer=new, answers=answers)
     most = new.most or 0

@@ -149,7 +149,7 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
         return lambda rated: anchored(rated, self.pairing.tie_break)
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        """Make pairs, with `chosen_from_next` also train ahead and make them again, and train."""
+        """Make pairs, if `chosen_from_next` once more after training ahead, and train on them."""
         ahead = 0
         if self.chosen_from_next:
             # 1. make pairs, and train the next weights on them
