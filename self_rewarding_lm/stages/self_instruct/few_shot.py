@@ -1,4 +1,4 @@
-"""The prompt that asks a model for new instructions. Knows nothing of models and tokens."""
+"""Builds the prompt that asks a model for new instructions: a numbered list of examples."""
 
 import random
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _HEADER = (
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An instruction that may be shown, with the id of the record it comes from."""
+    """An instruction that may be shown to the model. id: of the record that it comes from."""
 
     id: str
     text: str
@@ -25,9 +25,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class FewShot:
-    """A prompt that asks for new instructions; parents: ids of the examples, as they are shown.
+    """A prompt that asks for new instructions.
 
-    text: knows which of its characters are the examples'.
+    text: the prompt; it records which of its characters come from the examples. parents: ids of the
+    examples, in the order in which they are shown.
     """
 
     text: Filled
@@ -35,7 +36,7 @@ class FewShot:
 
     @property
     def first_number(self) -> int:
-        """The number that `text` ends with: that of the instruction to be written next."""
+        """The number at the end of `text`, under which the model writes its first instruction."""
         return len(self.parents) + 1
 
 
@@ -47,49 +48,52 @@ def few_shot_prompt(
     num_generated: int = 2,
     key: int,
 ) -> FewShot:
-    """A numbered list of examples in shuffled order that ends with the next number, "9.".
+    """Build a numbered list of examples in random order that ends with the next number, "9.".
 
-    The defaults are arXiv:2401.10020's: 6 seeds and 2 instructions that a model wrote. Seeds fill
-    the places of generated examples that are not there yet; with fewer seeds than places, all of
-    them are shown. Generated examples take no seed's place. White space in an example is folded.
-    The text serves a base model as it is and a chat model as a user message.
+    num_seed, num_generated: how many seeds and generated instructions are shown; the defaults are
+    those of arXiv:2401.10020. If there are too few generated examples, seeds take their places. If
+    there are too few seeds, all are shown; generated examples never take their places. Runs of
+    white space in an example become one space. The text is a prompt for a base model and a user
+    message for a chat model.
 
-    Choice and order depend on `key` and the two sequences alone. Raises ConfigError where no
-    example is asked for or a number is negative, DataError where there is none to show or its text
-    is empty.
+    Choice and order depend only on `key` and the two sequences. Raises ConfigError if the numbers
+    ask for no example or are negative, DataError if there is no example or one has no text.
     """
     if min(num_seed, num_generated) < 0 or num_seed + num_generated < 1:
         raise ConfigError(
             "a few-shot prompt shows at least one example and no negative number of them; got "
             f"num_seed={num_seed} and num_generated={num_generated}."
         )
-    draw = random.Random(key)
-    own = _sample(generated, num_generated, draw)
-    shown = own + _sample(seeds, num_seed + num_generated - len(own), draw)
-    if not shown:
+    # 1. choose the examples
+    rng = random.Random(key)
+    from_model = _sample(generated, num_generated, rng)
+    examples = from_model + _sample(seeds, num_seed + num_generated - len(from_model), rng)
+    if not examples:
         raise DataError(
             f"a few-shot prompt needs an example; got {len(seeds)} seeds and {len(generated)} "
             f"generated ones for num_seed={num_seed}, num_generated={num_generated}. Give seeds."
         )
-    if empty := [example.id for example in shown if not example.text.strip()]:
+    if empty := [example.id for example in examples if not example.text.strip()]:
         raise DataError(f"an example needs a text; that of {empty[0]!r} is empty. Leave it out.")
-    shown = _sample(shown, len(shown), draw)
+    examples = _sample(examples, len(examples), rng)
+    # 2. write the list: each part with whether it comes from an example
     parts = [(f"{_HEADER}\n\n", False)]
-    for number, example in enumerate(shown, start=1):
+    for number, example in enumerate(examples, start=1):
         parts += [(f"{number}. ", False), (" ".join(example.text.split()), True), ("\n", False)]
-    text = fill([*parts, (f"{len(shown) + 1}.", False)])
-    return FewShot(text, tuple(example.id for example in shown))
+    text = fill([*parts, (f"{len(examples) + 1}.", False)])
+    return FewShot(text, tuple(example.id for example in examples))
 
 
-def _sample(items: Sequence[Example], count: int, draw: random.Random) -> list[Example]:
-    """`count` of the items, or all, in random order: a Fisher-Yates shuffle that stops early.
+def _sample(items: Sequence[Example], count: int, rng: random.Random) -> list[Example]:
+    """`count` items, or all if there are fewer, in random order.
 
-    Random promises the same numbers in all versions of Python for random() alone.
+    A Fisher-Yates shuffle that stops early. Uses only `rng.random()`, the one method whose numbers
+    are the same in all versions of Python.
     """
-    moved: dict[int, int] = {}  # place -> the item that was put there
+    moved: dict[int, int] = {}  # place -> place of the item that was moved there
     chosen = []
     for i in range(min(count, len(items))):
-        j = i + int(draw.random() * (len(items) - i))
+        j = i + int(rng.random() * (len(items) - i))
         chosen.append(items[moved.get(j, j)])
         moved[j] = moved.get(i, i)
     return chosen
