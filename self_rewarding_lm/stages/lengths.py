@@ -1,7 +1,7 @@
-"""Rows of a stage's datasets: how many there are, and how long they are as the model reads them.
+"""Counts the rows of a stage's datasets and measures how many tokens they have.
 
-Files and lists are counted; their lengths are those of a sample. Nothing is known of what an
-earlier stage will make but what its settings say, and nothing of iterables, which are not touched.
+The rows of files and lists are counted, and a sample of them is turned into tokens. The rows of an
+earlier stage are estimated from its settings. Iterables are not read, so their rows are unknown.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from self_rewarding_lm.errors import DataError, TokenizerError
 from self_rewarding_lm.stages.ranges import UNKNOWN, Range, total
 
 SAMPLED_ROWS = 256
-"""Rows of a dataset that are turned into tokens, evenly over it."""
+"""How many rows of a dataset are turned into tokens, at even distances."""
 
 
 Parts = tuple[int, tuple[int, ...]]
@@ -28,11 +28,16 @@ Parts = tuple[int, tuple[int, ...]]
 
 
 Measure = Callable[[Any, str, Tokens], Parts]
+"""Measures a row; the text names the row in errors."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens, of the rows that were looked at. answers: how many a row has, on average."""
+    """The lengths of the rows that were measured, in tokens.
+
+    prompt, answer: averages. longest_prompt, longest_answer: maxima. longest: of a whole row, its
+    prompt with all answers. answers: how many answers a row has, on average.
+    """
 
     prompt: float
     answer: float
@@ -44,32 +49,33 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Counted:
-    """A dataset's rows; lengths None where no row could be read as tokens."""
+    """How many rows a dataset has, and their lengths, None if no row could be turned into
+    tokens."""
 
     rows: Range = UNKNOWN
     lengths: Lengths | None = None
 
 
 def training_row_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
-    """Of a row that is learnt."""
+    """Tokens of a training row: of its prompt, and of the answer that is learnt."""
     ids, targets = training_row(row, where, tokens)
-    learnt = sum(targets)
-    return len(ids) - learnt, (learnt,)
+    answer = sum(targets)
+    return len(ids) - answer, (answer,)
 
 
 def pair_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
-    """Of a pair of responses."""
-    found = preference_row(row, where, tokens)
-    return len(found.prompt_ids), (len(found.chosen_ids), len(found.rejected_ids))
+    """Tokens of a preference pair: of its prompt, the chosen and the rejected response."""
+    pair = preference_row(row, where, tokens)
+    return len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids))
 
 
 def prompt_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
-    """Of a prompt to be answered."""
+    """Tokens of a prompt without answers."""
     return len(prompt_of(row, where, tokens).ids), ()
 
 
 def ranked_lengths(row: Any, where: str, tokens: Tokens) -> Parts:
-    """Of replies that were ranked."""
+    """Tokens of ranked replies: of their prompt, and of each reply."""
     item = ranked_row(row, where)
     replies = tuple(len(tokens.encode_part(reply)) for reply in item.replies)
     return len(tokens.prompt(item.prompt, where).ids), replies
@@ -83,10 +89,13 @@ def counted(
     measure: Measure | None = None,
     tokens: Tokens | None = None,
 ) -> Counted:
-    """A dataset's rows. made: what earlier stages make, by their names; tokens: None where there
-    is no tokenizer."""
+    """Count the rows of a dataset and measure a sample of them.
+
+    name: of the dataset, for errors. made: how many records each earlier stage makes, by the
+    stage's name. measure: None to measure none. tokens: None if there is no tokenizer.
+    """
     parts = dataset if is_concatenation(dataset) else [dataset]
-    rows, found = [], []
+    rows, measured = [], []
     for part in parts:
         if isinstance(part, FromStage):
             rows.append(made.get(part.stage, UNKNOWN))
@@ -94,34 +103,37 @@ def counted(
             opened = Rows(part, name)
             rows.append(Range.of(len(opened)))
             if measure is not None and tokens is not None:
-                found += _sampled(opened, measure, tokens)
+                measured += _measure_sample(opened, measure, tokens)
         else:
             rows.append(UNKNOWN)
-    return Counted(total(rows), _lengths(found) if found else None)
+    return Counted(total(rows), _lengths(measured) if measured else None)
 
 
 def _has_length(part: Any) -> bool:
+    """Whether the rows of a dataset can be counted: those of a file, a list or an indexed set."""
     by_place = hasattr(part, "__len__") and hasattr(part, "__getitem__")
     return isinstance(part, str | Path) or (by_place and not isinstance(part, IterableDataset))
 
 
-def _sampled(rows: Rows, measure: Measure, tokens: Tokens) -> list[Parts]:
-    found = []
+def _measure_sample(rows: Rows, measure: Measure, tokens: Tokens) -> list[Parts]:
+    """The lengths of rows at even distances, without those that cannot be read."""
+    measured = []
     for place in range(0, len(rows), max(1, len(rows) // SAMPLED_ROWS)):
         try:
-            found.append(measure(rows.read(place), rows.where(place), tokens))
-        except (DataError, TokenizerError):  # the run says it, or leaves the row out
+            measured.append(measure(rows.read(place), rows.where(place), tokens))
+        except (DataError, TokenizerError):  # the run raises it or leaves the row out
             continue
-    return found
+    return measured
 
 
-def _lengths(found: Sequence[Parts]) -> Lengths:
-    answers = [length for _, lengths in found for length in lengths]
+def _lengths(measured: Sequence[Parts]) -> Lengths:
+    """Averages and maxima over rows."""
+    answers = [answer for _, row_answers in measured for answer in row_answers]
     return Lengths(
-        prompt=sum(length for length, _ in found) / len(found),
+        prompt=sum(prompt for prompt, _ in measured) / len(measured),
         answer=sum(answers) / len(answers) if answers else 0.0,
-        longest_prompt=max(length for length, _ in found),
+        longest_prompt=max(prompt for prompt, _ in measured),
         longest_answer=max(answers, default=0),
-        longest=max(length + sum(lengths) for length, lengths in found),
-        answers=len(answers) / len(found),
+        longest=max(prompt + sum(row_answers) for prompt, row_answers in measured),
+        answers=len(answers) / len(measured),
     )
