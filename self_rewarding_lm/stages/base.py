@@ -23,7 +23,7 @@ from self_rewarding_lm.stages.work import (
     RowShape,
     Training,
     Work,
-    given_row,
+    row_shape,
     unknown_work,
 )
 from self_rewarding_lm.training.early_stopping import EarlyStopping, StageEvaluation
@@ -148,7 +148,7 @@ class TrainingConfig(FinetuneConfig):
     def work_on(self, dataset: Any, counting: Counting, measure: Measure, answers: int) -> Work:
         """The work of a stage that trains on a dataset. answers: how many each row has."""
         data = counting.data(dataset, measure)
-        row = given_row(data.lengths, answers).capped(counting.limit(self.max_seq_len))
+        row = row_shape(data.lengths, answers).capped(counting.limit(self.max_seq_len))
         return Work(training=self.planned_training(data.rows, row), made=data.rows)
 
     def planned_training(self, rows: Range, row: RowShape) -> Training:

@@ -26,7 +26,7 @@ from self_rewarding_lm.judges.server import ServerJudge
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.stages.ranges import Range
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
-from self_rewarding_lm.stages.work import Asking, Counting, together
+from self_rewarding_lm.stages.work import Asking, Counting, combined
 
 DEFAULT = "default"
 """The name of the reward prompt that a stage uses unless it names others."""
@@ -153,7 +153,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
         new, longest = candidates.new, candidates.longest
         tokens = prompt + new.times(responses)
         longest = None if longest is None else longest + responses * (new.most or 0)
-        judgements = together(
+        judgements = combined(
             [
                 counting.judgements(f, self.judging, candidates, times, tokens, longest)
                 for f in forms

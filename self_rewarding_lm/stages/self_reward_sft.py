@@ -24,7 +24,7 @@ from self_rewarding_lm.stages.pairing import DropCounts, passing, score_filters
 from self_rewarding_lm.stages.ranges import total
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
-from self_rewarding_lm.stages.work import Counting, Work, given_row
+from self_rewarding_lm.stages.work import Counting, Work, row_shape
 from self_rewarding_lm.training.objectives import SupervisedObjective
 
 CURRENT = "current"
@@ -111,7 +111,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             return work
         data = counting.data(self.train_dataset, training_row_lengths)
         row, limit = work.training.row, counting.limit(self.max_seq_len)
-        other = given_row(data.lengths, 1).capped(limit)
+        other = row_shape(data.lengths, 1).capped(limit)
         training = self.planned_training(work.made + data.rows, row.beside(other))
         if self.num_train_steps is None:
             parts = (work.training, self.planned_training(data.rows, other))

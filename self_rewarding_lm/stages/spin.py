@@ -24,10 +24,10 @@ from self_rewarding_lm.stages.work import (
     Counting,
     RowShape,
     Work,
-    given_row,
     longest_prompt,
     new_tokens,
     prompt_tokens,
+    row_shape,
 )
 
 
@@ -185,7 +185,7 @@ class SelfPlayConfig(PreferenceConfig):
 
 def played_row(lengths: Lengths | None, new: Range) -> RowShape:
     """The shape of a dataset's row with its own answer and one of `new` sampled tokens."""
-    human = given_row(lengths, 1)
+    human = row_shape(lengths, 1)
     if lengths is None or human.longest is None:
         return RowShape(answers=2)
     most = new.most or 0

@@ -48,7 +48,7 @@ class Asking:
 NOTHING_ASKED = Asking()
 
 
-def together(parts: Sequence[Asking]) -> Asking:
+def combined(parts: Sequence[Asking]) -> Asking:
     """Judgements by several judge prompts, one after the other."""
     if len(parts) == 1:
         return parts[0]
@@ -102,7 +102,7 @@ class RowShape:
         )
 
 
-def given_row(lengths: Lengths | None, answers: int) -> RowShape:
+def row_shape(lengths: Lengths | None, answers: int) -> RowShape:
     """The shape of a dataset's row."""
     if lengths is None:
         return RowShape(answers=answers)
