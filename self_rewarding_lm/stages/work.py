@@ -1,9 +1,9 @@
-"""What a stage has to do, counted from its settings: candidates, judgements, rows, tokens, steps.
+"""Counts what a stage has to do, from its settings: candidates, judgements, rows, tokens, steps.
 
-Each stage counts its own work (`work(counting)`); here are the values that it returns and what it
-counts with. Numbers that only the run will show, such as the lengths of answers or how many prompts
-give a pair, are ranges: from what the settings ask for at least to what they allow at most. Knows
-nothing of stages, bytes or seconds.
+Each stage counts its own work in its method `work(counting)`. This file defines `Work`, the value
+that it returns, and `Counting`, what it counts with. Numbers that only the run can tell, such as
+the lengths of answers or how many prompts give a pair, are ranges: from the least that the settings
+ask for to the most that they allow. Bytes and seconds are not counted here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,10 @@ from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 class Asking:
     """Texts of one kind that are sampled: answers, or judgements in words.
 
-    count: how many texts. new: tokens of each. read: prompt tokens that are computed for all of
-    them. longest: tokens of the longest prompt, None if unknown. at_once: texts that one call of
-    the engine is asked for, None for all. shared: tokens with which all prompts begin. here:
-    whether the policy writes the texts.
+    count: how many texts. new: new tokens of each. read: prompt tokens that are computed for all of
+    them. longest: tokens of the longest prompt, None if unknown. at_once: how many texts one call
+    of the engine asks for, None if it asks for all. shared: how many tokens at their beginning all
+    prompts have in common. here: whether the model of the run writes the texts.
     """
 
     count: Range = NOTHING
@@ -41,7 +41,7 @@ class Asking:
 
     @property
     def written(self) -> Range:
-        """Tokens of all texts."""
+        """New tokens of all texts."""
         return self.count.times(self.new)
 
 
@@ -49,7 +49,7 @@ NOTHING_ASKED = Asking()
 
 
 def combined(parts: Sequence[Asking]) -> Asking:
-    """Judgements by several judge prompts, one after the other."""
+    """The judgements by several judge prompts, one after the other, as one."""
     if len(parts) == 1:
         return parts[0]
     longest = [part.longest for part in parts]
@@ -65,11 +65,11 @@ def combined(parts: Sequence[Asking]) -> Asking:
 
 @dataclass(frozen=True)
 class RowShape:
-    """A row of training.
+    """The lengths of a training row.
 
-    tokens: of the whole row; two answers to one prompt share its tokens. answer: tokens of each
+    tokens: of the whole row; two answers share the tokens of their prompt. answer: tokens of each
     answer. longest: tokens of the longest row. sequence: tokens of the longest prompt with one
-    answer. Both are None if unknown. answers: how many each row has.
+    answer. `longest` and `sequence` are None if unknown. answers: how many answers a row has.
     """
 
     tokens: Range = UNKNOWN
@@ -79,7 +79,7 @@ class RowShape:
     answers: int = 1
 
     def capped(self, limit: int | None) -> "RowShape":
-        """This shape with sequences of at most `limit` tokens."""
+        """This shape if sequences are cut to `limit` tokens; None cuts nothing."""
         if limit is None:
             return self
         whole = limit * self.answers
@@ -92,7 +92,7 @@ class RowShape:
         )
 
     def beside(self, other: "RowShape") -> "RowShape":
-        """The shape of rows of which some have this shape and some the other."""
+        """The shape of a dataset in which some rows have this shape and others have `other`."""
         least = min(self.tokens.least, other.tokens.least)
         return RowShape(
             Range(least, _greater(self.tokens.most, other.tokens.most)),
@@ -103,7 +103,7 @@ class RowShape:
 
 
 def row_shape(lengths: Lengths | None, answers: int) -> RowShape:
-    """The shape of a dataset's row."""
+    """The shape of a dataset's rows, from their measured lengths; None if these are unknown."""
     if lengths is None:
         return RowShape(answers=answers)
     return RowShape(
@@ -117,7 +117,10 @@ def row_shape(lengths: Lengths | None, answers: int) -> RowShape:
 
 @dataclass(frozen=True)
 class Training:
-    """rows: of one pass, each of shape `row`. steps, tokens: of all passes."""
+    """The training of a stage.
+
+    rows: how many rows one pass has. row: the shape of each. steps, tokens: of all passes.
+    """
 
     rows: Range
     row: RowShape
@@ -126,6 +129,7 @@ class Training:
 
     @property
     def pairs(self) -> bool:
+        """Whether a row is a pair of answers."""
         return self.row.answers == 2
 
     def repeated(self, times: int) -> "Training":
@@ -141,8 +145,10 @@ class Training:
 class Work:
     """What a stage has to do.
 
-    prompt: tokens of each prompt. made: pairs or demonstrations, on which later stages may train.
-    example: tokens of each demonstration. notes: what is not counted, and why.
+    prompts: how many prompts it reads. prompt: tokens of each. candidates, judgements: what is
+    sampled. training: None if it does not train. made: how many pairs or demonstrations it makes,
+    on which later stages may train. example: tokens of each demonstration. notes: what is not
+    counted, and why.
     """
 
     prompts: Range = NOTHING
@@ -157,10 +163,11 @@ class Work:
 
 @dataclass
 class Counting:
-    """Counts the stages of a recipe, one after the other.
+    """Counts the work of a recipe's stages, one after the other.
 
-    rewards: reward prompts by name. tokens: None if there is no tokenizer. max_len: of the model.
-    made: how many records each stage so far makes, by the stage's name.
+    rewards: reward prompts by name. tokens: None if there is no tokenizer. max_len: tokens that the
+    model takes at most, None if there is no limit. made: how many records each stage so far makes,
+    by the stage's name.
     """
 
     rewards: Mapping[str, RewardConfig]
@@ -169,22 +176,22 @@ class Counting:
     made: dict[str, Range] = field(default_factory=dict)
 
     def work(self, stage: FinetuneConfig, name: str) -> Work:
-        """The work of the next stage."""
+        """The work of the next stage, which has the name `name`."""
         work = stage.work(self) or Work(notes=(unknown_work(stage),))
         self.made[name] = work.made
         return work
 
     def data(self, dataset: Any, measure: Measure) -> Counted:
-        """How many rows a dataset has, and how long they are."""
+        """How many rows a dataset has, and how long they are as `measure` measures them."""
         return counted(dataset, "rows", self.made, measure=measure, tokens=self.tokens)
 
     def limit(self, max_seq_len: int | None) -> int | None:
-        """Tokens of a sequence at most."""
+        """The most tokens of a sequence: the lower of max_seq_len and the model's limit."""
         known = [n for n in (max_seq_len, self.max_len) if n is not None]
         return min(known) if known else None
 
     def sizes(self, texts: Sequence[str]) -> Range:
-        """Tokens of texts that stand in a prompt; those of the chat template do not count."""
+        """Tokens of each of the texts inside a prompt, without tokens of the chat template."""
         if self.tokens is None:
             return UNKNOWN
         sizes = [len(self.tokens.encode_part(text)) for text in texts]
@@ -199,34 +206,35 @@ class Counting:
         shown: Range,
         longest: int | None,
     ) -> Asking:
-        """Judgements by one judge prompt, `times` of each answer.
+        """The judgements by one judge prompt, `times` of each answer.
 
-        asks: the judge prompt, None if unknown. shown: tokens of what a judge prompt shows.
-        longest: of the longest that one shows, None if unknown.
+        asks: the judge prompt, None if unknown. shown: tokens of the prompt and answers that one
+        judge prompt contains. longest: the most of these tokens, None if unknown.
         """
+        # 1. how many there are
         compares = isinstance(asks, ComparisonConfig)
         writes_nothing = asks is not None and asks.forced_ending == "at_once"
         times = 1 if writes_nothing and not compares else times
         count = answers.count.times(times)
-        # several judgements of one answer read one prompt, once
+        # 2. the judge prompts: several judgements of one answer read the same one, once
         prompts = count if compares else answers.count
         rubric, shared = self.rubric(asks)
-        end = None if longest is None or rubric is None else longest + rubric
-        if end is not None and self.max_len is not None:
-            end = min(end, self.max_len)
+        longest_total = None if longest is None or rubric is None else longest + rubric
+        if longest_total is not None and self.max_len is not None:
+            longest_total = min(longest_total, self.max_len)
         unshared = UNKNOWN if rubric is None else Range.of(rubric - shared)
         return Asking(
             count,
             NOTHING if writes_nothing else new_tokens(judging),
             prompts.times(shown + unshared) + Range.of(shared),
-            end,
+            longest_total,
             None if answers.at_once is None else answers.at_once * times,
             shared,
         )
 
     def rubric(self, asks: RewardConfig | ComparisonConfig | None) -> tuple[int | None, int]:
-        """Tokens of a judge prompt without what it shows, None if unknown; and how many of them
-        stand before the first thing shown, which are computed once for all."""
+        """Tokens of a judge prompt without the prompt and answers that it contains, None if
+        unknown; and how many of them stand before the first of these, computed once for all."""
         if self.tokens is None or asks is None:
             return None, 0
         text = asks.prompt_template
@@ -236,23 +244,23 @@ class Counting:
 
 
 def unknown_work(stage: FinetuneConfig) -> str:
-    """A note in words on a stage that does not count its own work."""
+    """The note on a stage that does not count its own work."""
     return f"what a {type(stage).__name__} does is not known here"
 
 
 def new_tokens(sampling: SamplingConfig) -> Range:
-    """Tokens of a sampled text."""
+    """New tokens of a sampled text."""
     least = max(1, sampling.min_new_tokens)
     return Range(least, max(least, sampling.max_new_tokens))
 
 
 def prompt_tokens(lengths: Lengths | None, limit: int | None) -> Range:
-    """Tokens of a prompt."""
+    """Tokens of a prompt: the measured average, or 0 to `limit` if nothing was measured."""
     return Range(0, limit) if lengths is None else Range.of(round(lengths.prompt))
 
 
 def longest_prompt(lengths: Lengths | None, max_seq_len: int | None, new: Range) -> int | None:
-    """Tokens of the longest prompt: of those that were looked at, else what max_seq_len leaves
+    """Tokens of the longest prompt: of those that were measured, otherwise what max_seq_len leaves
     beside `new` tokens; None if neither is known."""
     if lengths is not None:
         return lengths.longest_prompt
@@ -260,4 +268,5 @@ def longest_prompt(lengths: Lengths | None, max_seq_len: int | None, new: Range)
 
 
 def _greater(first: int | None, second: int | None) -> int | None:
+    """The greater number, None if one of them is unknown."""
     return None if first is None or second is None else max(first, second)
