@@ -296,20 +296,20 @@ class ContrastMaker(PairMaker):
 
     def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
         """The candidates that the judge is shown; none if the prompt can give no pair."""
-        can_be_pair = self.is_rehearsal or are_whole(judged.answers)
+        can_be_pair = self.is_rehearsal or finished_and_differ(judged.answers)
         return super().candidates_to_judge(judged) if can_be_pair else []
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[PreferencePair]:
         # 1. take the judge's scores if it was asked; else the positive side gets the higher one
         answers, is_judged = judged.answers, self.config.is_judged
-        if is_judged and are_whole(answers):
+        if is_judged and finished_and_differ(answers):
             scores = self.judge.scores(answers, judged.judgements)
         else:
             scores = {c.id: 1.0 - place for place, c in enumerate(answers)}
         # 2. with confirm="drop", leave the prompt out if the judge prefers the negative side
         if len(answers) == len(SIDES):
             positive, negative = answers
-            self.counts.update(counted(positive, negative, scores))
+            self.counts.update(counts_of_prompt(positive, negative, scores))
             disagrees = _disagrees(scores[positive.id], scores[negative.id])
             if self.config.confirm == "drop" and disagrees:
                 drops.prompts["disagreed"] += 1
@@ -350,7 +350,7 @@ class ContrastMaker(PairMaker):
             )
 
 
-def are_whole(answers: Sequence[Candidate]) -> bool:
+def finished_and_differ(answers: Sequence[Candidate]) -> bool:
     """Whether both sides have a finished response, and these differ."""
     finished = len(answers) == len(SIDES) and all(c.finished is not False for c in answers)
     return finished and not same_text(*answers)
@@ -361,7 +361,7 @@ def _disagrees(positive: float | None, negative: float | None) -> bool:
     return positive is not None and negative is not None and negative > positive
 
 
-def counted(
+def counts_of_prompt(
     positive: Candidate, negative: Candidate, scores: Mapping[str, float | None]
 ) -> Counter[str]:
     """What one prompt's two responses add to the counts that `metrics_of` reads."""

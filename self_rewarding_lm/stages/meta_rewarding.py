@@ -122,8 +122,8 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
     def _judges_itself(self) -> "MetaRewardDPOConfig":
         if not self.train_judge:
             return self
-        others = ("judge", "rewarding_model", "comparison")
-        refused = [name for name in others if getattr(self, name) is not None]
+        judges = ("judge", "rewarding_model", "comparison")
+        refused = [name for name in judges if getattr(self, name) is not None]
         if refused:
             raise ValueError(
                 f"{', '.join(refused)}: train_judge compares what the trained model itself wrote "
@@ -215,7 +215,7 @@ class JudgePairMaker:
 
     def __init__(self, config: MetaRewardDPOConfig, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
-        self.responses = PairMaker(config, ctx, out)
+        self.pair_maker = PairMaker(config, ctx, out)
         """Reads the stage's prompts, candidates and judgements."""
         self.asker = meta_asker(config.meta_judging)
         self.render_meta = compile_meta_template(
@@ -232,7 +232,7 @@ class JudgePairMaker:
         actor_pairs: the number of pairs of responses that are trained on with them. Raises
         JudgeError if too few comparisons can be read.
         """
-        prompt_ids, out = list(self.responses.known_prompts.records.ids()), self.out
+        prompt_ids, out = list(self.pair_maker.known_prompts.records.ids()), self.out
         # 1. compare the judgements that are not compared yet
         self._compare_all(prompt_ids)
         out.merge(MetaJudgement)
@@ -246,8 +246,8 @@ class JudgePairMaker:
         # 3. pair the best and the worst judgement of each prompt
         kept_ids, share = list[str](), self.config.judge_share
         most = None if share is None else int(share * actor_pairs / (1 - share) + 1e-9)
-        pairs = self._pairs(prompt_ids, weights, most, kept_ids)
-        new = (pair for pair in pairs if pair.id not in self.responses.known_records)
+        pairs = self._make_pairs(prompt_ids, weights, most, kept_ids)
+        new = (pair for pair in pairs if pair.id not in self.pair_maker.known_records)
         if self.ctx.runtime.is_main:
             out.append(new)
         else:
@@ -261,7 +261,7 @@ class JudgePairMaker:
 
         Raises JudgeError if the meta-judge has no room to answer.
         """
-        judged, _ = self.responses.rehearse()
+        judged, _ = self.pair_maker.rehearse()
         judgement = judged.judgements[0]
         candidate = next(c for c in judged.candidates if c.id == judgement.candidate_ids[0])
         compared = ComparedJudgements(judged.prompt, candidate, [judgement, judgement])
@@ -273,7 +273,7 @@ class JudgePairMaker:
                 f"{self.config.judging.max_new_tokens} tokens leaves no room to answer. Use a "
                 "shorter meta_judging.prompt_template or reward prompt."
             )
-        return self._judge_pair(compared, (0, 0), (0.0, 0.0))
+        return self._as_pair(compared, (0, 0), (0.0, 0.0))
 
     def _compare_all(self, prompt_ids: Sequence[str]) -> None:
         """Compare all judgements that are not compared yet, block by block.
@@ -284,8 +284,8 @@ class JudgePairMaker:
         sampled = config.num_sampled_reward_responses
         compared = min(sampled, config.max_judgements_compared or sampled)
         most = len(prompt_ids) * compared * (compared - 1)
-        words = "%s: judgements of %d prompts are compared, in up to %d comparisons"
-        logger.info(words, ctx.stage, len(prompt_ids), most)
+        message = "%s: judgements of %d prompts are compared, in up to %d comparisons"
+        logger.info(message, ctx.stage, len(prompt_ids), most)
         with ctx.runtime.progress(len(prompt_ids), f"{ctx.stage}: comparing", "prompt") as bar:
             for start in range(0, len(prompt_ids), config.prompts_per_block):
                 block = list(prompt_ids[start : start + config.prompts_per_block])
@@ -300,9 +300,9 @@ class JudgePairMaker:
 
         Returns the text of an error if too few verdicts can be read, else None.
         """
-        watcher, questions = self.responses.watcher, list[Question]()
+        watcher, questions = self.pair_maker.watcher, list[Question]()
         for prompt_id in prompt_ids:
-            compared, known = self._compared(prompt_id), self.known_comparisons[prompt_id]
+            compared, known = self._pick_judgements(prompt_id), self.known_comparisons[prompt_id]
             watcher.count(known)
             known_ids = {comparison.id for comparison in known}
             if compared is not None:
@@ -310,24 +310,24 @@ class JudgePairMaker:
         answers = self.asker.ask(self.ctx, questions) if questions else ()
         for comparisons in self.out.keep(map(_as_comparison, answers)):
             watcher.count(comparisons)
-            if (failure := self._see_parsed()) is not None:
+            if (failure := self._parse_failure()) is not None:
                 return failure
-        return self._see_parsed()
+        return self._parse_failure()
 
-    def _see_parsed(self) -> str | None:
+    def _parse_failure(self) -> str | None:
         """The text of an error if too few verdicts could be read so far, else None."""
-        return self.responses.watcher.see_parsed(
+        return self.pair_maker.watcher.see_parsed(
             self.ctx.stage, self.out.path, noun="comparisons of judgements", advice=ADVICE
         )
 
-    def _compared(self, prompt_id: str) -> ComparedJudgements | None:
+    def _pick_judgements(self, prompt_id: str) -> ComparedJudgements | None:
         """The judgements of a prompt that are compared; None if no response's judgements differ."""
-        responses = self.responses
+        maker = self.pair_maker
         # 1. pick the response whose judgements differ most
         by_candidate: dict[str, list[Judgement]] = {}
-        for judgement in sorted(responses.known_judgements[prompt_id], key=_judgement_number):
+        for judgement in sorted(maker.known_judgements[prompt_id], key=_judgement_number):
             by_candidate.setdefault(judgement.candidate_ids[0], []).append(judgement)
-        candidates = sorted(responses.known_candidates[prompt_id], key=lambda c: _last_number(c.id))
+        candidates = sorted(maker.known_candidates[prompt_id], key=lambda c: _last_number(c.id))
         scores = [[j.score for j in by_candidate.get(c.id, ())] for c in candidates]
         picked = most_varied(scores)
         if picked is None:
@@ -338,12 +338,12 @@ class JudgePairMaker:
             if judgement.score is not None and judgement.text is not None:
                 by_text.setdefault(judgement.text.strip(), judgement)
         judgements = list(by_text.values())[: self.config.max_judgements_compared]
-        prompt = responses.known_prompts[prompt_id][0]
+        prompt = maker.known_prompts[prompt_id][0]
         return ComparedJudgements(prompt, candidates[picked], judgements)
 
     def _judge_prompt(self, compared: ComparedJudgements) -> Filled:
         """The prompt with which the judge was asked about the compared candidate."""
-        judge, candidate = self.responses.judge, self.responses.as_judged(compared.candidate)
+        judge, candidate = self.pair_maker.judge, self.pair_maker.as_judged(compared.candidate)
         assert isinstance(judge, SelfJudge)
         return judge.render(compared.prompt.text or "", candidate.text or "")
 
@@ -354,7 +354,7 @@ class JudgePairMaker:
             text = self.render_meta(judge_prompt, first.text or "", second.text or "")
             yield Question(_comparison_id(first, second), (first.id, second.id), text)
 
-    def _pairs(
+    def _make_pairs(
         self,
         prompt_ids: Sequence[str],
         weights: tuple[float, float],
@@ -363,16 +363,16 @@ class JudgePairMaker:
     ) -> Iterator[PreferencePair]:
         """Yields the prompts' judge pairs, at most `most`, and adds their ids to `kept_ids`."""
         for prompt_id in prompt_ids:
-            pair = self._pair(prompt_id, weights)
+            pair = self._make_pair(prompt_id, weights)
             if pair is not None and len(kept_ids) == most:
                 self._drop("surplus")
             elif pair is not None:
                 kept_ids.append(pair.id)
                 yield pair
 
-    def _pair(self, prompt_id: str, weights: tuple[float, float]) -> PreferencePair | None:
+    def _make_pair(self, prompt_id: str, weights: tuple[float, float]) -> PreferencePair | None:
         """The judge pair of a prompt; None if it is dropped, which is counted by its reason."""
-        compared = self._compared(prompt_id)
+        compared = self._pick_judgements(prompt_id)
         if compared is None:
             return self._drop("unvaried")
         # 1. read who won in each order
@@ -397,7 +397,7 @@ class JudgePairMaker:
         longest = self.config.max_judgement_length
         if longest is not None and len(chosen.text or "") > longest:
             return self._drop("long")
-        pair = self._judge_pair(compared, picked, (strength[picked[0]], strength[picked[1]]))
+        pair = self._as_pair(compared, picked, (strength[picked[0]], strength[picked[1]]))
         limit = self.ctx.limit(self.config.max_seq_len)
         length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
         return self._drop("no_room") if limit is not None and length > limit else pair
@@ -416,7 +416,7 @@ class JudgePairMaker:
             if winner and first != second:
                 self.followed.add(int((first > second) == (winner > 0)), 1)
 
-    def _judge_pair(
+    def _as_pair(
         self, compared: ComparedJudgements, picked: tuple[int, int], strength: tuple[float, float]
     ) -> PreferencePair:
         """The pair that is trained on: the prompt to the judge, and two of its judgements.
@@ -461,10 +461,10 @@ class JudgePairMaker:
         summary["judge_pairs"] = kept
         dropped = ", ".join(f"{n} {k}" for k, n in self.dropped.most_common() if n) or "none"
         level = logging.INFO if kept else logging.WARNING
-        words = "%s: %d comparisons of judgements, %d judge pairs; dropped: %s"
-        logger.log(level, words, stage, total, kept, dropped)
+        message = "%s: %d comparisons of judgements, %d judge pairs; dropped: %s"
+        logger.log(level, message, stage, total, kept, dropped)
         if self.followed.whole >= FIRST_LOOK:
-            self.responses.checker.see(
+            self.pair_maker.checker.see(
                 "meta_follows_scores",
                 metrics["meta/prefers_higher_score"],
                 f"of {self.followed.whole} comparisons of judgements with different scores "

@@ -179,8 +179,8 @@ class SampledPreferenceConfig(PairSettings):
                 rounds_without_pairs += 1
                 if rounds_without_pairs == self.rounds:
                     raise
-                words = "%s: round %d of %d is left out: %s"
-                logger.warning(words, ctx.stage, number + 1, self.rounds, error)
+                message = "%s: round %d of %d is left out: %s"
+                logger.warning(message, ctx.stage, number + 1, self.rounds, error)
                 continue
             finally:
                 place = out.summary.get("next_prompt", place)
@@ -319,13 +319,13 @@ class SampledPreferenceConfig(PairSettings):
         # 4. count the training of all rounds
         wanted = self.num_generated_preference_pairs
         most = prompts_of_round.times(rows_of_prompt).most
-        made = Range.of(wanted) if wanted else Range(0, most)
+        records = Range.of(wanted) if wanted else Range(0, most)
         mixed = total(counting.made.get(name, UNKNOWN) for name in self.mix_pairs)
         row = sampled_row(data.lengths, new, answers).capped(limit)
-        training = self.planned_training(made + mixed, row).repeated(self.rounds)
-        made = made.times(self.rounds)
+        training = self.planned_training(records + mixed, row).repeated(self.rounds)
+        records = records.times(self.rounds)
         notes = (*unknown, *notes)
-        return Work(prompts, prompt, candidates, judgements, training, made, notes=notes)
+        return Work(prompts, prompt, candidates, judgements, training, records, notes=notes)
 
     def judging_work(
         self, counting: Counting, candidates: Asking, prompt: Range

@@ -111,10 +111,10 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             return work
         data = counting.data(self.train_dataset, training_row_lengths)
         row, limit = work.training.row, counting.limit(self.max_seq_len)
-        other = row_shape(data.lengths, 1).capped(limit)
-        training = self.planned_training(work.made + data.rows, row.beside(other))
+        data_row = row_shape(data.lengths, 1).capped(limit)
+        training = self.planned_training(work.made + data.rows, row.beside(data_row))
         if self.num_train_steps is None:
-            parts = (work.training, self.planned_training(data.rows, other))
+            parts = (work.training, self.planned_training(data.rows, data_row))
             training = replace(training, tokens=total(part.tokens for part in parts))
         return replace(work, training=training)
 

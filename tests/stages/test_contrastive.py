@@ -25,7 +25,7 @@ from self_rewarding_lm.generation.engine import Completion
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.records import stable_hash
-from self_rewarding_lm.stages.contrastive import GROUPS, counted, metrics_of, shown_prompts
+from self_rewarding_lm.stages.contrastive import GROUPS, counts_of_prompt, metrics_of, shown_prompts
 from tests.support.models import ALPHABET, END, TEXT_VOCAB, encode, ids_of, text_tokens
 from tests.support.processes import two
 from tests.test_trainer import PROMPTS, QUICK, SHORT, decode, model64, trainer_of
@@ -419,7 +419,7 @@ def test_the_model_itself_can_confirm(tmp_path):
 
 def test_measures_of_nothing_are_left_out():
     cut = Candidate("s/0/0/0", "s/0/0", (1, 2), "a", False, 2)
-    assert metrics_of(counted(cut, cut, {cut.id: None}), judged=True) == {
+    assert metrics_of(counts_of_prompt(cut, cut, {cut.id: None}), judged=True) == {
         "contrast/positive_length": 2.0,
         "contrast/negative_length": 2.0,
         "contrast/length_ratio": 1.0,
