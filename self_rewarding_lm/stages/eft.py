@@ -1,8 +1,9 @@
-"""Evaluation data: replies that people ranked become examples of judging (arXiv:2401.10020, 2.1).
+"""Turns replies that people ranked into examples of judging (arXiv:2401.10020, 2.1).
 
-Makes demonstrations and trains nothing; a later SFT stage takes them with `from_stage`. Examples
-are judgements of single replies in people's order, scores made of the ranks, or comparisons of
-two replies whose verdict is known to be right (rejection sampling, arXiv:2408.02666, 3.3).
+Output: demonstrations; a later SFT stage trains on them with `from_stage`. There are three kinds:
+judgements of single replies whose scores agree with people's order; scores computed from the ranks;
+comparisons of two replies whose verdict is known to be right (rejection sampling, arXiv:2408.02666,
+3.3). Begin with `BuildEFTConfig.run`.
 """
 
 import logging
@@ -60,12 +61,12 @@ Accept = Literal["instruction", "reply"]
 def first_agreeing(
     ranks: Sequence[float], scores_KG: Sequence[Sequence[float | None]], *, accept: Accept
 ) -> list[int | None]:
-    """For each reply the first attempt whose scores agree with the ranks, None if none does.
+    """For each reply the place of the first attempt whose scores agree with the ranks, else None.
 
-    scores_KG: for each attempt the scores of all replies. accept: "instruction" takes all replies
-    of an attempt or none (`agreement.orders_agree`). "reply" ignores replies without a score and
-    takes each reply that is in the right order with all others (`agreement.agreeing`), if at least
-    one of them has another rank.
+    ranks: of the replies, (G,). scores_KG: the scores of all replies in each of K attempts, (K, G).
+    accept: "instruction" takes all replies of an attempt or none (`agreement.orders_agree`).
+    "reply" ignores replies without a score and takes each reply that is in the right order with all
+    others (`agreement.agreeing`), if at least one of them has another rank.
     """
     attempts: list[int | None] = [None] * len(ranks)
     for k, scores in enumerate(scores_KG):
@@ -90,42 +91,46 @@ def _places_in_order(ranks: Sequence[float], scores: Sequence[float | None]) -> 
 
 
 def thinned(
-    of_ids: Mapping[str, float],
+    score_of_id: Mapping[str, float],
     *,
     seed: int,
     max_share: float | None,
     max_per_score: int | None,
     scores: Collection[float] = (),
 ) -> set[str]:
-    """The ids that are kept so that no score is over-represented.
+    """The ids to keep so that no score is over-represented.
 
-    of_ids: the score of each id. scores: those that count even if no id has them. Each score keeps
-    at most `cap` ids. The cap is the highest with which no score has more than `max_share` of what
-    is kept (of n scores one has 1/n at least; a lower share is read as 1/n), and is never over
-    `max_per_score`. Which ids of a score stay is a function of the seed and the ids.
+    score_of_id: the score of each id. scores: scores that count even if no id has them. Each score
+    keeps at most `cap` ids, chosen by a hash of the seed and the id. `cap` is the highest number
+    with which no score has more than `max_share` of the ids that are kept, and at most
+    `max_per_score`. With n scores one has a share of at least 1/n, so a lower max_share counts as
+    1/n.
     """
+    # 1. the cap
     counts = Counter(dict.fromkeys(scores, 0))
-    counts.update(of_ids.values())
+    counts.update(score_of_id.values())
     cap = max(counts.values(), default=0)
     if max_share is not None and counts:
         share = max(max_share, 1 / len(counts))
-        # the cap falls until it is no more than its share of what it keeps
+        # lower the cap until it is at most its share of the ids that it keeps
         while cap > (fair := int(share * sum(min(n, cap) for n in counts.values()) + 1e-9)):
             cap = fair
     if max_per_score is not None:
         cap = min(cap, max_per_score)
+    # 2. the first ids of each score, in an order that depends on the seed
     by_score: dict[float, list[str]] = {}
-    for record_id in sorted(of_ids, key=lambda i: (stable_hash(seed, "thinned", i), i)):
-        by_score.setdefault(of_ids[record_id], []).append(record_id)
+    for record_id in sorted(score_of_id, key=lambda i: (stable_hash(seed, "thinned", i), i)):
+        by_score.setdefault(score_of_id[record_id], []).append(record_id)
     return {record_id for ids in by_score.values() for record_id in ids[:cap]}
 
 
 def scores_of_ranks(ranks: Sequence[float], allowed: Sequence[float]) -> list[float]:
-    """Scores made of ranks: the best rank gets the highest allowed score, the worst the lowest.
+    """Turn ranks into scores: the best rank gets the highest allowed score, the worst the lowest.
 
     The ranks between them are spread evenly and rounded to the nearest allowed score, halves up;
-    equal ranks get equal scores. With scores from 0 to 5 two ranks give 5, 0; three 5, 3, 0; four
-    5, 3, 2, 0. With more ranks than scores neighbours share a score. Needs two different ranks.
+    equal ranks get equal scores. With scores from 0 to 5 two ranks give 5, 0; three give 5, 3, 0;
+    four give 5, 3, 2, 0. If there are more ranks than scores, neighbours share a score. Needs at
+    least two different ranks.
     """
     order = sorted(set(ranks))
     last, low, high = len(order) - 1, min(allowed), max(allowed)
@@ -139,10 +144,10 @@ def scores_of_ranks(ranks: Sequence[float], allowed: Sequence[float]) -> list[fl
 
 
 def score_targets(reward: RewardConfig, stage: str) -> dict[float, str]:
-    """For each allowed score the text with which a judge gives it: the reward template, filled in.
+    """For each allowed score the text with which a judge states it: the reward template, filled in.
 
-    Raises ConfigError if the reward prompt has no template or does not say which scores it allows
-    (`allowed_numbers`), and if it reads another score in such a text.
+    Raises ConfigError if the reward prompt has no template, if it does not say which scores it
+    allows (`allowed_numbers`), or if its parser reads another score from such a text.
     """
     template = reward.reward_regex_template
     allowed = reward.allowed_numbers()
@@ -166,7 +171,7 @@ def score_targets(reward: RewardConfig, stage: str) -> dict[float, str]:
 
 @dataclass(frozen=True)
 class RankedPrompt:
-    """A row of the dataset as judges see it."""
+    """A row of the dataset, with its prompt and its replies as records."""
 
     row: RankedReplies
     prompt: Prompt
@@ -183,30 +188,29 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens."""
-        made = self.demonstration
-        return len(made.prompt_ids) + len(made.completion_ids)
+        """Tokens of prompt and completion."""
+        return len(self.demonstration.prompt_ids) + len(self.demonstration.completion_ids)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """All that a stage could teach, and the words with which it is reported."""
+    """All examples that a stage could teach, and the words with which they are reported."""
 
     examples: list[Example]
     judgements: Mapping[str, Judgement]
-    """All that were asked for, by id; empty if none were."""
+    """All judgements by id; empty if no model was asked."""
     metrics: dict[str, Any]
-    """How many judgements came how far."""
+    """How many judgements could be read and how many agree."""
     words: str
-    """The same, as the beginning of a sentence."""
+    """The metrics as the beginning of a sentence."""
     advice: str
     """What to change if too few examples are left."""
     error: type[JudgeError] | type[DataError] = JudgeError
     label: Callable[[float], str] = number_text
-    """A score as it is reported."""
+    """How a score is reported."""
     teaches: str = "Scores"
     scores: tuple[float, ...] = ()
-    """Scores that count in the thinning even if no example teaches them."""
+    """Scores that count when examples are thinned, even if no example teaches them."""
 
 
 class BuildEFTConfig(FinetuneConfig):
@@ -282,7 +286,7 @@ class BuildEFTConfig(FinetuneConfig):
         def make(place: int, record_id: str) -> RankedReplies:
             return ranked_replies(dataset.read(place), dataset.where(place), record_id, ctx)
 
-        # 1. prompts and replies, on disk as if the replies had been sampled
+        # 1. store prompts and replies, as if the replies had been sampled
         rows = read_once(
             ctx, out, dataset, RankedReplies, ctx.stage, make, on_bad_row=self.on_bad_row
         )
@@ -292,14 +296,14 @@ class BuildEFTConfig(FinetuneConfig):
             out.append([c for r in ranked for c in r.candidates])
         out.merge(Prompt)
         out.merge(Candidate)
-        # 2. all that could be taught
+        # 2. make all examples
         if self.method == "comparisons":
             all_examples = examples_of_comparisons(self, ctx, out, ranked)
         elif self.method == "judgements":
             all_examples = examples_of_judgements(self, ctx, out, ranked, self._reward(ctx))
         else:
             all_examples = examples_of_ranks(self, ctx, ranked, self._reward(ctx))
-        # 3. those that the model has room for, thinned
+        # 3. keep those that fit into the model, thinned
         limit = ctx.limit(None)
         fitting = [e for e in all_examples.examples if limit is None or e.length <= limit]
         kept_ids = thinned(
@@ -313,7 +317,7 @@ class BuildEFTConfig(FinetuneConfig):
         if ctx.runtime.is_main:
             out.append([e.demonstration for e in kept])
         out.merge(Demonstration)
-        # 4. metrics, and an error if too few are kept
+        # 4. log metrics; raise an error if too few are kept
         self._report(ctx, out, ranked, all_examples, fitting, kept)
 
     def _report(
@@ -325,7 +329,8 @@ class BuildEFTConfig(FinetuneConfig):
         fitting: Sequence[Example],
         kept: Sequence[Example],
     ) -> None:
-        """Log how many examples came how far, and their scores before and after thinning.
+        """Log how many examples there were and how many are kept, and their scores before and after
+        thinning.
 
         Raises JudgeError or DataError if fewer than min_kept are kept.
         """
@@ -360,28 +365,28 @@ class BuildEFTConfig(FinetuneConfig):
         logger.log(logging.INFO if kept else logging.WARNING, "%s: %s", ctx.stage, words)
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
-        fewer = {
+        changes = {
             "judging": self.judging.shortened(MIN_ANSWER_TOKENS),
             "num_judgements": 1,
             "min_kept": 0,
         }
-        self.model_copy(update=fewer).run(ctx, out)
+        self.model_copy(update=changes).run(ctx, out)
 
     def work(self, counting: Counting) -> Work:
         data = counting.data(self.ranked_dataset, ranked_lengths)
         lengths, compares = data.lengths, self.method == "comparisons"
-        # 1. what is judged: replies, or each two that differ in rank
-        count = Range(2 * data.rows.least)  # two replies a row at least
+        # 1. what is judged: replies, or pairs of replies with different ranks
+        count = Range(2 * data.rows.least)  # each row has at least two replies
         if compares:
             replies = 2 if lengths is None else lengths.answers
             count = Range(data.rows.least, data.rows.times(replies * (replies - 1) / 2).most)
-        elif lengths is not None:  # all rows have as many as those that were looked at
+        elif lengths is not None:  # as many in each row as in those measured
             count = data.rows.times(lengths.answers)
-        # 2. what a judge prompt shows
-        shown, longest, sides = UNKNOWN, None, 2 if compares else 1
+        # 2. tokens of the prompt and replies in a judge prompt
+        tokens, longest, replies_shown = UNKNOWN, None, 2 if compares else 1
         if lengths is not None:
-            shown = Range.of(round(lengths.prompt + sides * lengths.answer))
-            longest = lengths.longest_prompt + sides * lengths.longest_answer
+            tokens = Range.of(round(lengths.prompt + replies_shown * lengths.answer))
+            longest = lengths.longest_prompt + replies_shown * lengths.longest_answer
         # 3. judgements
         asks = counting.rewards.get(self.self_reward_config_keyname)
         if compares:
@@ -390,7 +395,7 @@ class BuildEFTConfig(FinetuneConfig):
             asks = asks.as_written()
         judgements, answers = Asking(), Asking(count)
         if self.method != "ranks":
-            settings = (asks, self.judging, answers, self.attempts, shown, longest)
+            settings = (asks, self.judging, answers, self.attempts, tokens, longest)
             judgements = counting.judgements(*settings)
         rubric, _ = counting.rubric(asks)
         return Work(
@@ -398,29 +403,30 @@ class BuildEFTConfig(FinetuneConfig):
             prompt_tokens(lengths, counting.max_len),
             judgements=judgements,
             made=Range(0, count.most),
-            example=UNKNOWN if rubric is None else shown + Range.of(rubric),
+            example=UNKNOWN if rubric is None else tokens + Range.of(rubric),
         )
 
     @property
     def attempts(self) -> int:
-        """Judgements of a reply, or of a pair."""
+        """How many judgements each reply, or each pair of replies, gets."""
         return self.num_judgements or (15 if self.method == "comparisons" else 3)
 
     def written_comparison(self) -> ComparisonConfig:
-        """How two replies are compared, for judgements whose text is what is wanted."""
-        written = {"score_mode": "sampled", "forced_ending": False}
-        return (self.comparison or ComparisonConfig()).model_copy(update=written)
+        """The comparison prompt, set so that the judge writes out its judgement as text."""
+        changes = {"score_mode": "sampled", "forced_ending": False}
+        return (self.comparison or ComparisonConfig()).model_copy(update=changes)
 
     def reward_names(self) -> tuple[str, ...]:
         return () if self.method == "comparisons" else (self.self_reward_config_keyname,)
 
     def _reward(self, ctx: Context) -> RewardConfig:
+        """The reward prompt, set so that the judge writes out its judgement as text."""
         name = self.self_reward_config_keyname
         return ctx.rewards_named((name,))[name].as_written()
 
 
 def ranked_replies(row: Any, where: str, record_id: str, ctx: Context) -> RankedReplies:
-    """A row as it is stored. Raises DataError or TokenizerError if it cannot be used."""
+    """Read a row of the dataset. Raises DataError or TokenizerError if it is no usable ranking."""
     replies = replace(ranked_row(row, where), id=record_id)
     as_candidates(replies, ctx.tokens, where=where)
     return replies
@@ -433,8 +439,11 @@ def examples_of_judgements(
     ranked: Sequence[RankedPrompt],
     reward: RewardConfig,
 ) -> Examples:
-    """Of each reply the first judgement that agrees with people (arXiv:2401.10020, 3.1.1)."""
-    # 1. each reply is judged several times
+    """For each reply, teach its first judgement that agrees with people (arXiv:2401.10020, 3.1.1).
+
+    Replies without such a judgement give no example.
+    """
+    # 1. judge each reply several times
     judge = SelfJudge(reward, stage.judging, stage.attempts)
     questions = [
         [Question(i, (c.id,), judge_prompt(judge, r, c)) for i in judge.judgement_ids([c])]
@@ -442,7 +451,7 @@ def examples_of_judgements(
         for c in r.candidates
     ]
     judgements = ask(ctx, out, judge.asker, questions)
-    # 2. of each reply the first attempt whose scores are in the human order
+    # 2. take for each reply the first attempt whose scores are in the human order
     examples: list[Example] = []
     for r in ranked:
         judgements_KG = [
@@ -464,7 +473,7 @@ def examples_of_judgements(
                         parents=(r.row.id, candidate.id, judgement.id),
                     )
                 )
-    # 3. how far the judgements came
+    # 3. count the judgements that could be read and that agree
     readable = {j.candidate_ids[0] for j in judgements.values() if j.score is not None}
     words = (
         f"{replies_in_words(ranked)}, {len(readable)} with a score that could be read, "
@@ -484,7 +493,7 @@ def examples_of_judgements(
 def examples_of_ranks(
     stage: BuildEFTConfig, ctx: Context, ranked: Sequence[RankedPrompt], reward: RewardConfig
 ) -> Examples:
-    """Of each reply the score that its rank stands for; no model is asked."""
+    """For each reply, teach the score that its rank stands for; no model is asked."""
     judge, targets = SelfJudge(reward, stage.judging, 1), score_targets(reward, ctx.stage)
     examples: list[Example] = []
     for r in ranked:
@@ -510,7 +519,7 @@ def examples_of_ranks(
 
 @dataclass(frozen=True)
 class RankedPair:
-    """Two replies of which one is better, in the order in which the judge is shown them."""
+    """Two replies of which people prefer one, in the order in which the judge sees them."""
 
     id: str
     of: RankedPrompt
@@ -519,12 +528,12 @@ class RankedPair:
     better_first: bool
 
     def questions(self, judge: PairwiseJudge, attempts: int) -> list[Question]:
-        """The same question for each attempt."""
+        """The questions to the judge: the same one for each attempt."""
         ids, text = (self.first.id, self.second.id), self.judge_prompt(judge)
         return [Question(f"{self.id}/j{k}", ids, text) for k in range(attempts)]
 
     def judge_prompt(self, judge: PairwiseJudge) -> str:
-        """What the judge reads."""
+        """The text that the judge reads."""
         prompt = self.of.prompt.text or ""
         return judge.render(prompt, self.first.text or "", self.second.text or "")
 
@@ -536,20 +545,23 @@ class RankedPair:
 def examples_of_comparisons(
     stage: BuildEFTConfig, ctx: Context, out: StageDir, ranked: Sequence[RankedPrompt]
 ) -> Examples:
-    """Of each two replies with different ranks the first judgement with the right verdict
-    (rejection sampling, arXiv:2408.02666, 3.3)."""
-    # 1. each pair is judged several times, in its one order
+    """For each pair of replies with different ranks, teach the first judgement with the right
+    verdict (rejection sampling, arXiv:2408.02666, 3.3).
+
+    Pairs without such a judgement give no example.
+    """
+    # 1. judge each pair several times, always in the same order
     comparison, attempts = stage.written_comparison(), stage.attempts
     judge = PairwiseJudge(comparison, stage.judging)
     pairs = ranked_pairs(ranked, ctx.seed)
     judgements = ask(ctx, out, judge.asker, [p.questions(judge, attempts) for p in pairs])
-    # 2. of each pair the first right verdict
+    # 2. take for each pair the first right verdict
     examples: list[Example] = []
     readable: dict[str, list[Judgement]] = {}
     for pair in pairs:
-        of_pair = [judgements[f"{pair.id}/j{k}"] for k in range(attempts)]
-        readable[pair.id] = [j for j in of_pair if j.score is not None]
-        right = next((j for j in of_pair if pair.is_right(j)), None)
+        pair_judgements = [judgements[f"{pair.id}/j{k}"] for k in range(attempts)]
+        readable[pair.id] = [j for j in pair_judgements if j.score is not None]
+        right = next((j for j in pair_judgements if pair.is_right(j)), None)
         if right is not None:
             assert right.score is not None and right.text is not None
             examples.append(
@@ -562,7 +574,7 @@ def examples_of_comparisons(
                     parents=(pair.of.row.id, *right.candidate_ids, right.id),
                 )
             )
-    # 3. how far the judgements came
+    # 3. count the pairs with a readable and with a right verdict
     metrics: dict[str, Any] = {
         "eft/pairs": len(pairs),
         "eft/parsed": sum(map(bool, readable.values())),
@@ -572,7 +584,7 @@ def examples_of_comparisons(
         f"{len(pairs)} pairs of {len(ranked)} instructions, {metrics['eft/parsed']} with a verdict "
         f"that could be read, {len(examples)} with a right one"
     )
-    # a judge without a bias for a place is right equally often in both
+    # 4. a judge that does not prefer a place is right equally often in both
     for place, better_first in (("first", True), ("second", False)):
         are_right = [
             pair.is_right(judgement)
@@ -605,8 +617,10 @@ def examples_of_comparisons(
 
 
 def ranked_pairs(ranked: Sequence[RankedPrompt], seed: int) -> list[RankedPair]:
-    """Each two replies with different ranks. Half of them, by a hash of the seed and their ids,
-    show the better reply first."""
+    """All pairs of replies to one prompt with different ranks.
+
+    Half of the pairs, chosen by a hash of the seed and their ids, show the better reply first.
+    """
     pairs: dict[str, tuple[RankedPrompt, Candidate, Candidate]] = {}
     for r in ranked:
         for i, j in combinations(range(len(r.candidates)), 2):
@@ -627,9 +641,9 @@ def ranked_pairs(ranked: Sequence[RankedPrompt], seed: int) -> list[RankedPair]:
 def ask(
     ctx: Context, out: StageDir, asker: Asks, questions: Sequence[Sequence[Question]]
 ) -> dict[str, Judgement]:
-    """All judgements by id; those that are not on disk are asked for.
+    """Ask the judge what is not on disk yet; returns all judgements by id.
 
-    questions: in groups that read one judge prompt; each process asks a part of the groups.
+    questions: in groups that read the same judge prompt; each process asks a part of the groups.
     """
     missing_ids = set(out.missing(Judgement, (q.id for group in questions for q in group)))
     missing = [[q for q in group if q.id in missing_ids] for group in questions]
@@ -642,12 +656,12 @@ def ask(
 
 
 def judge_prompt(judge: SelfJudge, ranked: RankedPrompt, candidate: Candidate) -> str:
-    """What the judge reads of one reply."""
+    """The text that the judge reads to score one reply."""
     return judge.render(ranked.prompt.text or "", candidate.text or "")
 
 
 def reply_id(ranked: RankedPrompt, candidate: Candidate) -> str:
-    """The id of a reply's demonstration: the row's and the reply's place in it."""
+    """The id of a reply's demonstration: the row's id and the reply's place in the row."""
     return f"{ranked.row.id}/{candidate.id.rsplit('/', 1)[1]}"
 
 
@@ -660,9 +674,10 @@ def example(
     score: float,
     parents: tuple[str, ...],
 ) -> Example:
-    """What the judge reads, what it should say, and the score that this says.
+    """Build an example.
 
-    parents: ids of the records that it is made of.
+    prompt: the text that the judge reads. target: the text that it should write. score: the score
+    or verdict that the target states. parents: ids of the records that the example is made of.
     """
     rendered = ctx.tokens.prompt(prompt)
     demonstration = Demonstration(
@@ -678,12 +693,13 @@ def example(
 
 
 def replies_in_words(ranked: Sequence[RankedPrompt]) -> str:
+    """How many replies and instructions there are, in words."""
     replies = sum(len(r.candidates) for r in ranked)
     return f"{replies} replies to {len(ranked)} instructions"
 
 
 def unread_texts(judgements: Mapping[str, Judgement]) -> str:
-    """Three texts of the judge without a score, to show in an error."""
+    """Up to three texts of the judge from which no score could be read, to show in an error."""
     unread = [j for j in judgements.values() if j.score is None]
     lines = dict.fromkeys(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in unread)
     texts = "\n".join(islice(lines, 3))
@@ -691,10 +707,11 @@ def unread_texts(judgements: Mapping[str, Judgement]) -> str:
 
 
 def histogram(all_examples: Examples, some: Sequence[Example]) -> dict[str, int]:
-    """How many examples teach each score, by the score as it is reported, lowest first."""
+    """How many of the examples teach each score, by the score's label, lowest score first."""
     counts = Counter(example.score for example in some)
     return {all_examples.label(score): count for score, count in sorted(counts.items())}
 
 
 def in_words(counts: Mapping[str, int]) -> str:
+    """Counts of scores in words: '3 x 5, 1 x 4'."""
     return ", ".join(f"{count} x {score}" for score, count in counts.items())
