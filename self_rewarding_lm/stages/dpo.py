@@ -1,4 +1,4 @@
-"""DPO on pairs that are there already (arXiv:2305.18290)."""
+"""DPO on the preference pairs of a dataset (arXiv:2305.18290)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,34 +31,37 @@ class DPOConfig(PreferenceConfig):
     """Held-out ones; their loss is logged every optim.eval_every steps."""
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
-        self._pair(row, where, ctx)
+        self._read_pair(row, where, ctx)
 
     def run(self, ctx: Context, out: StageDir) -> None:
-        pairs = self._pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        pairs = self._read_pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)
         valid = None
         if "valid_dataset" in ctx.rows:
-            held_out = self._pairs(ctx, ctx.rows["valid_dataset"], f"{ctx.stage}/valid", out)
+            held_out = self._read_pairs(ctx, ctx.rows["valid_dataset"], f"{ctx.stage}/valid", out)
             valid = self.objective(ctx, out, held_out)
         out.summary["pairs"] = len(pairs)
         out.summary["steps"] = self.fit(ctx, out, self.objective(ctx, out, pairs), valid=valid)
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:
-        pairs = self._pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)
+        pairs = self._read_pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)
         self.try_fit(ctx, out, self.objective(ctx, out, pairs))
 
     def work(self, counting: Counting) -> Work:
         return self.work_on(self.train_dataset, counting, pair_lengths, answers=2)
 
-    def _pairs(
+    def _read_pairs(
         self, ctx: Context, rows: Rows, name: str, out: StageDir
     ) -> Sequence[PreferencePair]:
+        """Read a dataset's rows as pairs, each stored under the id `<name>/<row>`."""
+
         def make(row: int, record_id: str) -> PreferencePair:
-            return replace(self._pair(rows.read(row), rows.where(row), ctx), id=record_id)
+            return replace(self._read_pair(rows.read(row), rows.where(row), ctx), id=record_id)
 
         return read_once(ctx, out, rows, PreferencePair, name, make, on_bad_row=self.on_bad_row)
 
-    def _pair(self, row: Any, where: str, ctx: Context) -> PreferencePair:
+    def _read_pair(self, row: Any, where: str, ctx: Context) -> PreferencePair:
+        """Read a row as a pair. Raises DataError if it is none or its prompt fills the limit."""
         pair = preference_row(row, where, ctx.tokens)
         ids, limit = (*pair.prompt_ids, *pair.chosen_ids), ctx.limit(self.max_seq_len)
-        truncated(ids, len(pair.prompt_ids), limit, where)  # room for a response
+        truncated(ids, len(pair.prompt_ids), limit, where)  # raises if no room for a response
         return pair

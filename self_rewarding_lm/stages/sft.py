@@ -42,8 +42,8 @@ class SFTConfig(TrainingConfig):
         rows = self.training_rows(ctx, ctx.rows["train_dataset"], ctx.stage, out)
         valid = None
         if "valid_dataset" in ctx.rows:
-            found = self.training_rows(ctx, ctx.rows["valid_dataset"], f"{ctx.stage}/valid", out)
-            valid = SupervisedObjective(found)
+            held_out = self.training_rows(ctx, ctx.rows["valid_dataset"], f"{ctx.stage}/valid", out)
+            valid = SupervisedObjective(held_out)
         out.summary["rows"] = len(rows)
         out.summary["steps"] = self.fit(ctx, out, SupervisedObjective(rows), valid=valid)
 
@@ -57,7 +57,10 @@ class SFTConfig(TrainingConfig):
     def training_rows(
         self, ctx: Context, rows: Rows, name: str, out: StageDir
     ) -> Sequence[TrainingRow]:
-        """A dataset's rows as they are trained, each on disk under the id `<name>/<row>`."""
+        """Read a dataset's rows as training rows, each stored under the id `<name>/<row>`.
+
+        Rows longer than the limit are cut; how many are is logged.
+        """
         limit, cuts = ctx.limit(self.max_seq_len), 0
 
         def make(row: int, record_id: str) -> TrainingRow:
@@ -69,7 +72,7 @@ class SFTConfig(TrainingConfig):
             return TrainingRow(record_id, ids, targets[: len(ids)])
 
         checker = Checker(self.checks, ctx.stage, tell=out.tell)
-        found = read_once(
+        training_rows = read_once(
             ctx,
             out,
             rows,
@@ -80,4 +83,4 @@ class SFTConfig(TrainingConfig):
             check=lambda: see_cut(checker, cuts, len(rows), limit),
         )
         out.log({"step": 0, "rows/truncated": cuts})
-        return found
+        return training_rows
