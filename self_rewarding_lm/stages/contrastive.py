@@ -135,7 +135,9 @@ AddText = Callable[[list[Message], str], list[Message]]
 """Returns messages with a text added; it does not change its argument."""
 
 
-def shown_prompts(prompt: Prompt, contrast: Contrast, tokens: Tokens) -> tuple[Rendered, Rendered]:
+def render_both_sides(
+    prompt: Prompt, contrast: Contrast, tokens: Tokens
+) -> tuple[Rendered, Rendered]:
     """Returns a prompt with the contrast's positive text, and the same with its negative text.
 
     If the prompt went through no chat template, the text stands before it (for kind "system" with
@@ -152,14 +154,14 @@ def shown_prompts(prompt: Prompt, contrast: Contrast, tokens: Tokens) -> tuple[R
         )
         return positive, negative
     if contrast.kind != "system":
-        return _render_both(prompt.messages, _add_to_last_user(contrast.kind), texts, tokens)
+        return _render_messages(prompt.messages, _add_to_last_user(contrast.kind), texts, tokens)
     try:
-        rendered = _render_both(prompt.messages, _add_as_system, texts, tokens)
+        rendered = _render_messages(prompt.messages, _add_as_system, texts, tokens)
         if rendered[0].ids != rendered[1].ids:
             return rendered
     except DataError:  # the template refuses the system message, though it took the prompt alone
         pass
-    return _render_both(prompt.messages, _add_before_first, texts, tokens)
+    return _render_messages(prompt.messages, _add_before_first, texts, tokens)
 
 
 def comes_from_data(prompt: Prompt, tokens: Tokens) -> bool:
@@ -186,7 +188,7 @@ def _plain_with_text(
     return tokens.prompt(fill(parts))
 
 
-def _render_both(
+def _render_messages(
     messages: Sequence[Message], add_text: AddText, texts: tuple[str, str], tokens: Tokens
 ) -> tuple[Rendered, Rendered]:
     """Renders messages with the positive text, and with the negative one."""
@@ -244,7 +246,7 @@ class ContrastMaker(PairMaker):
         sides = {  # by the id of the candidate
             candidate_id: side
             for judged in missing
-            for number, side in enumerate(self.shown_on_sides(judged.prompt))
+            for number, side in enumerate(self.prompts_of_sides(judged.prompt))
             if (candidate_id := f"{judged.prompt.id}/{number}") not in known_ids
         }
         if not sides:
@@ -276,7 +278,7 @@ class ContrastMaker(PairMaker):
         )
         self.keep_candidates(chain(responses, without_room), missing)
 
-    def shown_on_sides(self, prompt: Prompt) -> list[Prompt]:
+    def prompts_of_sides(self, prompt: Prompt) -> list[Prompt]:
         """The prompt of the positive and of the negative side, read from disk or made and stored.
 
         A hash of the seed and the prompt's id picks the contrast.
@@ -286,13 +288,13 @@ class ContrastMaker(PairMaker):
         if all(stored):
             return [records[0] for records in stored]
         place = stable_hash(self.ctx.seed, "contrast", prompt.id) % len(self.contrasts)
-        rendered = shown_prompts(prompt, self.contrasts[place], self.ctx.tokens)
-        side_prompts = [
+        rendered = render_both_sides(prompt, self.contrasts[place], self.ctx.tokens)
+        prompts = [
             Prompt(record_id, prompt.row, r.ids, r.text, messages=r.messages)
             for record_id, r in zip(ids, rendered, strict=True)
         ]
-        self.out.append([p for p, records in zip(side_prompts, stored, strict=True) if not records])
-        return side_prompts
+        self.out.append([p for p, records in zip(prompts, stored, strict=True) if not records])
+        return prompts
 
     def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
         """The candidates that the judge is shown; none if the prompt can give no pair."""

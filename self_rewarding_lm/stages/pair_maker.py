@@ -317,8 +317,8 @@ class PairMaker:
 
     def prompt_id(self, place: int) -> str:
         """The id of a prompt by its place, counted over all passes: <stage>/<row>/<pass>."""
-        passed, row = divmod(place, len(self.ctx.rows["prompt_dataset"]))
-        return f"{self.ctx.stage}/{row}/{passed}"
+        pass_number, row = divmod(place, len(self.ctx.rows["prompt_dataset"]))
+        return f"{self.ctx.stage}/{row}/{pass_number}"
 
     def read_prompts(self, places: Sequence[int]) -> list[Prompt]:
         """The prompts at some places, from disk or read from the dataset and stored.

@@ -25,7 +25,12 @@ from self_rewarding_lm.generation.engine import Completion
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.records import stable_hash
-from self_rewarding_lm.stages.contrastive import GROUPS, counts_of_prompt, metrics_of, shown_prompts
+from self_rewarding_lm.stages.contrastive import (
+    GROUPS,
+    counts_of_prompt,
+    metrics_of,
+    render_both_sides,
+)
 from tests.support.models import ALPHABET, END, TEXT_VOCAB, encode, ids_of, text_tokens
 from tests.support.processes import two
 from tests.test_trainer import PROMPTS, QUICK, SHORT, decode, model64, trainer_of
@@ -62,7 +67,7 @@ def written(template: str | None, value, contrast: Contrast) -> tuple[str, ...]:
     tokens = ascii_tokens(template)
     asked = tokens.prompt(value)
     prompt = Prompt("s/0/0", 0, asked.ids, asked.text, messages=asked.messages)
-    return tuple(from_ascii(shown.ids) for shown in shown_prompts(prompt, contrast, tokens))
+    return tuple(from_ascii(shown.ids) for shown in render_both_sides(prompt, contrast, tokens))
 
 
 TURNS = "{% for m in messages %}<{{ m.role }}:{{ m.content }}>{% endfor %}<assistant:"
@@ -128,21 +133,21 @@ def test_control_tokens_in_a_prompt_count_no_more_than_they_did():
         asked = tokens.prompt(value)
         prompt = Prompt("s/0/0", 0, asked.ids, str(value))  # as it comes back from disk
         assert len(structure(tokens, asked.ids)) == 1 + 2 * (value is rendered)
-        for shown in shown_prompts(prompt, contrast, tokens):
+        for shown in render_both_sides(prompt, contrast, tokens):
             assert structure(tokens, shown.ids) == wanted
     tokens = tokens_of("chatml")
     asked = tokens.prompt(rendered)
     prompt = Prompt("s/0/0", 0, asked.ids, asked.text, messages=asked.messages)
-    for shown in shown_prompts(prompt, contrast, tokens):
+    for shown in render_both_sides(prompt, contrast, tokens):
         assert structure(tokens, shown.ids) == [3, 4, 3, 4, 3]  # system, user, open assistant
 
 
 def test_a_prompt_that_is_ids_alone_can_have_no_contrast():
     tokens = text_tokens()
     with pytest.raises(DataError, match="is token ids"):
-        shown_prompts(Prompt("s/0/0", 0, (*ids_of("hi"), END), "hi"), SYSTEM, tokens)
+        render_both_sides(Prompt("s/0/0", 0, (*ids_of("hi"), END), "hi"), SYSTEM, tokens)
     with pytest.raises(DataError, match="is token ids"):
-        shown_prompts(Prompt("s/0/0", 0, (1, 2)), SYSTEM, tokens)
+        render_both_sides(Prompt("s/0/0", 0, (1, 2)), SYSTEM, tokens)
 
 
 def test_the_groups_that_ship_are_pairs_of_different_texts_of_about_one_length():
