@@ -706,9 +706,9 @@ def unread_texts(judgements: Mapping[str, Judgement]) -> str:
     return f"Texts without a score:\n{texts}\n" if texts else ""
 
 
-def histogram(all_examples: Examples, some: Sequence[Example]) -> dict[str, int]:
+def histogram(all_examples: Examples, examples: Sequence[Example]) -> dict[str, int]:
     """How many of the examples teach each score, by the score's label, lowest score first."""
-    counts = Counter(example.score for example in some)
+    counts = Counter(e.score for e in examples)
     return {all_examples.label(score): count for score, count in sorted(counts.items())}
 
 
