@@ -37,7 +37,6 @@ from self_rewarding_lm.runs.lines import batched
 from self_rewarding_lm.runs.stage_folder import RECORDS_AT_ONCE, StageDir, read_json
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.scores import candidate_scores
 from self_rewarding_lm.stats import Rate, ratio_interval
 
 T = TypeVar("T", Candidate, Judgement)
@@ -256,7 +255,7 @@ class _Contest:
         folder = self._folder("judged", ctx.runtime, settings)
         groups = _groups(contestants, self.num_samples)
         judgements = self._judgements(ctx, groups, folder)
-        return _comparison(contestants, groups, judgements, ctx.seed)
+        return _comparison(contestants, groups, judgements, self.judge, ctx.seed)
 
     def _judgements(
         self, ctx: Context, groups: Sequence[Group], out: StageDir | None
@@ -386,9 +385,15 @@ def _comparison(
     contestants: Sequence[Contestant],
     groups: Sequence[Group],
     judgements: Sequence[Judgement],
+    judge: Judge,
     seed: int,
 ) -> Comparison:
-    scores = candidate_scores([c for _, group in groups for c in group], judgements)
+    by_prompt: dict[str, list[Judgement]] = {prompt.id: [] for prompt, _ in groups}
+    for judgement in judgements:
+        by_prompt[judgement.candidate_ids[0].rpartition("/")[0]].append(judgement)
+    scores: dict[str, float | None] = {}
+    for prompt, candidates in groups:
+        scores |= judge.scores(candidates, by_prompt[prompt.id])
     outcomes = [outcome(scores[one.id], scores[other.id]) for _, (one, other) in groups]
     if not any(known is not None for known in outcomes):
         raise JudgeError(

@@ -238,3 +238,15 @@ def test_a_task_of_reasoning_gym_brings_its_verifier():
     assert max(verify(prompts=[""] * 3, completions=["no"] * 3, entry=entries)) < 1
     with pytest.raises(ConfigError, match="no task 'chain_sums'"):
         reasoning_task("chain_sums")
+
+
+def against_various(prompts, completions):
+    return [-2.0 * score for score in various(prompts, completions)]
+
+
+def test_the_weights_of_an_ensemble_count():
+    """(3 x - 2 x) / 4 prefers what x prefers; the plain mean of both, (x - 2 x) / 2, the other."""
+    alone = compared(judge=various).rates
+    together = compared(judge=EnsembleJudge([(various, 3.0), (against_various, 1.0)])).rates
+    assert alone.wins != alone.losses
+    assert together == alone
