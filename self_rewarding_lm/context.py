@@ -22,6 +22,7 @@ from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.runs.run import INITIAL, Run
+from self_rewarding_lm.runs.stage_folder import FORMAT
 from self_rewarding_lm.runs.weights import save_folder, weights_file
 from self_rewarding_lm.runtime import Runtime
 
@@ -82,6 +83,11 @@ class Context:
     run: Run | None = None
     start: Mapping[str, Tensor] | None = None
     earlier: Sequence[str] = ()
+
+    @property
+    def format(self) -> int:
+        """By which rules records are made: those of the run, or the newest if there is none."""
+        return FORMAT if self.run is None else self.run.format
 
     def limit(self, max_seq_len: int | None) -> int | None:
         """Most tokens of prompt and response together, by the setting and by the model; or None."""

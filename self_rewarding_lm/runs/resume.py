@@ -16,6 +16,7 @@ from self_rewarding_lm.errors import RunMismatchError, StoreError
 from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now
 from self_rewarding_lm.runs.run import INITIAL, REPORT, Run
 from self_rewarding_lm.runs.stage_folder import (
+    FORMAT,
     LIBRARY,
     StageFiles,
     check_folders,
@@ -116,7 +117,7 @@ def _begin(
 
     # 4. what is written
     if resumed is not None:
-        info["created"] = resumed["created"]
+        info |= {"created": resumed["created"], "format": resumed["format"]}
         if StageFiles(folder / stages[0]).is_done:
             info["model"] = resumed["model"]  # the model now has the weights of a later stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,7 @@ def _run_info(stages: Sequence[str], model: nn.Module, seed: int) -> dict[str, A
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "library": LIBRARY,
-        "format": 1,
+        "format": FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seed": seed,
         "stages": list(stages),

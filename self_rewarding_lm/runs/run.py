@@ -61,6 +61,11 @@ class Run:
         """Names of the stages, in order."""
         return [name.split("-", 1)[1] for name in self.info["stages"]]
 
+    @property
+    def format(self) -> int:
+        """By which rules the run makes its records: 1 if version 0.1.0 began it, else 2."""
+        return self.info["format"]
+
     def is_done(self, stage: str | int) -> bool:
         return self.stage(stage).is_done
 

@@ -83,6 +83,11 @@ WEIGHTS_FOLDERS = ("model", "checkpoint-[0-9]*", *UNTIL_DONE)
 LIBRARY = "self_rewarding_lm"
 
 
+FORMAT = 2
+"""By which rules a run makes its records; run.json holds it. 1: those of version 0.1.0. A run keeps
+the rules that it began with."""
+
+
 STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
 
 
@@ -356,9 +361,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_ours(folder: Path, info: Any) -> None:
-    """Raise StoreError if run.json is not of this library, or names folders outside its own."""
+    """Raise StoreError if run.json is not of this library, is of a later version's format, or names
+    folders outside its own.
+    """
     if not isinstance(info, dict) or info.get("library") != LIBRARY:
         raise StoreError(f"{folder}/run.json was not written by {LIBRARY}; choose another folder.")
+    if info.get("format") not in range(1, FORMAT + 1):
+        raise StoreError(
+            f"{folder}/run.json must have a format of 1 to {FORMAT}, which this version knows; got "
+            f"{info.get('format')!r}. Go on with the version that began the run ({LIBRARY} "
+            f"{info.get('versions', {}).get('self-rewarding-lm', 'of a later date')})."
+        )
     check_folders(info.get("stages"), folder / "run.json")
 
 

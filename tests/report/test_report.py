@@ -28,6 +28,7 @@ from self_rewarding_lm.report.figures import histogram, run_figures, thinned
 from self_rewarding_lm.report.markup import safe, tag
 from self_rewarding_lm.report.page import report_at_end, write_report
 from self_rewarding_lm.runs.run import REPORT
+from self_rewarding_lm.runs.stage_folder import FORMAT
 from self_rewarding_lm.text import duration, number
 from tests.test_trainer import self_reward, sft, trainer_of
 
@@ -45,7 +46,7 @@ def made_run(folder: Path, stages: dict, **info) -> Run:
     """A run directory: of each stage its files by name; records, lines of JSON, or a JSON value."""
     folder.mkdir(parents=True)
     names = [f"{i:02d}-{name}" for i, name in enumerate(stages, 1)]
-    told = {"library": "self_rewarding_lm", "format": 1, "stages": names, "seed": 0, **info}
+    told = {"library": "self_rewarding_lm", "format": FORMAT, "stages": names, "seed": 0, **info}
     (folder / "run.json").write_text(json.dumps(told))
     for name, held in zip(names, stages.values(), strict=True):
         (folder / name).mkdir()

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from self_rewarding_lm import Run
+from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.runs.stage_folder import FORMAT
 from tests.fixtures.make_runs import EXPECTED, WEIGHTS, serving
 from tests.fixtures.runs import COMPARISONS, EARLIER, RUNS, comparison, outcome, trainer_of
 
@@ -70,7 +72,26 @@ def test_a_run_that_earlier_code_began_goes_on_to_the_same_end(name, tmp_path):
     run = trainer_of(name, tmp_path / "run")()
     assert all(run.is_done(stage) for stage in run.stages)
     assert all(p.read_bytes() == text for p, text in kept.items())
+    assert halted.format == run.format == 1
     check(name, run)
+
+
+def test_a_run_that_begins_anew_has_the_rules_of_this_version(tmp_path):
+    shutil.copytree(EARLIER / "training" / "run", tmp_path / "run")
+    run = trainer_of("training", tmp_path / "run")(rehearse=False, overwrite_checkpoints=True)
+    assert run.format == FORMAT > 1
+
+
+@pytest.mark.parametrize("written", [FORMAT + 1, 0, None, "1"])
+def test_a_run_of_another_format_is_refused(written, tmp_path):
+    shutil.copytree(EARLIER / "training" / "run", tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    info = json.loads(path.read_text(encoding="utf-8")) | {"format": written}
+    path.write_text(json.dumps(info), encoding="utf-8")
+    for go_on in (lambda: Run.open(path.parent), trainer_of("training", path.parent)):
+        with pytest.raises(StoreError, match=f"format of 1 to {FORMAT}.*got {written!r}.*0.1.0"):
+            go_on()
+    assert json.loads(path.read_text(encoding="utf-8")) == info
 
 
 def test_a_run_that_is_not_stopped_comes_to_the_end_that_it_came_to_earlier(name, tmp_path):
