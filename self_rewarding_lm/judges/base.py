@@ -6,6 +6,7 @@ from typing import Any
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
+from self_rewarding_lm.runs.stage_folder import FORMAT
 from self_rewarding_lm.scores import candidate_scores
 
 
@@ -38,10 +39,18 @@ class Judge:
         numbers = range(self.num_judgements)
         return [f"{candidate.id}/j{k}" for candidate in candidates for k in numbers]
 
-    def has_judged(self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]) -> bool:
-        """Whether these are all judgements of one prompt's candidates."""
+    def has_judged(
+        self,
+        candidates: Sequence[Candidate],
+        judgements: Iterable[Judgement],
+        format: int = FORMAT,
+    ) -> bool:
+        """Whether these are all judgements of one prompt's candidates. format: of the run."""
         if self.knows_ids:
-            return {j.id for j in judgements}.issuperset(self.judgement_ids(candidates))
+            ids, wanted = {j.id for j in judgements}, self.judgement_ids(candidates)
+            if format == 1:
+                wanted = [i if i in ids else as_in_format_1(i) for i in wanted]
+            return ids.issuperset(wanted)
         counts = Counter(candidate_id for j in judgements for candidate_id in j.candidate_ids)
         return all(counts[candidate.id] >= self.num_judgements for candidate in candidates)
 
@@ -99,3 +108,9 @@ class WrappedJudge(Judge):
 
     def _method(self, name: str) -> Any:
         return getattr(self.inner, name, getattr(super(), name))
+
+
+def as_in_format_1(judgement_id: str) -> str:
+    """An id as in runs of format 1, where a comparison's has only the last part of the second's."""
+    first, versus, second = judgement_id.rpartition("/vs/")
+    return f"{first}{versus}{second.rsplit('/', 1)[-1]}" if versus else judgement_id

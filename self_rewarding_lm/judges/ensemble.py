@@ -50,7 +50,7 @@ class Member(Judge):
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
-        heads = [candidate.id for candidate in candidates]
+        heads = sorted((candidate.id for candidate in candidates), key=len, reverse=True)
         return [
             self._labelled_id(name, next(head for head in heads if name.startswith(f"{head}/")))
             for name in self.inner.judgement_ids(candidates)
@@ -58,15 +58,7 @@ class Member(Judge):
 
     def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
         """The judgements under the label, as the inner judge made them."""
-        return [
-            replace(
-                j,
-                id=j.id.replace(f"/{self.label}/", "/", 1),
-                judge=j.judge.removeprefix(f"{self.label}:"),
-            )
-            for j in judgements
-            if label_of(j) == self.label
-        ]
+        return [self._unlabelled(j) for j in judgements if label_of(j) == self.label]
 
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
@@ -79,6 +71,11 @@ class Member(Judge):
 
     def _labelled_id(self, record_id: str, head: str) -> str:
         return f"{head}/{self.label}/{record_id[len(head) + 1 :]}"
+
+    def _unlabelled(self, judgement: Judgement) -> Judgement:
+        head, label = judgement.candidate_ids[0], self.label
+        own_id = f"{head}/{judgement.id.removeprefix(f'{head}/{label}/')}"
+        return replace(judgement, id=own_id, judge=judgement.judge.removeprefix(f"{label}:"))
 
 
 class EnsembleJudge(Judge):

@@ -7,7 +7,7 @@ from self_rewarding_lm.config import ComparisonConfig, RewardConfig, SamplingCon
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.judges.asking import Asker, Asks, Question
-from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.base import Judge, as_in_format_1
 from self_rewarding_lm.judges.parsing import (
     VerdictForm,
     call_parse_reward,
@@ -179,7 +179,9 @@ class PairwiseJudge(Judge):
         for prompt, candidates in zip(prompts, candidates_PG, strict=True):
             for one, other in permutations(candidates, 2):
                 text = self.render(prompt.text or "", one.text or "", other.text or "")
-                questions.append(Question(_comparison_id(one, other), (one.id, other.id), text))
+                name = _comparison_id(one, other)
+                name = as_in_format_1(name) if ctx.format == 1 else name
+                questions.append(Question(name, (one.id, other.id), text))
         yield from self.asker.ask(ctx, questions)
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
@@ -200,4 +202,5 @@ def check_comparison(comparison: ComparisonConfig, tokens: Tokens, limit: int | 
 
 
 def _comparison_id(one: Candidate, other: Candidate) -> str:
-    return f"{one.id}/vs/{other.id.rsplit('/', 1)[-1]}"
+    """<the first's id>/vs/<what is behind the prompt's id in the second's>."""
+    return f"{one.id}/vs/{other.id.removeprefix(f'{other.prompt_id}/')}"

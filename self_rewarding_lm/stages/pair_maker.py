@@ -190,7 +190,8 @@ class PairMaker:
         """The candidates of a prompt that the judge is shown together, to make what judgements are
         missing; [] if none is missing."""
         answers = judged.answers
-        return [] if self.judge.has_judged(answers, judged.judgements) else answers
+        has_judged = self.judge.has_judged(answers, judged.judgements, self.ctx.format)
+        return [] if has_judged else answers
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[Any]:
         """The records that a prompt gives; `drops` counts what was left out, by reason."""

@@ -1,22 +1,37 @@
 """Losers of an earlier model and winners of the next: the rules, whole runs, stops, processes."""
 
 import sys
+from collections import Counter
+from contextlib import nullcontext
+from itertools import permutations
 
 import pytest
 import torch
 
-from self_rewarding_lm import DPOConfig, OptimConfig, Run, TemporalDPOConfig
+from self_rewarding_lm import (
+    ComparisonConfig,
+    DPOConfig,
+    EnsembleJudge,
+    OptimConfig,
+    Run,
+    SamplingConfig,
+    ServerJudge,
+    TemporalDPOConfig,
+)
 from self_rewarding_lm.data.tokenizers import CallableTokenizer
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.candidates import sample_candidates
 from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.self_judge import PairwiseJudge
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt
+from self_rewarding_lm.runs import resume
 from self_rewarding_lm.scores import candidate_scores
 from self_rewarding_lm.stages.pairing import DropCounts, PairingConfig, make_pairs
 from self_rewarding_lm.stages.rehearsal import rehearse_stages
 from self_rewarding_lm.stages.temporal import anchored, part_of
+from tests.support.fake_server import FakeServer
 from tests.support.models import TEXT_VOCAB, encode
 from tests.support.processes import two
 from tests.test_trainer import (
@@ -183,6 +198,112 @@ def test_each_model_is_the_one_it_should_be(tmp_path):
     again = trained_on(run.pairs("temporal"), "again")
     for name, tensor in weights_of(model).items():
         torch.testing.assert_close(tensor, again.state_dict()[name], rtol=0, atol=1e-9)
+
+
+SHOWN = ComparisonConfig(prompt_template="{{ prompt }}:{{ response_a }}<{{ response_b }}")
+
+
+def better(prompt: str) -> float:
+    """1 if the first of two shown responses has the more letters as Letters counts them, or 0.5."""
+    one, other = (sum(map(ord, text)) for text in prompt.partition(":")[2].split("<"))
+    return 0.5 + 0.5 * (one > other) - 0.5 * (one < other)
+
+
+class Compares:
+    """Answers comparisons by the scores of Letters. left: until it is killed."""
+
+    def __init__(self, left: int = -1) -> None:
+        self.left, self.asked = left, []
+
+    def ask(self, ctx, questions):
+        for question in questions:
+            if self.left == 0:
+                raise StopError
+            self.left -= 1
+            self.asked.append(question.id)
+            yield Judgement(question.id, question.candidate_ids, "it", better(question.text))
+
+
+def comparing(left: int = -1):
+    return PairwiseJudge(SHOWN, asker=Compares(left))
+
+
+def compared_by(kind, server):
+    if kind == "a server":
+        server.says = lambda body: (
+            f"Better: {SHOWN.labels[better(body['messages'][0]['content']) < 1]}"
+        )
+        return ServerJudge(url=server.url, model="m").comparing(SHOWN, SamplingConfig())
+    judges = {
+        "alone": comparing,
+        "an ensemble": lambda: EnsembleJudge([(comparing(), 3)], filters=[(comparing(), 0.0)]),
+        "an ensemble of ensembles": lambda: EnsembleJudge([EnsembleJudge([comparing()])]),
+    }
+    return judges[kind]()
+
+
+@pytest.mark.parametrize("kind", ["alone", "an ensemble", "an ensemble of ensembles", "a server"])
+def test_a_judge_that_compares_picks_as_one_that_scores_alike(tmp_path, kind):
+    """Ids of the start's candidates end as those of the other models do: 1, anchor/1, next/1."""
+    with FakeServer() as server:
+        judge = compared_by(kind, server)
+        stages = [sft(), temporal(judge)]
+        run = trainer_of(tmp_path / "compared", stages, model64())(rehearse=False)
+    scored = trainer_of(tmp_path / "scored", [sft(), temporal()], model64())(rehearse=False)
+    assert list(run.candidates("temporal")) == list(scored.candidates("temporal"))
+
+    def sides(pairs):
+        return {pair.id: (pair.chosen_id, pair.rejected_id) for pair in pairs}
+
+    assert sides(run.pairs("temporal")) == sides(scored.pairs("temporal"))
+    assert sides(first_pairs(run)) == sides(first_pairs(scored))
+    parts = {part_of(i) for two in sides(run.pairs("temporal")).values() for i in two}
+    assert parts == {"", "anchor", "next"}
+    twos = Counter(j.candidate_ids for j in run.judgements("temporal"))
+    wanted = Counter()
+    for models in by_part(run).values():
+        ids = [c.id for own in models.values() for c in own]
+        wanted.update(permutations(ids, 2))
+    members = 2 if kind == "an ensemble" else 1
+    assert twos == {two: members * count for two, count in wanted.items()}
+
+
+def test_comparisons_of_a_stage_that_was_stopped_are_those_of_one_that_was_not(tmp_path):
+    def run_of(folder, left=-1):
+        judge = comparing(left)
+        stages = [sft(), temporal(EnsembleJudge([judge, Letters()]))]
+        return trainer_of(tmp_path / folder, stages, model64())(rehearse=False)
+
+    wanted = run_of("straight")
+    total = len(wanted.judgements("temporal"))
+    for left in (total // 2, total - 40):
+        with pytest.raises(StopError):
+            run_of(str(left), left)
+        found = run_of(str(left))
+        for read in (Run.judgements, Run.pairs):
+            assert list(read(found, "temporal")) == list(read(wanted, "temporal"))
+
+
+def test_a_run_that_version_0_1_0_began_keeps_its_ids_of_comparisons(tmp_path, monkeypatch):
+    def run_of(folder, left=-1):
+        judge = comparing(left)
+        stages = [sft(), temporal(judge, chosen_from_next=False)]
+        with nullcontext() if left < 0 else pytest.raises(StopError):
+            trainer_of(tmp_path / folder, stages, model64())(rehearse=False)
+        return Run.open(tmp_path / folder), judge.asker.asked
+
+    monkeypatch.setattr(resume, "FORMAT", 1)
+    wanted, asked = run_of("straight")
+    names = [j.id for j in wanted.judgements("temporal")]
+    assert "temporal/0/0/0/vs/1" in names and len(names) < len(asked)  # some have one id
+    assert all(name.rpartition("/vs/")[2] in ("0", "1") for name in names)
+    _, before = run_of("stopped", 4 * 12 + 3)  # in the second block of four prompts
+    monkeypatch.undo()
+    found, after = run_of("stopped")
+    assert found.format == 1
+    assert list(found.judgements("temporal")) == list(wanted.judgements("temporal"))
+    assert not {name for name in after if name.startswith("temporal/0/")}
+    assert {name.split("/")[1] for name in before + after} == {n.split("/")[1] for n in asked}
 
 
 def test_without_the_next_model_the_pairs_are_trained_on_at_once(tmp_path):

@@ -8,11 +8,15 @@ import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from self_rewarding_lm.config import DEFAULT_REWARD_CONFIG, SamplingConfig
 from self_rewarding_lm.data.chat import TEMPLATES
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.judges import parsing
-from self_rewarding_lm.records import Candidate, Judgement
+from self_rewarding_lm.judges.ensemble import EnsembleJudge
+from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
+from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.stages.self_instruct.filters import FilterCounts
+from tests.support.models import Successor, context
 from tests.support.mutants import over
 
 ANY_TEXT = st.text(st.characters(), max_size=40)
@@ -305,6 +309,69 @@ def what_a_function_gives_is_a_finite_number_or_none_with_a_reason(scores, value
     else:
         assert (found.score is None) == (found.reason is not None)
         assert found.score is None or math.isfinite(found.score)
+
+
+NESTED = st.lists(
+    st.lists(st.sampled_from(["0", "1", "10", "anchor", "m0"]), min_size=1, max_size=3).map(
+        "/".join
+    ),
+    max_size=5,
+    unique=True,
+).map(lambda names: [Candidate(f"s/0/0/{n}", "s/0/0", (1,), n, True, 4) for n in names])
+"""Candidates of one prompt whose ids may begin and end alike."""
+
+
+class Echo:
+    """Answers a question with its own text in place of a judge."""
+
+    def ask(self, ctx, questions):
+        for q in questions:
+            yield Judgement(q.id, q.candidate_ids, "echo", 1.0, text=q.text)
+
+
+def _compared(judge, candidates):
+    prompt = Prompt("s/0/0", 0, (1,), "say")
+    return list(judge.judge(context(Successor()), [prompt], [candidates]))
+
+
+@over(
+    "judges.self_judge",
+    NESTED,
+    mutants={
+        "other.id.removeprefix(f'{other.prompt_id}/')": "other.id.rsplit('/', 1)[-1]",
+        "as_in_format_1(name) if ctx.format == 1 else name": "as_in_format_1(name)",
+        "in permutations(candidates, 2)]": "in zip(candidates, candidates[1:])]",
+    },
+    examples=150,
+)
+def each_comparison_has_an_id_of_its_own(self_judge, candidates):
+    judge = self_judge.PairwiseJudge(asker=Echo())
+    found = _compared(judge, candidates)
+    assert [j.id for j in found] == judge.judgement_ids(candidates)
+    assert len({j.id for j in found}) == len(found)
+    assert [j.candidate_ids for j in found] == list(permutations([c.id for c in candidates], 2))
+
+
+@over(
+    "judges.ensemble",
+    NESTED,
+    mutants={
+        "key=len, reverse=True": "key=len",
+        "judgement.id.removeprefix(f'{head}/{label}/')": "judgement.id.removeprefix(f'{head}/')",
+    },
+    examples=150,
+)
+def a_member_keeps_its_judgements_and_gives_them_back(ensemble, candidates):
+    inner = EnsembleJudge(
+        [
+            PairwiseJudge(asker=Echo()),
+            SelfJudge(DEFAULT_REWARD_CONFIG, SamplingConfig(), 2, asker=Echo()),
+        ]
+    )
+    member = ensemble.Member(inner, "m0")
+    kept, own = _compared(member, candidates), _compared(inner, candidates)
+    assert [j.id for j in kept] == member.judgement_ids(candidates)
+    assert len({j.id for j in kept}) == len(kept) and member.own(kept) == own
 
 
 @st.composite
