@@ -36,10 +36,10 @@ from self_rewarding_lm.models.packing import Packing
 from self_rewarding_lm.models.plain import recomputing
 from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
 from self_rewarding_lm.models.trial import (
-    cache_agrees,
     check_causal,
     head_agrees,
     probe_vocab,
+    session_error,
     tried,
 )
 from self_rewarding_lm.runs.pretrained import (
@@ -94,9 +94,9 @@ class HuggingFaceModel:
         may_cache = not _recurs(self.base, self.config)
         # `session` reads `attends` and `caches`, also while a trial finds out whether they are true
         self.attends = may_cache and self._may_attend()
-        self.attends = self.attends and cache_agrees(self)
+        self.attends = self.attends and session_error(self) <= 1
         self.caches = may_cache
-        self.caches = self.attends or (may_cache and cache_agrees(self))
+        self.caches = self.attends or (may_cache and session_error(self) <= 1)
         if not self.caches:
             logger.warning(
                 "%s cannot be decoded with a cache here (the cached logits differ, or it has "

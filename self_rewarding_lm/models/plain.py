@@ -30,7 +30,7 @@ from self_rewarding_lm.models.interface import (
     not_checkpointed,
 )
 from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
-from self_rewarding_lm.models.trial import cache_agrees, check_causal, probe_vocab
+from self_rewarding_lm.models.trial import check_causal, probe_vocab, session_error
 from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class PlainModel:
 
         A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
-        if self.caches and not cache_agrees(self):
+        if self.caches and session_error(self) > 1:
             self.caches = False
             logger.warning(
                 "%s.forward takes positions and a cache, but its logits with a cache are not those "

@@ -1,12 +1,17 @@
-"""Trials of a model: whether a fast way gives the logits of the model's own forward.
+"""Trials of a model: by how much a fast way misses the logits of the model's own forward.
 
-One trial is of the cache of keys and values. The other is of hidden states and head taken apart,
-with which log-probs are computed only where they are wanted, a piece at a time, and without padding
-if the model's attention allows it.
+One trial is of the cache of keys and values. Another is of hidden states and head taken apart, with
+which log-probs are computed only where they are wanted, a piece at a time, and without padding if
+the model's attention allows it. The last is of padding itself.
+
+Each gives an error: how often the tolerance goes into it, 0.0 for equal logits and infinity if the
+way fails. Trials run in the module's own type, whatever `torch.autocast` is around them.
 """
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -22,7 +27,7 @@ from self_rewarding_lm.models.packing import Packing
 logger = logging.getLogger(__name__)
 
 
-PROBE_TOKENS = 6
+PROBE_TOKENS = 24
 PROBES = 3
 
 
@@ -31,13 +36,37 @@ LOUD = 100.0
 weights are."""
 
 
+REFUSED = 20.0
+"""An error from which on a way is refused; from 1.0 on it is named in a warning. Ours: the rounding
+of trained weights in a narrow type is beyond the tolerance now and then, and not by this much."""
+
+
+def probes(model: TokenModel) -> list[list[int]]:
+    """Rows of different tokens for trials, always the same ones.
+
+    None of their tokens is among the first or the last of the vocabulary, where a tokenizer has
+    those with a meaning of their own, if it is large enough.
+    """
+    length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    low, high = model.vocab // 8, model.vocab - model.vocab // 4
+    return torch.randint(low, high, (PROBES, length), generator=generator).tolist()
+
+
+@contextmanager
+def trying(module: nn.Module) -> Iterator[None]:
+    """Run forwards without gradients and dropout, in the module's own type."""
+    with torch.autocast(device_of(module).type, enabled=False), inferring(module):
+        yield
+
+
 def probe_vocab(module: nn.Module) -> int:
     """The number of tokens that a module gives logits for.
 
     Raises AdapterError if its forward fails or gives no logits.
     """
     ids = torch.zeros(2, 2, dtype=torch.long, device=device_of(module))
-    with inferring(module):
+    with trying(module):
         try:
             output = module(ids)
         except Exception as error:
@@ -51,45 +80,82 @@ def probe_vocab(module: nn.Module) -> int:
 
 def check_causal(model: TokenModel) -> None:
     """Raise AdapterError if the logits of a token depend on the tokens after it."""
-    length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
-    device = device_of(model.module)
-    ids = torch.zeros(2, length, dtype=torch.long, device=device)
-    ids[1, -1] = model.vocab - 1
-    with inferring(model.module):
-        first, second = model.logits(ids)[:, :-1].double()  # (t - 1, v) each
-    tolerance = _tolerance(model.module, first, exact=3e-4, rounded=3e-2)
-    if bool(((first - second).abs() > tolerance).any()):
-        raise AdapterError(
-            "the model is not causal: the logits of a token change with the tokens after it. "
-            "Give a decoder (causal attention); a bidirectional model cannot be sampled from."
-        )
+    row, other, _ = probes(model)
+    ids = torch.tensor([row] * 3, device=device_of(model.module))
+    for changed, start in ((1, len(row) - 1), (2, len(row) // 2)):
+        ids[changed, start:] = torch.tensor(other[start:])
+    ids[1, -1] = (ids[0, -1] + 1) % model.vocab
+    with trying(model.module):
+        logits = model.logits(ids).double()  # (3, t, v)
+    for changed, end in ((1, len(row) - 1), (2, len(row) // 2)):
+        first, second = logits[0, :end], logits[changed, :end]
+        tolerance = _tolerance(model.module, first, exact=3e-4, rounded=3e-2)
+        if bool(((first - second).abs() > tolerance).any()):
+            raise AdapterError(
+                "the model is not causal: the logits of a token change with the tokens after it. "
+                "Give a decoder (causal attention); a bidirectional model cannot be sampled from."
+            )
 
 
-def cache_agrees(model: TokenModel) -> bool:
-    """Whether a session of rows of different lengths gives the logits of whole rows."""
-    return agrees_on_probes(model, _session_equals_whole)
+def beyond_rounding(way: str, error: float) -> str | None:
+    """Why a way that is known to be right is refused on these weights; None if it is not.
 
-
-def agrees_on_probes(model: TokenModel, trial: Callable[[TokenModel, list[int]], bool]) -> bool:
-    """Whether a trial of the model says yes to one of several rows of tokens.
-
-    One is enough: a trained model may turn the rounding of tokens that never stand together into
-    quite other logits, above all in a narrow type. A trial that raises says no.
+    A smaller error that is no rounding either is named in a warning.
     """
-    length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
-    if length < 3:
-        return False
-    strides = [1 + n * model.vocab // 8 for n in range(PROBES)]
-    rows = [[i * stride % model.vocab for i in range(1, length + 1)] for stride in strides]
+    if error > REFUSED:
+        return f"{way} gives other logits with these weights: {error:.0f} times what rounding does"
+    if error > 1:
+        logger.warning(
+            "%s gives logits that differ by %.1f times what rounding does with these weights; it is "
+            "used all the same, as its parts are known to be right.",
+            way,
+            error,
+        )
+    return None
+
+
+def session_error(model: TokenModel) -> float:
+    """The error of a session of rows of different lengths, against whole rows."""
+    return least_error(model, _session_against_whole)
+
+
+def padding_error(model: TokenModel) -> float:
+    """The error of rows of different lengths in one forward, against each row alone."""
+    return least_error(model, _padded_against_whole)
+
+
+def training_error(model: TokenModel, training: Training) -> float:
+    """The error of hidden states and head apart, against whole rows."""
+
+    def trial(model: TokenModel, tokens: list[int]) -> float:
+        return _training_against_whole(model, training, tokens)
+
+    return least_error(model, trial)
+
+
+def least_error(model: TokenModel, trial: Callable[[TokenModel, list[int]], float]) -> float:
+    """The least error of a trial with several rows of tokens.
+
+    One good row is enough: a trained model may turn the rounding of tokens that never stand
+    together into quite other logits, above all in a narrow type. The error of a trial that raises
+    is infinite.
+    """
+    least, rows = math.inf, probes(model)
+    if len(rows[0]) < 3:
+        return math.inf
     try:
-        with inferring(model.module):
-            return any(trial(model, row) for row in rows)
+        with trying(model.module):
+            for row in rows:
+                least = min(least, trial(model, row))
+                if least <= 1:
+                    break
     except Exception as error:  # whatever it is: the model is then used as it is
         logger.debug("a trial failed: %r", error)
-        return False
+        return math.inf
+    return least
 
 
-def _session_equals_whole(model: TokenModel, tokens: list[int]) -> bool:
+def _session_against_whole(model: TokenModel, tokens: list[int]) -> float:
     """Decode two prompts with a common beginning, and compare all logits with those of whole rows.
 
     Rows are exchanged, dropped and, if the session joins, added later, so that rows of different
@@ -98,36 +164,73 @@ def _session_equals_whole(model: TokenModel, tokens: list[int]) -> bool:
     long, short, following = tokens[:-1], [tokens[0], *tokens[2:-1]], tokens[-1]
     device = device_of(model.module)
     session = model.session(Plan((tokens[0],), len(long), max_new=2, max_rows=2))
+    errors = []
 
-    def agrees(rows: list[list[int]], logits: Tensor) -> bool:  # (r, v)
-        return all(close(model, row, of_row) for row, of_row in zip(rows, logits, strict=True))
+    def compare(rows: list[list[int]], logits: Tensor) -> None:  # (r, v)
+        errors.extend(error(model, row, of_row) for row, of_row in zip(rows, logits, strict=True))
 
-    def extend(rows: list[list[int]]) -> bool:
+    def extend(rows: list[list[int]]) -> None:
         for row in rows:
             row.append(following)
-        return agrees(rows, session.extend(torch.full((len(rows),), following, device=device)))
+        compare(rows, session.extend(torch.full((len(rows),), following, device=device)))
 
-    if not agrees([long, short], session.prefill([long, short])):
-        return False
+    compare([long, short], session.prefill([long, short]))
     session.add([0, 1])
     session.select([1, 0])
     rows = [[*short], [*long]]
-    if not extend(rows):
-        return False
+    extend(rows)
     session.select([0])
     del rows[1]
     if session.joins:
         session.add([1])
         rows.append([*short])
-    return extend(rows)
+    extend(rows)
+    return max(errors)
 
 
-def close(model: TokenModel, row: list[int], logits: Tensor) -> bool:
-    """Whether logits (v,) are those of the token after a row, computed alone and whole."""
-    whole = torch.tensor([row], device=logits.device)
+def _ragged(tokens: list[int]) -> list[list[int]]:
+    """Rows of different lengths; two begin alike, and the last begins the third."""
+    return [tokens[:-1], [tokens[0], *tokens[2:]], tokens[1:3], tokens[1:2]]
+
+
+def _padded_against_whole(model: TokenModel, tokens: list[int]) -> float:
+    rows = _ragged(tokens)
+    ids, _ = pad_rows(rows)
+    logits = model.logits(ids.to(device_of(model.module)))  # (b, t, v)
+    return _largest(model, rows, logits)
+
+
+def _training_against_whole(model: TokenModel, training: Training, tokens: list[int]) -> float:
+    rows = _ragged(tokens)
+    ids, lengths = pad_rows(rows)
+    device = device_of(model.module)
+    if training.packs:
+        width = None if training.width is None else min(training.width, len(tokens) - 1)
+        packing = Packing(ids, lengths, device, width=width, least_shared=1)
+        hidden = training.hidden(packing.ids, packing).flatten(0, 1)[packing.where]  # (b, t, d)
+    else:
+        hidden = training.hidden(ids.to(device), None)
+    return _largest(model, rows, training.head().logits(hidden))
+
+
+def _largest(model: TokenModel, rows: Sequence[list[int]], logits: Tensor) -> float:
+    """The largest error of the logits (b, t, v) behind each row's last token."""
+    ends = [of_row[len(row) - 1] for row, of_row in zip(rows, logits, strict=True)]
+    return max(error(model, row, end) for row, end in zip(rows, ends, strict=True))
+
+
+def error(model: TokenModel, row: Sequence[int], logits: Tensor) -> float:
+    """How far logits (v,) are from those of the token after a row, computed alone and whole.
+
+    In tolerances, see `_tolerance`.
+    """
+    whole = torch.tensor([[*row]], device=logits.device)
     truth = model.logits(whole)[0, -1].double()
-    tolerance = _tolerance(model.module, truth, exact=1e-4, rounded=1e-1)
-    return bool(((truth - logits.double()).abs() <= tolerance).all())
+    difference = float((truth - logits.double()).abs().max())
+    tolerance = _tolerance(model.module, truth, exact=1e-4, rounded=5e-2)
+    if difference == 0:
+        return 0.0
+    return difference / tolerance if tolerance > 0 and math.isfinite(difference) else math.inf
 
 
 def _tolerance(module: nn.Module, logits: Tensor, *, exact: float, rounded: float) -> float:
@@ -150,10 +253,10 @@ def _is_narrow(module: nn.Module) -> bool:
     return any(d.itemsize < 4 and d != torch.bool for d in dtypes)
 
 
-def tried(model: TokenModel, training: Training) -> Training | None:
-    """`training` if it gives the model's logits, without packing if only that does; else None."""
+def tried(model: TokenModel, training: Training, bound: float = 1.0) -> Training | None:
+    """`training` if its error is within a bound, without packing if only that is; else None."""
     ways = [training, replace(training, packs=False)] if training.packs else [training]
-    return next((way for way in ways if _training_agrees(model, way)), None)
+    return next((way for way in ways if training_error(model, way) <= bound), None)
 
 
 def head_agrees(model: TokenModel, project: nn.Module, head: Head) -> bool:
@@ -169,7 +272,7 @@ def head_agrees(model: TokenModel, project: nn.Module, head: Head) -> bool:
         return (enlarged[0], *args[1:])
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(model.module))
-    with inferring(model.module):
+    with trying(model.module):
         handle = project.register_forward_pre_hook(enlarge)
         try:
             truth = model.logits(ids)
@@ -177,28 +280,3 @@ def head_agrees(model: TokenModel, project: nn.Module, head: Head) -> bool:
             handle.remove()
         logits = head.logits(enlarged[0])
     return bool(torch.allclose(logits.float(), truth.float(), rtol=1e-2, atol=1e-2 * LOUD))
-
-
-def _training_agrees(model: TokenModel, training: Training) -> bool:
-    def trial(model: TokenModel, tokens: list[int]) -> bool:
-        return _training_equals_whole(model, training, tokens)
-
-    return agrees_on_probes(model, trial)
-
-
-def _training_equals_whole(model: TokenModel, training: Training, tokens: list[int]) -> bool:
-    """Compare several rows with whole rows; two begin alike, and the last begins the third."""
-    rows = [tokens[:-1], [tokens[0], *tokens[2:]], tokens[1:3], tokens[1:2]]
-    ids, lengths = pad_rows(rows)
-    device = device_of(model.module)
-    if training.packs:
-        width = None if training.width is None else min(training.width, len(tokens) - 1)
-        packing = Packing(ids, lengths, device, width=width, least_shared=1)
-        hidden = training.hidden(packing.ids, packing).flatten(0, 1)[packing.where]  # (b, t, d)
-    else:
-        hidden = training.hidden(ids.to(device), None)
-    head = training.head()
-    return all(
-        close(model, row, head.logits(states[len(row) - 1]))
-        for row, states in zip(rows, hidden, strict=True)
-    )

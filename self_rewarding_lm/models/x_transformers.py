@@ -1,17 +1,20 @@
 """Models of x-transformers: a TransformerWrapper, alone or in an AutoregressiveWrapper.
 
-If its attention allows it, its layers use our keys and values, by hooks on their own; if not,
-x-transformers' growing cache.
+If our attention knows all its parts (`x_parts.py`), its layers use our keys and values, by hooks on
+their own; if not, x-transformers' growing cache.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
@@ -20,6 +23,7 @@ from x_transformers.attend import Attend
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models.attention import KeyValues
 from self_rewarding_lm.models.batching import pad_left
+from self_rewarding_lm.models.drawn import draw_weights
 from self_rewarding_lm.models.interface import (
     Cache,
     Plan,
@@ -35,7 +39,15 @@ from self_rewarding_lm.models.logprobs import Head
 from self_rewarding_lm.models.packing import Packing
 from self_rewarding_lm.models.plain import recomputing
 from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
-from self_rewarding_lm.models.trial import cache_agrees, check_causal, probe_vocab, tried
+from self_rewarding_lm.models.trial import (
+    REFUSED,
+    beyond_rounding,
+    check_causal,
+    probe_vocab,
+    session_error,
+    tried,
+)
+from self_rewarding_lm.models.x_parts import unknown_part
 from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
 
 logger = logging.getLogger(__name__)
@@ -51,6 +63,7 @@ class XTransformersModel:
 
     Rows that are not packed are padded on the right for training, on the left for x-transformers'
     own cache. attends: whether it is decoded over our keys and values. caches: whether with any.
+    refused: why a fast way is not gone, by its name (attends, caches, training, packs).
     """
 
     @staticmethod
@@ -58,7 +71,7 @@ class XTransformersModel:
         """Whether a module is a TransformerWrapper, or an AutoregressiveWrapper around one."""
         return isinstance(_unwrapped(module), TransformerWrapper)
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, is_copy: bool = False) -> None:
         self.module = module
         transformer: Any = _unwrapped(module)
         self.transformer: TransformerWrapper = transformer
@@ -69,8 +82,18 @@ class XTransformersModel:
         if not transformer.attn_layers.causal:
             raise AdapterError("the model is not causal: build it with Decoder, not Encoder.")
         check_causal(self)
-        self._warned = False
+        self.refused: dict[str, str] = {}
+        self._warned = is_copy
+        self._may_cache = bool(transformer.can_cache_kv)
+        if not is_copy and unknown_part(transformer) is not None:
+            self._try_with_drawn_weights()
         self.refresh()
+
+    def _try_with_drawn_weights(self) -> None:
+        """Try a model whose parts are not known on a copy, in which no path is silent."""
+        transformer = deepcopy(self.transformer)
+        draw_weights(transformer)
+        self._may_cache = XTransformersModel(transformer, is_copy=True).caches
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.transformer(ids), *ids.shape)
@@ -116,7 +139,8 @@ class XTransformersModel:
         if scale is None:
             return Head(project)
         embedding: Any = self.transformer.token_emb
-        return Head(project, embedding.emb.weight, scale=float(scale))
+        weight = embedding.emb.weight  # `to_logits` is a function that applies the scale, too
+        return Head(partial(F.linear, weight=weight), weight, scale=float(scale))
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = KeyValueRows(self.transformer, rows)
@@ -129,20 +153,35 @@ class XTransformersModel:
         A branch that starts at zero hides what a cache gets wrong until it is trained.
         """
         # `session` reads `attends` and `caches`, also while a trial finds out whether they are true
+        self.refused = {}
         self.attends, self.caches = True, False
-        self.attends = cache_agrees(self)
-        self.caches = bool(self.transformer.can_cache_kv)
-        self.caches = self.attends or (self.caches and cache_agrees(self))
+        reason = unknown_part(self.transformer)
+        reason = reason or beyond_rounding("our attention", session_error(self))
+        self.attends = reason is None
+        if reason is not None:
+            self.refused["attends"] = reason
+        self.caches = self._may_cache
+        self.caches = self.attends or (self.caches and session_error(self) <= 1)
+        if not self.caches:
+            self.refused["caches"] = (
+                "x-transformers' own cache gives other logits, or there is none"
+            )
         width = self.transformer.max_seq_len
-        self.training = tried(self, Training(self._hidden, self._head, self.attends, width))
+        training = Training(self._hidden, self._head, self.attends, width)
+        self.training = tried(self, training, REFUSED if self.attends else 1.0)
+        if self.training is None:
+            self.refused["training"] = "hidden states and head apart give other logits"
+        elif self.attends and not self.training.packs:
+            self.refused["packs"] = "rows without padding give other logits"
         if self.attends or self._warned:
             return
         self._warned = True
         if self.caches:
             logger.warning(
                 "this x-transformers model is decoded with its own cache, which is copied at each "
-                "token (its attention or positions cannot use ours): prompts share nothing, and a "
-                "batch ends before the next one begins."
+                "token (its attention or positions cannot use ours: %s): prompts share nothing, and "
+                "a batch ends before the next one begins.",
+                self.refused["attends"],
             )
         else:
             logger.warning(
@@ -165,6 +204,7 @@ def attending(transformer: TransformerWrapper, cache: KeyValues | Packing) -> It
     than causal and scaled: masks, biases, memories, and keys from other layers.
     """
     parts = [part for part in transformer.attn_layers.modules() if isinstance(part, Attend)]
+    layers = count()  # by the order of calls: layers with the same weights have keys of their own
     ours: dict[nn.Module, Tensor] = {}  # (b, h, n, e) of the layers whose own attention runs
 
     def before(part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -173,7 +213,7 @@ def attending(transformer: TransformerWrapper, cache: KeyValues | Packing) -> It
         if others or not part.causal or kwargs.get("causal") is False or q.shape[2] != k.shape[2]:
             raise AdapterError("this kind of attention is not known here")
         dropout = part.dropout if part.training else 0.0
-        ours[part] = cache.attend(parts.index(part), q, k, v, scale=part.scale, dropout=dropout)
+        ours[part] = cache.attend(next(layers), q, k, v, scale=part.scale, dropout=dropout)
         return tuple(t[:, :, :1] for t in args), kwargs
 
     def after(part: nn.Module, args: tuple, output: tuple) -> tuple:

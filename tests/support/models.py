@@ -75,7 +75,7 @@ def untrained(
     outer = {name: options.pop(name) for name in _OF_WRAPPER if name in options}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = Decoder(dim=16, depth=depth, heads=2, attn_dim_head=32, **options)
+        layers = Decoder(dim=16, depth=depth, **{"heads": 2, "attn_dim_head": 32, **options})
         return TransformerWrapper(num_tokens=vocab, attn_layers=layers, **outer)
 
 
