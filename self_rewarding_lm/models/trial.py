@@ -106,8 +106,8 @@ def beyond_rounding(way: str, error: float) -> str | None:
         return f"{way} gives other logits with these weights: {error:.0f} times what rounding does"
     if error > 1:
         logger.warning(
-            "%s gives logits that differ by %.1f times what rounding does with these weights; it is "
-            "used all the same, as its parts are known to be right.",
+            "%s gives logits that differ by %.1f times what rounding does with these weights; it "
+            "is used all the same, as its parts are known to be right.",
             way,
             error,
         )

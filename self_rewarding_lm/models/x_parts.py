@@ -56,17 +56,18 @@ ALONE = {
     *(nn.Dropout, nn.LayerNorm, nn.GLU, nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh),
     *(nn.Softmax, nn.GRUCell, Rearrange),
 }
-ALONE |= {
-    getattr(x_transformers, name)
-    for name in """
-        TokenEmbedding AbsolutePositionalEmbedding RotaryEmbedding PolarEmbedding LoRALinear Scale
-        LayerNorm ScaleNorm RMSNorm SimpleRMSNorm MultiheadRMSNorm DynamicTanh Derf Residual
-        GRUGating AttentionResidual HyperConnection GatedMultiResidual DynamicLIMe LayerScale
-        ConcatCombine GLU FeedForward ReluSquared SoLU Identity Sequential
-    """.split()
-    if hasattr(x_transformers, name)
-}
 """Types of parts that work on each token alone."""
+
+
+for _name in (
+    *("TokenEmbedding", "AbsolutePositionalEmbedding", "RotaryEmbedding", "PolarEmbedding"),
+    *("LayerNorm", "ScaleNorm", "RMSNorm", "SimpleRMSNorm", "MultiheadRMSNorm", "DynamicTanh"),
+    *("Derf", "LayerScale", "Scale", "Residual", "GRUGating", "AttentionResidual", "DynamicLIMe"),
+    *("HyperConnection", "GatedMultiResidual", "ConcatCombine", "FeedForward", "GLU", "SoLU"),
+    *("ReluSquared", "LoRALinear", "Identity", "Sequential"),
+):
+    if hasattr(x_transformers, _name):  # not every version has all of them
+        ALONE.add(getattr(x_transformers, _name))
 
 
 def unknown_part(transformer: nn.Module) -> str | None:

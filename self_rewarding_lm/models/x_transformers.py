@@ -163,9 +163,7 @@ class XTransformersModel:
         self.caches = self._may_cache
         self.caches = self.attends or (self.caches and session_error(self) <= 1)
         if not self.caches:
-            self.refused["caches"] = (
-                "x-transformers' own cache gives other logits, or there is none"
-            )
+            self.refused["caches"] = "there is no cache, or its logits are others"
         width = self.transformer.max_seq_len
         training = Training(self._hidden, self._head, self.attends, width)
         self.training = tried(self, training, REFUSED if self.attends else 1.0)
@@ -179,8 +177,8 @@ class XTransformersModel:
         if self.caches:
             logger.warning(
                 "this x-transformers model is decoded with its own cache, which is copied at each "
-                "token (its attention or positions cannot use ours: %s): prompts share nothing, and "
-                "a batch ends before the next one begins.",
+                "token (its attention or positions cannot use ours: %s): prompts share nothing, "
+                "and a batch ends before the next one begins.",
                 self.refused["attends"],
             )
         else:
