@@ -38,9 +38,9 @@ from self_rewarding_lm.models.loading import (
     check_trainable,
     end_ids_of,
     is_placed,
-    merged,
     open_model,
 )
+from self_rewarding_lm.models.merging import MergedAdapter, check_merge
 from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.recipes.paper import paper_config_of
 from self_rewarding_lm.report.card import with_card
@@ -180,6 +180,8 @@ class SelfRewardingTrainer:
         has_device = is_placed(self.model)
         if not has_device:
             self.model.to(self.runtime.device)
+        if merge_adapter:
+            check_merge(self.model)
         self.token_model: TokenModel = adapt(self.model)
         self.policy = self.runtime.prepare(Policy(self.token_model), place=not has_device)
         # 4. the tokenizer, its chat template and end tokens
@@ -249,12 +251,12 @@ class SelfRewardingTrainer:
         for place in range(first, total):
             self._run_stage(run, place)
             self._drop_old_weights(run, place)
-        # 4. write the merged adapter and the report
-        if self.merge_adapter and self.runtime.is_main:
-            beside = with_card(run, self.names[-1], self.tokens.save)
-            save_folder(adapt(merged(self.model)), self.folder / MERGED, beside)
+        # 4. write the report and the merged adapter
         if self.report and self.runtime.is_main:
             report_at_end(run)
+        if self.merge_adapter and self.runtime.is_main:
+            beside = with_card(run, self.names[-1], self.tokens.save)
+            save_folder(MergedAdapter(self.model), self.folder / MERGED, beside)
         self.runtime.barrier()
         self.runtime.end_trackers()
         return run

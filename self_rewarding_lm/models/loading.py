@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +160,14 @@ def check_trainable(model: nn.Module) -> None:
             "a model with an adapter must have one, named 'default' (peft's own name for the "
             f"first); got {', '.join(model.peft_config)}."  # type: ignore[arg-type]
         )
+    if has_adapter(model) and getattr(model.peft_config["default"], "target_modules_to_tie", None):  # type: ignore[index]
+        raise ConfigError(
+            "ensure_weight_tying of a LoRA on head or embeddings is not trained here: peft makes "
+            "two parameters of one memory, which an optimiser steps twice, and which are two when "
+            "the model moves to another device, of which one is lost when it is saved. Leave "
+            "ensure_weight_tying out (each layer then has an adapter of its own, and merge_adapter "
+            "unties them), or train the embeddings by modules_to_save, whose ties hold."
+        )
     if is_hugging_face(model) and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             f"the {type(model).__name__} has no weights that require gradients, so nothing can be "
@@ -178,11 +185,6 @@ def check_trainable(model: nn.Module) -> None:
             "weights in 4 bit cannot be trained themselves; give peft_config, so that an adapter "
             "is trained on them."
         )
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """A copy of a model with its adapter merged into the weights."""
-    return deepcopy(model).merge_and_unload()  # type: ignore[operator]
 
 
 def check_placement(model: nn.Module | str | Path, device_map: Any, processes: int) -> None:

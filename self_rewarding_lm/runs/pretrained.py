@@ -59,6 +59,12 @@ def load_pretrained(module: nn.Module, file: Path) -> None:
         )
 
 
+def read_pretrained(kind: type[nn.Module], folder: Path) -> nn.Module:
+    """A model of a class of transformers from a folder, in the types that it was saved in."""
+    with _without_progress_bars():
+        return kind.from_pretrained(str(folder), dtype="auto")  # type: ignore[attr-defined]
+
+
 def _load_whole(module: nn.Module, file: Path) -> None:
     """Load weights; some kinds have other names on disk than in memory, which are translated."""
     try:

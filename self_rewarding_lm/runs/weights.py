@@ -52,17 +52,21 @@ FOLDER_FILES = (
 """What a folder of weights may hold that this library, transformers or peft wrote."""
 
 
-@runtime_checkable
-class Savable(Protocol):
-    """What can be written to a folder of weights and read back from its file."""
+class Writable(Protocol):
+    """What can be written to a folder of weights."""
 
     def save(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class Savable(Writable, Protocol):
+    """What can be read back from its file, too."""
 
     def load(self, file: Path) -> None: ...
 
 
 def save_folder(
-    model: Savable,
+    model: Writable,
     folder: Path,
     beside: Callable[[Path], None] | None = None,
     *,

@@ -221,6 +221,18 @@ def without(package: str):
         sys.modules.update(held)
 
 
+def adapted(folder: Path, *, merge_adapter: bool = False, **options: Any) -> SelfRewardingTrainer:
+    """A trainer of a LoRA on the head of a tied Llama."""
+    from peft import LoraConfig  # a mistake tells of missing packages
+
+    from tests.support.hf_models import tiny
+
+    config = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", **options)
+    model = tiny("llama", tie_word_embeddings=True)
+    settings: dict[str, Any] = dict(peft_config=config, merge_adapter=merge_adapter)
+    return trainer(folder, sft(), model=model, **settings)
+
+
 def missing(package: str, call: Callable[[], Any]) -> Callable[[], Any]:
     def made() -> Any:
         with without(package):
@@ -629,6 +641,16 @@ def no_checkpointing(folder):
 @mistake("model", "An adapter is to be merged, and there is none")
 def nothing_to_merge(folder):
     return lambda: trainer(folder, sft(), merge_adapter=True)
+
+
+@mistake("model", "An adapter that cannot be merged")
+def not_mergeable(folder):
+    return lambda: adapted(folder, merge_adapter=True, lora_bias=True)
+
+
+@mistake("model", "A tied adapter on the embeddings")
+def tied_adapter(folder):
+    return lambda: adapted(folder, ensure_weight_tying=True)
 
 
 @mistake("model", "Loading options for a model that is loaded already")
