@@ -1,6 +1,7 @@
 """Kinds of tokenizers, and how they turn texts into ids. Knows nothing of templates and prompts."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from self_rewarding_lm.data.control_tokens import Controls, Piece
+from self_rewarding_lm.data.control_tokens import THOUGHT, Controls, Piece, Span
 from self_rewarding_lm.records import Ids
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
@@ -19,6 +20,10 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁o
 CONTEXTS = ("\n", "<", "0", "a")
 """Texts that a piece is encoded behind, so that it is no beginning; the first whose own ids stay as
 they are is taken."""
+
+
+WINDOW = 64
+"""So many characters of a text are first searched for a control token, then twice as many."""
 
 
 BRACKETED = re.compile(r"[<\[].*[>\]]", re.DOTALL)
@@ -56,11 +61,13 @@ class HuggingFaceTokenizer:
 
     special: ids of all special and added tokens. begin_ids: what it puts before every text, its
     begin token or nothing. text_ends: tokens that end a text. controls: the texts of its control
-    tokens.
+    tokens. thoughts_count: whether tokens of thoughts, such as <think>, may be control tokens, as
+    version 0.1.0 had it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, thoughts_count: bool = False) -> None:
         self.tokenizer = tokenizer
+        self._is_no_control = (lambda text: False) if thoughts_count else THOUGHT.fullmatch
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self._added: dict[int, Any] = dict(getattr(tokenizer, "added_tokens_decoder", {}))
         self.special = {*tokenizer.all_special_ids, *self._added}
@@ -76,7 +83,10 @@ class HuggingFaceTokenizer:
         self.text_ends: Ids = tuple(i for i, name in names.items() if name in END_OF_TEXT)
         # 3. control tokens
         declared = {i for i, token in self._added.items() if token.special}
-        self._set_controls({*tokenizer.all_special_ids, *declared})
+        declared |= {*tokenizer.all_special_ids}
+        self._thoughts = {i: names[i] for i in declared if self._is_no_control(names[i])}
+        self._hidden_in_text = declared - self._thoughts.keys()
+        self._set_controls(declared - self._thoughts.keys())
 
     def encode(self, text: str) -> list[int]:
         """The ids of a whole text: with its begin token, if there is one, and no end token."""
@@ -102,9 +112,59 @@ class HuggingFaceTokenizer:
         return ids if has_begin else [*self.begin_ids, *ids]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens; those of thoughts are in it."""
+        if self._thoughts:
+            ids = [i for i in ids if i not in self._hidden_in_text]
         return self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(ids),
+            skip_special_tokens=not self._thoughts,
+            clean_up_tokenization_spaces=False,
         )
+
+    def has_control(self, text: str) -> bool:
+        """Whether a control token is among the ids of a text."""
+        return not self._forbidden.isdisjoint(self._encode(text))
+
+    def control_spans(self, text: str) -> list[Span]:
+        """Where control tokens stand in a text, those too that only this tokenizer sees in it.
+
+        A normaliser may make one of other characters: full-width ones, capitals, or some between
+        which it leaves others out.
+        """
+        spans, start, size = [], 0, WINDOW
+        while start < len(text):
+            if not self.has_control(text[start : start + size]):
+                if start + size >= len(text):
+                    break
+                size *= 2
+                continue
+            # 1. the shortest beginning that has one, 2. its shortest end that has one
+            low, end = start, min(start + size, len(text))
+            while end - low > 1:
+                middle = (low + end) // 2
+                if self.has_control(text[start:middle]):
+                    end = middle
+                else:
+                    low = middle
+            high, first = end, start
+            while high - first > 1:
+                middle = (first + high) // 2
+                if self.has_control(text[middle:end]):
+                    first = middle
+                else:
+                    high = middle
+            spans.append((first, end))
+            start, size = end, WINDOW
+        return spans
+
+    def unwritten(self, pieces: Iterable[Piece], ids: Iterable[int]) -> list[str]:
+        """The control tokens among the ids of pieces that stand in no piece of a template."""
+        found = Counter(i for i in ids if i in self._forbidden)
+        if not found:
+            return []
+        spelled = (t[a:b] for t, plain in pieces if not plain for a, b in self.controls.spans(t))
+        written = Counter(self.tokenizer.convert_tokens_to_ids(text) for text in spelled)
+        return [str(self.tokenizer.convert_ids_to_tokens(i)) for i in found - written]
 
     def add_controls(self, written: str) -> None:
         """Count the added tokens that a template writes between turns as control tokens too.
@@ -114,7 +174,9 @@ class HuggingFaceTokenizer:
         added token too.
         """
         ids = {i for i in self.encode_part(written) if i in self._added}
-        markers = {i for i in ids if BRACKETED.fullmatch(str(self._added[i].content))}
+        names = {i: str(self._added[i].content) for i in ids}
+        markers = {i for i, name in names.items() if BRACKETED.fullmatch(name)}
+        markers = {i for i in markers if not self._is_no_control(names[i])}
         self._set_controls(self._control_ids | markers)
 
     def _set_controls(self, ids: set[int]) -> None:
@@ -122,7 +184,10 @@ class HuggingFaceTokenizer:
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         self._forbidden = ids - {unknown}  # unknown characters have that id, and do no harm
         texts = [str(token.content) for i, token in self._added.items() if i in ids]
-        self.controls = Controls([*texts, *self.tokenizer.all_special_tokens])
+        named = [
+            text for text in self.tokenizer.all_special_tokens if not self._is_no_control(text)
+        ]
+        self.controls = Controls([*texts, *named], self._thoughts.values())
 
     def _encode(self, text: str, *, plain: bool = False) -> list[int]:
         """The ids of a text. plain: ask the tokenizer to split special tokens into characters."""

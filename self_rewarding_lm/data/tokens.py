@@ -7,7 +7,7 @@ a message it is encoded as plain text.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,11 @@ from self_rewarding_lm.data.chat import (
     template_text,
 )
 from self_rewarding_lm.data.chat import transcript as transcript_of
-from self_rewarding_lm.data.control_tokens import Controls, Filled, Mask
+from self_rewarding_lm.data.control_tokens import Controls, Filled, FindSpans, Mask
 from self_rewarding_lm.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
 from self_rewarding_lm.records import Ids
+from self_rewarding_lm.runs.stage_folder import FORMAT
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ QUESTION: Message = {"role": "user", "content": "A question."}
 
 SAMPLES: tuple[Messages, ...] = ((QUESTION,), ({"role": "system", "content": "Be."}, QUESTION))
 """Conversations that a template is tried on; some refuse those without a system message."""
+
+
+class _UnwrittenError(Exception):
+    """Ids have control tokens that no template wrote."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Tokens:
     chat_template: a name, jinja text, or "raw" for texts as they are. None means a Hugging Face
     tokenizer's own (the plain one if it has none), and texts as they are for all others.
     eos_id: the token that ends a response; None asks the tokenizer and the template. end_ids:
-    further ids that end a response, as a model's generation config names them.
+    further ids that end a response, as a model's generation config names them. rules: those of the
+    run, `Run.format`.
 
     Of its attributes, `renders` says whether a text is a user's message and goes through the
     template, `template` is that template's text (None if it is the tokenizer's own), `eos_id` the
@@ -74,11 +80,18 @@ class Tokens:
         vocab: int | None,
         chat_template: str | None = None,
         end_ids: Sequence[int] = (),
+        rules: int = FORMAT,
     ) -> None:
         # 1. the tokenizer: one of transformers is wrapped
         is_hugging_face = hasattr(tokenizer, "apply_chat_template")
         self.source: Any = tokenizer
-        self.tokenizer: Any = HuggingFaceTokenizer(tokenizer) if is_hugging_face else tokenizer
+        self.rules = rules
+        self._options = {"eos_id": eos_id, "chat_template": chat_template, "end_ids": end_ids}
+        self.tokenizer: Any = (
+            HuggingFaceTokenizer(tokenizer, thoughts_count=rules == 1)
+            if is_hugging_face
+            else tokenizer
+        )
         self.vocab = vocab
         # 2. the chat template, and what it writes behind an answer
         is_raw = chat_template == RAW
@@ -106,6 +119,11 @@ class Tokens:
                     f"got {end}."
                 )
 
+    def follow(self, rules: int) -> None:
+        """Render by the rules that a run began with, `Run.format`."""
+        if rules != self.rules:
+            self.__init__(self.source, vocab=self.vocab, rules=rules, **self._options)
+
     def prompt(self, value: str | Sequence[Message], where: str = "the prompt") -> Rendered:
         """A prompt's ids; with a chat template, up to where the assistant begins to answer.
 
@@ -114,9 +132,12 @@ class Tokens:
         if isinstance(value, str) and not self.renders:
             return Rendered(self._encode_prompt_text(value), str(value))
         messages = messages_of(value, where)
-        mask, (masked,) = self._mask_controls(messages)
-        text = self._render_text(masked, True, where)
-        return Rendered(self._encode_masked(text, mask), transcript_of(messages), messages)
+
+        def encode(mask: Mask | None, asked: list[Message]) -> Ids:
+            return self._encode_masked(self._render_text(asked, True, where), mask)
+
+        ids = self._with_controls_hidden(encode, [messages], where)
+        return Rendered(ids, transcript_of(messages), messages)
 
     def response(
         self, prompt: str | Sequence[Message], completion: str, where: str = "the completion"
@@ -128,11 +149,18 @@ class Tokens:
         """
         if isinstance(prompt, str) and not self.renders:
             return self.ended(self.encode_part(completion))
-        # 1. render the prompt, and the prompt with its answer
         messages = messages_of(prompt, where)
-        mask, (asked, answer) = self._mask_controls(
-            messages, ({"role": "assistant", "content": completion},)
-        )
+
+        def encode(mask: Mask | None, asked: list[Message], answer: list[Message]) -> Ids:
+            return self._encode_response(mask, asked, answer, where)
+
+        answer = ({"role": "assistant", "content": completion},)
+        return self._with_controls_hidden(encode, [messages, answer], where)
+
+    def _encode_response(
+        self, mask: Mask | None, asked: list[Message], answer: list[Message], where: str
+    ) -> Ids:
+        # 1. render the prompt, and the prompt with its answer
         before = self._render_text(asked, True, where)
         full = self._render_text([*asked, *answer], False, where)
         if not full.startswith(before):
@@ -157,8 +185,11 @@ class Tokens:
 
     def conversation(self, messages: Sequence[Message], where: str = "the conversation") -> Ids:
         """The ids of a whole conversation, with all that the template writes behind it."""
-        mask, (masked,) = self._mask_controls(messages_of(messages, where))
-        return self._encode_masked(self._render_text(masked, False, where), mask)
+
+        def encode(mask: Mask | None, said: list[Message]) -> Ids:
+            return self._encode_masked(self._render_text(said, False, where), mask)
+
+        return self._with_controls_hidden(encode, [messages_of(messages, where)], where)
 
     def encode(self, text: str) -> Ids:
         """The ids of a text. Raises TokenizerError if they are no ids of the model."""
@@ -171,10 +202,12 @@ class Tokens:
 
     def encode_data(self, text: str) -> Ids:
         """The ids of a piece of a text that comes from data; no control token counts in it."""
-        mask = self._controls.mask_for([text])
-        if mask is None:
-            return self.encode_part(text)
-        return self._encode_masked(mask.hide(text), mask)
+
+        def encode(find: FindSpans) -> Ids:
+            mask = self._controls.mask_for([text], find)
+            return self._encode_masked(text if mask is None else mask.hide(text), mask)
+
+        return self._tried(encode, f"the text {text[:60]!r}")
 
     def decode(self, ids: Sequence[int]) -> str | None:
         """The text of ids, without end tokens; None if there is no tokenizer."""
@@ -268,31 +301,66 @@ class Tokens:
             eos_token=getattr(self.source, "eos_token", None),
         )
 
-    def _mask_controls(self, *parts: Sequence[Message]) -> tuple[Mask | None, list[list[Message]]]:
-        """Parts of a conversation with the control tokens in their messages hidden."""
-        mask = self._controls.mask_for(
-            text for part in parts for message in part for text in message.values()
-        )
-        hide = str if mask is None else mask.hide
-        return mask, [
-            [{key: hide(text) for key, text in message.items()} for message in part]
-            for part in parts
-        ]
+    def _with_controls_hidden(
+        self, encode: Callable[..., Ids], parts: Sequence[Sequence[Message]], where: str
+    ) -> Ids:
+        """`encode(mask, *parts)` of parts of a conversation, control tokens in messages hidden."""
+
+        def masked(find: FindSpans) -> Ids:
+            texts = (text for part in parts for message in part for text in message.values())
+            mask = self._controls.mask_for(texts, find)
+            hide = str if mask is None else mask.hide
+            hidden = (
+                [{key: hide(text) for key, text in message.items()} for message in part]
+                for part in parts
+            )
+            return encode(mask, *hidden)
+
+        return self._tried(masked, where)
+
+    def _tried(self, encode: Callable[[FindSpans], Ids], where: str) -> Ids:
+        """`encode(find)`, where `find` says which control tokens stand in a text.
+
+        If ids have more of them than the template wrote, the tokenizer has made some of other
+        characters; `find` then asks the tokenizer. Raises DataError if that does not help.
+        """
+        try:
+            return encode(self._controls.spans)
+        except _UnwrittenError:
+            pass
+        try:
+            return encode(self.tokenizer.control_spans)
+        except _UnwrittenError as error:
+            raise DataError(
+                f"{where}: the tokenizer makes control tokens ({error}) of a text that does not "
+                "hold them, together with what the chat template writes beside it."
+            ) from error
 
     def _encode_masked(self, text: str, mask: Mask | None) -> Ids:
-        """The ids of a piece of a rendering in which control tokens of messages are hidden."""
-        if mask is None:
+        """The ids of a piece of a rendering in which control tokens of messages are hidden.
+
+        Raises _UnwrittenError if they have control tokens that the template did not write.
+        """
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
             return self.encode_part(text)
-        ids = self.tokenizer.encode_pieces(mask.pieces(text))
-        return self.checked(ids, f"of the text {text[:60]!r}")
+        pieces = [(text, False)] if mask is None else mask.pieces(text)
+        ids = self.checked(self.tokenizer.encode_pieces(pieces), f"of the text {text[:60]!r}")
+        unwritten = self.tokenizer.unwritten(pieces, ids)
+        if unwritten:
+            raise _UnwrittenError(", ".join(unwritten))
+        return ids
 
     def _encode_prompt_text(self, text: str) -> Ids:
         """The ids of a prompt without a template; its begin token before them."""
-        mask = self._controls.mask_for([text])
-        if mask is None or not isinstance(text, Filled):
+        if not isinstance(text, Filled) or not isinstance(self.tokenizer, HuggingFaceTokenizer):
             return self.encode(text)
-        ids = self.tokenizer.encode_pieces(mask.pieces(mask.hide_data(text)))
-        return self.checked(self.tokenizer.with_begin(ids), f"of the text {text[:60]!r}")
+
+        def encode(find: FindSpans) -> Ids:
+            mask = self._controls.mask_for([text], find)
+            return self._encode_masked(str(text) if mask is None else mask.hide_data(text), mask)
+
+        ids = self._tried(encode, f"the text {text[:60]!r}")
+        return self.checked(self.tokenizer.with_begin(list(ids)), "with a begin token")
 
     def _encode_behind(self, before: str, full: str, mask: Mask | None) -> Ids:
         """The ids of what stands in `full` behind `before`, its beginning."""
