@@ -29,6 +29,7 @@ from self_rewarding_lm.data.control_tokens import Controls, Filled, FindSpans, M
 from self_rewarding_lm.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
 from self_rewarding_lm.records import Ids
+from self_rewarding_lm.runs.pretrained import name_ends, name_eos
 from self_rewarding_lm.runs.stage_folder import FORMAT
 
 logger = logging.getLogger(__name__)
@@ -224,13 +225,22 @@ class Tokens:
         return ids if self.eos_id is None or ids[-1:] == (self.eos_id,) else (*ids, self.eos_id)
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face tokenizer and its chat template into a folder; other kinds not."""
+        """Write a Hugging Face tokenizer and its chat template into a folder; other kinds not.
+
+        A generation config that is there, and the tokenizer, then name the end tokens in use:
+        whoever loads the folder generates until the end of a turn.
+        """
+        if self.vocab is not None:
+            pad_id = getattr(self.source, "pad_token_id", None)
+            name_ends(folder, self.end_ids, pad_id, self.vocab)
         if not hasattr(self.source, "save_pretrained"):
             return
         tokenizer = copy(self.source)
         if self.template is not None:
             tokenizer.chat_template = self.template
         tokenizer.save_pretrained(str(folder))
+        if self._is_named_end(tokenizer.chat_template):
+            name_eos(folder, str(tokenizer.convert_ids_to_tokens(self.eos_id)))
 
     def compare_template(self, stage: str, weights: Path) -> None:
         """Warn if a folder of weights was saved with another chat template than this one."""
@@ -368,6 +378,15 @@ class Tokens:
         if ids[: len(head)] == head:
             return ids[len(head) :]
         return self._encode_masked(full[len(before) :], mask)
+
+    def _is_named_end(self, template: Any) -> bool:
+        """Whether the end token in use can be the tokenizer's own without other consequences.
+
+        It must be special, or texts would lose it, and the template must not write the tokenizer's.
+        """
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        is_special = self.eos_id in getattr(self.tokenizer, "special", ())
+        return is_special and self.eos_id != own and "eos_token" not in str(template)
 
     def _turn_end_id(self) -> int | None:
         """The first special token that the template writes behind an answer, if any."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.errors import ConfigError
-from self_rewarding_lm.runs.pretrained import has_adapter, is_hugging_face
+from self_rewarding_lm.runs.pretrained import GENERATION, has_adapter, is_hugging_face
 from self_rewarding_lm.runtime import random_numbers_kept
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def require(package: str, what: str) -> None:
 
 def _read(name: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
     """A model and, if an adapter was read, the name of its base model."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
     if importlib.util.find_spec("peft") is None or find_adapter_config_file(name) is None:
@@ -268,7 +268,10 @@ def _read(name: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
             "its adapter_config.json names no base model. Load that, put the adapter on it with "
             "peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and give the object."
         )
-    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options), base
+    model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+    if (Path(name) / GENERATION).exists():  # where a response of the adapter ends
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model, base
 
 
 def _check_adapter(model: nn.Module, peft_config: Any) -> None:

@@ -1,6 +1,7 @@
 """Folders that `from_pretrained` of transformers, or of peft, reads: written and read here."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -14,6 +15,9 @@ from self_rewarding_lm.runs.weights import ADAPTER_FILE, MODEL_FILE, read_weight
 ONE_FILE = "1000GB"
 
 
+GENERATION = "generation_config.json"
+
+
 def has_adapter(module: nn.Module) -> bool:
     """Whether a module is a model with an adapter of peft."""
     return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
@@ -24,11 +28,44 @@ def save_pretrained(module: nn.Module, folder: Path) -> None:
     if has_adapter(module):
         module.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
         (folder / "README.md").unlink(missing_ok=True)  # a card without content
+        base: Any = module.get_base_model()  # type: ignore[operator]
+        if getattr(base, "generation_config", None) is not None:
+            with _generation_config_valid(base):
+                base.generation_config.save_pretrained(str(folder))
         return
     with _generation_config_valid(module), _without_progress_bars():
         module.save_pretrained(str(folder), max_shard_size=ONE_FILE)  # type: ignore[operator]
     if not (folder / MODEL_FILE).exists():  # some model classes write files of another form
         write_weights(module, folder / MODEL_FILE)
+
+
+def name_ends(folder: Path, end_ids: Sequence[int], pad_id: int | None, vocab: int) -> None:
+    """Have a folder's generation config name the tokens at which responses end.
+
+    Those that it names already stay, behind them, and so does the rest. pad_id: taken if the config
+    names none of the model's `vocab` tokens. Without a generation config nothing is done.
+    """
+    path = folder / GENERATION
+    if not path.exists():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    known = config.get("eos_token_id")
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if not set(end_ids) <= set(known):
+        config["eos_token_id"] = list(dict.fromkeys((*end_ids, *known)))
+    if config.get("pad_token_id") not in range(vocab):
+        config["pad_token_id"] = pad_id if pad_id in range(vocab) else None
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def name_eos(folder: Path, token: str) -> None:
+    """Have a folder's tokenizer name a token as its end token."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if path.exists():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            text = json.dumps({**config, "eos_token": token}, indent=2, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 def load_pretrained(module: nn.Module, file: Path) -> None:

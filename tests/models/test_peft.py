@@ -135,6 +135,7 @@ def test_a_stages_folder_holds_the_adapter_alone_and_is_read_by_peft(trained):
         "adapter_config.json",
         ADAPTER_FILE,
         "chat_template.jinja",
+        "generation_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
