@@ -1,10 +1,58 @@
-"""Judgements become one score per candidate. Pure arithmetic; a missing score is None."""
+"""Judgements become one score per candidate. Pure arithmetic; a missing score is None.
+
+Means are exact fractions and are rounded once, when they are a score: rounding on the way would
+make differences of 1e-16 of ties.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 
 from self_rewarding_lm.records import Candidate, Judgement
+
+Number = Fraction | float
+
+
+MOST = 10**6  # denominator of a fraction that a float is read as
+
+
+_ROUNDS = ContextVar("rounds", default=False)
+
+
+@contextmanager
+def rounding_each_step() -> Iterator[None]:
+    """Within it numbers are floats all the way, as in runs of format 1."""
+    before = _ROUNDS.set(True)
+    try:
+        yield
+    finally:
+        _ROUNDS.reset(before)
+
+
+def exact(number: float) -> Number:
+    """The fraction that a number stands for, so that sums and means of such numbers are exact.
+
+    0.7 stands for 7/10, and 0.333... for 1/3: a fraction with a denominator of at most a million
+    that is rounded to the number. Without one it is what the float holds. float(exact(x)) == x.
+    NaN and infinity stay as they are.
+    """
+    return number if _ROUNDS.get() or not math.isfinite(number) else _fraction(float(number))
+
+
+def exact_sum(numbers: Iterable[Number]) -> Number:
+    """The sum of what `exact` gave."""
+    return math.fsum(numbers) if _ROUNDS.get() else sum(numbers, Fraction())
+
+
+@lru_cache(maxsize=1 << 16)
+def _fraction(number: float) -> Fraction:
+    held = Fraction(number)
+    near = held.limit_denominator(MOST)
+    return near if float(near) == number else held
 
 
 def number_text(score: float) -> str:
@@ -37,8 +85,13 @@ def score_of(value: object) -> ParsedScore:
 
 def mean_score(scores: Iterable[float | None]) -> float | None:
     """The mean of the scores that are not None; None if all are."""
-    known = [score for score in scores if score is not None]
-    return math.fsum(known) / len(known) if known else None
+    mean = _mean(None if score is None else exact(score) for score in scores)
+    return None if mean is None else float(mean)
+
+
+def _mean(numbers: Iterable[Number | None]) -> Number | None:
+    known = [number for number in numbers if number is not None]
+    return exact_sum(known) / len(known) if known else None
 
 
 def candidate_scores(
@@ -57,16 +110,14 @@ def candidate_scores(
     for judgement in judgements:
         key = judgement.judge, len(judgement.candidate_ids) == 2
         by_judge.setdefault(key, []).append(judgement)
-    scores_of: dict[str, list[float | None]] = {candidate.id: [] for candidate in candidates}
+    scores_of: dict[str, list[Number | None]] = {candidate.id: [] for candidate in candidates}
     for (_, compares), judgements_of_one in by_judge.items():
         by_candidate = (_win_rates if compares else _means)(judgements_of_one)
         for candidate_id, score in by_candidate.items():
             if candidate_id in scores_of:
                 scores_of[candidate_id].append(score)
-    return {
-        candidate_id: None if None in scores else mean_score(scores)
-        for candidate_id, scores in scores_of.items()
-    }
+    means = {i: None if None in scores else _mean(scores) for i, scores in scores_of.items()}
+    return {i: None if mean is None else float(mean) for i, mean in means.items()}
 
 
 def label_of(judgement: Judgement) -> str | None:
@@ -79,25 +130,26 @@ def label_of(judgement: Judgement) -> str | None:
     return first if rest and first != "vs" else None
 
 
-def _means(judgements: Sequence[Judgement]) -> dict[str, float | None]:
+def _means(judgements: Sequence[Judgement]) -> dict[str, Number | None]:
     """The mean score of each candidate, of judgements of one candidate."""
-    by_candidate: dict[str, list[float | None]] = {}
+    by_candidate: dict[str, list[Number | None]] = {}
     for judgement in judgements:
-        by_candidate.setdefault(judgement.candidate_ids[0], []).append(judgement.score)
-    return {candidate_id: mean_score(scores) for candidate_id, scores in by_candidate.items()}
+        score = None if judgement.score is None else exact(judgement.score)
+        by_candidate.setdefault(judgement.candidate_ids[0], []).append(score)
+    return {candidate_id: _mean(scores) for candidate_id, scores in by_candidate.items()}
 
 
-def _win_rates(judgements: Sequence[Judgement]) -> dict[str, float | None]:
+def _win_rates(judgements: Sequence[Judgement]) -> dict[str, Number | None]:
     """Each candidate's mean over its known comparisons, of judgements of two candidates."""
-    outcomes: dict[str, list[float | None]] = {
+    outcomes: dict[str, list[Number | None]] = {
         candidate_id: [] for j in judgements for candidate_id in j.candidate_ids
     }
     for (one, other), (there, back) in both_orders(judgements).items():
         if there is not None and back is not None:
             won = there if there == back else 0.5
-            outcomes[one].append(won)
-            outcomes[other].append(1 - won)
-    return {candidate_id: mean_score(scores) for candidate_id, scores in outcomes.items()}
+            outcomes[one].append(exact(won))
+            outcomes[other].append(exact(1 - won))
+    return {candidate_id: _mean(scores) for candidate_id, scores in outcomes.items()}
 
 
 def both_orders(

@@ -8,6 +8,7 @@ self-play.
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -53,6 +54,7 @@ from self_rewarding_lm.runs.run import INITIAL, Run
 from self_rewarding_lm.runs.stage_folder import StageDir, ends_told
 from self_rewarding_lm.runs.weights import save_folder, write_weights
 from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.scores import rounding_each_step
 from self_rewarding_lm.stages.base import stage_names
 from self_rewarding_lm.stages.rehearsal import rehearse_stages
 from self_rewarding_lm.stages.spin import SelfPlayConfig
@@ -287,7 +289,8 @@ class SelfRewardingTrainer:
         out.begin(self._settings(stage))
         # 3. the stage itself
         logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
-        with ends_told(out.tell):
+        rules = rounding_each_step() if ctx.format == 1 else nullcontext()
+        with ends_told(out.tell), rules:
             stage.run(ctx, out)
         # 4. its weights, its end, and the callbacks
         out.save_weights(self.token_model)

@@ -388,12 +388,7 @@ def _comparison(
     judge: Judge,
     seed: int,
 ) -> Comparison:
-    by_prompt: dict[str, list[Judgement]] = {prompt.id: [] for prompt, _ in groups}
-    for judgement in judgements:
-        by_prompt[judgement.candidate_ids[0].rpartition("/")[0]].append(judgement)
-    scores: dict[str, float | None] = {}
-    for prompt, candidates in groups:
-        scores |= judge.scores(candidates, by_prompt[prompt.id])
+    scores = judge.scores_of_all([candidates for _, candidates in groups], judgements)
     outcomes = [outcome(scores[one.id], scores[other.id]) for _, (one, other) in groups]
     if not any(known is not None for known in outcomes):
         raise JudgeError(

@@ -7,6 +7,7 @@ check, so only the weights make a difference. Each of several processes takes a 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,9 @@ from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.make import check_judge, make_judge
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.runs.stored import id_order
-from self_rewarding_lm.scores import candidate_scores, mean_score
+from self_rewarding_lm.scores import candidate_scores, exact, mean_score
+
+HALF = Fraction(1, 2)
 
 Answered = tuple[Prompt, list[Candidate]]
 """A prompt and the model's responses to it."""
@@ -86,7 +89,7 @@ class HeldOutReward:
                 "responses; nothing to compare. Make its prompt fit what it writes, or raise "
                 "judging.max_new_tokens."
             )
-        return {"score": sum(known) / len(known)}
+        return {"score": float(sum(map(exact, known)) / len(known))}
 
     def standing(self) -> Any:
         """What `resume` needs: nothing, as no check depends on another."""
@@ -120,13 +123,25 @@ class HeldOutReward:
 
     def _scores(self, ctx: Context, answered: Sequence[Answered]) -> list[tuple[str, float | None]]:
         """The id of each prompt of all processes and the mean score of its responses, in order."""
-        judged = self._judge.judge(ctx, *zip(*answered, strict=True)) if answered else ()
-        scores = candidate_scores([c for _, responses in answered for c in responses], judged)
+        scores = self._judged(ctx, answered)
         means = [
             (prompt.id, mean_score(scores[c.id] for c in responses))
             for prompt, responses in answered
         ]
         return sorted(ctx.runtime.gather(means), key=lambda item: id_order(item[0]))
+
+    def _judged(self, ctx: Context, answered: Sequence[Answered]) -> dict[str, float | None]:
+        """The judge's scores of these responses by their ids.
+
+        In runs of format 1 all judgements count alike, those of an ensemble's filters too.
+        """
+        if not answered:
+            return {}
+        prompts, candidates_PG = zip(*answered, strict=True)
+        judgements = self._judge.judge(ctx, prompts, candidates_PG)
+        if ctx.format == 1:
+            return candidate_scores([c for group in candidates_PG for c in group], judgements)
+        return self._judge.scores_of_all(candidates_PG, judgements)
 
 
 class VerifierAccuracy(HeldOutReward):
@@ -195,7 +210,7 @@ class WinRateOverLast(HeldOutReward):
         ctx = _held_out_context(ctx)
         answered = self._sample(ctx)
         rate = self._win_rate(ctx, answered) if self.last else 0.5
-        self.total += rate - 0.5
+        self.total = float(exact(self.total) + (exact(rate) - HALF))
         ids = [(prompt.id, responses[0].ids) for prompt, responses in answered]
         self.last = dict(ctx.runtime.gather(ids))
         return {"score": self.total, "win_rate": rate}
@@ -211,17 +226,14 @@ class WinRateOverLast(HeldOutReward):
 
     def _win_rate(self, ctx: Context, answered: Sequence[Answered]) -> float:
         """The present responses' win rate against the last ones, over prompts with a verdict."""
-        groups, outcomes = [], []
+        groups = []
         for prompt, (now, *_) in answered:
             ids = self.last[prompt.id]
             before = replace(now, id=f"{prompt.id}/1", ids=ids, text=ctx.tokens.decode(ids))
-            groups.append([now, before])
-        prompts = [prompt for prompt, _ in answered]
-        judged = self._judge.judge(ctx, prompts, groups) if groups else ()
-        scores = candidate_scores([c for group in groups for c in group], judged)
-        for (prompt, _), (now, before) in zip(answered, groups, strict=True):
-            outcomes.append((prompt.id, outcome(scores[now.id], scores[before.id])))
-        known = [won for _, won in ctx.runtime.gather(outcomes) if won is not None]
+            groups.append((prompt, [now, before]))
+        scores = self._judged(ctx, groups)
+        outcomes = [outcome(scores[now.id], scores[before.id]) for _, (now, before) in groups]
+        known = [won for won in ctx.runtime.gather(outcomes) if won is not None]
         if not known:
             raise JudgeError(
                 f"{ctx.stage}: the judge gave no verdict on any held-out prompt; nothing to "

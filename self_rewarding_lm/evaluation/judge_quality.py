@@ -392,7 +392,7 @@ def _evaluation(
 ) -> JudgeEvaluation:
     """All measures of a judge. groups: of the rows of `ranked`, in their order."""
     every_candidate = [candidate for _, candidates in groups for candidate in candidates]
-    scores = judge.scores(every_candidate, judgements)
+    scores = judge.scores_of_all([candidates for _, candidates in groups], judgements)
     items = tuple(
         RankedScores(item.group, item.ranks, tuple(scores[c.id] for c in candidates))
         for item, (_, candidates) in zip(ranked, groups, strict=True)

@@ -60,6 +60,20 @@ class Judge:
         """The score of each of one prompt's candidates by its id; None if it is unknown."""
         return candidate_scores(candidates, judgements)
 
+    def scores_of_all(
+        self, candidates_PG: Sequence[Sequence[Candidate]], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        """The scores of several prompts' candidates, made prompt by prompt."""
+        place_of = {c.id: place for place, group in enumerate(candidates_PG) for c in group}
+        judgements_PG: list[list[Judgement]] = [[] for _ in candidates_PG]
+        for judgement in judgements:
+            if (place := place_of.get(judgement.candidate_ids[0])) is not None:
+                judgements_PG[place].append(judgement)
+        scores: dict[str, float | None] = {}
+        for candidates, own in zip(candidates_PG, judgements_PG, strict=True):
+            scores |= self.scores(candidates, own)
+        return scores
+
     def filtered(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> set[str]:

@@ -3,7 +3,6 @@
 Knows judgements and their ids; nothing of how a member makes its judgements.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, is_number
-from self_rewarding_lm.scores import label_of
+from self_rewarding_lm.scores import exact, exact_sum, label_of
 
 
 class Member(Judge):
@@ -153,7 +152,12 @@ def _mean(
     weighted: Sequence[tuple[dict[str, float | None], float]], candidate_id: str
 ) -> float | None:
     """The weighted mean of the members' scores of a candidate; None if one gives it none."""
-    known = [(score, w) for scores, w in weighted if (score := scores[candidate_id]) is not None]
+    known = [
+        (exact(score), exact(weight))
+        for scores, weight in weighted
+        if (score := scores[candidate_id]) is not None
+    ]
     if len(known) < len(weighted):
         return None
-    return math.fsum(score * w for score, w in known) / math.fsum(w for _, w in known)
+    total = exact_sum(weight for _, weight in known)
+    return float(exact_sum(score * weight for score, weight in known) / total)

@@ -46,7 +46,7 @@ from self_rewarding_lm.records import (
     stable_hash,
 )
 from self_rewarding_lm.runs.stage_folder import StageDir
-from self_rewarding_lm.scores import number_text
+from self_rewarding_lm.scores import exact, number_text
 from self_rewarding_lm.stages.base import check_rows, read_once
 from self_rewarding_lm.stages.lengths import ranked_lengths
 from self_rewarding_lm.stages.ranges import UNKNOWN, Range
@@ -133,12 +133,12 @@ def scores_of_ranks(ranks: Sequence[float], allowed: Sequence[float]) -> list[fl
     least two different ranks.
     """
     order = sorted(set(ranks))
-    last, low, high = len(order) - 1, min(allowed), max(allowed)
+    last, low, high = len(order) - 1, exact(min(allowed)), exact(max(allowed))
 
     def score_at(place: int) -> float:
         # distances are compared in units of 1/last, so that whole numbers stay exact
         wanted = high * last - place * (high - low)
-        return min(allowed, key=lambda score: (abs(score * last - wanted), -score))
+        return min(allowed, key=lambda score: (abs(exact(score) * last - wanted), -score))
 
     return [score_at(order.index(rank)) for rank in ranks]
 

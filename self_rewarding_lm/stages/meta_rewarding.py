@@ -37,6 +37,7 @@ from self_rewarding_lm.rubrics import META_JUDGE_PROMPT
 from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups
+from self_rewarding_lm.scores import exact
 from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
@@ -520,8 +521,8 @@ def most_varied(scores: Sequence[Sequence[float | None]]) -> int | None:
     those do not count. Returns the first of equals, and None if no response has two different
     scores.
     """
-    known = [[score for score in row if score is not None] for row in scores]
-    variances = [pvariance(row) if row else 0.0 for row in known]  # exact sums, so in any order
+    known = [[exact(score) for score in row if score is not None] for row in scores]
+    variances = [pvariance(row) if row else 0 for row in known]  # type: ignore[type-var]
     best = max(range(len(scores)), key=lambda i: (variances[i], -i), default=None)
     return best if best is not None and variances[best] > 0 else None
 

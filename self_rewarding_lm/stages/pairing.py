@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from math import fsum, inf
+from math import inf
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair, Prompt, same_text
+from self_rewarding_lm.scores import Number, exact, exact_sum
 
 Rho = Annotated[float, Field(ge=0, le=1)]
 
@@ -113,15 +114,16 @@ class DropCounts:
 class Rated:
     """A candidate with the numbers by which it is picked.
 
-    value: its score less the length penalty, by which it is compared. length: see `length_of`.
-    variance: of its judgements; infinite if it is not known.
+    value: its score less the length penalty, by which it is compared; exact, so that rounding makes
+    no difference of a tie. length: see `length_of`. variance: of its judgements; infinite if it is
+    not known.
     """
 
     candidate: Candidate
     score: float
-    value: float
+    value: Number
     length: int
-    variance: float = inf
+    variance: Number = inf
 
 
 Picker = Callable[[Sequence[Rated]], Iterable[tuple[Rated, Rated]]]
@@ -137,7 +139,7 @@ def make_pairs(
     pairing: PairingConfig,
     pick: Picker | None = None,
     noise: Callable[[str], int] | None = None,
-    variances: Mapping[str, float] = {},
+    variances: Mapping[str, Number] = {},
     is_valid_score: Callable[[float], bool] | None = None,
     is_valid_pair: Callable[[float, float], bool] | None = None,
     min_margin: float = 0.0,
@@ -207,7 +209,7 @@ def picker(pairing: PairingConfig, noise: Callable[[str], int] | None = None) ->
 def ranked(rated: Sequence[Rated], tie_break: str) -> tuple[list[Rated], list[Rated]]:
     """The best first, and the worst first; of equal ones whom tie_break names, then the first."""
 
-    def key(one: Rated, sign: int) -> tuple[float, float]:
+    def key(one: Rated, sign: int) -> tuple[Number, Number]:
         ties = {"first": 0, "shorter": sign * one.length, "variance": one.variance}
         return -sign * one.value, ties[tie_break]
 
@@ -226,22 +228,23 @@ def _length_controlled(
     )
 
 
-def score_variances(judgements: Iterable[Judgement]) -> dict[str, float]:
+def score_variances(judgements: Iterable[Judgement]) -> dict[str, Number]:
     """The variance of each candidate's scores by its id; candidates judged once are left out.
 
     A judgement of two candidates gives its score to the first, and 1 less its score to the second.
     """
-    scores_by_id: dict[str, list[float]] = {}
+    scores_by_id: dict[str, list[Number]] = {}
     for judgement in judgements:
-        if (score := judgement.score) is not None:
+        if judgement.score is not None:
+            score = exact(judgement.score)
             pair = zip(judgement.candidate_ids, (score, 1 - score), strict=False)
             for candidate_id, own_score in pair:
                 scores_by_id.setdefault(candidate_id, []).append(own_score)
     variances = {}
     for candidate_id, scores in scores_by_id.items():
         if len(scores) > 1:
-            mean = fsum(scores) / len(scores)
-            variances[candidate_id] = fsum((s - mean) ** 2 for s in scores) / len(scores)
+            mean = exact_sum(scores) / len(scores)
+            variances[candidate_id] = exact_sum((s - mean) ** 2 for s in scores) / len(scores)
     return variances
 
 
@@ -284,14 +287,15 @@ def _rated(
     scores: Mapping[str, float | None],
     drops: DropCounts,
     penalty: float,
-    variances: Mapping[str, float],
+    variances: Mapping[str, Number],
     is_valid_score: Callable[[float], bool] | None,
 ) -> list[Rated]:
     """The candidates that may be picked; [], and the prompt is dropped, if fewer than two may."""
     left = passing(candidates, score_filters(scores, is_valid_score), drops, least=2)
     known = [(c, score, length_of(c)) for c in left if (score := scores[c.id]) is not None]
+    each = exact(penalty)
     return [
-        Rated(one, score, score - penalty * length / 1000, length, variances.get(one.id, inf))
+        Rated(one, score, exact(score) - each * length / 1000, length, variances.get(one.id, inf))
         for one, score, length in known
     ]
 
@@ -309,7 +313,7 @@ def _problem(
     problems = {
         "tie": lambda: margin == 0,
         "identical": lambda: same_text(chosen.candidate, rejected.candidate),
-        "margin": lambda: abs(margin) < min_margin,
+        "margin": lambda: abs(margin) < exact(min_margin),
         "low_score": lambda: least is not None and chosen.score < least,
         "too_long_chosen": lambda: most is not None and chosen.length > most,
         "invalid_pair": lambda: (
@@ -337,7 +341,7 @@ def _pair(
         chosen_score=chosen.score,
         rejected_score=rejected.score,
         messages=prompt.messages,
-        weight=abs(chosen.value - rejected.value) if weighted else None,
+        weight=float(abs(chosen.value - rejected.value)) if weighted else None,
     )
 
 

@@ -3,10 +3,13 @@
 import json
 import logging
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from self_rewarding_lm import (
+    EnsembleJudge,
     HeldOutReward,
     JudgeAnchor,
     OptimConfig,
@@ -77,6 +80,46 @@ def test_responses_without_a_score_are_left_out_and_none_at_all_is_an_error():
     assert evaluation.measure(ctx) == {"score": 3 / 2}
     with pytest.raises(JudgeError, match="no score to any of 3 held-out prompts"):
         evaluation.measure(ctx)
+
+
+def weighted():
+    """Three quarters by length and one by the number of a's; at least two characters."""
+    of_a = lambda prompts, completions: [float(t.count("a")) for t in completions]  # noqa: E731
+    return EnsembleJudge([(longer, 3), of_a], filters=[(longer, 2)])
+
+
+def in_format_1(ctx):
+    return replace(ctx, run=SimpleNamespace(format=1))
+
+
+def test_the_weights_and_filters_of_an_ensemble_count():
+    texts = [["aa", "bbb", "c"], ["aa", "bb", "cc"]]  # 8/4, 9/4, None; 8/4, 6/4, 6/4
+    evaluation = begun(HeldOutReward(HELD_OUT, weighted()), ctx := told_by(texts))
+    assert [evaluation.measure(ctx)["score"] for _ in texts] == [17 / 8, 5 / 3]
+    evaluation = begun(WinRateOverLast(HELD_OUT, weighted()), ctx := told_by(texts))
+    found = [evaluation.measure(ctx)["win_rate"] for _ in texts]
+    assert found == [0.5, 0.25]  # a tie, a loss, and what is not known
+
+
+def test_a_run_of_format_1_counts_all_judgements_alike():
+    ctx = in_format_1(told_by([["aa", "bbb", "c"]]))
+    evaluation = begun(HeldOutReward(HELD_OUT, weighted()), ctx)
+    assert evaluation.measure(ctx) == {"score": (2.0 + 1.5 + 0.5) / 3}
+
+
+def test_equal_means_are_equal_in_whatever_order_responses_come():
+    """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in floats, and early stopping would see a gain."""
+    texts = [["a", "bb", "ccc"], ["ccc", "bb", "a"]]
+    tenths = lambda prompts, completions: [len(t) / 10 for t in completions]  # noqa: E731
+    evaluation = begun(HeldOutReward(HELD_OUT, tenths), ctx := told_by(texts))
+    assert [evaluation.measure(ctx) for _ in texts] == [{"score": 0.2}] * 2
+
+
+def test_what_was_won_and_lost_again_is_nothing():
+    texts = [["a", "b", "c"], ["aa", "bb", "c"], ["a", "b", "c"], ["aa", "bb", "c"]]
+    evaluation = begun(WinRateOverLast(HELD_OUT, longer), ctx := told_by(texts))
+    found = [evaluation.measure(ctx)["score"] for _ in texts]
+    assert found == [0.5, 5 / 6, 0.5, 5 / 6]
 
 
 def test_a_verifiers_accuracy_counts_ones_alone():

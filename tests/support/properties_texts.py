@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 from itertools import permutations
 
 import pytest
@@ -13,6 +14,7 @@ from self_rewarding_lm.data.chat import TEMPLATES
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.judges import parsing
 from self_rewarding_lm.judges.ensemble import EnsembleJudge
+from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.stages.self_instruct.filters import FilterCounts
@@ -374,13 +376,50 @@ def a_member_keeps_its_judgements_and_gives_them_back(ensemble, candidates):
     assert len({j.id for j in kept}) == len(kept) and member.own(kept) == own
 
 
+SHARES = st.sampled_from([Fraction(n, d) for d in (3, 7, 10) for n in (1, 2, 3, 8)])
+"""That floats hold only nearly."""
+
+
+def _meant(number):
+    """The fraction of SHARES, or the whole number, that a float stands for."""
+    return Fraction(round(number * 210), 210)
+
+
+@over(
+    "judges.ensemble",
+    st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=4),
+    mutants={
+        "(exact(score), exact(weight))": "(score, weight)",
+        "/ total)": "/ float(total))",
+        "float(exact_sum(score * weight for": "float(exact_sum(score for",
+    },
+    examples=250,
+)
+def a_weighted_mean_is_that_of_the_fractions(ensemble, case):
+    judge = ensemble.EnsembleJudge(
+        [(FunctionJudge(lambda prompts, completions: []), float(weight)) for _, weight in case]
+    )
+    said = [
+        Judgement(f"s/0/0/0/m{i}/j0", ("s/0/0/0",), f"m{i}:f", float(score))
+        for i, (score, _) in enumerate(case)
+    ]
+    candidate = Candidate("s/0/0/0", "s/0/0", (1,), "", True, 4)
+    wanted = sum(score * weight for score, weight in case) / sum(weight for _, weight in case)
+    assert judge.scores([candidate], said) == {"s/0/0/0": float(wanted)}
+
+
 @st.composite
 def _judged(draw):
     """Candidates, and judgements of one or of two of them by several judges."""
     ids = [f"sr/0/0/{k}" for k in range(draw(st.integers(1, 4)))]
-    score = st.none() | st.integers(0, 5).map(float)
+    score = st.none() | st.integers(0, 5).map(float) | SHARES.map(float)
     verdict = st.none() | st.sampled_from([0.0, 0.5, 1.0])
-    alone = [((one,), "self", draw(score)) for one in ids for _ in range(draw(st.integers(0, 3)))]
+    alone = [
+        ((one,), name, draw(score))
+        for one in ids
+        for name in ("self", "other")
+        for _ in range(draw(st.integers(0, 3)))
+    ]
     both = [(two, "compared", draw(verdict)) for two in permutations(ids, 2) if draw(st.booleans())]
     made = draw(st.permutations(alone + both))
     judgements = [
@@ -394,10 +433,11 @@ def _naive_scores(candidates, judgements):
     found = {}
     for one in (candidate.id for candidate in candidates):
         per_judge = []
-        own = [j.score for j in judgements if j.candidate_ids == (one,)]
-        if own:
-            known = [s for s in own if s is not None]
-            per_judge.append(sum(known) / len(known) if known else None)
+        for name in ("self", "other"):
+            own = [j.score for j in judgements if (j.candidate_ids, j.judge) == ((one,), name)]
+            known = [_meant(s) for s in own if s is not None]
+            if own:
+                per_judge.append(sum(known) / len(known) if known else None)
         met = {
             other
             for j in judgements
@@ -425,7 +465,8 @@ def _naive_scores(candidates, judgements):
                         if there[0] == back[0] == 0
                         else 0.5
                     )
-            per_judge.append(sum(outcomes) / len(outcomes) if outcomes else None)
+            known = list(map(Fraction, outcomes))
+            per_judge.append(sum(known) / len(known) if known else None)
         found[one] = None if not per_judge or None in per_judge else sum(per_judge) / len(per_judge)
     return found
 
@@ -434,10 +475,13 @@ def _naive_scores(candidates, judgements):
     "scores",
     _judged(),
     mutants={
-        "None if None in scores else mean_score(scores)": "mean_score(scores)",
+        "None if None in scores else _mean(scores)": "_mean(scores)",
         "won = there if there == back else 0.5": "won = there",
-        "outcomes[other].append(1 - won)": "outcomes[other].append(won)",
-        "math.fsum(known) / len(known)": "max(known)",
+        "outcomes[other].append(exact(1 - won))": "outcomes[other].append(exact(won))",
+        "exact_sum(known) / len(known)": "max(known)",
+        "else sum(numbers, Fraction())": "else math.fsum(numbers)",
+        "near if float(near) == number else held": "held",
+        "held.limit_denominator(MOST)": "held.limit_denominator(5)",
     },
     examples=600,
 )
@@ -446,8 +490,7 @@ def scores_of_candidates_are_those_of_a_second_way_to_count(judging, case):
     found, wanted = judging.candidate_scores(candidates, judgements), _naive_scores(*case)
     assert found.keys() == wanted.keys()
     for one, score in wanted.items():
-        assert (found[one] is None) == (score is None)
-        assert score is None or math.isclose(found[one], score, abs_tol=1e-12)
+        assert found[one] == (None if score is None else float(score))
 
 
 @over(
