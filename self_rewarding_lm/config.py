@@ -81,9 +81,9 @@ class SamplingConfig(Config):
     max_new_tokens: int = Field(default=256, ge=1)
     """New tokens, the prompt not counted; shortened to the room that a prompt leaves."""
     min_new_tokens: int = Field(default=0, ge=0)
-    """No end token before this many."""
+    """No end token before this many; a stop text ends a response all the same."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response; they stay in it."""
+    """Texts that end a response wherever they stand; they stay in it."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Over 1: tokens that are there already become less likely (arXiv:1909.05858)."""
     filter_fn: Object = None

@@ -71,7 +71,7 @@ def sample_candidates(
                 ids=completion.ids,
                 text=tokens.decode(completion.ids) if completion.reason is None else None,
                 finished=completion.finished,
-                max_new_tokens=requests[index].max_new_tokens,
+                max_new_tokens=completion.max_new_tokens or requests[index].max_new_tokens,
                 tokens=completion.tokens,
                 reason=completion.reason,
             )

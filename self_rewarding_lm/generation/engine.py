@@ -53,12 +53,14 @@ class Completion:
 
     finished: whether it ended by itself; None if there is nothing that could end it. tokens:
     "re-encoded" if the ids were encoded from a text. reason: why there is no response.
+    max_new_tokens: the limit that was in force, where it was lower than the request's.
     """
 
     ids: tuple[int, ...]
     finished: bool | None
     tokens: str | None = None
     reason: str | None = None
+    max_new_tokens: int | None = None
 
 
 @runtime_checkable

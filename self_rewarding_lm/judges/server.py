@@ -15,8 +15,18 @@ from self_rewarding_lm.config import (
 )
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import ConfigError, typed
-from self_rewarding_lm.generation.server.client import Body, HttpClient, Refusal
-from self_rewarding_lm.generation.server.completions import SEED_BITS, first_choice
+from self_rewarding_lm.generation.server.client import MALFORMED, Body, HttpClient, Refusal
+from self_rewarding_lm.generation.server.completions import (
+    ENDED_BY,
+    NEUTRAL_FIELDS,
+    SEED_BITS,
+    MalformedAnswerError,
+    cut_behind_stop,
+    first_choice,
+    mapping_of,
+    refused_settings,
+    text_of,
+)
 from self_rewarding_lm.judges.asking import Question
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.parsing import VerdictForm
@@ -31,6 +41,13 @@ from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
 PATH = "/chat/completions"
 
 
+TRIAL_TEXT = "Hello"
+
+
+OUT_OF_TOKENS = "output limit was reached"
+"""In what OpenAI's models say if they still think when their tokens are used up."""
+
+
 class ServerJudge(Judge):
     """A model at an OpenAI-compatible address judges (the LLM annotator of arXiv:2402.04792).
 
@@ -38,14 +55,16 @@ class ServerJudge(Judge):
     `judging` and number of judgements. As `judge=` of any stage it uses those given here.
 
     model: its name on the server; default the first that the server lists. reward: default the
-    library's. sampling: default temperature 0.7, top-p 0.9; top_k, min_p, min_new_tokens and
-    repetition_penalty are sent by vLLM's names if they are set. num_judgements: of each candidate,
-    each with its own seed. extra: fields of every request that replace others; a field that is
-    None is left out. name: in the judgements; default the model's. api_key: default OPENAI_API_KEY.
-    max_in_flight, timeout, max_retries: as for ServerEngine.
+    library's. sampling: default temperature 0.7, top-p 0.9. All settings are sent by vLLM's names,
+    neutral ones too; a server that refuses those gets top_k, min_p, min_new_tokens and
+    repetition_penalty only if they are set. num_judgements: of each candidate, each with its own
+    seed. extra: fields of every request that replace others; a field that is None is left out.
+    name: in the judgements; default the model's. api_key: default OPENAI_API_KEY. max_in_flight,
+    timeout, max_retries: as for ServerEngine.
 
     Scores are read in the model's text. Raises ConfigError for expected and forced scores, which
-    need the policy's own tokens, and for filter_fn.
+    need the policy's own tokens, for filter_fn, and at the first question for settings that the
+    server refuses.
     """
 
     reads_weights = False
@@ -127,13 +146,17 @@ class ServerAsker:
     ) -> None:
         self.server, self.form, self.sampling = server, form, sampling
         self.name, self.source = name, source
+        self._fields: Body | None = None
 
     def ask(self, ctx: Context, questions: Sequence[Question]) -> Iterator[Judgement]:
         """A judgement for each question, in any order; its score is None if the server refuses."""
         if not questions:
             return
         model = self._model()
-        bodies = (self._body(question, model, ctx.seed) for question in questions)
+        if self._fields is None:
+            self._fields = self._accepted_fields(model)
+        fields = self._fields
+        bodies = (self._body(question, model, ctx.seed, fields) for question in questions)
         for place, answer in self.server.client.ask(PATH, bodies):
             yield self._judgement(questions[place], answer)
 
@@ -141,33 +164,61 @@ class ServerAsker:
         """The model's name; ConfigError if the server lists none."""
         server = self.server
         if server.model is None:
-            names = server.client.models()
-            if not names:
-                raise ConfigError(f"{server.client.url} lists no model; give ServerJudge(model=).")
-            server.model = names[0]
+            server.model = next(iter(server.client.models(needed=True)))
         return server.model
 
-    def _body(self, question: Question, model: str, seed: int) -> Body:
-        """The request for one judgement; the seed is a function of `seed` and its id."""
-        s = self.sampling
-        if_set = {
-            "stop": list(s.stop) or None,
+    def _accepted_fields(self, model: str) -> Body:
+        """The sampling settings as the server takes them, found out with one token.
+
+        Raises ConfigError with its words if it takes them in no way.
+        """
+        s, client = self.sampling, self.server.client
+        asked = {
             "top_k": s.top_k,
             "min_p": s.min_p,
             "min_tokens": s.min_new_tokens or None,
             "repetition_penalty": None if s.repetition_penalty == 1.0 else s.repetition_penalty,
         }
+        set_ones = {name: value for name, value in asked.items() if value is not None}
+        stays = {"include_stop_str_in_output": True, "no_stop_trim": True} if s.stop else {}
+        for fields in ({**NEUTRAL_FIELDS, **set_ones, **stays}, set_ones):
+            trial = {**self._body(Question("trial", (), TRIAL_TEXT), model, 0, fields)}
+            for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+                if name in trial:
+                    trial[name] = min(trial[name], 1)
+            answer = client.try_out(PATH, trial)
+            if not isinstance(answer, Refusal) or OUT_OF_TOKENS in answer.message:
+                return fields
+        if answer.is_final:
+            raise refused_settings(client, s, answer)
+        return set_ones  # it may answer later
+
+    def _body(self, question: Question, model: str, seed: int, fields: Body) -> Body:
+        """The request for one judgement; the seed is a function of `seed` and its id."""
+        s = self.sampling
         body = {
             "model": model,
             "messages": [{"role": "user", "content": question.text}],
             "max_tokens": s.max_new_tokens,
             "temperature": s.temperature,
-            "top_p": s.top_p,
+            "top_p": 1.0 if s.top_p is None else s.top_p,
+            "stop": list(s.stop) or None,
             "seed": stable_hash(seed, question.id) & (2**SEED_BITS - 1),
-            **if_set,
+            **fields,
             **self.server.extra,
         }
         return {name: value for name, value in body.items() if value is not None}
+
+    def _text(self, choice: Mapping[str, Any]) -> str:
+        """What an answer says, with the stop text that ended it, which the server may leave out.
+
+        Raises MalformedAnswerError if it is no text.
+        """
+        text = text_of(mapping_of(choice.get("message")).get("content"))
+        for ended_by in (choice.get(name) for name in ENDED_BY):
+            if isinstance(ended_by, str) and not text.endswith(ended_by):
+                text += text_of(ended_by)
+        return cut_behind_stop(text, self.sampling.stop)
 
     def _judgement(self, question: Question, answer: Body | Refusal) -> Judgement:
         """The judgement in a server's answer, or the reason why there is no score."""
@@ -175,13 +226,16 @@ class ServerAsker:
         if isinstance(answer, Refusal):
             reason = answer.reason
         else:
-            message = (first_choice(answer) or {}).get("message") or {}
-            text = message.get("content") if isinstance(message, Mapping) else None
-            if isinstance(text, str) and text:
+            choice = first_choice(answer) or {}
+            try:
+                text = self._text(choice) or None
+            except MalformedAnswerError as problem:
+                reason = self.server.client.logged(Refusal(MALFORMED, str(problem))).reason
+            if text is not None:
                 parsed = self.form.read(text)
                 score, reason = parsed.score, parsed.reason
             else:
-                text, reason = None, "empty"
+                reason = reason or "empty"
         return Judgement(
             id=question.id,
             candidate_ids=question.candidate_ids,

@@ -54,11 +54,12 @@ from self_rewarding_lm import (
     generate,
     reasoning_task,
 )
-from self_rewarding_lm.errors import SelfRewardingError
+from self_rewarding_lm.errors import ConfigError, SelfRewardingError
 from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.recipes.yaml_nodes import parse_yaml
 from self_rewarding_lm.report.export import export_stage
 from self_rewarding_lm.runs.lock import locked
+from tests.support.fake_server import FakeServer
 from tests.support.models import ALPHABET, TEXT_VOCAB, Recurrent, encode, lively
 
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -1108,6 +1109,25 @@ def no_server(folder):
 def no_server_judge(folder):
     judge = ServerJudge(url="http://127.0.0.1:9", model="judge", max_retries=0, timeout=1.0)
     return trainer(folder, rewarded(rewarding_model=judge))
+
+
+@mistake("environment", "Sampling settings that the server refuses")
+def refused_settings(folder):
+    sampling = SamplingConfig(temperature=2.5, max_new_tokens=2)
+
+    def call():
+        with FakeServer() as server:
+            try:
+                trainer(
+                    folder,
+                    external(len_of, generation=sampling),
+                    engine=ServerEngine(url=server.url),
+                )
+            except ConfigError as error:
+                words = str(error).replace(server.url, "http://127.0.0.1:8000")
+                raise ConfigError(words) from error
+
+    return call
 
 
 @mistake("environment", "A server's judge with expected scores")

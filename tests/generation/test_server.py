@@ -241,7 +241,8 @@ def test_a_fault_that_passes_is_tried_again_and_nothing_is_lost_or_doubled(fault
     faulty = real_only(lambda n, body: fault if n == 1 and body["seed"] % 3 == 0 else None)
     requests = requests_of(15)
     with FakeServer(fault=faulty) as server:
-        found = generated(ServerEngine(url=server.url, timeout=1.0), requests)
+        timeout = 2.0 if fault == "hang" else 60.0
+        found = generated(ServerEngine(url=server.url, timeout=timeout), requests)
         tries = [n for key, n in server.tries.items() if json.loads(key)["max_tokens"] > 1]
         assert sorted(tries) == [1] * 10 + [2] * 5
     assert found == [predicted(r) for r in requests]
@@ -339,9 +340,13 @@ def test_closing_the_results_early_cancels_what_is_in_flight():
 def test_an_interrupt_cancels_what_is_in_flight():
     # a shell's background jobs begin with this signal ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with FakeServer(fault=real_only(lambda n, body: "hang")) as server, at_most(10):
-        timer = threading.Timer(1.0, _thread.interrupt_main)
-        timer.start()
+
+    def hang(attempt, body):
+        if body["seed"] == 1000:
+            threading.Timer(0.3, _thread.interrupt_main).start()
+        return "hang"
+
+    with FakeServer(fault=real_only(hang)) as server, at_most(30):
         with pytest.raises(KeyboardInterrupt):
             generated(ServerEngine(url=server.url), requests_of(3))
         signal.signal(signal.SIGINT, before)
@@ -800,7 +805,7 @@ def test_a_server_judge_reads_a_score_for_each_seed():
         server.says = lambda body: f"Score: {body['seed'] % 10}"
         judge = ServerJudge(url=server.url, reward=REWARD, num_judgements=3, api_key="k")
         found = {j.id: j for j in judge.judge(ctx, [prompt], [candidates])}
-        asked = {body["seed"]: body for body in server.seen}
+        asked = {body["seed"]: body for body in server.real()}
     assert set(found) == {f"s/0/0/{c}/j{k}" for c in range(2) for k in range(3)}
     assert set(found) == set(judge.judgement_ids(candidates))
     assert len(asked) == 6  # each judgement has a seed of its own
@@ -816,10 +821,10 @@ def test_a_judgement_that_fails_is_none_with_its_reason():
     says = {"a": "Score: 4", "bb": "very good", "ccc": "", "dddd": "Score: 77"}
 
     def word(body):
-        return body["messages"][0]["content"].rsplit(" ", 1)[1]
+        return body["messages"][0]["content"].rsplit(" ", 1)[-1]
 
     with FakeServer(fault=lambda n, body: 400 if word(body) == "a" else None) as server:
-        server.says = lambda body: says[word(body)]
+        server.says = lambda body: says.get(word(body), "Score: 3")
         judge = ServerJudge(url=server.url, model="big", reward=REWARD)
         found = {j.candidate_ids[0]: j for j in judge.judge(ctx, [prompt], [candidates])}
     reasons = [found[c.id].reason for c in candidates]
@@ -841,7 +846,9 @@ def test_one_line_makes_another_model_the_annotator(tmp_path):
             )(rehearse=False)
         bodies = server.seen
     judged = run.judgements("self_reward")
-    assert len(judged) == len(bodies) == 2 * 6 * 3  # the stage's three judgements each
+    assert (
+        len(judged) == len(bodies) - 1 == 2 * 6 * 3
+    )  # the stage's three judgements each, and one trial
     assert {(j.judge, j.source) for j in judged} == {("big", "sampled")}
     assert all("max_tokens" not in b and b["temperature"] == 0.7 for b in bodies)
     assert len(run.pairs("self_reward")) >= 1

@@ -6,6 +6,7 @@ alphabet, 1 + seed % 5 of them, then its end token. As a program it serves a fol
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,11 +29,58 @@ OPENAI_FIELDS = {
 }
 
 
+def letters_of(ids, seed):
+    return [(ids[-1] + 1 + i) % 26 for i in range(1 + seed % 5)]
+
+
 def reply_ids(ids, seed, max_tokens):
     """What the model writes, and why it ends there."""
-    letters = [(ids[-1] + 1 + i) % 26 for i in range(1 + seed % 5)]
-    whole = [*letters, END]
+    whole = [*letters_of(ids, seed), END]
     return (whole, "stop") if len(whole) <= max_tokens else (whole[:max_tokens], "length")
+
+
+def text_of(ids):
+    return "".join(ALPHABET[i] for i in ids if i != END)
+
+
+def worked(ids, body, kind):
+    """What vLLM and SGLang make of a request whose model repeats its letters and its end token.
+
+    New ids, why they end, and what ended them: a text, an id, or None for the model's own end token
+    on vLLM.
+    """
+    ends, new = body.get("stop_token_ids") or (), []
+    ignores = body.get("ignore_eos", False)
+    least = body.get("min_tokens", 0) if kind == "vllm" else 0  # for stop texts
+    for token in itertools.cycle([*letters_of(ids, body["seed"]), END]):
+        is_end = (token == END and not ignores) or (
+            token in ends and not (ignores and kind != "vllm")
+        )
+        if is_end and len(new) < body.get("min_tokens", 0):
+            continue  # it is not drawn
+        new.append(token)
+        if is_end:
+            return new, "stop", token if token != END or kind != "vllm" or ignores else None
+        for stop in body.get("stop") or ():
+            if len(new) > least and text_of(new).find(stop, max(0, least - len(stop) + 1)) >= 0:
+                return new, "stop", stop
+        if len(new) == body["max_tokens"]:
+            return new, "length", None
+    return None
+
+
+def refusal(body, kind):
+    """What vLLM 0.33 and SGLang 0.5.23 say of settings that they do not take."""
+    most = body.get("max_tokens", 16)
+    if kind == "vllm" and not 0 <= body["temperature"] <= 2:
+        return f"temperature must be in [0, 2], got {body['temperature']}."
+    if len(body.get("stop") or ()) > (4 if kind == "vllm" else 32):
+        return "body -> stop: List should have at most 4 items after validation"
+    if most < 1:
+        return f"max_tokens must be at least 1, got {most}."
+    if body.get("min_tokens", 0) > most:
+        return f"min_tokens must be less than or equal to max_tokens={most}"
+    return None
 
 
 def distribution(ids):
@@ -43,9 +91,11 @@ def distribution(ids):
 
 
 class FakeServer(ThreadingHTTPServer):
-    """kind: "vllm" takes and gives ids and knows all fields; "transformers" takes text and its own
-    fields; "ids" and "text" take OpenAI's fields alone. gives: "ids", "names" or nothing but text.
-    scores: "exact", "top" or None. fault: (try number of this body, body) -> what goes wrong.
+    """kind: "vllm" and "sglang" take and give ids and know all fields; "transformers" takes text and
+    its own fields; "ids" and "text" take OpenAI's fields alone. gives: "ids", "names" or nothing but
+    text. scores: "exact", "top" or None. fault: (try number of this body, body) -> what goes wrong:
+    a status, headers too, a word, bytes that are sent, or what stands in the one choice. max_len:
+    what /v1/models says.
     """
 
     daemon_threads = True
@@ -58,6 +108,9 @@ class FakeServer(ThreadingHTTPServer):
         self.kind, self.gives, self.scores = kind, gives, scores
         self.fault = fault or (lambda attempt, body: None)
         self.model, self.most_top = model, 20
+        self.max_len = None
+        self.listed = None  # bytes in place of the list of models
+        self.refusal_words = "told to say"
         self.prompt_scores = True
         self.seen, self.answered, self.tries = [], Counter(), Counter()
         self.in_flight = self.most_in_flight = 0
@@ -80,7 +133,7 @@ class FakeServer(ThreadingHTTPServer):
 
     def real(self):
         """The bodies that were no trial of one token."""
-        return [b for b in self.seen if b["max_tokens"] > 1]
+        return [b for b in self.seen if b.get("max_tokens", 2) > 1]
 
     def handle_error(self, request, client_address):
         pass  # a client that went away
@@ -94,8 +147,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        found = {"data": [{"id": self.server.model}]} if self.path.endswith("/models") else {}
-        self.send(200, found)
+        card = {"id": self.server.model, "max_model_len": self.server.max_len}
+        if self.server.listed is not None:
+            return self.send_bytes(200, self.server.listed)
+        return self.send(200, {"data": [card]} if self.path.endswith("/models") else {})
 
     def do_POST(self):
         server = self.server
@@ -114,9 +169,13 @@ class Handler(BaseHTTPRequestHandler):
                 server.in_flight -= 1
 
     def answer(self, fault, body, key):
-        status, headers = fault if isinstance(fault, tuple) else (fault, {})
+        server = self.server
+        fault, headers = fault if isinstance(fault, tuple) else (fault, {})
+        status = fault
         if isinstance(status, int):
-            return self.send(status, {"error": {"message": f"told to say {status}"}}, headers)
+            return self.send(
+                status, {"error": {"message": f"{server.refusal_words} {status}"}}, headers
+            )
         if fault == "hang":
             self.server.released.wait(60)
             self.close_connection = True
@@ -124,9 +183,18 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "close":
             self.close_connection = True
             return None
+        if fault == "drip":  # one byte now and then, without end
+            self.start(200, 10**6)
+            while not self.server.released.wait(0.1):
+                self.wfile.write(b" ")
+            return None
+        if isinstance(fault, bytes):
+            return self.send_bytes(status=200, data=fault, headers=headers)
         found = (
             self.chat(body) if self.path.endswith("/chat/completions") else self.completion(body)
         )
+        if isinstance(fault, dict):
+            found[1]["choices"][0] |= fault
         if isinstance(fault, str) and fault.startswith("late"):
             time.sleep(float(fault.split()[1]))
         with self.server.lock:
@@ -138,15 +206,20 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def send(self, status, body, headers=(), cut=None):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **dict(headers)}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self.send_bytes(status, json.dumps(body).encode(), headers, cut)
+
+    def send_bytes(self, status, data, headers=(), cut=None):
+        self.start(status, len(data), headers)
         self.wfile.write(data if cut is None else data[:cut])
         if cut is not None:
             self.close_connection = True
+
+    def start(self, status, length, headers=()):
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **dict(headers)}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
 
     def completion(self, body):
         server = self.server
@@ -164,14 +237,20 @@ class Handler(BaseHTTPRequestHandler):
         if len(ids) + body["max_tokens"] > MOST_TOKENS:
             words = f"This model's maximum context length is {MOST_TOKENS} tokens."
             return 400, {"error": {"message": words}}
-        new, finish = reply_ids(ids, body["seed"], body["max_tokens"])
-        text = "".join(ALPHABET[i] for i in new if i != END)
-        choice = {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
-        if server.kind == "vllm":
-            choice["stop_reason"] = None
+        choice = {"index": 0, "logprobs": None}
+        if server.kind in ("vllm", "sglang"):
+            if server.max_len is not None:
+                body = {**body, "max_tokens": min(body["max_tokens"], server.max_len - len(ids))}
+            if words := refusal(body, server.kind):
+                return 400, {"error": {"message": words}}
+            new, finish, ended_by = worked(ids, body, server.kind)
+            choice["stop_reason" if server.kind == "vllm" else "matched_stop"] = ended_by
+        else:
+            new, finish = reply_ids(ids, body["seed"], body["max_tokens"])
+        choice |= {"text": text_of(new), "finish_reason": finish}
         if body.get("return_token_ids") and server.gives == "ids":
             choice["token_ids"] = new
-        if "logprobs" in body and server.kind == "vllm":
+        if "logprobs" in body and server.kind in ("vllm", "sglang"):
             choice["logprobs"] = self.logprobs(ids, new, body)
         if "prompt_logprobs" in body and server.prompt_scores:
             choice["prompt_logprobs"] = [
@@ -186,6 +265,7 @@ class Handler(BaseHTTPRequestHandler):
     def logprobs(self, ids, new, body):
         server = self.server
         named = body.get("return_tokens_as_token_ids") and server.gives != "text"
+        named = named and server.kind == "vllm"
         chances = distribution(ids)
         shown = sorted(range(VOCAB), key=lambda t: -chances[t])[: min(body["logprobs"], 20)]
         shown = shown[: server.most_top]
@@ -198,9 +278,21 @@ class Handler(BaseHTTPRequestHandler):
         return found if server.scores is None else {**found, "top_logprobs": [top]}
 
     def chat(self, body):
-        said = self.server.says(body)
-        message = {"role": "assistant", "content": said}
-        return 200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+        if self.server.kind == "text" and set(body) - OPENAI_FIELDS - {"messages"}:
+            return 400, {"error": {"message": "Unrecognized request arguments supplied"}}
+        if self.server.kind in ("vllm", "sglang") and (words := refusal(body, self.server.kind)):
+            return 400, {"error": {"message": words}}
+        said, ended_by = self.server.says(body), None
+        for stop in body.get("stop") or ():
+            if stop in said:
+                kept = body.get("include_stop_str_in_output") and self.server.kind == "vllm"
+                said = said[: said.index(stop) + len(stop) * bool(kept)]
+                ended_by = stop
+        choice = {"index": 0, "finish_reason": "stop"}
+        choice["message"] = {"role": "assistant", "content": said}
+        if self.server.kind in ("vllm", "sglang"):
+            choice["stop_reason" if self.server.kind == "vllm" else "matched_stop"] = ended_by
+        return 200, {"choices": [choice]}
 
 
 def main():

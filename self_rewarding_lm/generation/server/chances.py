@@ -5,20 +5,26 @@ Knows score tries, what a server's log-probs say, and how much they leave unknow
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
-from self_rewarding_lm.generation.server.client import HttpClient, Refusal
+from self_rewarding_lm.generation.server.client import MALFORMED, Body, HttpClient, Refusal
 from self_rewarding_lm.generation.server.completions import (
     PATH,
     Abilities,
+    MalformedAnswerError,
     ServedModel,
     answered_logprobs,
     prompt_logprob,
 )
 from self_rewarding_lm.records import Ids
+
+T = TypeVar("T")
+
 
 MOST_NAMED = 128
 """How many tokens' log-probs are asked for by id in one request, at most."""
@@ -48,15 +54,17 @@ class Known:
         return min(rest, unknown * self.bound)
 
 
-def known_from(logprobs: Mapping[int, float], *, named: bool) -> Known:
-    """What log-probs say. named: whether they are of tokens asked for by id, else of the likeliest.
+def known_from(logprobs: Mapping[int, float], top: int | None) -> Known:
+    """What log-probs say. top: how many of the likeliest were asked for; None if they were named.
 
     Beside the likeliest a server may return the token that it drew, whatever its probability. So
-    the second least of them bounds the tokens that are not returned.
+    the second least of them bounds the tokens that are not returned. Fewer than were asked for
+    bound nothing: the server left some out.
     """
     chances = {token: math.exp(value) for token, value in logprobs.items()}
     second = sorted(chances.values())[1:2]
-    return Known(chances, 1.0 if named or not second else second[0])
+    is_bound = top is not None and len(chances) >= top and second
+    return Known(chances, second[0] if is_bound else 1.0)
 
 
 class NodeAsker:
@@ -77,7 +85,9 @@ class NodeAsker:
         max_unknown: float,
     ) -> None:
         self.client, self.served, self.trie, self.longer = client, served, trie, longer
-        self.top, self.max_unknown = top, max_unknown
+        vocab = served.tokens.vocab
+        self._top = top if vocab is None else min(top, vocab)
+        self.max_unknown = max_unknown
         self.nodes = [node for nodes in trie.levels() for node in nodes]
         self.endings = {*trie.endings()}
 
@@ -91,11 +101,11 @@ class NodeAsker:
         bodies = (self._body((*rows[row], *node), node) for row, node in asked)
         for place, answer in self.client.ask(PATH, bodies):
             row, node = asked[place]
-            logprobs = None if isinstance(answer, Refusal) else answered_logprobs(answer)
+            logprobs = self._read(answer, answered_logprobs)
             if logprobs is None:
                 chances[row][node] = self._unknown_chances(node)
             else:
-                known = known_from(logprobs, named=self._asks_by_id(node))
+                known = known_from(logprobs, None if self._asks_by_id(node) else self._top)
                 if self._missing_children(node, known):
                     incomplete.append((row, node, known))
                     continue
@@ -110,6 +120,16 @@ class NodeAsker:
                 yield row, chances.pop(row)
         assert not chances
 
+    def _read(self, answer: Body | Refusal, read: Callable[[Body], T | None]) -> T | None:
+        """What an answer says; None for a refusal, and for what cannot be, which the log tells."""
+        if isinstance(answer, Refusal):
+            return None
+        try:
+            return read(answer)
+        except MalformedAnswerError as problem:
+            self.client.logged(Refusal(MALFORMED, str(problem)))
+            return None
+
     def _asks_by_id(self, node: Ids) -> bool:
         return self.served.abilities.exact_chances and len(self._wanted_tokens(node)) <= MOST_NAMED
 
@@ -120,7 +140,7 @@ class NodeAsker:
 
     def _body(self, ids: Ids, node: Ids) -> Mapping[str, object]:
         wanted = self._wanted_tokens(node) if self._asks_by_id(node) else []
-        return self.served.chances_body(ids, wanted, self.top)
+        return self.served.chances_body(ids, wanted, self._top)
 
     def _missing_children(self, node: Ids, known: Known) -> list[int]:
         """The children of a node that are unknown, if they may have more than max_unknown."""
@@ -147,7 +167,7 @@ class NodeAsker:
         )
         for place, answer in self.client.ask(PATH, bodies):
             n, token = asked[place]
-            logprob = None if isinstance(answer, Refusal) else prompt_logprob(answer, token)
+            logprob = self._read(answer, partial(prompt_logprob, token=token))
             if logprob is not None:
                 more[n][token] = math.exp(logprob)
             waiting[n] -= 1

@@ -1,17 +1,20 @@
 """What is sent to /v1/completions for a request, and how the answer is read.
 
-Knows what each kind of server takes and gives; nothing of connections. There are three kinds:
-`vllm`, which takes and gives token ids and has fields for all settings; `transformers`
-(`transformers serve`), which takes text and a whole generation config; and `plain`, which has
-OpenAI's own fields only.
+Knows what each kind of server takes and gives; nothing of connections. There are four kinds:
+`vllm`, which takes and gives token ids and has fields for all settings; `sglang`, which has the
+same fields but for a few; `transformers` (`transformers serve`), which takes text and a whole
+generation config; and `plain`, which has OpenAI's own fields only.
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, ServerError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
@@ -31,6 +34,35 @@ SEED_BITS = 31
 RE_ENCODED = "re-encoded"
 
 
+NEUTRAL_FIELDS = {
+    **{"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0},
+    **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
+}
+"""Settings by the names of vLLM and SGLang, where they change nothing. All are sent, as a server
+takes those of the model's generation config for what is not."""
+
+
+MOST_CHARACTERS = 1000
+"""Characters that one token may be at most."""
+
+
+MOST_REENCODED = 3
+"""Tokens that one token's text may be at most when it is encoded: a byte that is no character comes
+back as U+FFFD, which has three bytes."""
+
+
+LOG_PROB_ROUNDING = 1e-3
+"""How far above 0 a log-prob may be."""
+
+
+WORD = re.compile(r"[a-z_]{1,40}")
+
+
+ENDED_BY = ("stop_reason", "matched_stop")
+"""Fields in which vLLM and SGLang say what ended an answer: a text, an id, or null for the model's
+own end token."""
+
+
 PROBES = ("Hello", "a", "1", " ")
 """Prompts of the first requests; the first one that the tokenizer can encode is used."""
 
@@ -44,7 +76,7 @@ class Abilities:
     tokens. exact_chances: log-probs of the tokens that are asked for.
     """
 
-    kind: Literal["vllm", "transformers", "plain"]
+    kind: Literal["vllm", "sglang", "transformers", "plain"]
     takes_ids: bool
     gives_ids: bool = False
     by_name: bool = False
@@ -71,17 +103,23 @@ KINDS = (
 PROBED_IDS = (0, 1)
 
 
+class MalformedAnswerError(ValueError):
+    """An answer that has not the form of the API, or says what cannot be."""
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A model on a server: the bodies of requests to it, and how its answers are read.
 
-    model: its name there. extra: fields that are put into every body.
+    model: its name there. extra: fields that are put into every body. max_len: tokens of prompt and
+    answer together that it takes, if the server says so.
     """
 
     model: str
     tokens: Tokens
     abilities: Abilities
     extra: Mapping[str, Any]
+    max_len: int | None = None
 
     def check(self, decoding: Decoding) -> None:
         """Raise ConfigError if the server has no field for a setting."""
@@ -103,14 +141,28 @@ class ServedModel:
                 "serve), or the local engine."
             )
 
-    def body(self, request: Request, decoding: Decoding) -> Body | None:
-        """What is posted for a request; None if its ids cannot be written as a text."""
+    def most_new(self, request: Request) -> int:
+        """New tokens that a request may have: as many as asked for, or as the server has room."""
+        most = request.max_new_tokens
+        return most if self.max_len is None else min(most, self.max_len - len(request.ids))
+
+    def body(self, request: Request, decoding: Decoding) -> Body | Refusal:
+        """What is posted for a request, or why it need not be asked.
+
+        `no_text`: its ids cannot be written as the text that the server takes. `too_long`: they
+        leave no room in the server's context.
+        """
+        most = self.most_new(request)
+        if most < 1:
+            words = f"a prompt of {len(request.ids)} tokens fills the server's {self.max_len}"
+            return Refusal("too_long", f"{words} (max_model_len)")
         prompt = self.prompt(request.ids)
         if prompt is None:
-            return None
-        fields = {"model": self.model, "prompt": prompt, "max_tokens": request.max_new_tokens}
+            words = "some prompts have ids that no text gives, and the server takes texts only"
+            return Refusal("no_text", words)
+        fields = {"model": self.model, "prompt": prompt, "max_tokens": most}
         fields["seed"] = request.key & (2**SEED_BITS - 1)
-        fields |= _decoding_fields(self.abilities.kind, decoding, request)
+        fields |= _decoding_fields(self.abilities.kind, decoding, most)
         if self.abilities.by_name:
             fields |= {"logprobs": 0, "return_tokens_as_token_ids": True}
         return {**fields, **self.extra}
@@ -138,11 +190,16 @@ class ServedModel:
         """Fields that ask for one token, with settings that leave probabilities as they are."""
         neutral = {"temperature": 1.0, "top_p": 1.0, "seed": 0}
         if self.abilities.kind == "vllm":
-            neutral |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            neutral |= NEUTRAL_FIELDS
         return {"model": self.model, "prompt": list(ids), "max_tokens": 1, **neutral}
 
-    def completion(self, answer: Body | Refusal, decoding: Decoding) -> Completion:
-        """The completion in an answer; one without ids, with the reason, if there is none."""
+    def completion(
+        self, answer: Body | Refusal, request: Request, decoding: Decoding
+    ) -> Completion:
+        """The completion in an answer; one without ids, with the reason, if there is none.
+
+        Raises MalformedAnswerError for what is no answer to the request.
+        """
         if isinstance(answer, Refusal):
             return Completion((), None, reason=answer.reason)
         choice = first_choice(answer)
@@ -150,20 +207,60 @@ class ServedModel:
             return Completion((), None, reason="no_choice")
         finish = choice.get("finish_reason")
         if finish not in ("stop", "length"):
-            return Completion((), None, reason=f"finish_{finish}")
-        text = str(choice.get("text") or "")
+            return Completion((), None, reason=f"finish_{word_of(finish)}")
+        most, text = self.most_new(request), text_of(choice.get("text"))
         sampled, how = answered_ids(choice), None
         if sampled is None:
+            if len(text) > MOST_CHARACTERS * most:
+                raise MalformedAnswerError(f"{len(text)} characters for {most} tokens")
+            text = cut_behind_stop(text, decoding.stop)
+            finish = "stop" if any(stop in text for stop in decoding.stop) else finish
             ids, how = self.tokens.encode_data(text) if text else (), RE_ENCODED
+            if len(ids) > MOST_REENCODED * most:
+                raise MalformedAnswerError(f"{len(ids)} tokens for {most} that were asked for")
+            if len(ids) > most:
+                ids, finish = ids[:most], "length"
         else:
-            ids = self.tokens.checked(sampled, "of the server's answer")
-        if finish == "stop" and not _ended_by_text(choice, text, ids, decoding):
-            ids = ids if ids and ids[-1] in decoding.end_ids else self.tokens.ended(ids)
+            ids = self._sampled(sampled, most)
+        early = _end_of_early_stop(ids, decoding)
+        if early is not None:
+            ids, finish = ids[:early], "stop"
+        elif finish == "stop":
+            ids = self._ended(ids, choice, text, decoding, is_whole=how is None)
         if not ids:
             return Completion((), None, reason="empty")
         can_end = bool(decoding.end_ids) or bool(decoding.stop)
         finished = True if finish == "stop" else (False if can_end else None)
-        return Completion(tuple(ids), finished, tokens=how)
+        in_force = most if most < request.max_new_tokens else None
+        return Completion(ids, finished, tokens=how, max_new_tokens=in_force)
+
+    def _sampled(self, ids: Sequence[Any], most: int) -> Ids:
+        """The ids that a server gives, checked."""
+        if len(ids) > most:
+            raise MalformedAnswerError(f"{len(ids)} ids for {most} tokens that were asked for")
+        vocab = self.tokens.vocab
+        for token in ids:
+            if type(token) is not int or token < 0 or (vocab is not None and token >= vocab):
+                raise MalformedAnswerError(f"{token!r:.40} is no id of the model's {vocab} tokens")
+        return tuple(ids)
+
+    def _ended(
+        self, ids: Ids, choice: Mapping[str, Any], text: str, d: Decoding, *, is_whole: bool
+    ) -> Ids:
+        """The ids of an answer that ended by itself, with the end token that the text leaves out.
+
+        is_whole: whether the ids are the server's own, so that an end token stands among them if it
+        ended the answer. Behind a stop text stands none, nor behind an end token that is not ours,
+        nor where it is unknown what ended the answer.
+        """
+        says = [choice[name] for name in ENDED_BY if name in choice]
+        if ids and ids[-1] in d.end_ids:
+            return ids
+        if says and type(says[0]) is int:
+            return (*ids, says[0]) if says[0] in d.end_ids else ids
+        if (says and is_whole) or _ended_by_text(says, text, ids, d):
+            return ids
+        return self.tokens.ended(ids)
 
 
 def check_sampling(decoding: Decoding) -> None:
@@ -182,34 +279,96 @@ def first_choice(answer: Body) -> Mapping[str, Any] | None:
     return first if isinstance(first, Mapping) else None
 
 
-def answered_ids(choice: Mapping[str, Any]) -> list[int] | None:
-    """The ids of an answer's tokens, given as ids or as names; None if the server gives neither."""
+def text_of(value: Any) -> str:
+    """A text of an answer, empty for None. Raises MalformedAnswerError if it is no sound text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise MalformedAnswerError(f"a text was expected, {type(value).__name__} came")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise MalformedAnswerError(f"a text with half a character: {error.reason}") from error
+    return value
+
+
+def word_of(finish: Any) -> str:
+    """A finish reason of the API; MalformedAnswerError if it is no word."""
+    if finish is None:
+        return "none"
+    if not isinstance(finish, str) or not WORD.fullmatch(finish):
+        raise MalformedAnswerError(f"finish_reason {finish!r:.40} is no word")
+    return finish
+
+
+def cut_behind_stop(text: str, stop: Sequence[str]) -> str:
+    """A text up to the end of the stop text that is complete first; all of it if there is none."""
+    ends = [text.index(one) + len(one) for one in stop if one in text]
+    return text[: min(ends)] if ends else text
+
+
+def answered_ids(choice: Mapping[str, Any]) -> list[Any] | None:
+    """The ids of an answer's tokens, given as ids or as names; None if the server gives neither.
+
+    Raises MalformedAnswerError if they are no list.
+    """
     ids = choice.get("token_ids")
-    if isinstance(ids, list):
-        return ids
-    names = (choice.get("logprobs") or {}).get("tokens")
-    if not isinstance(names, list) or not all(_is_token_name(name) for name in names):
+    if ids is not None:
+        return _list_of(ids)
+    names = mapping_of(choice.get("logprobs")).get("tokens")
+    if names is None or not all(_is_token_name(name) for name in _list_of(names)):
         return None
-    return [int(name.removeprefix(TOKEN_NAME)) for name in names]
+    return [_named_id(name) for name in names]
 
 
 def answered_logprobs(answer: Body) -> dict[int, float] | None:
-    """The log-probs at the first new token, by token id; None if the server gives none by id."""
-    choice = first_choice(answer)
-    tops = ((choice or {}).get("logprobs") or {}).get("top_logprobs")
-    first = tops[0] if isinstance(tops, list) and tops else None
-    if not isinstance(first, Mapping) or not first or not all(map(_is_token_name, first)):
+    """The log-probs at the first new token, by token id; None if the server gives none by id.
+
+    Raises MalformedAnswerError if they cannot be log-probs.
+    """
+    tops = mapping_of((first_choice(answer) or {}).get("logprobs")).get("top_logprobs")
+    first = mapping_of(next(iter(_list_of(tops)), None)) if tops is not None else {}
+    if not first or not all(map(_is_token_name, first)):
         return None
-    return {int(name.removeprefix(TOKEN_NAME)): float(value) for name, value in first.items()}
+    logprobs = {_named_id(name): _logprob_of(value) for name, value in first.items()}
+    if math.fsum(map(math.exp, logprobs.values())) > 1 + LOG_PROB_ROUNDING:
+        raise MalformedAnswerError("the probabilities of an answer's log-probs are more than 1")
+    return logprobs
 
 
 def prompt_logprob(answer: Body, token: int) -> float | None:
-    """The log-prob of the prompt's last token, which is `token`; None if the server gives none."""
+    """The log-prob of the prompt's last token, which is `token`; None if the server gives none.
+
+    Raises MalformedAnswerError if it cannot be a log-prob.
+    """
     of_prompt = (first_choice(answer) or {}).get("prompt_logprobs")
-    of_last = of_prompt[-1] if isinstance(of_prompt, list) and of_prompt else None
-    of_token = of_last.get(str(token)) if isinstance(of_last, Mapping) else None
-    value = of_token.get("logprob") if isinstance(of_token, Mapping) else None
-    return None if value is None else float(value)
+    if of_prompt is None:
+        return None
+    of_last = mapping_of((_list_of(of_prompt) or [None])[-1])
+    value = mapping_of(of_last.get(str(token))).get("logprob")
+    return None if value is None else _logprob_of(value)
+
+
+def _list_of(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise MalformedAnswerError(f"a list was expected, {type(value).__name__} came")
+    return value
+
+
+def mapping_of(value: Any) -> Mapping[str, Any]:
+    """An object of an answer, empty for null."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise MalformedAnswerError(f"an object was expected, {type(value).__name__} came")
+    return value
+
+
+def _logprob_of(value: Any) -> float:
+    """A log-prob: a number that is not above 0; -infinity for what cannot be."""
+    if type(value) not in (int, float) or not value <= LOG_PROB_ROUNDING:
+        raise MalformedAnswerError(f"{value!r:.40} is no log-prob")
+    return min(float(value), 0.0)
 
 
 def prompt_text(ids: Ids, tokens: Tokens) -> str | None:
@@ -234,36 +393,71 @@ def prompt_text(ids: Ids, tokens: Tokens) -> str | None:
 def find_abilities(client: HttpClient, model: str, tokens: Tokens, extra: Body) -> Abilities:
     """What a server takes and gives, found out with a few requests of one token each.
 
-    Raises ServerError if it understands none of them.
+    Raises ServerError if it understands none of them, or is not there.
     """
     ids = _probe_ids(tokens)
     request, decoding = Request(ids, 0, 1), Decoding(end_ids=tokens.end_ids)
     refused: list[str] = []
 
-    def gives_ids(abilities: Abilities) -> bool | None:
-        """Whether an answer has ids; None if the request is refused or cannot be written."""
+    def answered(abilities: Abilities) -> Mapping[str, Any] | None:
+        """The choice that comes; None if the request is refused or cannot be written."""
         body = ServedModel(model, tokens, abilities, extra).body(request, decoding)
-        answer = client.ask_one(PATH, body) if body is not None else None
+        answer = body if isinstance(body, Refusal) else client.try_out(PATH, body)
         if isinstance(answer, Refusal):
             refused.append(f"as {abilities.kind}: {answer.message[:300]}")
-        if answer is None or isinstance(answer, Refusal):
             return None
-        return answered_ids(first_choice(answer) or {}) is not None
+        return first_choice(answer) or {}
 
     for abilities in KINDS:
-        has_ids = gives_ids(abilities)
-        if has_ids is None:
+        choice = answered(abilities)
+        if choice is None:
             continue
-        by_name = replace(abilities, gives_ids=True, by_name=True)
-        if not has_ids and abilities.takes_ids and gives_ids(by_name):
+        understood = abilities
+        if abilities.kind == "vllm" and "matched_stop" in choice:
+            understood = replace(abilities, kind="sglang")
+        by_name = replace(understood, gives_ids=True, by_name=True)
+        if _gives_ids(choice):
+            understood = replace(understood, gives_ids=True)
+        elif abilities.takes_ids and _gives_ids(answered(by_name) or {}):
             understood = by_name
-        else:
-            understood = replace(abilities, gives_ids=has_ids)
         return _with_logprobs(client, ServedModel(model, tokens, understood, extra), ids)
     raise ServerError(
         f"the server {client.url} refuses a request for one token in every form:\n"
         + "\n".join(f"  {line}" for line in refused)
     )
+
+
+def try_settings(client: HttpClient, served: ServedModel, decoding: Decoding) -> None:
+    """Ask for one token with all settings of a Decoding.
+
+    Raises ConfigError with the server's words if it refuses them, which would else be the answer to
+    every request.
+    """
+    body = served.body(Request(_probe_ids(served.tokens), 0, 1), decoding)
+    answer = body if isinstance(body, Refusal) else client.try_out(PATH, body)
+    if isinstance(answer, Refusal) and answer.is_final:
+        raise refused_settings(client, decoding, answer)
+
+
+def refused_settings(
+    client: HttpClient, asked: Decoding | SamplingConfig, answer: Refusal
+) -> ConfigError:
+    """The error for sampling settings with which a server answers nothing."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+    values = {name: getattr(asked, name) for name in names}
+    shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if value)
+    return ConfigError(
+        f"the server {client.url} answers no request with the sampling settings {shown} "
+        f"({answer.reason}): {answer.message[:500]}. Change them in the SamplingConfig, the "
+        "server's own limits in its command, or the request by extra=."
+    )
+
+
+def _gives_ids(choice: Mapping[str, Any]) -> bool:
+    try:
+        return answered_ids(choice) is not None
+    except MalformedAnswerError:
+        return False
 
 
 def _probe_ids(tokens: Tokens) -> Ids:
@@ -282,39 +476,50 @@ def _with_logprobs(client: HttpClient, served: ServedModel, ids: Ids) -> Abiliti
     for exact in (True, False):
         abilities = replace(without, gives_chances=True, exact_chances=exact)
         asking = replace(served, abilities=abilities)
-        answer = client.ask_one(PATH, asking.chances_body(ids, PROBED_IDS, len(PROBED_IDS)))
-        chances = None if isinstance(answer, Refusal) else answered_logprobs(answer)
+        answer = client.try_out(PATH, asking.chances_body(ids, PROBED_IDS, len(PROBED_IDS)))
+        chances = None if isinstance(answer, Refusal) else _sound_logprobs(answer)
         if chances is not None and (not exact or {*PROBED_IDS} <= {*chances}):
             return abilities
     return without
 
 
-def _decoding_fields(kind: str, d: Decoding, request: Request) -> dict[str, Any]:
-    """A Decoding in the fields of a kind of server.
+def _sound_logprobs(answer: Body) -> dict[int, float] | None:
+    try:
+        return answered_logprobs(answer)
+    except MalformedAnswerError:
+        return None
+
+
+def _decoding_fields(kind: str, d: Decoding, most: int) -> dict[str, Any]:
+    """A Decoding in the fields of a kind of server, for `most` new tokens.
 
     All fields that the kind has are set, as otherwise its own defaults, or those of the model's
-    generation config, would apply.
+    generation config, would apply. vLLM ends an answer at the model's own end tokens too, unless
+    told to ignore them; SGLang would then ignore those that are given as well.
     """
     stop = {"stop": list(d.stop)} if d.stop else {}
     top_p = 1.0 if d.top_p is None else d.top_p
     plain = {"temperature": d.temperature, "top_p": top_p, **stop}
     if kind == "plain":
         return plain
-    if kind == "vllm":
+    least = min(d.min_new_tokens, most)
+    if kind in ("vllm", "sglang"):
+        own = {"include_stop_str_in_output": True, "ignore_eos": bool(d.end_ids)}
         return {
             **plain,
+            **NEUTRAL_FIELDS,
             "top_k": -1 if d.top_k is None else d.top_k,
             "min_p": d.min_p or 0.0,
             "repetition_penalty": d.repetition_penalty,
-            "min_tokens": d.min_new_tokens,
+            "min_tokens": least,
             "stop_token_ids": list(d.end_ids),
-            "include_stop_str_in_output": True,
             "return_token_ids": True,
+            **(own if kind == "vllm" else {"no_stop_trim": True}),
         }
     generation = {
         "do_sample": d.temperature > 0,
-        "max_new_tokens": request.max_new_tokens,
-        "min_new_tokens": d.min_new_tokens or None,
+        "max_new_tokens": most,
+        "min_new_tokens": least or None,
         "repetition_penalty": d.repetition_penalty,
         "eos_token_id": list(d.end_ids) or None,
         "pad_token_id": d.end_ids[0] if d.end_ids else None,
@@ -327,20 +532,38 @@ def _decoding_fields(kind: str, d: Decoding, request: Request) -> dict[str, Any]
     return {"generation_config": json.dumps(settings)}
 
 
-def _ended_by_text(choice: Mapping[str, Any], text: str, ids: Ids, d: Decoding) -> bool:
+def _ended_by_text(says: Sequence[Any], text: str, ids: Ids, d: Decoding) -> bool:
     """Whether a stop text ended an answer, so that no end token belongs after it.
 
     Also if that is unknown, because the server removes stop texts from its answers and does not say
-    what ended them.
+    what ended them. says: what it says about that.
     """
+    if says and isinstance(says[0], str):
+        return True
     if not d.stop:
         return False
-    if isinstance(choice.get("stop_reason"), str) or any(stop in text for stop in d.stop):
+    if any(stop in text for stop in d.stop) or (d.is_stop is not None and d.is_stop(ids)):
         return True
-    if d.is_stop is not None and d.is_stop(ids):
-        return True
-    return "stop_reason" not in choice and not (ids and ids[-1] in d.end_ids)
+    return not says
+
+
+def _end_of_early_stop(ids: Ids, d: Decoding) -> int | None:
+    """How many ids there are up to a stop text within the first `min_new_tokens`; None without one.
+
+    A stop text ends a response wherever it stands; a server may look for it only behind those.
+    """
+    if d.is_stop is None:
+        return None
+    first = range(1, min(d.min_new_tokens, len(ids)) + 1)
+    return next((n for n in first if d.is_stop(ids[:n])), None)
 
 
 def _is_token_name(name: Any) -> bool:
-    return isinstance(name, str) and name.removeprefix(TOKEN_NAME).isdecimal() and ":" in name
+    return isinstance(name, str) and name.startswith(TOKEN_NAME)
+
+
+def _named_id(name: str) -> int:
+    number = name.removeprefix(TOKEN_NAME)
+    if not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise MalformedAnswerError(f"{name!r:.40} names no token")
+    return int(number)

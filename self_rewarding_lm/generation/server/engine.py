@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -17,13 +18,21 @@ from self_rewarding_lm.errors import ConfigError, ServerError, typed
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.generation.server.chances import NodeAsker, check_chances
-from self_rewarding_lm.generation.server.client import Body, HttpClient, check_openai
+from self_rewarding_lm.generation.server.client import (
+    MALFORMED,
+    Body,
+    HttpClient,
+    Refusal,
+    check_openai,
+)
 from self_rewarding_lm.generation.server.completions import (
     PATH,
     RE_ENCODED,
+    MalformedAnswerError,
     ServedModel,
     check_sampling,
     find_abilities,
+    try_settings,
 )
 from self_rewarding_lm.generation.server.process import LaunchedServer, check_command
 from self_rewarding_lm.models.interface import TokenModel
@@ -38,14 +47,15 @@ class ServerEngine:
     url, model: a server that is running, with or without its /v1, and the model's name there (by
     default the first that it lists). It keeps its own weights: nothing that is trained here reaches
     it. launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint} --port
-    {port}". Then each stage starts a server on its own weights, saved into `folder` (by default a
-    temporary one), for its generating and judging, and stops it before training. max_in_flight:
-    requests at once. timeout: seconds for one try of a request. max_retries: how often a try that
-    may succeed later is repeated. start_timeout: seconds within which a started server must be
-    healthy. stop_timeout: seconds that it has to end before it is killed. top_logprobs: how many of
-    the likeliest tokens are asked for if a server cannot give the probabilities of named ones.
-    max_unknown: how much of a probability may be unknown then, see `chances`. extra: fields that
-    are put into every request. api_key: by default OPENAI_API_KEY.
+    {port} --host 127.0.0.1 --gpu-memory-utilization 0.5". Then each stage starts a server on its
+    own weights, saved into `folder` (by default a temporary one), for its generating and judging,
+    and stops it before training. max_in_flight: requests at once. timeout: seconds for one whole
+    try of a request. max_retries: how often a try that may succeed later is repeated.
+    start_timeout: seconds within which a started server must be healthy. stop_timeout: seconds that
+    it has to end before it is killed. top_logprobs: how many of the likeliest tokens are asked for
+    if a server cannot give the probabilities of named ones. max_unknown: how much of a probability
+    may be unknown then, see `chances`. extra: fields that are put into every request. api_key: by
+    default OPENAI_API_KEY.
 
     Raises ConfigError unless exactly one of url and launch is given.
     """
@@ -115,8 +125,8 @@ class ServerEngine:
         """Raise ConfigError if the server cannot do what a Decoding asks, or give chances.
 
         chances: whether the probabilities of scores will be asked for. What no server can do raises
-        at once, within `serving` also what a running server cannot do. A server that is still to be
-        started is checked as soon as it answers.
+        at once, within `serving` also what a running server cannot do, or refuses when it is asked
+        for one token. A server that is still to be started is checked as soon as it answers.
         """
         check_sampling(decoding)
         if self._serving is not None:
@@ -138,8 +148,9 @@ class ServerEngine:
         """Completions as they come, each with the index of its request; `model` is not used.
 
         The seed of a request is its key's lowest 31 bits. If the server gives no token ids, the
-        text is encoded once (`tokens` is "re-encoded"). A request that it will never answer gives a
-        completion without ids that names the reason.
+        text is encoded once (`tokens` is "re-encoded"). A request that it will never answer, or
+        with something that is no answer, gives a completion without ids that names the reason. A
+        server with a shorter context than the model's has the last word on the length.
         """
         check_sampling(decoding)
         if not requests:
@@ -147,30 +158,37 @@ class ServerEngine:
         client, served = self._server()
         served.check(decoding)
         places: list[int] = []
-        unwritten: list[int] = []
+        unasked: list[tuple[int, Refusal]] = []
 
         def bodies() -> Iterator[Body]:
             for index, request in enumerate(requests):
                 body = served.body(request, decoding)
-                if body is None:
-                    unwritten.append(index)
+                if isinstance(body, Refusal):
+                    unasked.append((index, body))
                 else:
                     places.append(index)
                     yield body
 
         for place, answer in client.ask(PATH, bodies()):
-            completion = served.completion(answer, decoding)
+            request = requests[places[place]]
+            try:
+                completion = served.completion(answer, request, decoding)
+            except MalformedAnswerError as problem:
+                refusal = client.logged(Refusal(MALFORMED, str(problem)))
+                completion = Completion((), None, reason=refusal.reason)
+            if completion.max_new_tokens is not None:
+                self._log_once(
+                    f"the server takes {served.max_len} tokens (max_model_len): answers are "
+                    "shortened to what a prompt leaves of them"
+                )
             if completion.tokens == RE_ENCODED:
                 self._log_once(
                     "the server gives no token ids: its answers are encoded once, and that is what "
                     "is trained on (tokens: re-encoded)"
                 )
             yield places[place], completion
-        for index in unwritten:
-            self._log_once(
-                "some prompts have ids that no text gives, and the server takes texts only"
-            )
-            yield index, Completion((), None, reason="no_text")
+        for index, refusal in unasked:
+            yield index, Completion((), None, reason=client.logged(refusal).reason)
 
     def chances(
         self, model: TokenModel, rows: Sequence[Ids], trie: ScoreTrie, longer: frozenset[int]
@@ -229,12 +247,13 @@ class _Serving:
         self.engine, self.save, self.tokens, self.stack = engine, save, tokens, stack
         self._connection: tuple[HttpClient, ServedModel] | None = None
         self._needs: list[tuple[Decoding, bool]] = []
+        self._tried: list[Decoding] = []
 
     def require(self, decoding: Decoding, chances: bool) -> None:
         """Check what will be asked: now if a server is running, else once it is."""
         self._needs.append((decoding, chances))
         if self.engine.launch is None or self._connection is not None:
-            _check(self.ready()[1], [(decoding, chances)])
+            self._check(*self.ready(), [(decoding, chances)])
 
     def ready(self) -> tuple[HttpClient, ServedModel]:
         """The server and its model, after starting it or finding out what it can do."""
@@ -249,13 +268,27 @@ class _Serving:
         """The server at an address and its model, after finding out what they can do."""
         engine = self.engine
         client = engine._client(url)
-        model = model or _first_model(client)
+        limits = client.models(needed=model is None)
+        model = model or next(iter(limits))
         abilities = find_abilities(client, model, self.tokens, engine.extra)
         logger.info("%s: %s", url, abilities.in_words())
-        served = ServedModel(model, self.tokens, abilities, engine.extra)
-        _check(served, self._needs)
+        served = ServedModel(model, self.tokens, abilities, engine.extra, limits.get(model))
+        self._check(client, served, self._needs)
         self._connection = client, served
         return self._connection
+
+    def _check(
+        self, client: HttpClient, served: ServedModel, needs: Sequence[tuple[Decoding, bool]]
+    ) -> None:
+        """Raise ConfigError if the server has no field for a setting, or refuses its value."""
+        for decoding, chances in needs:
+            served.check(decoding)
+            if chances:
+                check_chances(served.abilities)
+            settings = replace(decoding, is_stop=None)
+            if settings not in self._tried:
+                try_settings(client, served, settings)
+                self._tried.append(settings)
 
     def _launch(self) -> tuple[str, str]:
         """Start a server on the present weights; its address and the model's name there."""
@@ -277,17 +310,3 @@ class _Serving:
         self.stack.callback(server.stop)
         server.start()
         return server.url, engine.model or str(server.checkpoint)
-
-
-def _check(served: ServedModel, needs: Sequence[tuple[Decoding, bool]]) -> None:
-    for decoding, chances in needs:
-        served.check(decoding)
-        if chances:
-            check_chances(served.abilities)
-
-
-def _first_model(client: HttpClient) -> str:
-    models = client.models()
-    if not models:
-        raise ConfigError(f"the server {client.url} lists no model; give model=, its name there.")
-    return models[0]

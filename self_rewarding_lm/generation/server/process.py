@@ -28,6 +28,9 @@ HOST = "127.0.0.1"
 PLACES = ("{checkpoint}", "{port}")
 
 
+EXAMPLE = "vllm serve {checkpoint} --port {port} --host 127.0.0.1 --gpu-memory-utilization 0.5"
+
+
 SHOWN_LINES = 30
 """Lines of a server's log that an error shows."""
 
@@ -46,9 +49,8 @@ def check_command(command: str) -> None:
     missing = [place for place in PLACES if place not in command]
     if missing:
         raise ConfigError(
-            "launch is the command that serves a folder of weights, such as "
-            f"'vllm serve {{checkpoint}} --port {{port}}'; {' and '.join(missing)} is missing in "
-            f"{command!r}."
+            f"launch is the command that serves a folder of weights, such as {EXAMPLE!r}; "
+            f"{' and '.join(missing)} is missing in {command!r}."
         )
 
 
