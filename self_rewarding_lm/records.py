@@ -74,7 +74,8 @@ class Judgement:
     judges that only give numbers. source: how the score came: `sampled` (read in the text),
     `expected` (the mean over the allowed numbers at the place of the text's number), `forced` (the
     same after a score prefix that was appended), `compared`, `given` (by a function or module).
-    score_mass: the probability of all allowed numbers together, if it was computed.
+    score_mass: the probability of all allowed numbers together, if it was computed. finished: False
+    if the text was cut off; None if that is not known, or nothing was written.
     """
 
     kind: ClassVar[str] = "judgements"
@@ -86,6 +87,7 @@ class Judgement:
     text: str | None = None
     source: str = "given"
     score_mass: float | None = None
+    finished: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

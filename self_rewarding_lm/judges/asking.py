@@ -15,14 +15,18 @@ from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.generation.candidates import decoding_of
 from self_rewarding_lm.generation.engine import Completion, Request
 from self_rewarding_lm.judges.expected import Place, VerdictReader, expected_scores
-from self_rewarding_lm.judges.parsing import VerdictForm
+from self_rewarding_lm.judges.parsing import VerdictForm, opened_thought
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.records import Judgement, stable_hash
+from self_rewarding_lm.scores import ParsedScore
 
 MIN_ANSWER_TOKENS = 16
 
 
 FIRST_LOOK = 64  # judgements after which the parse rate is checked for the first time
+
+
+PROMPT_END = 16  # tokens of a judge prompt among which a thought may be opened
 
 
 STATED = (None, "out_of_range", "not_allowed")
@@ -55,7 +59,10 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What an answer says: a score, the place whose probabilities give one, or why it has none."""
+    """What an answer says: a score, the place whose probabilities give one, or why it has none.
+
+    finished: whether the answer ended by itself; None if that is not known or nothing was sampled.
+    """
 
     question: Question
     source: str
@@ -64,6 +71,7 @@ class _Reading:
     reason: str | None = None
     place: Place | None = None
     mass: float | None = None
+    finished: bool | None = None
 
 
 @runtime_checkable
@@ -100,7 +108,7 @@ class Asker:
 
     def ask(self, ctx: Context, questions: Sequence[Question]) -> Iterator[Judgement]:
         """A judgement for each question, in any order; those without room come first."""
-        model, reader = self.model or ctx.model, self.reader(ctx.tokens)
+        model, reader = self.model or ctx.model, self.reader(ctx.tokens, ctx.format)
         # 1. render the judge prompts; a prompt that leaves no room for an answer is not asked
         asked: list[_Asked] = []
         for question, prompt in _rendered(questions, ctx.tokens):
@@ -117,7 +125,7 @@ class Asker:
                 # 2. sample the answers
                 for answers in self._sample(ctx, model, some, reader):
                     # 3. read what they state
-                    readings = [self._read(*answer, ctx.tokens, reader) for answer in answers]
+                    readings = [self._read(ctx, *answer, reader) for answer in answers]
                     # 4. score those whose score is an expectation
                     yield from self._score(ctx, model, readings, reader)
 
@@ -144,7 +152,7 @@ class Asker:
             yield [(asked[index], completion) for index, completion in some]
 
     def _read(
-        self, asked: _Asked, answer: Completion, tokens: Tokens, reader: VerdictReader
+        self, ctx: Context, asked: _Asked, answer: Completion, reader: VerdictReader
     ) -> _Reading:
         """The score that an answer states, or the place where its probabilities are to be read."""
         question = asked.question
@@ -152,20 +160,36 @@ class Asker:
             return _Reading(question, self.score_mode, reason=answer.reason)
         if self.forced_ending == "at_once":
             return _Reading(question, "forced", place=reader.forced(asked.prompt, ()))
-        text = tokens.decode(answer.ids) or ""
-        parsed = self.form.read(text)
-        reason = parsed.reason
+        text = ctx.tokens.decode(answer.ids) or ""
+        read, finished = self._parsed(ctx, asked, text, answer.finished, reader.form)
+        reason = read.reason
         if self.score_mode == "expected" and reason in STATED:
             place = reader.stated(asked.prompt.ids, answer.ids)
             if place is not None:
-                return _Reading(question, "expected", text, place=place)
+                return _Reading(question, "expected", text, place=place, finished=finished)
             reason = "no_place"
-        elif parsed.score is not None:
-            return _Reading(question, "sampled", text, parsed.score)
+        elif read.score is not None:
+            return _Reading(question, "sampled", text, read.score, finished=finished)
         if self.forced_ending:
             place = reader.forced(asked.prompt, answer.ids)
-            return _Reading(question, "forced", text, place=place)
-        return _Reading(question, self.score_mode, text, reason=reason)
+            return _Reading(question, "forced", text, place=place, finished=finished)
+        return _Reading(question, self.score_mode, text, reason=reason, finished=finished)
+
+    def _parsed(
+        self,
+        ctx: Context,
+        asked: _Asked,
+        text: str,
+        finished: bool | None,
+        form: VerdictForm,
+    ) -> tuple[ParsedScore, bool | None]:
+        """What an answer's text says, and whether it ended by itself; None in runs of format 1."""
+        if finished or ctx.format == 1:
+            return form.read(text), finished if ctx.format > 1 else None
+        thought = opened_thought(ctx.tokens.decode(asked.prompt.ids[-PROMPT_END:]) or "")
+        # a place is decided by what stands before its number: that may be cut off
+        known = None if self.score_mode == "expected" else finished
+        return form.read_answer(text, known, before=thought), finished
 
     def _score(
         self, ctx: Context, model: TokenModel, readings: list[_Reading], reader: VerdictReader
@@ -201,13 +225,16 @@ class Asker:
             text=reading.text,
             source=self.source or reading.source,
             score_mass=reading.mass,
+            finished=reading.finished,
         )
 
-    def reader(self, tokens: Tokens) -> VerdictReader:
-        """What finds this judge's verdicts in a tokenizer's ids."""
-        if self._reader is None or self._reader.tokens is not tokens:
-            self._reader = VerdictReader(self.form, tokens)
-        return self._reader
+    def reader(self, tokens: Tokens, run_format: int | None = None) -> VerdictReader:
+        """What finds this judge's verdicts in a tokenizer's ids, by the rules of a run's format."""
+        form = self.form if run_format is None else self.form.of(run_format)
+        known = self._reader
+        if known is None or known.tokens is not tokens or known.form is not form:
+            self._reader = known = VerdictReader(form, tokens)
+        return known
 
     def has_room(self, length: int, limit: int | None, reader: VerdictReader) -> bool:
         """Whether a judge prompt of `length` tokens leaves room for an answer and its ending."""

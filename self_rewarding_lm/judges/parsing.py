@@ -8,7 +8,7 @@ tokens.
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judges.templates import template_parts
@@ -50,7 +50,44 @@ _BARE_LINE = re.compile(  # a last line that is nothing but a score: "4/5", "**4
 )
 
 
-_SCALE = r"(?:\s{0,4}(?:/|out\s{1,4}of|of)\s{0,4}(?P<scale>\d{1,9}(?:[.,]\d{1,6})?)(?![^\W_]))?"
+_SCALE = r"(?:\s{0,4}(?:/|out\s{1,4}of|of)\s{0,4}(?P<scale>\d{1,9}(?:[.,]\d{1,6})?)(?![^\W_]))"
+
+
+_LOW = r"(?:\d{1,9}\s{0,2}(?:[-‐-―]|to\b)\s{0,2})"  # the "1 to" of "1 to 10"
+
+
+_IN_WORDS = (  # "on a scale of 1 to 10", "(on a 10-point scale)", "points out of 10"
+    r"(?:[\s*_`\"'”’)\]]{0,8}(?:(?:points?|stars?)\s{1,4})?[(\[,‐-―-]?\s?(?:"
+    r"out\s{1,4}of\s{1,4}(?P<scale_whole>\d{1,9})(?=[\s*_`]{0,8}(?:[)\].,;!]|\Z))"
+    r"|(?<![^\W_])(?:[oi]n\s{1,4})?(?:(?:an?|the)\s{1,4})?scale(?:\s?:)?\s{1,4}"
+    rf"(?:(?:of|from)\s{{1,4}})?{_LOW}?(?P<scale_high>\d{{1,9}})(?![^\W_])"
+    rf"|(?<![^\W_])(?:[oi]n\s{{1,4}})?(?:an?|the)\s{{1,4}}{_LOW}?(?P<scale_points>\d{{1,9}})"
+    r"(?:[-\s]points?)?[-\s]scale(?![^\W_])))"
+)
+
+
+_BESIDE = (  # a scale between the words and their colon: "Score (0-5):", "Score out of 5:"
+    rf"[(（\[]?\s?(?:{_LOW}|(?:out\s{{1,4}}of|max\.?|/)\s{{0,4}})"
+    r"(?P<scale_beside>\d{1,9})(?:\s(?:points?|stars?))?\s?[)）\]]?"
+)
+
+
+_ARROW = r"[*_`~]{0,4}[^\S\n]{0,2}(?:[-=]{1,2}>|[→⇒⟶➔➜➡])[^\S\n]{0,2}[*_`]{0,4}"
+
+
+_CHANGED = (  # the "5 ->" of "5 -> 4"; "4/5 -> 80" and "4/5 -> 0.8" say the same in another way
+    rf"(?:\d{{1,9}}(?!\d)(?:[.,]\d{{1,6}})?(?:{_ARROW}|/(?P<was>\d{{1,9}}){_ARROW}"
+    r"(?=\d{1,9}(?:[.,]\d{1,6})?/(?P=was)(?!\d))))"
+)
+
+
+_LONE_LINE = re.compile(  # also "5 -> 4" and "4 on a scale of 1 to 5"
+    rf"\A(?:{_BARE_LINE.pattern}"
+    rf"|\W{{0,8}}{_NUMBER.replace('number', 'graded')}{_IN_WORDS}\W{{0,8}}"
+    rf"|\W{{0,8}}{_CHANGED}{{1,4}}{_NUMBER.replace('number', 'changed')}"
+    r"(?:/(?P<scale_same>\d{1,9}))?\W{0,8})",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +95,7 @@ class Statement:
     """A number or label that a judge's text states.
 
     said: as it is written. start: where it begins in the text. before: the words that lead to it.
-    scale: the 5 of "4/5"; None if the text names none.
+    scale: the 5 of "4/5" and "4 on a scale of 1 to 5"; None if the text names none.
     """
 
     said: str
@@ -68,12 +105,22 @@ class Statement:
 
 
 def score_pattern(before: str, after: str) -> re.Pattern[str]:
-    """The pattern of a number between two texts, with the groups `number` and `scale`."""
+    """The pattern of a number between two texts: the group `number`, its scale in `scale...`."""
+    words, after = _ascii_digits(before), _literal(_ascii_digits(after))
+    lead = f"{_lead_of(words)}{_OPENING}(?:{_CHANGED}{{1,4}}|{_SUM})" if _literal(words) else _FRESH
+    scale = f"(?:{_SCALE}|{_IN_WORDS})?"
+    if after:
+        end = r"(?![^\W_])" if after[-1:].isalnum() else ""
+        scale += f"{_CLOSING}{after}{end}{_IN_WORDS.replace('<scale_', '<scale_behind_')}?"
+    return re.compile(f"{lead}{_NUMBER}{_WHOLE}{_NO_RANGE}{scale}", re.IGNORECASE)
+
+
+def earlier_score_pattern(before: str, after: str) -> re.Pattern[str]:
+    """The pattern by which runs of format 1 read: without scales in words, keys and arrows."""
     before, after = (_literal(_ascii_digits(part)) for part in (before, after))
     lead = f"{_word_start(before)}{before}{_OPENING}{_SUM}" if before else _FRESH
     tail = f"{_CLOSING}{after}" + (r"(?![^\W_])" if after[-1:].isalnum() else "") if after else ""
-    body = f"{lead}{_NUMBER}{_WHOLE}{_NO_RANGE}{_SCALE}{tail}"
-    return re.compile(body, re.IGNORECASE)
+    return re.compile(f"{lead}{_NUMBER}{_WHOLE}{_NO_RANGE}{_SCALE}?{tail}", re.IGNORECASE)
 
 
 def verdict_pattern(prefix: str, labels: Sequence[str]) -> re.Pattern[str]:
@@ -87,14 +134,16 @@ def verdict_pattern(prefix: str, labels: Sequence[str]) -> re.Pattern[str]:
     return re.compile(f"(?i:{_word_start(before)}{before}){_OPENING}(?P<label>{either}){no_choice}")
 
 
-def find_score(text: str, pattern: re.Pattern[str]) -> Statement | None:
+def find_score(
+    text: str, pattern: re.Pattern[str], lone_line: re.Pattern[str] = _LONE_LINE
+) -> Statement | None:
     """The last score that `text` states, as it is written; `parse_score` says what counts."""
     skipped = max(0, len(text) - PARSED_CHARACTERS)
     text = _ascii_digits(text[skipped:])
     matches = list(pattern.finditer(text))
     if matches:
         return _statement(text, matches[-1], "number", matches[-1].start(), skipped)
-    return _bare_score(text, skipped)
+    return _bare_score(text, skipped, lone_line)
 
 
 def find_verdict(text: str, pattern: re.Pattern[str], labels: Sequence[str]) -> Statement | None:
@@ -114,14 +163,31 @@ def number_of(said: str) -> float:
     return float(said.replace(",", "."))
 
 
+def _lead_of(words: str) -> str:
+    """The pattern of a template's words before the number.
+
+    Words with a colon or an equals sign may also be a key (`"score": 4`) or have a scale beside
+    them (`Score (0-5): 4`).
+    """
+    literal = _literal(words)
+    parts = re.fullmatch(r"(.*[^\W_])\s*([:=])\s*", words, re.DOTALL)
+    plain = f"{_word_start(literal)}{literal}"
+    if parts is None:
+        return plain
+    said = _literal(parts[1])
+    key = rf"[\"'“‘]{said}[\"'”’]\s{{0,4}}[:=]"
+    beside = f"{_word_start(said)}{said}{_FILLER}{_BESIDE}{_FILLER}{parts[2]}"
+    return f"(?:{plain}|{key}|{beside})"
+
+
 def _statement(text: str, match: re.Match[str], group: str, begin: int, skipped: int) -> Statement:
     """The statement of a match. begin: of its first word. skipped: characters before `text`."""
-    start = match.start(group)
-    scale = match.groupdict().get("scale")
+    start, groups = match.start(group), match.groupdict()
+    scale = next((s for name, s in groups.items() if name.startswith("scale") and s), None)
     return Statement(match[group], start + skipped, text[begin:start], scale)
 
 
-def _bare_score(text: str, skipped: int) -> Statement | None:
+def _bare_score(text: str, skipped: int, lone_line: re.Pattern[str]) -> Statement | None:
     """The score of a text that is nothing but a number, or whose last line is nothing but one."""
     alone = re.fullmatch(rf"\s*{_NUMBER}\s*", text)
     if alone is not None:
@@ -129,10 +195,13 @@ def _bare_score(text: str, skipped: int) -> Statement | None:
     end = len(text.rstrip())
     begin = text.rfind("\n", 0, end) + 1
     indent = len(text[begin:end]) - len(text[begin:end].lstrip())
-    line = _BARE_LINE.fullmatch(text, begin + indent, end)
-    if line is None:
+    match = lone_line.fullmatch(text[begin + indent : end])
+    if match is None:
         return None
-    return _statement(text, line, "number" if line["number"] else "bold", begin, skipped)
+    names = ("number", "bold", "graded", "changed")
+    group = next(name for name in names if match.groupdict().get(name))
+    found = _statement(match.string, match, group, 0, begin + indent + skipped)
+    return replace(found, before=text[begin : begin + indent] + found.before)
 
 
 def _word_start(pattern: str) -> str:
@@ -164,7 +233,9 @@ class VerdictForm:
 
     prefix: the words. values: the score of each text, such as 4.0 of "4". numeric: the texts are
     numbers, so a digit after one makes another number. find: gives the last statement in a judge's
-    text. read: gives its score, or None with the reason.
+    text. read: gives its score, or None with the reason. goes_on: whether what a text that was cut
+    off states could become another statement with its next words, as the 1 of "Score: 1" could.
+    earlier: the form by which runs of format 1 read, if it is another.
     """
 
     prefix: str
@@ -172,6 +243,42 @@ class VerdictForm:
     numeric: bool
     find: Callable[[str], Statement | None]
     read: Callable[[str], ParsedScore]
+    goes_on: Callable[[str], bool]
+    earlier: "VerdictForm | None" = None
+
+    def of(self, run_format: int) -> "VerdictForm":
+        """The form by which a run of a format reads."""
+        return self.earlier if run_format == 1 and self.earlier is not None else self
+
+    def read_answer(self, text: str, finished: bool | None, *, before: str = "") -> ParsedScore:
+        """The score of an answer; None with the reason `unfinished` if it could become another.
+
+        finished: False if the answer was cut off, None if that is not known. before: what the
+        assistant's turn begins with, such as an open thought.
+        """
+        if finished is not True and thought_is_open(before + text):
+            return ParsedScore(None, "unfinished")
+        if finished is False and self.goes_on(text):
+            return ParsedScore(None, "unfinished")
+        return self.read(text)
+
+
+_THOUGHT = re.compile(
+    r"[<\[◁](?P<closes>/?)(?:\w{1,20}:)?(?:think|thinking|thought|reasoning)[>\]▷]", re.IGNORECASE
+)
+
+
+def thought_is_open(text: str) -> bool:
+    """Whether a text ends within a thought: after a `<think>` without its `</think>`."""
+    marks = [*_THOUGHT.finditer(text)]
+    return bool(marks) and not marks[-1]["closes"]
+
+
+def opened_thought(prompt: str) -> str:
+    """The `<think>` with which a prompt ends, so that the answer begins within a thought; or ""."""
+    marks = [*_THOUGHT.finditer(prompt.rstrip())]
+    is_last = bool(marks) and marks[-1].end() == len(prompt.rstrip())
+    return marks[-1][0] if is_last and not marks[-1]["closes"] else ""
 
 
 def score_form(
@@ -182,15 +289,26 @@ def score_form(
     allowed_scores: Sequence[float] | None = None,
 ) -> VerdictForm:
     """The form of a reward template. numbers: the scores whose probabilities may be asked for."""
-    pattern = compile_score_pattern(template)
-    limits = {"score_range": score_range, "allowed_scores": allowed_scores}
-    return VerdictForm(
-        prefix=template_parts(template)[0],
-        values={number_text(number): float(number) for number in numbers},
-        numeric=True,
-        find=lambda text: find_score(text, pattern),
-        read=lambda text: parse_score(text, pattern, **limits),
-    )
+    before, after = template_parts(template)
+
+    def form(
+        pattern: re.Pattern[str], lone_line: re.Pattern[str], earlier: VerdictForm | None = None
+    ) -> VerdictForm:
+        def find(text: str) -> Statement | None:
+            return find_score(text, pattern, lone_line)
+
+        def read(text: str) -> ParsedScore:
+            return _within(find(text), score_range, allowed_scores)
+
+        def goes_on(text: str) -> bool:
+            digits = () if text[-1:].isalpha() else ("97",)  # "4 stars" does not go on with digits
+            return any(read(text + more) != read(text) for more in (" 97", *digits))
+
+        values = {number_text(number): float(number) for number in numbers}
+        return VerdictForm(before, values, True, find, read, goes_on, earlier)
+
+    earlier = form(earlier_score_pattern(before, after), _BARE_LINE)
+    return form(score_pattern(before, after), _LONE_LINE, earlier)
 
 
 def comparison_form(prefix: str, labels: tuple[str, str], tie_label: str | None) -> VerdictForm:
@@ -210,7 +328,20 @@ def comparison_form(prefix: str, labels: tuple[str, str], tie_label: str | None)
             return ParsedScore(None, "no_verdict")
         return ParsedScore(values[verdict.said])
 
-    return VerdictForm(prefix, values, numeric=False, find=find, read=read)
+    def goes_on(text: str) -> bool:
+        more = (space + label for space in ("", " ") for label in values)
+        return any(read(text + label) != read(text) for label in more)
+
+    return VerdictForm(prefix, values, False, find, read, goes_on)
+
+
+def parser_form(parse_reward: Callable[[str], object]) -> VerdictForm:
+    """The form of a user's parser: where it finds a number, and whether one goes on, it knows."""
+
+    def read(text: str) -> ParsedScore:
+        return call_parse_reward(parse_reward, text)
+
+    return VerdictForm("", {}, True, lambda text: None, read, lambda text: False)
 
 
 def compile_score_pattern(template: str) -> re.Pattern[str]:
@@ -236,7 +367,15 @@ def parse_score(
     is only a number states it too. Reasons: `no_score`, `other_scale` (8/10 if the range ends at
     5), `out_of_range`, `not_allowed`.
     """
-    statement = find_score(text, pattern)
+    return _within(find_score(text, pattern), score_range, allowed_scores)
+
+
+def _within(
+    statement: Statement | None,
+    score_range: tuple[float, float] | None,
+    allowed_scores: Sequence[float] | None,
+) -> ParsedScore:
+    """The score of a statement if it is within the limits, or None with the reason."""
     if statement is None:
         return ParsedScore(None, "no_score")
     score = number_of(statement.said)

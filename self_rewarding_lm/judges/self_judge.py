@@ -10,8 +10,8 @@ from self_rewarding_lm.judges.asking import Asker, Asks, Question
 from self_rewarding_lm.judges.base import Judge, as_in_format_1
 from self_rewarding_lm.judges.parsing import (
     VerdictForm,
-    call_parse_reward,
     comparison_form,
+    parser_form,
     score_form,
 )
 from self_rewarding_lm.judges.templates import compile_comparison_template, compile_prompt_template
@@ -102,13 +102,8 @@ def form_of(reward: RewardConfig) -> VerdictForm:
 
     `parse_reward` reads it if it is set, else the template.
     """
-    parse = reward.parse_reward
-    if parse is not None:
-
-        def read(text: str) -> ParsedScore:
-            return call_parse_reward(parse, text)
-
-        return VerdictForm("", {}, numeric=True, find=lambda text: None, read=read)
+    if reward.parse_reward is not None:
+        return parser_form(reward.parse_reward)
     assert reward.reward_regex_template is not None
     counts = reward.score_mode == "expected" or reward.forced_ending
     return score_form(

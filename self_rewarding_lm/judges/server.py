@@ -48,6 +48,14 @@ OUT_OF_TOKENS = "output limit was reached"
 """In what OpenAI's models say if they still think when their tokens are used up."""
 
 
+ENDED = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "tool_calls", "function_call")
+"""Words for the end (`finish_reason`) of an answer that ended by itself."""
+
+
+CUT = ("length", "max_tokens")
+"""Words for the end of one that was cut off. All others, as content_filter, say it was broken."""
+
+
 class ServerJudge(Judge):
     """A model at an OpenAI-compatible address judges (the LLM annotator of arXiv:2402.04792).
 
@@ -158,7 +166,7 @@ class ServerAsker:
         fields = self._fields
         bodies = (self._body(question, model, ctx.seed, fields) for question in questions)
         for place, answer in self.server.client.ask(PATH, bodies):
-            yield self._judgement(questions[place], answer)
+            yield self._judgement(questions[place], answer, ctx.format)
 
     def _model(self) -> str:
         """The model's name; ConfigError if the server lists none."""
@@ -220,22 +228,27 @@ class ServerAsker:
                 text += text_of(ended_by)
         return cut_behind_stop(text, self.sampling.stop)
 
-    def _judgement(self, question: Question, answer: Body | Refusal) -> Judgement:
+    def _judgement(self, question: Question, answer: Body | Refusal, run_format: int) -> Judgement:
         """The judgement in a server's answer, or the reason why there is no score."""
-        text, score, reason = None, None, None
+        text, score, reason, finished = None, None, None, None
         if isinstance(answer, Refusal):
             reason = answer.reason
         else:
             choice = first_choice(answer) or {}
+            word = choice.get("finish_reason") if run_format > 1 else None
+            finished = word in ENDED if isinstance(word, str) else None
             try:
                 text = self._text(choice) or None
             except MalformedAnswerError as problem:
                 reason = self.server.client.logged(Refusal(MALFORMED, str(problem))).reason
-            if text is not None:
-                parsed = self.form.read(text)
-                score, reason = parsed.score, parsed.reason
+            if text is None:
+                reason = reason or ("unfinished" if finished is False else "empty")
+            elif finished is False and word not in CUT:  # a filter or a fault broke it off
+                reason = "unfinished"
             else:
-                reason = reason or "empty"
+                form, known = self.form.of(run_format), True if run_format == 1 else finished
+                parsed = form.read_answer(text, known)
+                score, reason = parsed.score, parsed.reason
         return Judgement(
             id=question.id,
             candidate_ids=question.candidate_ids,
@@ -244,6 +257,7 @@ class ServerAsker:
             reason=reason,
             text=text,
             source=self.source,
+            finished=finished,
         )
 
 

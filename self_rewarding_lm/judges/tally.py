@@ -43,6 +43,7 @@ class JudgeTally:
     tie: Share = field(default_factory=Share)
     mass: Share = field(default_factory=Share)
     forced: Share = field(default_factory=Share)
+    cut: Share = field(default_factory=Share)
     rounded: Counter[float] = field(default_factory=Counter)
 
     def add(
@@ -67,6 +68,7 @@ class JudgeTally:
         masses = [j.score_mass for j in judgements if j.score_mass is not None]
         self.mass.add(math.fsum(masses), len(masses))
         self.forced.add(sum(j.source == "forced" for j in judgements), len(judgements))
+        self.cut.add(sum(j.finished is False for j in judgements), len(judgements))
 
     def _add_singles(self, judgements: Sequence[Judgement]) -> None:
         """Count judgements of one candidate, and how far several by one judge agree."""
@@ -93,6 +95,7 @@ class JudgeTally:
             "judge/tie_rate": self.tie,
             "judge/score_mass": self.mass,
             "judge/forced_share": self.forced if self.forced.part else Share(),
+            "judge/cut": self.cut if self.cut.part else Share(),
         }
         return {name: float(s.part / s.whole) for name, s in shares.items() if s.whole}
 
@@ -154,7 +157,8 @@ def judge_metrics(
     judge/parse_rate: the share of judgements with a score. judge/tie_rate: the share of prompts
     with two scored candidates whose best and worst score are equal. judge/score_mass: the mean
     probability of all allowed scores together. judge/forced_share: the share of judgements whose
-    ending was forced, if any was.
+    ending was forced, if any was. judge/cut: the share of judgements whose text was cut off, if any
+    was.
     Of judgements of one candidate: judge/score_mean; judge/modal_share, the share of the commonest
     score (1.0 for a judge that always gives the same); judge/self_agreement, the share of pairs of
     judgements of a candidate by one judge that give the same score. The last two round scores to

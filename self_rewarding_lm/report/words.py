@@ -25,6 +25,7 @@ ROUNDS = {
     "judge/position_agreement": "Comparisons with one verdict in both orders",
     "judge/score_mass": "Probability of all allowed scores together",
     "judge/forced_share": "Judgements whose ending was forced",
+    "judge/cut": "Judgements that were cut off",
     "completions/mean_length": "Mean length of responses, tokens",
     "completions/clipped_ratio": "Responses that were cut off",
     "pairs/kept": "Pairs that were kept",
@@ -37,7 +38,7 @@ ROUNDS = {
 SHARES = {
     *("judge/parse_rate", "judge/tie_rate", "judge/modal_share", "judge/self_agreement"),
     *("judge/position_agreement", "judge/score_mass", "judge/forced_share"),
-    *("completions/clipped_ratio", "rewards/accuracies", "eval/rewards/accuracies"),
+    *("judge/cut", "completions/clipped_ratio", "rewards/accuracies", "eval/rewards/accuracies"),
 }
 """Numbers from 0 to 1: their charts show all of that, so that a small change looks small."""
 

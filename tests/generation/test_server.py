@@ -832,6 +832,34 @@ def test_a_judgement_that_fails_is_none_with_its_reason():
     assert all(j.score is None and j.judge == "big" for j in found.values())
 
 
+CUT_ANSWERS = [  # what the server says, how it ended, score, reason, whether it is known as finished
+    ("Score: 3", "stop", 3, None, True),
+    ("Score: 3", None, 3, None, None),
+    ("Score: 3", ["stop"], 3, None, None),
+    ("Score: 1", "length", None, "unfinished", False),
+    ("Score: 4 because it", "length", 4, None, False),
+    ("<think>Maybe Score: 3", "length", None, "unfinished", False),
+    ("<think>Maybe Score: 3 or", None, None, "unfinished", None),
+    ("<think>Maybe Score: 3</think>Score: 4", "stop", 4, None, True),
+    ("Score: 9. It", "content_filter", None, "unfinished", False),
+    ("", "length", None, "unfinished", False),
+    ("", "stop", None, "empty", True),
+    ("Nothing", "length", None, "no_score", False),
+]
+
+
+@pytest.mark.parametrize(("said", "end", "score", "reason", "finished"), CUT_ANSWERS)
+def test_a_judgement_that_a_server_cut_off_states_no_half_number(
+    said, end, score, reason, finished
+):
+    prompt, candidates = candidates_of(["a"])
+    ctx = context(Successor(TEXT_VOCAB), tokens=TOKENS)
+    with FakeServer() as server:
+        server.says, server.ends = lambda body: said, lambda body: end
+        (found,) = ServerJudge(url=server.url, reward=REWARD).judge(ctx, [prompt], [candidates])
+    assert (found.score, found.reason, found.finished) == (score, reason, finished)
+
+
 def test_one_line_makes_another_model_the_annotator(tmp_path):
     with FakeServer() as server:
         server.says = lambda body: f"Score: {len(body['messages'][0]['content']) % 10}"

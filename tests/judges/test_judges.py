@@ -1,6 +1,8 @@
 """Judges: what they are shown, what is read of their words, and what reward functions may return."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from self_rewarding_lm.judges.self_judge import (
     SeveralJudges,
     check_judge_prompt,
 )
+from self_rewarding_lm.judges.tally import judge_metrics
 from self_rewarding_lm.judges.votes import VoteJudge
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
@@ -107,6 +110,56 @@ def test_the_judge_is_shown_prompt_and_response_in_the_template():
         "rate <what is 2> and <2 is 2>\nreview:",
     ]
     assert scores == {"s/0/0/0/j0": 4.0, "s/0/0/1/j0": 4.0}
+
+
+class Cut(Scripted):
+    """An engine of which answers that end in `?` were cut off."""
+
+    def generate(self, model, requests, decoding):
+        for i, answer in super().generate(model, requests, decoding):
+            text = decode(torch.tensor(answer.ids))
+            yield i, Completion(ids_of(text.removesuffix("?")), not text.endswith("?"))
+
+
+def test_a_judgement_that_was_cut_off_states_no_half_number_and_is_counted():
+    says = {
+        "a": "score: 1?",
+        "b": "score: 4 as it?",
+        "c": "score: 2",
+        "d": "<think>score: 2 or?",
+        "e": "good?",
+    }
+    engine = Cut(lambda prompt: says[prompt.split("<")[2][0]])
+    asked_for = asked(("what", list(says)))
+    judgements = list(SelfJudge(REWARD, JUDGING, 1).judge(judging_context(engine), *asked_for))
+    found = {j.candidate_ids[0][-1]: (j.score, j.reason, j.finished) for j in judgements}
+    assert found == {
+        "0": (None, "unfinished", False),
+        "1": (4.0, None, False),
+        "2": (2.0, None, True),
+        "3": (None, "unfinished", False),
+        "4": (None, "no_score", False),
+    }
+    metrics = judge_metrics(asked_for[1][0], judgements)
+    assert metrics["judge/cut"] == 4 / 5 and metrics["judge/parse_rate"] == 2 / 5
+    whole = [j for j in judgements if j.finished]
+    assert "judge/cut" not in judge_metrics(asked_for[1][0], whole)
+
+
+def test_a_run_of_0_1_0_scores_what_was_cut_off_as_it_did():
+    engine = Cut(lambda prompt: "score: 1?")
+    ctx = judging_context(engine)
+    ctx = replace(ctx, run=SimpleNamespace(format=1))
+    (found,) = SelfJudge(REWARD, JUDGING, 1).judge(ctx, *asked(("what", ["a"])))
+    assert (found.score, found.reason, found.finished) == (1.0, None, None)
+
+
+def test_an_expected_score_does_not_need_the_end_of_the_number():
+    engine = Cut(lambda prompt: "score: 1?")
+    reward = REWARD.model_copy(update={"score_mode": "expected"})
+    (found,) = SelfJudge(reward, JUDGING, 1).judge(judging_context(engine), *asked(("a", ["b"])))
+    assert (found.source, found.finished) == ("expected", False)
+    assert found.score_mass is not None and found.reason != "unfinished"
 
 
 def test_each_candidate_is_judged_k_times_each_with_noise_of_its_own():

@@ -24,7 +24,9 @@ from self_rewarding_lm.judges.parsing import (
     comparison_form,
     compile_score_pattern,
     find_score,
+    opened_thought,
     parse_score,
+    parser_form,
     score_form,
 )
 from self_rewarding_lm.judges.tally import judge_metrics
@@ -229,6 +231,139 @@ OTHER_TEMPLATES = [
 )
 def test_a_template_is_matched_as_text_around_its_number(template, text, score):
     assert read(text, template, score_range=(0, 5)).score == score
+
+
+WRITTEN_OTHERWISE = [  # default template, 0 to 5: text, score, reason
+    ("Score: 4 on a scale of 1 to 10", None, "other_scale"),
+    ("Score: 4 on a scale of 1 to 5", 4, None),
+    ("Score: **4** on a scale from 0-10.", None, "other_scale"),
+    ("Score: 4 on a 10-point scale", None, "other_scale"),
+    ("Score: 4 on the 0–5 scale", 4, None),
+    ("Score: 4 (scale: 1 to 10)", None, "other_scale"),
+    ("Score: 4 (out of 10)", None, "other_scale"),
+    ("Score: 4 points out of 10", None, "other_scale"),
+    ("Score: 4 (3 out of 10 facts are right)", 4, None),
+    ("Score: 4, the scale is hard", 4, None),
+    ("Good.\n4 on a scale of 1 to 10", None, "other_scale"),
+    ("Good.\n4 on a scale of 1 to 5.", 4, None),
+    ("0-5 scale", None, "no_score"),
+    ("Score: 5 -> 4", 4, None),
+    ("Score: 5 → **4**", 4, None),
+    ("Score: 3 => 5 => 2", 2, None),
+    ("Score: 5/5 -> 4/5", 4, None),
+    ("Score: 4/5 -> 80%", 4, None),
+    ("Score: 4/5 -> 0.8", 4, None),
+    ("Score: 4 -> good", 4, None),
+    ("5 -> 4", 4, None),
+    ("Good.\n5 -> 4", 4, None),
+    ('{"score": 4}', 4, None),
+    ("{'score': 4}", 4, None),
+    ('{"reason": "Score: 5, it says", "score": "2/5", "max_score": 5}', 2, None),
+    ('{"score": {"relevance": 4}}', None, "no_score"),
+    ("Score (0-5): 4", 4, None),
+    ("**Score (0 to 5):** 4", 4, None),
+    ("Score [1-10]: 4", None, "other_scale"),
+    ("Score out of 5: 4", 4, None),
+    ("Score/10: 4", None, "other_scale"),
+    ("Score 1: 4", None, "no_score"),
+    ("Score (relevance): 4", None, "no_score"),
+]
+OTHERWISE = [  # template, text, score, reason
+    ("Rating: {{ reward }}", "Rating (0-5): 4", 4, None),
+    ("Rating: {{ reward }}", "{'rating': 4}", 4, None),
+    ("Final score: {{ reward }}", '{"final_score": 4}', 4, None),
+    ("Score = {{ reward }}", "Score (1-10) = 4", None, "other_scale"),
+    ("评分：{{ reward }}", "评分（0-5）：４", 4, None),
+    ("{{ reward }} stars", "4 stars on a scale of 1 to 10", None, "other_scale"),
+    ("{{ reward }} stars", "5 -> 4 stars", 4, None),
+    ("<score>{{ reward }}</score>", "<score>5 -> 4</score>", 4, None),
+    ("<score>{{ reward }}</score>", "<score>4 (out of 10)</score>", None, "other_scale"),
+    ("[[{{ reward }}]]", "[[4 on a scale of 0 to 5]]", 4, None),
+    ("{{ reward }}", "4 on a 10-point scale", None, "other_scale"),
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "score", "reason"),
+    [*(("Score: {{ reward }}", *case) for case in WRITTEN_OTHERWISE), *OTHERWISE],
+)
+def test_a_score_with_a_scale_in_words_an_arrow_or_a_key_is_read(template, text, score, reason):
+    found = score_form(template, score_range=(0, 5)).read(text)
+    assert (found.score, found.reason) == (score, reason)
+
+
+def test_runs_that_0_1_0_began_read_as_it_did():
+    form = score_form("Score: {{ reward }}", score_range=(0, 5))
+    said = {text: form.of(1).read(text).score for text, _, _ in WRITTEN_OTHERWISE}
+    assert said["Score: 4 on a scale of 1 to 10"] == 4 and said["Score: 5 -> 4"] == 5
+    assert said['{"score": 4}'] is said["Score (0-5): 4"] is said["5 -> 4"] is None
+    assert form.of(2) is form
+    for text, score in SAID:
+        assert form.of(1).read(text).score == score
+
+
+CUT = [  # template, text, score
+    ("Score: {{ reward }}", "Score: 1", None),
+    ("Score: {{ reward }}", "Score: 4.", None),
+    ("Score: {{ reward }}", "Score: 4/", None),
+    ("Score: {{ reward }}", "Score: 1/5", None),
+    ("Score: {{ reward }}", "Score: 4 out of", None),
+    ("Score: {{ reward }}", "Score: 3 or", None),
+    ("Score: {{ reward }}", "Score: 5 ->", None),
+    ("Score: {{ reward }}", "Score: 2. No, Score:", None),
+    ("Score: {{ reward }}", '{"score": 4', None),
+    ("Score: {{ reward }}", "Good.\n4/5", None),
+    ("Score: {{ reward }}", "<think>Maybe Score: 3 as", None),
+    ("Score: {{ reward }}", "[THINK]Score: 3 as", None),
+    ("Score: {{ reward }}", "<think>a</think>Score: 3. <think>No", None),
+    ("Score: {{ reward }}", "<think>a</think>Score: 3 as", 3),
+    ("Score: {{ reward }}", "Score: 4\n", 4),
+    ("Score: {{ reward }}", "**Score: 4**", 4),
+    ("Score: {{ reward }}", '{"score": 4}', 4),
+    ("Score: {{ reward }}", "Score: 4 because", 4),
+    ("Score: {{ reward }}", "Score: 4\nFirst, 3", 4),
+    ("{{ reward }} stars", "4 stars", 4),
+    ("<score>{{ reward }}</score>", "<score>4</score>", 4),
+]
+
+
+@pytest.mark.parametrize(("template", "text", "score"), CUT)
+def test_a_text_that_was_cut_off_states_no_half_number(template, text, score):
+    form = score_form(template, score_range=(0, 5))
+    found = form.read_answer(text, False)
+    assert (found.score, found.reason) == (score, "unfinished" if score is None else None)
+    assert form.read_answer(text, True) == form.read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Better: A", None),
+        ("Better: A or", None),
+        ("Better: A/", None),
+        ("<think>Better: A, for", None),
+        ("Better: A, for", 1.0),
+        ("Better: [[B]].", 0.0),
+    ],
+)
+def test_a_verdict_that_was_cut_off_is_none_if_it_could_go_on(text, score):
+    assert comparison_form("Better: ", ("A", "B"), "Tie").read_answer(text, False).score == score
+
+
+def test_a_thought_that_the_prompt_opened_is_open_until_it_is_closed():
+    form = score_form("Score: {{ reward }}", score_range=(0, 5))
+    opened = opened_thought("<user>What does <think> mean?<assistant><think>\n")
+    assert opened == "<think>"
+    assert form.read_answer("Score: 3 as", False, before=opened).reason == "unfinished"
+    assert form.read_answer("so</think>Score: 3 as", False, before=opened).score == 3
+    for prompt in ("What does <think> mean?", "<think>\n\n</think>\n", ""):
+        assert opened_thought(prompt) == ""
+
+
+def test_a_parser_of_the_user_gets_what_was_cut_but_no_open_thought():
+    form = parser_form(len)
+    assert form.read_answer("12", False).score == 2
+    assert form.read_answer("<think>12", False).reason == "unfinished"
 
 
 def test_the_reasons_say_why_there_is_no_score():

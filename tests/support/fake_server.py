@@ -114,7 +114,7 @@ class FakeServer(ThreadingHTTPServer):
         self.prompt_scores = True
         self.seen, self.answered, self.tries = [], Counter(), Counter()
         self.in_flight = self.most_in_flight = 0
-        self.says = lambda body: "Score: 3"
+        self.says, self.ends = lambda body: "Score: 3", lambda body: "stop"
         self.lock = threading.Lock()
         self.released = threading.Event()
 
@@ -288,7 +288,7 @@ class Handler(BaseHTTPRequestHandler):
                 kept = body.get("include_stop_str_in_output") and self.server.kind == "vllm"
                 said = said[: said.index(stop) + len(stop) * bool(kept)]
                 ended_by = stop
-        choice = {"index": 0, "finish_reason": "stop"}
+        choice = {"index": 0, "finish_reason": self.server.ends(body)}
         choice["message"] = {"role": "assistant", "content": said}
         if self.server.kind in ("vllm", "sglang"):
             choice["stop_reason" if self.server.kind == "vllm" else "matched_stop"] = ended_by

@@ -234,8 +234,45 @@ def a_statement_stands_where_it_says(statements, case):
     plain = statements._ascii_digits(text)
     assert plain[found.start : found.start + len(found.said)] == found.said
     assert plain[: found.start].endswith(found.before)
-    assert found.before.lower().startswith(lead.lower()) or found.before.strip(' \n\t*_`"([$') == ""
+    led = found.before.lstrip("\"'“‘").lower()  # the words may be a key
+    assert led.startswith(lead.lower().rstrip(":")) or found.before.strip(' \n\t*_`"([$') == ""
     assert math.isfinite(statements.number_of(found.said))
+
+
+@over(
+    "judges.parsing",
+    st.tuples(
+        PLAIN_WORDS,
+        st.sampled_from(
+            [
+                *("Score: {} -> {}", "Score: {}/5 => {}/5", '{{"was": {}, "score": {}}}'),
+                *("Score: {}? No.\nScore (0-5): {}", "({})\nScore out of 5: {}", "{} → {}"),
+                *("({}) Score: {} on a scale of 0 to 5", "({}) Score: {}, on a 5-point scale"),
+            ]
+        ),
+        st.integers(0, 5),
+        st.integers(0, 5),
+        st.integers(6, 99),
+    ),
+    mutants={
+        'lead = f"{_lead_of(words)}': 'lead = f"{_word_start(_literal(words))}{_literal(words)}',
+        "(?:{_CHANGED}{{1,4}}|{_SUM})": "{_SUM}",
+        "scale = next((": "scale = groups.get('scale') and next((",
+        "return any(read(text + more) != read(text) for more in": "return any(False for more in",
+    },
+    examples=500,
+)
+def a_score_is_read_in_other_ways_of_writing_and_not_where_it_was_cut(judging, case):
+    before, form, first, score, other = case
+    form_of_scores = judging.score_form("Score: {{ reward }}", score_range=(0, 5))
+    text = f"{before}\n{form.format(first, score)}"
+    assert form_of_scores.read(text).score == score
+    wide = text.replace(" 5:", f" {other}:").replace("-5)", f"-{other})")
+    wide = wide.replace("to 5", f"to {other}").replace("a 5-", f"a {other}-")
+    assert wide == text or form_of_scores.read(wide).reason == "other_scale"
+    assert form_of_scores.read_answer(f"Score: {score}", False).reason == "unfinished"
+    assert form_of_scores.read_answer(f"Score: {score}", True).score == score
+    assert form_of_scores.read_answer(f"Score: {score} because", False).score == score
 
 
 LABELS = st.sampled_from([("A", "B", "C"), ("1", "2", "tie"), ("[[A]]", "[[B]]", "[[C]]")])
