@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(
-    r"^(?:<!-- (?P<mark>slow|no-run): .+ -->\n)?(?P<ticks>```+)(?P<word>[^\n]*)\n(?P<text>.*?)^(?P=ticks)$",
+    r"^(?:<!-- (?P<mark>slow|no-run): [^\n]+ -->\n)?(?P<ticks>```+)(?P<word>[^\n]*)\n(?P<text>.*?)^(?P=ticks)$",
     re.DOTALL | re.MULTILINE,
 )
 LANGUAGES = {"python", "bash", "yaml", "json", "text", "bibtex", ""}
