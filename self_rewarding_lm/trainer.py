@@ -355,7 +355,9 @@ class SelfRewardingTrainer:
             return 0
         for earlier in reversed(range(place)):
             if _is_same_dataset(self.stages[earlier].datasets().get("prompt_dataset"), prompts):
-                return run.summary(earlier).get("next_prompt", 0)
+                rows = len(self.contexts[earlier].rows["prompt_dataset"])
+                skips = getattr(self.stages[earlier], "on_bad_row", "raise") == "skip"
+                return run.next_prompt(earlier, rows, skips=skips)
         return 0
 
     def _settings(self, stage: FinetuneConfig) -> dict[str, Any]:

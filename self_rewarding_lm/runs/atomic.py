@@ -107,8 +107,12 @@ def digest_of(path: Path) -> str:
 
 def check_file(path: Path, folder: Path) -> None:
     """Raise StoreError if the ledger of `folder` lists another digest for the file."""
-    digests = ledger(folder).get(path.relative_to(folder).as_posix())
-    if digests is not None and digest_of(path) not in digests:
+    name = path.relative_to(folder).as_posix()
+    listed = ledger(folder).get(name)
+    if listed is None:
+        return
+    digest = digest_of(path)  # of a file that may have been replaced meanwhile
+    if digest not in [*listed, *ledger(folder).get(name, [])]:
         raise changed(path)
 
 

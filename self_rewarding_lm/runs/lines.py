@@ -1,8 +1,11 @@
 """Sequences whose items are made when they are asked for, and files of lines.
 
-Knows nothing of what a line holds, nor of records.
+Lines that processes append while an arrow runs are sealed: each ends with a digest of itself and of
+the lines before it, `"seal": "0123456789abcdef"}`, until they are merged. Knows nothing of what a
+line holds, nor of records.
 """
 
+import hashlib
 import json
 import os
 import weakref
@@ -20,6 +23,13 @@ T = TypeVar("T")
 
 
 BLOCK = 1 << 16  # bytes that are looked through at once for the end of the last whole line
+
+
+SEAL, SEAL_END, SEAL_BYTES = b', "seal": "', b'"}\n', 8
+
+
+SEAL_SIZE = len(SEAL) + 2 * SEAL_BYTES + len(SEAL_END)
+"""Bytes of a line that are its seal, its end included."""
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
@@ -134,6 +144,50 @@ class LineFile:
         return 1 + sum(start < place for start, _ in self)
 
 
+class SealedFile(LineFile):
+    """A file of sealed lines, given without their seals.
+
+    Iterating raises StoreError at a line that is not what was written there. needed: whether lines
+    without a seal, as version 0.1.0 wrote them, are refused too; behind a sealed one they always
+    are.
+    """
+
+    def __init__(self, file: BufferedIOBase, path: Path, *, needed: bool = True) -> None:
+        super().__init__(file, path)
+        self._needed = needed
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        last = b""
+        for number, (place, line) in enumerate(super().__iter__(), 1):
+            plain, seal = _unsealed(line)
+            if line.endswith(b"\n"):  # else it is torn
+                is_right = seal == _seal(plain, last) if seal or last else not self._needed
+                if not is_right:
+                    raise StoreError(
+                        f"{self.path} is not the file that was written: line {number}, or one "
+                        "before it, was changed or deleted afterwards. Put the right file back; or "
+                        "delete it to have its records made again."
+                    )
+                last = seal
+            yield place, plain
+
+    def at(self, place: int) -> bytes:
+        return _unsealed(super().at(place))[0]
+
+
+def _seal(plain: bytes, before: bytes) -> bytes:
+    """The seal of a line that ends with `}`. before: the seal of the line before; b"" for none."""
+    return hashlib.blake2b(before + plain, digest_size=SEAL_BYTES).hexdigest().encode()
+
+
+def _unsealed(line: bytes) -> tuple[bytes, bytes]:
+    """A line without its seal, and the seal; b"" if it has none."""
+    start = len(line) - SEAL_SIZE
+    if start < 0 or not line.endswith(SEAL_END) or not line.startswith(SEAL, start):
+        return line, b""
+    return line[:start] + b"}\n", line[start + len(SEAL) : -len(SEAL_END)]
+
+
 def json_of(line: bytes, path: Path, number: Callable[[], int]) -> dict[str, Any]:
     """A line as a JSON object; StoreError with its number, from 1 on, if it is none."""
     try:
@@ -159,18 +213,33 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json_of(line, path, lambda n=number: n)
 
 
-def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+def append_lines(path: Path, values: Iterable[dict[str, Any]], *, sealed: bool = False) -> None:
     """Append JSON lines as they come; if making one raises, none of them stays in the file."""
+    lines = (_line(line).encode("utf-8", "replace") for line in values)
     with system_errors(path), path.open("ab+") as file:
         end, start = file.seek(0, os.SEEK_END), _end_of_last_line(file)
         if start < end:  # a torn line: the next one must not be glued onto it
             file.truncate(start)
         try:
-            file.writelines(_line(line).encode("utf-8", "replace") for line in values)
+            file.writelines(_sealed(lines, _seal_at(file, start)) if sealed else lines)
             file.flush()
         except BaseException:
             file.truncate(start)
             raise
+
+
+def _seal_at(file: BufferedIOBase, end: int) -> bytes:
+    """The seal of the line that ends at a byte; b"" if it has none."""
+    start = max(0, end - SEAL_SIZE)
+    file.seek(start)
+    return _unsealed(file.read(end - start))[1]
+
+
+def _sealed(lines: Iterable[bytes], last: bytes) -> Iterator[bytes]:
+    """The lines, sealed. last: the seal of the line before the first."""
+    for line in lines:
+        last = _seal(line, last)
+        yield line.removesuffix(b"}\n") + SEAL + last + SEAL_END
 
 
 def _end_of_last_line(file: BufferedIOBase) -> int:

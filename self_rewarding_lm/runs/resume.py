@@ -141,7 +141,8 @@ def _check_nothing_in_the_way(folder: Path, stages: Sequence[str], ours: Sequenc
         if stage not in ours and path.exists() and any(path.iterdir()):
             raise StoreError(
                 f"{path} holds files, but no run of this library is recorded in "
-                f"{folder}. Nothing was changed; choose another checkpoints_folder or move them."
+                f"{folder}: there is no run.json. Nothing was changed; choose another "
+                "checkpoints_folder, move the files, or put run.json back."
             )
 
 

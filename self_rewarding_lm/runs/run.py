@@ -20,9 +20,10 @@ from self_rewarding_lm.records import (
     columns_of,
     is_trained,
 )
+from self_rewarding_lm.runs.atomic import ledger
 from self_rewarding_lm.runs.lines import Picked, read_lines
 from self_rewarding_lm.runs.pretrained import load_into
-from self_rewarding_lm.runs.stage_folder import EVENTS, StageFiles, check_ours, read_json
+from self_rewarding_lm.runs.stage_folder import DONE, EVENTS, StageFiles, check_ours, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,16 @@ INITIAL = "initial"  # weights before the first stage
 
 
 REPORT = "report.html"
+
+
+COUNTS = ("steps", "next_prompt")
+"""Of done.json, those with which later stages go on."""
+
+
+_AGAIN = (
+    "Put the right file back; or delete the stage's folder (and those of later stages) to have "
+    "all of it made again."
+)
 
 
 class Run:
@@ -120,9 +131,36 @@ class Run:
         return read_json(path) if path.exists() else {}
 
     def summary(self, stage: str | int) -> dict[str, Any]:
-        """What done.json holds; empty before the stage is done."""
-        stage_dir = self.stage(stage)
-        return read_json(stage_dir.path / "done.json") if stage_dir.is_done else {}
+        """What done.json holds; empty before the stage is done. StoreError if it was changed."""
+        files = self.stage(stage)
+        if not files.is_done:
+            return {}
+        path = files.path / DONE
+        summary = read_json(path)
+        for name in COUNTS:
+            count = summary.get(name, 0)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise StoreError(f"{path}: {name} counts from 0 on; got {count!r}. {_AGAIN}")
+        return summary
+
+    def next_prompt(self, stage: str | int, rows: int, *, skips: bool) -> int:
+        """Where a stage stopped in its prompts, counted over all passes.
+
+        rows: of the prompt dataset. skips: whether bad rows are left out, also at the end. Version
+        0.1.0 wrote no digest of done.json; what it says is then compared with the stage's prompts.
+        """
+        files, place = self.stage(stage), self.summary(stage).get("next_prompt", 0)
+        if DONE in ledger(files.path):
+            return place
+        ids = (record_id.split("/")[1:] for record_id in files.stored(Prompt).ids())
+        worked = (int(parts[1]) * rows + int(parts[0]) for parts in ids if len(parts) == 2)
+        least = max(worked, default=-1) + 1
+        if place < least or (place > least and not skips):
+            raise StoreError(
+                f"{files.path / DONE}: next_prompt is {place}, and the stage's prompts end before "
+                f"{least}. {_AGAIN}"
+            )
+        return place
 
     def weights(self, stage: str | int) -> Path:
         """The file of the stage's trained weights (`initial`: those before the first stage).

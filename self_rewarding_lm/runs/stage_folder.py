@@ -1,6 +1,7 @@
 """A stage's folder, read and written. Knows no stage.
 
     run.json                                what was run, with which seed and versions
+    files.json                              digests of run.json and of the first weights
     <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
     <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
                                             ranked, demonstrations, instructions, meta_judgements
@@ -10,9 +11,10 @@
     <nn>-<name>/model/                      the weights, see weights.py
     <nn>-<name>/done.json                   written last, by rename; its presence: the stage is done
 
-While an arrow runs each process appends to its own <records>.<rank>.jsonl; at its end they become
-one file, ordered by id. A torn last line (of a process that was killed) is cut off; any other line
-that cannot be read is an error. Records are read one by one when they are asked for, see stored.py.
+While an arrow runs each process appends sealed lines (see lines.py) to its own
+<records>.<rank>.jsonl; at its end they become one file, ordered by id. A torn last line (of a
+process that was killed) is cut off; any other line that cannot be read is an error. Records are
+read one by one when they are asked for, see stored.py.
 
 Lines of events.jsonl hold `time` (seconds since 1970), `event` and words of their own. Times differ
 between two runs with equal results.
@@ -34,7 +36,14 @@ from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import RECORD_TYPES, Record, to_json
 from self_rewarding_lm.runs.atomic import LEDGER, check_file, delist, ledger, system_errors, writing
 from self_rewarding_lm.runs.lines import append_lines, batched, read_lines
-from self_rewarding_lm.runs.stored import Groups, Stored, merge_files, merged_file, record_files
+from self_rewarding_lm.runs.stored import (
+    SETTINGS,
+    Groups,
+    Stored,
+    merge_files,
+    merged_file,
+    record_files,
+)
 from self_rewarding_lm.runs.weights import (
     Savable,
     Tensors,
@@ -97,7 +106,10 @@ STATE = "state.safetensors"
 RECORDS_AT_ONCE = 64  # that `StageDir.keep` writes together
 
 
-STAGE_FILES = ("config.json", "done.json", "metrics.jsonl", EVENTS, LEDGER, STATE)
+DONE = "done.json"
+
+
+STAGE_FILES = (SETTINGS, DONE, "metrics.jsonl", EVENTS, LEDGER, STATE)
 
 
 class StageFiles:
@@ -108,7 +120,7 @@ class StageFiles:
 
     @property
     def is_done(self) -> bool:
-        return (self.path / "done.json").exists()
+        return (self.path / DONE).exists()
 
     def stored(
         self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
@@ -170,9 +182,9 @@ class StageDir(StageFiles):
         if self.runtime.is_main:
             with system_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "config.json").exists():
+            if not (self.path / SETTINGS).exists():
                 self._check_new()
-                write_json(self.path / "config.json", settings)
+                write_json(self.path / SETTINGS, settings)
             self._say_missing()
             self._replayed = Counter(map(_line_name, read_lines(self.path / "metrics.jsonl")))
         self.tell("begin")
@@ -204,7 +216,8 @@ class StageDir(StageFiles):
         first = next(coming, None)
         if first is not None:
             lines = map(to_json, chain([first], coming))
-            append_lines(self.path / f"{first.kind}.{self.runtime.rank}.jsonl", lines)
+            path = self.path / f"{first.kind}.{self.runtime.rank}.jsonl"
+            append_lines(path, lines, sealed=True)
 
     def keep(self, records: Iterable[Record]) -> Iterator[list[Record]]:
         """Append records of one type as they come, and give each list of them once it is on disk.
@@ -242,9 +255,15 @@ class StageDir(StageFiles):
             if records is not None and records.record_type is record_type:
                 records.close()
         self.runtime.barrier()
+        failure = None
         if self.runtime.is_main:
-            merge_files(self.path, record_type.kind)
-        self.runtime.barrier()
+            try:
+                merge_files(self.path, record_type.kind)
+            except StoreError as error:
+                failure = error
+        failure = self.runtime.from_main(failure)
+        if failure is not None:
+            raise failure
 
     def known(
         self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
@@ -333,7 +352,7 @@ class StageDir(StageFiles):
         self.runtime.barrier()
         if self.runtime.is_main:
             self.tell("done")
-            write_json(self.path / "done.json", self.summary)
+            write_json(self.path / DONE, self.summary)
             clear(self.path)
         self.runtime.barrier()
 
@@ -346,15 +365,19 @@ def clear(stage: Path) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file by rename, so that it is there in full or not at all."""
+    """Write a JSON file by rename, so that it is there in full or not at all.
+
+    The ledger of its folder takes its digest.
+    """
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    with writing(path) as draft:
+    with writing(path, listed_in=path.parent) as draft:
         draft.write_text(text, encoding="utf-8", errors="replace")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of the run."""
+    """What `write_json` wrote; StoreError if the file was changed since, or cannot be read."""
     try:
+        check_file(path, path.parent)
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error

@@ -20,7 +20,7 @@ import numpy as np
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import Record, from_json
 from self_rewarding_lm.runs.atomic import changed, ledger, writing
-from self_rewarding_lm.runs.lines import Lazy, LineFile, Picked, json_of
+from self_rewarding_lm.runs.lines import Lazy, LineFile, Picked, SealedFile, json_of
 
 RUN = 1 << 16  # lines that are sorted at once
 
@@ -35,6 +35,9 @@ FILE_BITS = 16  # of a place: which of the files
 
 
 ID_START = b'{"id": "'  # of the lines that the library writes
+
+
+SETTINGS = "config.json"  # of a stage's folder
 
 
 IdOrder = tuple[tuple[int, int, str], ...]
@@ -102,8 +105,7 @@ class Stored(Lazy[Record]):
             self._files = _open_all(self.folder, kind)
             places, hashes = array("q"), array("q")
             for number, file in enumerate(self._files):
-                digests = vouched.get(file.path.name, [])
-                for start, line in _as_written(file, digests) if digests else _whole(file):
+                for start, line in _as_written(file, vouched.get(file.path.name)):
                     record_id = _id_of(line, file, start)
                     if self.wanted is None or self.wanted(record_id):
                         places.append(start << FILE_BITS | number)
@@ -217,23 +219,40 @@ def _open_all(folder: Path, kind: str) -> list[LineFile]:
     """All files with records of a kind, opened together while another process may merge them."""
     for _ in range(TRIES):
         try:
-            return [LineFile.open(path) for path in record_files(folder, kind)]
+            merged = merged_file(folder, kind)
+            return [_open(path, sealed=path != merged) for path in record_files(folder, kind)]
         except FileNotFoundError:  # merged by the run's own process in this very moment
             continue
     raise StoreError(f"the files {kind}*.jsonl in {folder} come and go; they cannot be read.")
 
 
+def _open(path: Path, *, sealed: bool) -> LineFile:
+    """A file with records. sealed: whether its lines are, as in those of single processes.
+
+    Lines without a seal are taken where the stage began with version 0.1.0, whose ledger lists no
+    settings.
+    """
+    if not sealed:
+        return LineFile.open(path)
+    return SealedFile(path.open("rb"), path, needed=SETTINGS in ledger(path.parent))
+
+
 def merge_files(folder: Path, kind: str) -> None:
     """Make one file of all, ordered by id, each id once; by rename, then the others are deleted.
 
-    Lines are taken as they are. Pieces of RUN lines are sorted and then merged, so that memory is
-    eight bytes a line and what the pieces need.
+    Lines are taken as they are, without their seals. Pieces of RUN lines are sorted and then
+    merged, so that memory is eight bytes a line and what the pieces need. Raises StoreError if one
+    of the files was changed after it was written.
     """
     target, parts = merged_file(folder, kind), rank_files(folder, kind)
     if target.exists() and not parts:
         return
-    files = [LineFile.open(path) for path in record_files(folder, kind)]
-    runs = [_lines_of(run, file) for file in files for run in _sorted_runs(file)]
+    files, vouched = _open_all(folder, kind), ledger(folder)
+    runs = [
+        _lines_of(run, file)
+        for file in files
+        for run in _sorted_runs(file, vouched.get(file.path.name))
+    ]
     with writing(target, listed_in=folder) as draft:
         with draft.open("wb") as out:
             out.writelines(_first_of_each(heapq.merge(*runs, key=itemgetter(0))))
@@ -243,11 +262,16 @@ def merge_files(folder: Path, kind: str) -> None:
         part.unlink()
 
 
-def _sorted_runs(file: LineFile) -> list[array]:
-    """Where the lines of a file begin, in as few lists as possible, each ordered by id."""
+def _sorted_runs(file: LineFile, digests: list[str] | None) -> list[array]:
+    """Where the lines of a file begin, in as few lists as possible, each ordered by id.
+
+    digests: as for `_as_written`.
+    """
     runs: list[array] = []
     last: IdOrder | None = None
-    lines = ((id_order(_id_of(line, file, start)), start) for start, line in _whole(file))
+    lines = (
+        (id_order(_id_of(line, file, start)), start) for start, line in _as_written(file, digests)
+    )
     while some := sorted(islice(lines, RUN)):
         if last is None or some[0][0] < last:
             runs.append(array("q"))
@@ -275,18 +299,19 @@ def _first_of_each(lines: Iterable[tuple[IdOrder, str, bytes]]) -> Iterator[byte
             yield line
 
 
-def _whole(file: LineFile) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file without a torn last one."""
-    return ((start, line) for start, line in file if line.endswith(b"\n"))
+def _as_written(file: LineFile, digests: list[str] | None) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file without a torn last one; StoreError if it was changed.
 
-
-def _as_written(file: LineFile, digests: list[str]) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file; StoreError at its end if its digest is none of `digests`."""
+    digests: those of which its own is one, seen at its end; None if nobody vouches for it.
+    """
     digest = hashlib.sha256()
     for start, line in file:
-        digest.update(line)
+        if digests is not None:
+            digest.update(line)
         if line.endswith(b"\n"):
             yield start, line
+    if digests is None:
+        return
     now = ledger(file.path.parent).get(file.path.name, [])  # it may have been replaced meanwhile
     if digest.hexdigest() not in [*digests, *now]:
         raise changed(file.path)

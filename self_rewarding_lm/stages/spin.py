@@ -152,10 +152,11 @@ class SelfPlayConfig(PreferenceConfig):
         def asked(human: Prompt) -> Prompt:
             return replace(human, id=f"{human.id}/{iteration}")
 
-        known = Groups(out.known(Candidate))
+        known, known_prompts = Groups(out.known(Candidate)), Groups(out.known(Prompt))
+        all_mine = Picked(humans, ctx.runtime.share([*range(len(humans))]), asked)
+        out.append(prompt for prompt in all_mine if prompt.id not in known_prompts)
         missing = [i for i, n in enumerate(humans.ids()) if _own_id(n, iteration) not in known]
         mine = Picked(humans, ctx.runtime.share(missing), asked)
-        out.append(mine)
         with ctx.runtime.progress(len(mine), f"{ctx.stage}: own answers", "row") as bar:
             limit = self.max_seq_len
             for candidate in ctx.sample(mine, self.generation, 1, max_seq_len=limit):

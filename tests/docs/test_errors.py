@@ -978,6 +978,23 @@ def damaged_run(folder):
     return trainer(folder, sft())
 
 
+@mistake("files", "A done.json that was edited by hand")
+def edited_summary(folder):
+    done = ran(folder) / "01-sft" / "done.json"
+    done.write_text(done.read_text().replace('"steps": ', '"steps": 1'))
+    return trainer(folder, sft(), sft())
+
+
+@mistake("files", "A record of an arrow that was stopped was edited by hand")
+def edited_line(folder):
+    run = ran(folder)
+    (run / "01-sft" / "done.json").unlink()
+    rows = run / "01-sft" / "rows.jsonl"
+    rows.with_name("rows.0.jsonl").write_text(rows.read_text())
+    rows.unlink()
+    return trainer(folder, sft())
+
+
 @mistake("files", "A record that was edited by hand")
 def edited_record(folder):
     run = ran(folder)

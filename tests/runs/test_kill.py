@@ -150,7 +150,7 @@ class Faults:
     def appending(self, function):
         """`append_lines`, which may also be cut in the middle of its last line."""
 
-        def wrapped(path, values):
+        def wrapped(path, values, **how):
             self.seen.append(kind_of("append", path))
             if self.reached("before") and self.fault is full:
                 values = first_alone(values)
@@ -158,12 +158,12 @@ class Faults:
                 self.fault("append")
             if self.reached("half"):
                 values = list(values)
-                function(path, values)
+                function(path, values, **how)
                 whole = path.read_bytes()
                 last = whole.rindex(b"\n", 0, len(whole) - 1) + 1 if whole.count(b"\n") > 1 else 0
                 path.write_bytes(whole[: (last + len(whole)) // 2])
                 self.fault("append")
-            function(path, values)
+            function(path, values, **how)
             if self.reached("after"):
                 self.fault("append")
 

@@ -22,6 +22,7 @@ from self_rewarding_lm.records import (
     to_json,
 )
 from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now, fingerprint_of
+from self_rewarding_lm.runs.lines import append_lines
 from self_rewarding_lm.runs.resume import begin_run, save_initial
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_folder import StageDir, read_json, remove_stage, write_json
@@ -115,8 +116,7 @@ def test_merging_makes_one_file_ordered_by_id_with_numbers_as_numbers(tmp_path):
 
 
 def write_as_rank(stage, rank, records):
-    lines = "".join(json.dumps(to_json(r)) + "\n" for r in records)
-    (stage.path / f"candidates.{rank}.jsonl").write_text(lines, encoding="utf-8")
+    append_lines(stage.path / f"candidates.{rank}.jsonl", map(to_json, records), sealed=True)
 
 
 def test_merging_takes_in_what_the_other_processes_wrote(tmp_path):
@@ -270,7 +270,7 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_file_and_line(tmp_p
     path = stage.path / "candidates.0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[2])
-    with pytest.raises(StoreError, match=r"candidates\.0\.jsonl, line 2"):
+    with pytest.raises(StoreError, match=r"candidates\.0\.jsonl is not .* line 2"):
         stage.read(Candidate)
 
 
@@ -336,7 +336,7 @@ def test_a_json_file_is_written_whole_and_leaves_no_draft(tmp_path):
     for values in ({"text": TEXT, "n": None}, {"n": [1, 2.5]}):
         write_json(path, values)
         assert read_json(path) == values
-    assert files(tmp_path) == ["x.json"]
+    assert files(tmp_path) == ["files.json", "x.json"]
 
 
 def test_settings_with_lone_surrogates_can_be_written(tmp_path):
@@ -622,7 +622,7 @@ def test_overwriting_starts_anew_and_removes_nothing_foreign(tmp_path):
     (tmp_path / "02-other" / "candidates.jsonl").write_text("mine")
     again = begin(tmp_path, settings=({"a": 2}, {"b": 1}), overwrite=True)
     assert again.candidates("sft") == []
-    assert files(tmp_path) == ["02-other/candidates.jsonl", "notes.txt", "run.json"]
+    assert files(tmp_path) == ["02-other/candidates.jsonl", "files.json", "notes.txt", "run.json"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

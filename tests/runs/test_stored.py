@@ -9,10 +9,11 @@ import pytest
 
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import Candidate, Prompt, from_json, to_json
-from self_rewarding_lm.runs.lines import LineFile, Picked
+from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups, Stored, id_order, merge_files, record_files
 from self_rewarding_lm.runtime import Runtime
+from tests.support.sealed import write_sealed
 
 KIND = Candidate.kind
 
@@ -198,17 +199,18 @@ def test_files_that_are_merged_while_they_are_opened_are_read_merged(tmp_path, m
     """As by a reader that looks at a run which goes on."""
     write(tmp_path / f"{KIND}.0.jsonl", [candidate("a/1")])
     write(tmp_path / f"{KIND}.1.jsonl", [candidate("a/0")])
-    opened, open_file = [], LineFile.open
+    found = []
 
-    def opening(path):
-        opened.append(path.name)
-        if opened == [f"{KIND}.0.jsonl"]:
+    def finding(folder, kind):
+        found.append(record_files(folder, kind))
+        if len(found) == 1:
             merge_files(tmp_path, KIND)
-        return open_file(path)
+        return found[-1] if len(found) > 2 else found[0]
 
-    monkeypatch.setattr(LineFile, "open", opening)
+    monkeypatch.setattr("self_rewarding_lm.runs.stored.record_files", finding)
     assert Stored(Candidate, tmp_path) == [candidate("a/0"), candidate("a/1")]
-    assert opened[0] == f"{KIND}.0.jsonl" and opened[-1] == f"{KIND}.jsonl"
+    assert [p.name for p in found[0]] == [f"{KIND}.0.jsonl", f"{KIND}.1.jsonl"]
+    assert [p.name for p in found[-1]] == [f"{KIND}.jsonl"]
 
 
 def stage_dir(path):
@@ -294,9 +296,10 @@ def test_a_torn_line_longer_than_what_is_looked_through_at_once_is_cut_off(
     stage = stage_dir(tmp_path)
     path = tmp_path / f"{KIND}.0.jsonl"
     for held in ([], [candidate("a/0")]):
-        write(path, held, torn="ü" * length)
+        write_sealed(path, map(line_of, held), torn="ü" * length)
         stage.append([candidate("a/1")])
-        assert path.read_text() == "".join(map(line_of, [*held, candidate("a/1")]))
+        assert stage.read(Candidate) == [*held, candidate("a/1")]
+        assert path.read_text().count("\n") == len(held) + 1
 
 
 def test_brackets_without_end_are_a_damaged_record(tmp_path):

@@ -22,6 +22,7 @@ from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.training.reference import StoredReference
 from tests.data.test_datasets import lines, opened
 from tests.support.models import Recurrent, Successor, context, stage_dir
+from tests.support.sealed import write_sealed
 from tests.test_trainer import (
     QUICK,
     SHORT,
@@ -267,7 +268,7 @@ def test_a_tie_for_the_best_is_broken_alike_when_candidates_lie_on_disk_in_anoth
         (out / name).unlink()
     held = (out / "candidates.jsonl").read_text().splitlines(keepends=True)
     (out / "candidates.jsonl").unlink()
-    (out / "candidates.0.jsonl").write_text("".join(reversed(held)))
+    write_sealed(out / "candidates.0.jsonl", reversed(held))
     again = trainer_of(folder, [stage()])()
     assert again.pairs(0) == run.pairs(0)
     scores = {j.candidate_ids[0]: j.score for j in run.judgements(0)}
@@ -307,7 +308,7 @@ def test_spin_goes_on_over_two_iterations_that_are_mixed(tmp_path):
         held = (out / f"{kind}.jsonl").read_text().splitlines(keepends=True)
         first = [line for line in held if FIRST_ITERATION.match(json.loads(line)["id"])]
         (out / f"{kind}.jsonl").unlink()
-        (out / f"{kind}.0.jsonl").write_text("".join(reversed(first[2:])) + '{"id": "spin/')
+        write_sealed(out / f"{kind}.0.jsonl", reversed(first[2:]), torn='{"id": "spin/')
     again = trainer_of(folder, [stage()], models[1])()
     for read in (Run.prompts, Run.candidates, Run.pairs, Run.reference):
         assert read(again, 0) == read(straight, 0)

@@ -196,7 +196,7 @@ def test_a_run_is_the_same_with_and_without_a_rehearsal(tmp_path):
         content = {
             str(p.relative_to(tmp_path / name)): p.read_bytes()
             for p in files
-            if p.name not in TIMED
+            if p.name not in TIMED and p != tmp_path / name / "files.json"
         }
         return content, model.state_dict()
 

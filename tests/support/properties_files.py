@@ -118,6 +118,64 @@ def a_file_is_its_lines_and_each_is_found_again(lines, content):
         assert file.number(start) == number
 
 
+def _edited(content: bytes, edit: tuple[str, int, int]) -> bytes:
+    """Bytes of lines after one edit. edit: its name and two places, counted around the end."""
+    what, one, other = edit
+    lines = content.splitlines(keepends=True)
+    i, j = one % len(lines), other % len(lines)
+    if what == "swap":
+        lines[i], lines[j] = lines[j], lines[i]
+    elif what == "delete":
+        del lines[i]
+    elif what == "double":
+        lines.insert(j, lines[i])
+    elif what == "cut":
+        return content[: one % len(content)]
+    else:
+        place = one % len(content)
+        return content[:place] + bytes([other % 256]) + content[place + 1 :]
+    return b"".join(lines)
+
+
+@over(
+    "runs.lines",
+    st.tuples(
+        st.lists(st.lists(st.dictionaries(st.text(max_size=2), JSON, min_size=1), max_size=3)),
+        st.none()
+        | st.tuples(
+            st.sampled_from(("swap", "delete", "double", "cut", "byte")),
+            st.integers(0, 4000),
+            st.integers(0, 4000),
+        ),
+    ),
+    mutants={
+        "before + plain": "plain",
+        "seal == _seal(plain, last) if seal or last else": "seal or last or",
+        "_seal_at(file, start)) if sealed": 'b"") if sealed',
+    },
+    examples=600,
+)
+def sealed_lines_are_those_that_were_written_or_fewer(lines, case):
+    appended, edit = case
+    with folder() as where:
+        path = where / "x.0.jsonl"
+        path.touch()
+        for values in appended:
+            lines.append_lines(path, values, sealed=True)
+        content = path.read_bytes()
+    written = [value for values in appended for value in values]
+    held = content if edit is None or not content else _edited(content, edit)
+    file = lines.SealedFile(BytesIO(held), Path("x.0.jsonl"))
+    try:
+        found = [(start, line) for start, line in file if line.endswith(b"\n")]
+    except StoreError as error:
+        assert held != content and "x.0.jsonl" in str(error)
+        return
+    assert all(file.at(start) == line for start, line in found)
+    assert [json.loads(line) for _, line in found] == written[: len(found)]
+    assert held != content or len(found) == len(written)
+
+
 # Files of rows
 
 
@@ -233,7 +291,7 @@ STORED_LINE = st.integers(0, 11).flatmap(
     mutants={
         "values = json_of(line, file.path, lambda: file.number(start))": "values = __import__('json').loads(line)",
         "except (AttributeError, TypeError, ValueError) as error:": "except ValueError as error:",
-        'for start, line in file if line.endswith(b"\\n"))': "for start, line in file)",
+        'if line.endswith(b"\\n"):': "if True:",
     },
     examples=600,
 )
