@@ -240,12 +240,11 @@ class ContrastMaker(PairMaker):
     def sample(self, block: Sequence[JudgedPrompt]) -> None:
         """Sample one response on each side, and store both as candidates of the prompt."""
         limit = self.ctx.limit(self.config.max_seq_len)
-        missing = [judged for judged in block if len(judged.candidates) < len(SIDES)]
         # 1. find the prompt that each missing candidate answers
-        known_ids = {c.id for judged in missing for c in judged.candidates}
+        known_ids = {c.id for judged in block for c in judged.candidates}
         sides = {  # by the id of the candidate
             candidate_id: side
-            for judged in missing
+            for judged in block
             for number, side in enumerate(self.prompts_of_sides(judged.prompt))
             if (candidate_id := f"{judged.prompt.id}/{number}") not in known_ids
         }
@@ -276,7 +275,7 @@ class ContrastMaker(PairMaker):
             for i, side in sides.items()
             if i not in fitting
         )
-        self.keep_candidates(chain(responses, without_room), missing)
+        self.keep_candidates(chain(responses, without_room), block)
 
     def prompts_of_sides(self, prompt: Prompt) -> list[Prompt]:
         """The prompt of the positive and of the negative side, read from disk or made and stored.

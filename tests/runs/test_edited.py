@@ -342,10 +342,11 @@ def test_a_run_json_that_was_edited_is_named(tmp_path):
                 go_on(tmp_path)
 
 
-def test_a_prompt_whose_answer_is_on_disk_is_stored_again(tmp_path):
-    case = CASES["spin"]
+@pytest.mark.parametrize("name, stage", [("spin", "01-spin"), ("contrastive", "01-kind")])
+def test_a_prompt_whose_answer_is_on_disk_is_stored_again(name, stage, tmp_path):
+    case = CASES[name]
     expected = case.go(tmp_path / "straight")
-    path = stopped_with(case, "01-spin/candidates.0.jsonl", tmp_path / "stopped")
+    path = stopped_with(case, f"{stage}/candidates.0.jsonl", tmp_path / "stopped")
     path.with_name("prompts.0.jsonl").unlink()
     assert case.go(tmp_path / "stopped") == expected
 
