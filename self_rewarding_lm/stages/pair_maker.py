@@ -493,6 +493,9 @@ class PairMaker:
             is_valid_pair=self.config.pair_check(),
             min_margin=self.config.min_margin,
         )
+        said = self.judge.own(judged.judgements)
+        if self.ctx.format > 1 and said and all(len(j.candidate_ids) == 2 for j in said):
+            pairs = [_with_win_rates(pair) for pair in pairs]
         if not isinstance(self.judge, ComparingJudge):
             return pairs
         smoothing = self.judge.smoothing(candidates, judged.judgements)
@@ -552,6 +555,15 @@ class PairMaker:
 def prompt_id_of_judgement(judgement: Judgement) -> str:
     """The id of the prompt whose candidates were judged."""
     return prompt_id_of(judgement.candidate_ids[0])
+
+
+def _with_win_rates(pair: PreferencePair) -> PreferencePair:
+    """The pair with its scores, which are shares of comparisons won, as probabilities to win."""
+    return replace(
+        pair,
+        win_probability=pair.chosen_score,
+        rejected_win_probability=pair.rejected_score,
+    )
 
 
 def order_of(candidate: Candidate) -> IdOrder:

@@ -257,7 +257,8 @@ class SampledPreferenceConfig(PairSettings):
     def with_prompts(self, ctx: Context, out: StageDir) -> Context:
         """The context with new prompts as its prompt dataset, if the stage has them written.
 
-        Weights other than the present ones write in this process, because no server holds them.
+        The weights of the stage's start write them, in the first round; other weights write in this
+        process, because no server holds them.
         """
         settings = self.prompt_dataset
         if not isinstance(settings, SelfInstruct):
@@ -271,7 +272,10 @@ class SampledPreferenceConfig(PairSettings):
 
         name = f"{ctx.stage}/{SEED}"
         seeds = read_once(ctx, out, dataset, Instruction, name, make, on_bad_row=self.on_bad_row)
-        writer = ctx if settings.model == CURRENT else replace(ctx, engine=ctx.local_engine())
+        if settings.model == CURRENT:
+            writer = replace(ctx, round=Round(weights_gone=ctx.round.number > 0))
+        else:
+            writer = replace(ctx, round=Round(), engine=ctx.local_engine())
         written = write_prompts(writer, out, seeds, settings, limit=ctx.limit(self.max_seq_len))
         rows = [{"prompt": from_data(r.text), "instruction_id": r.id} for r in written]
         return replace(ctx, rows={"prompt_dataset": Rows(rows, "new prompts")})

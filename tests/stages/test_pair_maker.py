@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from self_rewarding_lm import PairingConfig, RewardConfig, Run, SamplingConfig
+from self_rewarding_lm import (
+    EnsembleJudge,
+    FunctionJudge,
+    OptimConfig,
+    PairingConfig,
+    RewardConfig,
+    Run,
+    SamplingConfig,
+)
 from self_rewarding_lm.config import ComparisonConfig
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge, SeveralJudges
+from self_rewarding_lm.runs import resume
 from self_rewarding_lm.scores import candidate_scores
 from tests.support.models import ALPHABET, END
 from tests.test_trainer import JUDGE, SHORT, encode, external, model64, self_reward, trainer_of
@@ -117,6 +126,35 @@ def test_pairs_are_the_best_against_the_worst_of_what_the_judgements_come_to(tmp
         known = [scores[c.id] for c in own if scores[c.id] is not None]
         assert pair.chosen_score == scores[pair.chosen_id] == max(known)
         assert pair.rejected_score == scores[pair.rejected_id] == min(known)
+        wins = (pair.chosen_score, pair.rejected_score) if kind == "compared" else (None, None)
+        assert (pair.win_probability, pair.rejected_win_probability) == wins
+
+
+def compared(**options):
+    judge = options.pop("judge", None) or PairwiseJudge(COMPARISON, JUDGING)
+    return stage(judge, num_candidate_responses=4, **options)
+
+
+def test_sppo_learns_how_often_each_side_of_a_pair_wins(tmp_path):
+    """At step 1 nothing has moved, so the loss is that of the shares alone."""
+    one_batch = OptimConfig(batch_size=64, learning_rate=1e-3)
+    run = trainer_of(tmp_path, [compared(loss="sppo", optim=one_batch)], numerate())(rehearse=False)
+    shares = [(p.chosen_score - 0.5, p.rejected_score - 0.5) for p in run.pairs(0)]
+    assert {abs(one) < 0.5 for two in shares for one in two} == {True, False}
+    wanted = sum(won**2 + lost**2 for won, lost in shares) / len(shares) / 2 / 0.001**2
+    assert run.metrics(0)[-1]["loss"] == pytest.approx(wanted)
+
+
+def test_scores_are_shares_of_comparisons_only_if_all_judges_compare(tmp_path, monkeypatch):
+    def wins_of(folder, judge):
+        run = trainer_of(tmp_path / folder, [compared(judge=judge)], numerate())(rehearse=False)
+        return {(p.win_probability, p.rejected_win_probability) for p in run.pairs(0)}
+
+    judges = PairwiseJudge(COMPARISON, JUDGING), FunctionJudge(letters)
+    assert (None, None) not in wins_of("both compare", EnsembleJudge([judges[0], judges[0]]))
+    assert wins_of("one scores", EnsembleJudge(judges)) == {(None, None)}
+    monkeypatch.setattr(resume, "FORMAT", 1)
+    assert wins_of("format 1", judges[0]) == {(None, None)}
 
 
 def test_the_stage_builds_the_judges_that_its_settings_name(tmp_path):

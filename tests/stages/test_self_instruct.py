@@ -10,6 +10,7 @@ import random
 import re
 import string
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,17 @@ from self_rewarding_lm import (
     SFTConfig,
     from_stage,
 )
+from self_rewarding_lm.context import Round
 from self_rewarding_lm.data.chat import TEMPLATES
+from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import ConfigError, DataError, RunMismatchError, TokenizerError
+from self_rewarding_lm.errors import (
+    ConfigError,
+    DataError,
+    RunMismatchError,
+    StoreError,
+    TokenizerError,
+)
 from self_rewarding_lm.generation.engine import Completion
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.records import Instruction, stable_hash
@@ -691,6 +700,25 @@ def test_the_writer_has_the_weights_that_are_asked_for_and_the_policy_keeps_its_
     assert all(same(found, wanted) for found in engine.weights["lists"])
     assert same(engine.weights["rest"][0], after["more"])  # candidates are the policy's
     assert (tmp_path / "initial").exists() == (who == "initial")
+
+
+def test_the_prompts_of_a_later_round_are_those_of_the_stages_start_or_none(tmp_path):
+    rows = {"seed_dataset": Rows(SEEDS, "seed_dataset")}
+    engine = Scripted(two_a_list())
+    ctx = context(Recurrent(VOCAB), engine=engine, tokens=tokens_of(), rows=rows)
+    later = replace(ctx, round=Round(1))
+    with pytest.raises(StoreError, match="the weights that made them are gone"):
+        stage(num_prompts=4).with_prompts(later, stage_dir(ctx, tmp_path / "lost"))
+    out = stage_dir(ctx, tmp_path / "there")
+    first = stage(num_prompts=4).with_prompts(ctx, out).rows["prompt_dataset"]
+    asked = len(engine.calls)
+    again = stage(num_prompts=4).with_prompts(later, out).rows["prompt_dataset"]
+    assert [again.read(i) for i in range(4)] == [first.read(i) for i in range(4)]
+    assert len(engine.calls) == asked > 0
+    # other weights can be loaded again
+    other, gone = stage(num_prompts=4, model="initial"), Round(1, weights_gone=True)
+    other.with_prompts(replace(ctx, round=gone), stage_dir(ctx, tmp_path / "initial"))
+    assert len(engine.calls) == 2 * asked
 
 
 def same(one, other) -> bool:

@@ -220,6 +220,7 @@ class _Rounds:
         """
         if not few_shots:
             return {}
+        self.ctx.round.check_weights()
         author, runtime = self._load_author(), self.ctx.runtime
         prompts = [author.prompt(name, few_shots[name]) for name in runtime.share(list(few_shots))]
         candidates = sample_candidates(
