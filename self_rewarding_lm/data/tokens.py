@@ -110,6 +110,7 @@ class Tokens:
         turn_end = self._turn_end_id() if is_hugging_face and self.renders else None
         self.eos_id: int | None = text_end if turn_end is None else turn_end
         text_ends = getattr(self.tokenizer, "text_ends", ()) if eos_id is None else ()
+        text_ends = (i for i in text_ends if vocab is None or i < vocab)  # a converter may add some
         ends = (self.eos_id, text_end, *end_ids, *text_ends)
         self.end_ids: Ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         # 5. all of them must be tokens of the model

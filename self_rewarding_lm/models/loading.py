@@ -25,6 +25,9 @@ DTYPES |= {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat
 LOW = (torch.bfloat16, torch.float16)
 
 
+GGUF = ".gguf"
+
+
 ENDLESS = 1_000_000
 """A tokenizer whose model_max_length is this or more knows of no limit."""
 
@@ -94,30 +97,38 @@ def load_causal_lm(
     be found or read.
     """
     require("transformers", "a model by name")
-    path = Path(source)
-    name, gguf = gguf_of(source)
-    options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map, **gguf}
+    options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map}
     if load_in_4bit:
         options["quantization_config"] = _four_bit()
-    if (path / "adapter_config.json").exists():
+    if (Path(source) / "adapter_config.json").exists():
         require("peft", "a model with an adapter")
     try:
-        model, base = _read(name, options)
+        model, base = _read(str(source), options)
+    except ConfigError:
+        raise
     except Exception as error:  # of transformers, peft, safetensors or gguf, each with its own
         raise ConfigError(
             f"no causal LM could be loaded from {str(source)!r}. A model is given as an object, "
             "a folder that save_pretrained wrote, a name on the hub, or a .gguf file. What was "
-            f"wrong here: {type(error).__name__}: {error!s:.500}"
+            f"wrong here: {what_is_wrong(error)}"
         ) from error
-    if gguf:
-        model = _unpacked(model)
-    return model, tokenizer_of([name, base] if base else [name], gguf)
+    return model, tokenizer_of([str(source), base] if base else [str(source)])
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Words for what a library raised when a model or tokenizer was to be loaded."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own, and this library runs no code from a model's "
+            "folder. Load it yourself where you trust the code, and give the object."
+        )
+    return f"{type(error).__name__}: {error!s:.500}"
 
 
 def gguf_of(source: str | Path) -> tuple[str, dict[str, str]]:
     """The name that transformers takes, and for a GGUF file `{"gguf_file": its name}`, else {}."""
     path = Path(source)
-    if path.suffix != ".gguf":
+    if path.suffix != GGUF:
         return str(source), {}
     require("gguf", "a GGUF file")
     if not path.is_file():
@@ -128,13 +139,17 @@ def gguf_of(source: str | Path) -> tuple[str, dict[str, str]]:
 def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Module:
     """A model with a new adapter of peft, which is then the only part that is trained.
 
-    seed: of the adapter's first weights, so that a run that begins again has the same ones. Raises
+    The adapter names a base in a folder or file by its whole path, to be found from anywhere. seed:
+    of the adapter's first weights, so that a run that begins again has the same ones. Raises
     ConfigError for a configuration that does not fit.
     """
     require("peft", "peft_config")
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     _check_adapter(model, peft_config)
+    name = getattr(model, "name_or_path", "")
+    if name and Path(name).exists():
+        model.name_or_path = str(Path(name).resolve())  # type: ignore[assignment]
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
@@ -160,14 +175,8 @@ def check_trainable(model: nn.Module) -> None:
             "a model with an adapter must have one, named 'default' (peft's own name for the "
             f"first); got {', '.join(model.peft_config)}."  # type: ignore[arg-type]
         )
-    if has_adapter(model) and getattr(model.peft_config["default"], "target_modules_to_tie", None):  # type: ignore[index]
-        raise ConfigError(
-            "ensure_weight_tying of a LoRA on head or embeddings is not trained here: peft makes "
-            "two parameters of one memory, which an optimiser steps twice, and which are two when "
-            "the model moves to another device, of which one is lost when it is saved. Leave "
-            "ensure_weight_tying out (each layer then has an adapter of its own, and merge_adapter "
-            "unties them), or train the embeddings by modules_to_save, whose ties hold."
-        )
+    if has_adapter(model):
+        _check_new_adapter(model.peft_config["default"])  # type: ignore[index]
     if is_hugging_face(model) and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             f"the {type(model).__name__} has no weights that require gradients, so nothing can be "
@@ -184,6 +193,25 @@ def check_trainable(model: nn.Module) -> None:
         raise ConfigError(
             "weights in 4 bit cannot be trained themselves; give peft_config, so that an adapter "
             "is trained on them."
+        )
+
+
+def _check_new_adapter(config: Any) -> None:
+    """Raise ConfigError for an adapter that would not be read as it was trained."""
+    if getattr(config, "target_modules_to_tie", None):
+        raise ConfigError(
+            "ensure_weight_tying of a LoRA on head or embeddings is not trained here: peft makes "
+            "two parameters of one memory, which an optimiser steps twice, and which are two when "
+            "the model moves to another device, of which one is lost when it is saved. Leave "
+            "ensure_weight_tying out (each layer then has an adapter of its own, and merge_adapter "
+            "unties them), or train the embeddings by modules_to_save, whose ties hold."
+        )
+    base = config.base_model_name_or_path
+    if base and Path(base).is_dir() and not (Path(base) / "config.json").exists():
+        raise ConfigError(
+            f"the adapter names {base!r} as its base, which holds no config.json, so nothing could "
+            'open it again. Give a .gguf file by its path (model="folder/some.gguf") with '
+            "peft_config; another model by the folder that its save_pretrained wrote."
         )
 
 
@@ -253,25 +281,51 @@ def require(package: str, what: str) -> None:
         )
 
 
-def _read(name: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
+def _read(source: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
     """A model and, if an adapter was read, the name of its base model."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    if importlib.util.find_spec("peft") is None or find_adapter_config_file(name) is None:
-        return AutoModelForCausalLM.from_pretrained(name, **options), None
-    from peft import AutoPeftModelForCausalLM, PeftConfig
+    is_file = source.endswith(GGUF)
+    without_peft = is_file or importlib.util.find_spec("peft") is None
+    if without_peft or find_adapter_config_file(source) is None:
+        return _read_whole(source, options), None
+    from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    base = PeftConfig.from_pretrained(source).base_model_name_or_path
     if not base:
         raise ValueError(
             "its adapter_config.json names no base model. Load that, put the adapter on it with "
             "peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and give the object."
         )
-    model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
-    if (Path(name) / GENERATION).exists():  # where a response of the adapter ends
-        model.generation_config = GenerationConfig.from_pretrained(name)
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise ConfigError(
+            f"the adapter in {source!r} was trained on {base!r}, which is not there. Put it back, "
+            "or write in adapter_config.json (base_model_name_or_path) where it is now."
+        )
+    model: nn.Module
+    if base.endswith(GGUF):
+        whole: Any = _read_whole(base, options)
+        model = PeftModel.from_pretrained(whole, source, is_trainable=True)
+    else:
+        model = AutoPeftModelForCausalLM.from_pretrained(
+            source, is_trainable=True, trust_remote_code=False, **options
+        )
+    if (Path(source) / GENERATION).exists():  # where a response of the adapter ends
+        model.generation_config = GenerationConfig.from_pretrained(source)  # type: ignore[assignment]
     return model, base
+
+
+def _read_whole(source: str, options: dict[str, Any]) -> nn.Module:
+    """A model that is no adapter; one from a GGUF file is named by that file."""
+    from transformers import AutoModelForCausalLM
+
+    name, gguf = gguf_of(source)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options, **gguf)
+    if gguf:
+        model = _unpacked(model)
+        model.name_or_path = source  # type: ignore[assignment]
+    return model
 
 
 def _check_adapter(model: nn.Module, peft_config: Any) -> None:
@@ -326,14 +380,15 @@ def _unpacked(model: nn.Module) -> nn.Module:
     return plain
 
 
-def tokenizer_of(names: list[str], gguf: dict[str, str]) -> Any:
-    """The tokenizer of the first name that has one; None if none has."""
+def tokenizer_of(sources: list[str]) -> Any:
+    """The tokenizer of the first folder, hub name or GGUF file that has one; None if none has."""
     from transformers import AutoTokenizer
 
     reason: object = None
-    for name in names:
+    for source in sources:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
+            name, gguf = gguf_of(source)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = error
             continue
@@ -341,7 +396,7 @@ def tokenizer_of(names: list[str], gguf: dict[str, str]) -> Any:
         if set(ids) - set(tokenizer.all_special_ids):
             return tokenizer
         reason = "no vocabulary is there"  # transformers makes an empty one of the model's kind
-    logger.warning("no tokenizer could be loaded from %s (%.200s)", " or ".join(names), reason)
+    logger.warning("no tokenizer could be loaded from %s (%.200s)", " or ".join(sources), reason)
     return None
 
 
@@ -352,11 +407,12 @@ def load_tokenizer(source: str) -> Any:
 
     name, gguf = gguf_of(source)
     try:
-        return AutoTokenizer.from_pretrained(name, **gguf)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf)
     except Exception as error:  # of transformers, tokenizers or gguf, each with its own
         raise ConfigError(
-            f"no tokenizer could be loaded from {source!r}: {error} A tokenizer is given as a "
-            "folder that save_pretrained wrote, a name on the hub or a .gguf file."
+            f"no tokenizer could be loaded from {source!r}. A tokenizer is given as a folder that "
+            "save_pretrained wrote, a name on the hub or a .gguf file. What was wrong here: "
+            f"{what_is_wrong(error)}"
         ) from error
 
 
@@ -400,15 +456,15 @@ def load_classifier(
     name = str(source)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype_of(torch_dtype)
+            name, dtype=dtype_of(torch_dtype), trust_remote_code=False
         )
     except Exception as error:  # of transformers or safetensors, each with its own
         raise ConfigError(
             f"no sequence-classification model could be loaded from {name!r}. A reward model is "
             "given as a module, a folder that save_pretrained wrote, or a name on the hub. What "
-            f"was wrong here: {type(error).__name__}: {error!s:.500}"
+            f"was wrong here: {what_is_wrong(error)}"
         ) from error
-    return model, tokenizer_of([name], {})
+    return model, tokenizer_of([name])
 
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int | None:

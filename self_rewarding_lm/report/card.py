@@ -216,13 +216,47 @@ def _loading(folder: Path, stage: str) -> str:
             "tokenizer = AutoTokenizer.from_pretrained(folder)  # where it was saved with one"
         )
     if library == "peft":
-        return (
-            "from peft import AutoPeftModelForCausalLM\n\n"
-            "model = AutoPeftModelForCausalLM.from_pretrained(folder)"
-        )
+        return _loading_adapter(folder)
     return (
         "from self_rewarding_lm import Run\n\n"
         f"Run.open(run_folder).load_weights(model, {stage!r})  # into a model of the same shape"
+    )
+
+
+def _loading_adapter(folder: Path) -> str:
+    """Code that loads an adapter on its base, and where its responses end."""
+    base = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    if base.endswith(".gguf"):
+        lines = [
+            "from pathlib import Path",
+            "",
+            "from peft import PeftConfig, PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig",
+            "",
+            "file = Path(PeftConfig.from_pretrained(folder).base_model_name_or_path)",
+            "base = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)",
+            "model = PeftModel.from_pretrained(base, folder)",
+        ]
+    elif base:
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer, GenerationConfig",
+            "",
+            "model = AutoPeftModelForCausalLM.from_pretrained(folder)",
+        ]
+    else:
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoTokenizer, GenerationConfig",
+            "",
+            "model = PeftModel.from_pretrained(base, folder)  # base: the model that was given",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "model.generation_config = GenerationConfig.from_pretrained(folder)",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)  # where it was saved with one",
+        ]
     )
 
 

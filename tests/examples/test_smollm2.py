@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -198,3 +199,35 @@ def test_a_plan_counts_by_the_tokenizer_in_the_file(loaded, tmp_path):
     [stage] = plan.stages
     assert plan.texts is None and stage.work.training is not None
     assert stage.work.training.tokens == Range.of(len(ids))
+
+
+def test_an_adapter_trained_on_the_file_is_opened_by_its_folder_and_by_the_cards_code(tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = SelfRewardingTrainer(
+        FILE,
+        finetune_configs=[
+            SFTConfig(
+                train_dataset=[{"prompt": "Who are you?", "completion": "A pirate."}],
+                num_train_steps=2,
+                optim=OptimConfig(batch_size=1, learning_rate=1e-2),
+            )
+        ],
+        peft_config=peft.LoraConfig(
+            r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"
+        ),
+        merge_adapter=True,
+        checkpoints_folder=tmp_path,
+        quiet=True,
+    )
+    run = trainer()
+    ids = torch.tensor([trainer.tokens.prompt("Who are you?").ids])
+    folder = run.weights("sft").parent
+    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names: dict = {"folder": folder}
+    exec(code, names)
+    merged, _ = load_causal_lm(run.folder / "merged")
+    with torch.no_grad(), evaluating(trainer.model):
+        truth = trainer.model(ids).logits
+        for model in (load_causal_lm(folder)[0], names["model"], merged):
+            torch.testing.assert_close(model.eval()(ids).logits, truth, rtol=0, atol=1e-3)
+    assert names["tokenizer"].eos_token == "<|im_end|>"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.models.interface import limit_of
-from self_rewarding_lm.models.loading import dtype_of, gguf_of, require, with_adapter
+from self_rewarding_lm.models.loading import dtype_of, gguf_of, require, what_is_wrong, with_adapter
 from self_rewarding_lm.recipes.plan.memory import Adapter, Block
 
 TRIED = 8  # numbers in the input with which an activation function is tried
@@ -147,29 +147,31 @@ def _build_by_name(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
     require("transformers", "a model by name")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path, adapter = Path(source), None
-    name, gguf = gguf_of(source)
+    name, adapter = source, None
     try:
-        if (path / "adapter_config.json").exists():
+        if (Path(source) / "adapter_config.json").exists():
             require("peft", "a model with an adapter")
             from peft import PeftConfig
 
             adapter = PeftConfig.from_pretrained(source)
             adapter.inference_mode = False
             name = adapter.base_model_name_or_path or source
-        config = AutoConfig.from_pretrained(name, **gguf)
+        name, gguf = gguf_of(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf)
         dtype = dtype_of(torch_dtype)
         if dtype == "auto":
             dtype = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype), adapter
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            ), adapter
     except ConfigError:
         raise
     except Exception as error:  # transformers, the hub and gguf raise errors of many types
         raise ConfigError(
             f"no configuration of a causal LM could be read from {source!r}. A plan needs a folder "
             "with a config.json, a name on the hub or a .gguf file; weights need not be there. "
-            f"What was wrong here: {type(error).__name__}: {error!s:.300}"
+            f"What was wrong here: {what_is_wrong(error)}"
         ) from error
 
 
