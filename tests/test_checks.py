@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from self_rewarding_lm import Run, SamplingConfig, SelfPlayConfig
+from self_rewarding_lm import EMAReference, Run, SamplingConfig, SelfPlayConfig
 from self_rewarding_lm.checks import ALWAYS, OFF, Check, Checker, ChecksConfig
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import (
@@ -25,12 +25,13 @@ from self_rewarding_lm.generation.candidates import generate
 from self_rewarding_lm.generation.engine import Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.tally import JudgeTally, JudgeWatcher
-from self_rewarding_lm.records import Judgement, PreferencePair, TrainingRow
+from self_rewarding_lm.models.policy import response_logprobs
+from self_rewarding_lm.records import Judgement, PreferencePair, ReferenceLogprobs, TrainingRow
 from self_rewarding_lm.scores import score_of
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.training.fit import Fit
 from self_rewarding_lm.training.objectives import PreferenceObjective, SupervisedObjective
-from self_rewarding_lm.training.reference import PairSums
+from self_rewarding_lm.training.reference import PairSums, StoredReference
 from self_rewarding_lm.training.watch import WINDOW, Watcher
 from tests.support.models import TEXT_VOCAB, VOCAB, Recurrent, adapt, context, stage_dir
 from tests.test_trainer import QUICK, external, model64, same, sft, trainer_of, weights_of
@@ -253,6 +254,76 @@ def test_a_reference_that_is_not_finite_stops_before_the_first_step(tmp_path):
         module.embed.weight[7] = math.nan  # one token of the model is broken
     with pytest.raises(TrainingError, match=r"reference log-probs are not finite.*In: dpo/7\."):
         trainer_of(tmp_path, [dpo()], module)(rehearse=False)
+
+
+@pytest.mark.parametrize("reference", ["start", "initial"])
+def test_a_reference_that_was_not_finite_once_is_blamed_and_nothing_of_it_is_stored(
+    reference, tmp_path, monkeypatch
+):
+    """The record is named; the run goes on to the end to which it comes undisturbed."""
+    optim = QUICK.model_copy(update={"micro_batch_tokens": 16})
+    asked, bad = [], []
+
+    def of_one_bad(policy, sequences):
+        asked.append(sequences)
+        found = response_logprobs(policy, sequences)
+        if len(asked) == 2:
+            bad.append(sequences[0])
+            found[0] = (math.nan, *found[0][1:])
+        return found
+
+    stage = dpo(optim=optim, reference=reference)
+    straight, stopped = model64(), model64()
+    expected = trainer_of(tmp_path / "straight", [stage], straight)(rehearse=False)
+    words = {"start": "its present weights", "initial": "the weights 'initial'"}[reference]
+    with monkeypatch.context() as patched:
+        patched.setattr("self_rewarding_lm.training.reference.response_logprobs", of_one_bad)
+        with pytest.raises(
+            TrainingError,
+            match=rf"reference \({words}\)\. In: dpo/\d+\. Nothing of them was stored",
+        ) as error:
+            trainer_of(tmp_path / "stopped", [stage], stopped)(rehearse=False)
+    halted = Run.open(tmp_path / "stopped")
+    (named,) = re.findall(r"In: (dpo/\d+)\.", str(error.value))
+    (broken,) = [p for p in halted.pairs(0) if p.id == named]
+    assert bad == [(broken.prompt_ids, broken.chosen_ids)]
+    stored = halted.reference(0)
+    assert stored and all(math.isfinite(sum(r.chosen) + sum(r.rejected)) for r in stored)
+    run = trainer_of(tmp_path / "stopped", [stage], stopped)(rehearse=False)
+    assert run.reference(0) == expected.reference(0)
+    assert same(weights_of(straight), weights_of(stopped))
+
+
+def test_a_reference_that_an_earlier_version_stored_is_named_with_its_file(tmp_path):
+    ctx = context(Recurrent(TEXT_VOCAB), stage="dpo")
+    out = stage_dir(ctx, tmp_path)
+    out.append([ReferenceLogprobs("dpo/0/r0", (math.nan,), (-1.0,))])
+    asked = StoredReference(ctx, out, token_budget=64)
+    with pytest.raises(
+        TrainingError, match=r"In: dpo/0\. They are in reference.jsonl in .* delete"
+    ):
+        asked.sums([PreferencePair("dpo/0", (1, 2), (3,), (4,))])
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_moving_reference_that_is_not_finite_is_blamed(value, tmp_path, monkeypatch):
+    asked = []
+
+    def one_bad(objective, batches):
+        given = list(batches)
+        asked.append(given)
+        if len(asked) == 2:
+            given[0][1][0] = value
+        set_reference(objective, given)
+
+    set_reference = PreferenceObjective.set_reference
+    monkeypatch.setattr(PreferenceObjective, "set_reference", one_bad)
+    model = model64()
+    with pytest.raises(
+        TrainingError, match=r"step 2 of \d: log-probs of the moving reference .* In: dpo/\d+\. The"
+    ):
+        trainer_of(tmp_path, [dpo(reference=EMAReference())], model)(rehearse=False)
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # Generating

@@ -205,6 +205,7 @@ class Fit:
         means = self.forwards.means(sums, divisor)
         for name, value in means.items():
             if not math.isfinite(value):
+                self._check_reference(step)
                 self._raise_not_finite(name, value, runtime.gather(bad_rows) or rows, step)
 
         # 4. clip the gradient, set the learning rate, take the optimiser step
@@ -259,6 +260,19 @@ class Fit:
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
         self.out.log({"step": self.first_step + step, **metrics})
+
+    def _check_reference(self, step: int) -> None:
+        """Raise TrainingError if it is a moving reference that gave no finite numbers."""
+        doubtful = self.forwards.doubtful_references(self.objective)
+        if doubtful:
+            raise not_finite(
+                f"stage {self.ctx.stage!r}, step {step + 1} of {self.total}",
+                "log-probs of the moving reference are not finite",
+                doubtful,
+                "The policy's own may be right. Start again: the stage goes on from its last "
+                f"state in {self.out.path}. If it happens again, the reference's weights are not "
+                "finite, or too large for their type.",
+            )
 
     def _raise_not_finite(self, what: str, value: float, rows: list[int], step: int) -> NoReturn:
         raise not_finite(

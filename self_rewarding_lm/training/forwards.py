@@ -1,5 +1,6 @@
 """Rows of an objective through the model, in micro-batches, and the sums of their losses."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,6 +86,19 @@ class Forwards:
             objective.set_reference(
                 (rows, *_logprobs(policy, objective, rows)[:2]) for rows, _ in micro_batches
             )
+
+    def doubtful_references(self, objective: Objective) -> list[str]:
+        """Ids of the pairs of all processes whose moving reference said no finite number last."""
+        doubtful: list[str] = []
+        if self.live is not None and isinstance(objective, PreferenceObjective):
+            asked = objective.reference
+            assert isinstance(asked, dict)
+            doubtful = [
+                objective.name(row)
+                for row, sums in asked.items()
+                if not math.isfinite(sums.chosen + sums.rejected)
+            ]
+        return self.ctx.runtime.gather(doubtful)
 
     def losses(self, objective: Objective, rows: list[int]) -> RowLosses:
         """The losses and the metrics of a micro-batch."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from self_rewarding_lm.checks import not_finite
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.context import Context
+from self_rewarding_lm.errors import TrainingError
 from self_rewarding_lm.models.batching import grouped
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.policy import response_logprobs
@@ -73,7 +74,7 @@ class StoredReference:
     def sums(self, pairs: Sequence[PreferencePair]) -> Sequence[PairSums]:
         """The summed log-probs of each pair, in the order of `pairs`.
 
-        Raises TrainingError if they are not finite.
+        Raises TrainingError if they are not finite, which version 0.1.0 stored.
         """
         chosen, rejected = array("d"), array("d")
         for logprobs in self.tokens(pairs):
@@ -82,18 +83,18 @@ class StoredReference:
         both = enumerate(zip(chosen, rejected, strict=True))
         bad = [i for i, sums in both if not math.isfinite(sum(sums))]
         if bad:
-            raise not_finite(
-                f"stage {self.ctx.stage!r}, before step 1",
-                "reference log-probs are not finite",
+            raise self._not_finite(
                 [pairs[i].id for i in bad],
-                "The reference's weights give them no finite probability: they are "
-                "damaged, too large for their type, or have logits of -inf. Begin with earlier "
-                f"weights (init_from), and delete reference.jsonl in {self.out.path} before.",
+                f"They are in reference.jsonl in {self.out.path}; delete it, and the reference is "
+                "asked again.",
             )
         return Picked(range(len(chosen)), change=lambda i: PairSums(chosen[i], rejected[i]))
 
     def tokens(self, pairs: Sequence[PreferencePair]) -> Sequence[ReferenceLogprobs]:
-        """The log-probs of each pair token by token, read from disk when they are asked for."""
+        """The log-probs of each pair token by token, read from disk when they are asked for.
+
+        Raises TrainingError if one that is computed now is not finite; none such is stored.
+        """
         # 1. see which are on disk
         known = Groups(self.out.known(ReferenceLogprobs))
         ids = [f"{pair.id}/{self.label}" for pair in pairs]
@@ -102,22 +103,43 @@ class StoredReference:
         # 2. compute the missing ones of this process's share, with the reference's weights
         bar = self.ctx.runtime.progress(len(mine), "reference log-probs", "pair")
         weights = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
+        bad: list[str] = []
         with bar, weights:
             for start in range(0, len(mine), PAIRS_AT_ONCE):
                 block = [(ids[i], pairs[i]) for i in mine[start : start + PAIRS_AT_ONCE]]
-                for count in self._compute(block, known):
+                for count in self._compute(block, known, bad):
                     bar.update(count)
-        # 3. join the shares of all processes
+                if bad:
+                    break
+        # 3. stop on all processes if one got a number that is not finite
+        bad = self.ctx.runtime.gather(bad)
+        if bad:
+            raise self._not_finite(
+                bad, "Nothing of them was stored: start again, and the reference is asked again."
+            )
+        # 4. join the shares of all processes
         self.out.merge(ReferenceLogprobs)
         return Groups(self.out.known(ReferenceLogprobs)).in_order(ids)
 
+    def _not_finite(self, pair_ids: Sequence[str], advice: str) -> TrainingError:
+        which = "its present weights" if self.weights is None else f"the weights {self.weights!r}"
+        return not_finite(
+            f"stage {self.ctx.stage!r}, before step 1",
+            f"reference log-probs are not finite, from a forward of the reference ({which})",
+            pair_ids,
+            f"{advice} If it happens again, these weights give the pairs no finite probability: "
+            "they are damaged, too large for their type, or have logits of -inf; take another "
+            "reference, or begin with earlier weights (init_from).",
+        )
+
     def _compute(
-        self, block: list[tuple[str, PreferencePair]], known: Container[str]
+        self, block: list[tuple[str, PreferencePair]], known: Container[str], bad: list[str]
     ) -> Iterator[int]:
         """Compute and store what is not known; yields how many pairs each forward has finished.
 
-        block: (record id, pair). Pairs go through the model in the same groups whatever is known,
-        so that the log-probs of an interrupted reference are bit for bit those of another.
+        block: (record id, pair). bad: gets the ids of pairs whose log-probs are not finite, and
+        then nothing more is computed. Pairs go through the model in the same groups whatever is
+        known, so that the log-probs of an interrupted reference are bit for bit those of another.
         """
         policy = self.ctx.runtime.unwrapped(self.ctx.policy)  # siblings have other groups
         sides = [
@@ -133,7 +155,15 @@ class StoredReference:
                 records = [
                     ReferenceLogprobs(block[i][0], next(logprobs), next(logprobs)) for i in group
                 ]
-                self.out.append(record for record in records if record.id not in known)
+                finite = [math.isfinite(sum(r.chosen) + sum(r.rejected)) for r in records]
+                self.out.append(
+                    record
+                    for record, is_finite in zip(records, finite, strict=True)
+                    if is_finite and record.id not in known
+                )
+                bad += [block[i][1].id for i, ok in zip(group, finite, strict=True) if not ok]
+                if bad:
+                    return
                 self.ctx.runtime.stopping.heed()
             yield len(group)
 

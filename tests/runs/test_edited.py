@@ -304,7 +304,7 @@ def test_records_that_were_edited_while_the_run_stood_still_are_named(name, file
     path = stopped_with(CASES[name], file, tmp_path)
     whole = path.read_bytes()
     for words in ("last value", "last value", "first line deleted", "lines swapped"):
-        path.write_bytes(LINES[words](whole))
+        path.write_bytes(LINES[words](whole) or b"")
         with pytest.raises(StoreError, match=f"{path.name} is not the file that was written"):
             CASES[name].go(tmp_path)
 
