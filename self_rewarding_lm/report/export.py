@@ -13,6 +13,7 @@ from typing import Any
 
 from self_rewarding_lm.errors import ConfigError, StoreError
 from self_rewarding_lm.records import Demonstration, TrainingRow, is_trained
+from self_rewarding_lm.runs.atomic import OTHER_PLACE, system_errors, writing
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.run import Run
 
@@ -25,18 +26,19 @@ ROWS_WRITTEN = 16_384  # of a parquet file in one piece
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows to a .jsonl or .parquet file, by rename.
 
-    Raises ConfigError for other files, and for parquet without pyarrow.
+    Raises ConfigError for other files, and for parquet without pyarrow; StoreError if the file
+    cannot be written.
     """
     if path.suffix not in WRITTEN:
         raise ConfigError(f"the file must end in {' or '.join(WRITTEN)}; got {str(path)!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    if path.suffix == ".parquet":
-        _write_parquet(draft, rows)
-    else:
-        with draft.open("w", encoding="utf-8", errors="replace") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    draft.replace(path)
+    with system_errors(path, OTHER_PLACE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, advice=OTHER_PLACE) as draft:
+        if path.suffix == ".parquet":
+            _write_parquet(draft, rows)
+        else:
+            with draft.open("w", encoding="utf-8", errors="replace") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -48,7 +48,7 @@ from self_rewarding_lm.report.words import (
     in_order,
     words_of,
 )
-from self_rewarding_lm.runs.atomic import writing
+from self_rewarding_lm.runs.atomic import OTHER_PLACE, writing
 from self_rewarding_lm.runs.run import REPORT, Run
 from self_rewarding_lm.text import duration, number
 
@@ -86,7 +86,7 @@ def write_report(
     opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
     path = opened[0].folder / REPORT if out is None else Path(out)
     with (
-        writing(path) as draft,
+        writing(path, advice=OTHER_PLACE) as draft,
         draft.open("w", encoding="utf-8", errors="replace", newline="\n") as file,
     ):
         file.writelines(_pieces(opened, examples))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from self_rewarding_lm.errors import StoreError
@@ -16,20 +16,32 @@ from self_rewarding_lm.errors import StoreError
 LEDGER = "files.json"
 
 
+GOES_ON = (
+    "What was written before is whole and is kept; mend the cause (room on the disk, a folder that "
+    "can be written to) and start the run again: it goes on from there."
+)
+"""What to do when a file of a run cannot be written."""
+
+
+OTHER_PLACE = "Give it another place, or mend the cause (room, a folder that can be written to)."
+"""What to do when a file that is no part of a run cannot be written."""
+
+
 @contextmanager
-def writing(path: Path, *, listed_in: Path | None = None) -> Iterator[Path]:
+def writing(path: Path, *, listed_in: Path | None = None, advice: str = GOES_ON) -> Iterator[Path]:
     """Gives a draft to write, which becomes `path` at the end: flushed to the disk, then renamed.
 
     listed_in: the folder whose ledger takes the file's digest. If writing fails, the draft is
-    deleted, `path` stays what it was, and an error of the system becomes a StoreError.
+    deleted, `path` stays what it was, and an error of the system becomes a StoreError with advice.
     """
     draft = path.with_name(f"{path.name}.tmp")
     try:
-        with system_errors(path):
+        with system_errors(path, advice):
             yield draft
             settle(draft, path, listed_in=listed_in)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that cannot be written to does not delete either
+            draft.unlink()
         raise
 
 
@@ -60,16 +72,12 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def system_errors(path: Path) -> Iterator[None]:
+def system_errors(path: Path, advice: str = GOES_ON) -> Iterator[None]:
     """Turn an error of the system while `path` is written into a StoreError with advice."""
     try:
         yield
     except OSError as error:
-        raise StoreError(
-            f"{path} could not be written: {error}. What was written before is whole and is "
-            "kept; mend the cause (room on the disk, a folder that can be written to) and start "
-            "the run again: it goes on from there."
-        ) from error
+        raise StoreError(f"{path} could not be written: {error}. {advice}") from error
 
 
 def ledger(folder: Path) -> dict[str, list[str]]:

@@ -108,7 +108,8 @@ def weights_file(folder: Path) -> Path | None:
 
 def write_weights(module: nn.Module, path: Path) -> None:
     """A module's weights as safetensors, by rename; tied and non-contiguous tensors included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with system_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path) as draft:
         _reporting(lambda: save_model(module, str(draft), metadata={"format": "pt"}))
 

@@ -1,7 +1,9 @@
 """The report: its figures against hand-made runs, its text against hostile ones, its page parsed."""
 
+import errno
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -510,3 +512,31 @@ def test_colours_can_be_told_from_their_ground():
             for name in ("ink", "soft", "link", "good", "bad", "warn"):
                 assert contrast(theme[name], ground) >= 4.5, (name, theme[name])
             assert all(contrast(theme[f"s{i}"], ground) >= 3 for i in range(6))
+
+
+def make_read_only(monkeypatch) -> None:
+    """From now on nothing can be written or deleted, as on a disk that is mounted so."""
+
+    def refused(path, *args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def opened(path, mode="r", *args, **options):
+        open_or_not = open_file if mode in ("r", "rb") else refused
+        return open_or_not(path, mode, *args, **options)
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", opened)
+    for name in ("unlink", "mkdir", "replace", "write_text"):
+        monkeypatch.setattr(Path, name, refused)
+
+
+@pytest.mark.parametrize(
+    "command", [["report"], ["report", "--out", "report.html"], ["export", "--stage", "one"]]
+)
+def test_a_disk_that_is_read_only_is_said_in_words(command, tmp_path, capsys, monkeypatch):
+    run = two_rounds(tmp_path / "run")
+    make_read_only(monkeypatch)
+    to = ["--to", str(tmp_path / "rows.jsonl")] if command[0] == "export" else []
+    assert cli.main([command[0], str(run.folder), *command[1:], *to]) == 1
+    words = r"error: .*(report\.html|rows\.jsonl) could not be written: .*Read-only.* another place"
+    assert re.search(words, capsys.readouterr().err)
