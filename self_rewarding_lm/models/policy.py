@@ -1,8 +1,11 @@
 """The module that accelerate prepares: it holds the model and gives log-probs, not logits."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -77,27 +80,106 @@ class Policy(nn.Module):
         return logprobs.new_zeros(ids.shape).index_put((rows, columns), logprobs * weight)
 
 
+_DROPOUT_LAYERS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+
+_DROPOUT = re.compile(r"p$|(?!.*(?:layer|token|rank|module)).*(?:dropout|pdrop)")
+"""Names of numbers that are rates of dropout, by which units are left out."""
+
+
+_CHANCE = re.compile(r"p$|.*(?:dropout|pdrop|layer_?drop|drop_?path|drop_prob)")
+"""Names of all numbers by which something is left out by chance: also layers and tokens."""
+
+
+_JITTER = re.compile(r".*jitter")
+"""Names of numbers of routers that choose experts by chance in training."""
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """A number, or several, that a module or its configuration holds under a name."""
+
+    holder: Any
+    name: str
+    value: Any
+
+    def set(self, rate: float) -> None:
+        """Set a number to the rate, each of several numbers too."""
+        value: Any = rate
+        if isinstance(self.value, dict):
+            value = dict.fromkeys(self.value, rate)
+        elif isinstance(self.value, list | tuple):
+            value = type(self.value)([rate] * len(self.value))
+        setattr(self.holder, self.name, value)
+
+    def restore(self) -> None:
+        setattr(self.holder, self.name, self.value)
+
+
 @contextmanager
-def dropout_set(module: nn.Module, rate: float, *, warns: bool = True) -> Iterator[None]:
+def dropout_set(
+    module: nn.Module, rate: float, *, adapters: bool = True, warns: bool = True
+) -> Iterator[Callable[[], None]]:
     """Set every dropout rate of a module to `rate`, and restore them afterwards.
 
-    warns: whether a rate above 0 that has no effect is logged.
+    Gives a function that puts the module into training mode. At 0 all other noise is off too: no
+    layers and tokens are left out, and routers with jitter stay in evaluation mode, for their
+    numbers may count there as well (PhiMoE). adapters: whether rates of adapters (LoRA) are set as
+    well. warns: whether a rate above 0 that has no effect is logged.
     """
-    before: list[tuple[nn.Module, str, float]] = []
-    for part in module.modules():
-        for name in ("p",) if isinstance(part, nn.Dropout) else ("dropout", "attention_dropout"):
-            rate_before = getattr(part, name, None)
-            if isinstance(rate_before, int | float) and not isinstance(rate_before, bool):
-                before.append((part, name, rate_before))
-    if not before and rate > 0 and warns:
+    wanted = _CHANCE if rate == 0 else _DROPOUT
+    routers = [
+        part for part in module.modules() if rate == 0 and any(map(_JITTER.match, vars(part)))
+    ]
+
+    def train() -> None:
+        module.train()
+        for router in routers:
+            router.training = False
+
+    rates = [found for found in _rates(module, adapters) if wanted.match(found.name)]
+    if not rates and rate > 0 and warns:
         logger.warning("dropout=%s has no effect: the model has no dropout layers.", rate)
     try:
-        for part, name, _ in before:
-            setattr(part, name, rate)
-        yield
+        for found in rates:
+            found.set(rate)
+        yield train
     finally:
-        for part, name, rate_before in before:
-            setattr(part, name, rate_before)
+        for found in rates:
+            found.restore()
+
+
+def _rates(module: nn.Module, adapters: bool) -> Iterator[_Rate]:
+    """The numbers of a module that may be rates; some classes read them in their configuration."""
+    holders: dict[int, Any] = {}
+    for part in module.modules() if adapters else _without_adapters(module):
+        holders[id(part)] = part
+        holders[id(getattr(part, "config", None))] = getattr(part, "config", None)
+    for holder in holders.values():
+        for name, value in getattr(holder, "__dict__", {}).items():
+            is_named = isinstance(holder, _DROPOUT_LAYERS) if name == "p" else _CHANCE.match(name)
+            if is_named and _is_rate(value):
+                yield _Rate(holder, name, value)
+
+
+def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and what it holds, without the layers that peft puts around its own."""
+    if not hasattr(module, "base_layer"):
+        yield module
+    for name, part in module.named_children():
+        if not hasattr(module, "base_layer") or name == "base_layer":
+            yield from _without_adapters(part)
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a value is a number or several, as each layer or adapter may have one."""
+    if isinstance(value, dict | list | tuple):
+        numbers = value.values() if isinstance(value, dict) else value
+        return bool(value) and all(map(_is_rate, numbers))
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @torch.no_grad()

@@ -47,7 +47,9 @@ class TrainingConfig(FinetuneConfig):
     max_seq_len: int | None = Field(default=None, ge=2)
     """Prompt and response together; longer rows are cut at the end. Default: the model's limit."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """While training (the paper's 0.1); sampling, judging and the reference are always without."""
+    """While training (the paper's 0.1); sampling, judging and the reference are always without. At
+    0 jitter of routers and layers that are left out are off too. An adapter keeps its own rate
+    (lora_dropout) unless it is given here."""
     num_train_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps."""
     early_stopper_eval_module: Object = None
@@ -126,6 +128,7 @@ class TrainingConfig(FinetuneConfig):
             self.optim.completed(*self.default_learning_rates, self.default_epochs),
             num_train_steps=self.planned_steps(len(objective)),
             dropout=self.dropout,
+            dropout_of_adapters="dropout" in self.model_fields_set,
             valid=valid,
             early_stopping=stopping,
             round=round,

@@ -8,7 +8,7 @@ processes, so that the gradient does not depend on micro-batches or on the numbe
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
@@ -60,10 +60,11 @@ class Fit:
     changes_weights = True
 
     # Held while `run` runs: the module as it is trained (under FSDP its sharded twin), its
-    # optimisers, and the forwards of rows through it.
+    # optimisers, the forwards of rows through it, and what puts it into training mode.
     module: nn.Module
     optimizers: list[Any]
     forwards: Forwards
+    to_training_mode: Callable[[], None]
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Fit:
         *,
         num_train_steps: int | None = None,
         dropout: float = 0.0,
+        dropout_of_adapters: bool = True,
         valid: Objective | None = None,
         early_stopping: EarlyStopping | None = None,
         round: int = 0,
@@ -83,7 +85,8 @@ class Fit:
     ) -> None:
         self.ctx, self.out, self.objective, self.optim = ctx, out, objective, optim
         self.checker = Checker(checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
-        self.dropout, self.valid = dropout, valid
+        self.dropout, self.dropout_of_adapters = dropout, dropout_of_adapters
+        self.valid = valid
         self.round, self.first_step = round, first_step
         self.steps_per_epoch = math.ceil(len(objective) / optim.batch_size)
         self.total = num_train_steps or (optim.epochs or 1) * self.steps_per_epoch
@@ -107,7 +110,10 @@ class Fit:
             restored.enter_context(modes_kept(self.ctx.policy))
             self.module = restored.enter_context(runtime.training(self.ctx.policy))
             warns = not round_state.optimizer_states  # an earlier round has warned already
-            restored.enter_context(dropout_set(self.module, self.dropout, warns=warns))
+            adapters = self.dropout_of_adapters
+            self.to_training_mode = restored.enter_context(
+                dropout_set(self.module, self.dropout, adapters=adapters, warns=warns)
+            )
             if self.optim.gradient_checkpointing:
                 restored.enter_context(self._policy.token_model.checkpointing())
             # 3. make the optimisers
@@ -182,7 +188,7 @@ class Fit:
         #    reference says of them
         noise = (self.ctx.seed, self.ctx.stage, "dropout", self.round, step, runtime.rank)
         torch.manual_seed(stable_hash(*noise))
-        self.module.train()
+        self.to_training_mode()
         divisor = sum(map(self.objective.count, rows))  # of the whole batch, over all processes
         micro_batches = self.forwards.micro_batches(self.objective, rows)
         self.forwards.ask_reference(self.objective, micro_batches)
