@@ -12,13 +12,18 @@ Knows nothing of models, tensors or files.
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 Ids = tuple[int, ...]
 """Token ids of one text."""
+
+
+VARIABLES = "chat_template_kwargs"
+"""The key of a conversation's first message that holds what its chat template reads beside the
+messages, such as `tools`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +279,17 @@ def columns_of(pair: PreferencePair) -> dict[str, Any]:
     if pair.messages is None:
         return {"prompt": pair.prompt, **sides}
     said = {k: [{"role": "assistant", "content": text}] for k, text in sides.items()}
-    return {"prompt": list(pair.messages), **said}
+    return {**prompt_columns(pair.messages), **said}
+
+
+def prompt_columns(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A prompt of messages in TRL's columns: prompt, and what its template reads beside them."""
+    prompt = [{k: v for k, v in message.items() if k != VARIABLES} for message in messages]
+    variables: dict[str, Any] = {}
+    for message in messages:
+        variables |= message.get(VARIABLES, {})
+    tools = {"tools": variables.pop("tools")} if "tools" in variables else {}
+    return {"prompt": prompt, **tools, **({VARIABLES: variables} if variables else {})}
 
 
 def from_json(record_type: type[Record], values: Mapping[str, Any]) -> Record:

@@ -239,7 +239,7 @@ class SelfRewardingTrainer:
             seed=self.seed,
             overwrite=overwrite_checkpoints,
         )
-        self.tokens.follow(run.format)
+        self.tokens.follow(run.format, run.begun)
         if any(INITIAL in stage.weights_used() for stage in self.stages):
             save_initial(run, self.token_model, self.model, self.runtime)
         self._run = run

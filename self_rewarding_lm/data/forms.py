@@ -4,12 +4,21 @@ A form is recognised by its columns. Texts, ids and messages come out as they we
 of tokenizers.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from self_rewarding_lm.data.chat import Messages, is_messages, messages_of
+from self_rewarding_lm.data.chat import (
+    Message,
+    Messages,
+    is_empty,
+    is_messages,
+    messages_of,
+    without_nones,
+)
 from self_rewarding_lm.errors import DataError
+from self_rewarding_lm.records import VARIABLES
 
 Row = Mapping[str, Any]
 
@@ -27,12 +36,24 @@ SPEAKERS = {
 """ShareGPT's names for the roles."""
 
 
+BEFORE = ("system", "history", "tools", "documents", VARIABLES)
+"""Columns that stand before the prompt of a row of any form: a system message, earlier turns as
+[question, answer], and what a chat template reads beside the messages."""
+
+
+FURTHER = ("input", "context")
+"""Columns that follow an instruction: Alpaca's and Dolly's."""
+
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt (text, ids or messages; None if there is none) and what follows it (text or ids)."""
+    """A prompt (text, ids or messages; None if there is none) and what follows it.
+
+    completion: a text, ids, or a message of the assistant that says more than a text.
+    """
 
     prompt: Any
     completion: Any
@@ -48,7 +69,7 @@ class PromptPart:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt and two responses to it."""
+    """A prompt and two responses to it, each like the completion of an exchange."""
 
     prompt: Any
     chosen: Any
@@ -58,18 +79,74 @@ class Preference:
 def supervised_form(row: Row, where: str) -> Exchange:
     """The prompt and the completion of a supervised row. Raises DataError for other rows."""
     accepted = "A supervised row is (ids, prompt_len), (ids, prompt_mask), "
-    return form_of(row, SUPERVISED, where, accepted=accepted)(row, where)
+    form = form_of(row, SUPERVISED, where, accepted=accepted)(row, where)
+    return replace(form, prompt=with_beginning(form.prompt, row, where))
 
 
 def prompt_form(row: Row, where: str) -> PromptPart:
     """The prompt of a row of any form. Raises DataError if it has none."""
     accepted = "A prompt row is a text, ids, a list of messages, "
-    return form_of(row, PROMPTS, where, accepted=accepted)(row, where)
+    part = form_of(row, PROMPTS, where, accepted=accepted)(row, where)
+    return replace(part, prompt=with_beginning(part.prompt, row, where))
 
 
 def preference_form(row: Row, where: str) -> Preference:
     """The prompt and the two responses of a preference row. Raises DataError for other rows."""
-    return form_of(row, PREFERENCES, where, accepted="A preference row is ")(row, where)
+    form = form_of(row, PREFERENCES, where, accepted="A preference row is ")(row, where)
+    return replace(form, prompt=with_beginning(form.prompt, row, where))
+
+
+def with_beginning(prompt: Any, row: Row, where: str) -> Any:
+    """A prompt behind the columns BEFORE of its row; as it is if the row has none of them.
+
+    Raises DataError for columns of another kind, and if the prompt is ids.
+    """
+    given = {name: row[name] for name in BEFORE if not is_empty(row.get(name))}
+    if prompt is None or not given:
+        return prompt
+    if not isinstance(prompt, str) and not is_messages(prompt):
+        raise DataError(
+            f"{where}: {' and '.join(map(repr, given))} can stand before a prompt of texts or "
+            "messages; this prompt is token ids. Put its ids there, and leave the column out."
+        )
+    # 1. the system message and earlier turns
+    messages = list(messages_of(prompt, f"{where}: the prompt"))
+    lead: list[Message] = []
+    if "system" in given:
+        system = {"role": "system", "content": text_of(row, "system", where)}
+        if messages[0]["role"] != "system":
+            lead.append(system)
+        elif messages[0]["content"] != system["content"]:
+            raise DataError(f"{where}: its messages begin with another text than 'system' holds.")
+    history = given.get("history", [])
+    for turn in history if isinstance(history, list | tuple) else [history]:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise DataError(
+                f"{where}: history is a list of [question, answer]; got {shape_of(turn)}."
+            )
+        said = zip(("user", "assistant"), turn, strict=True)
+        lead += messages_of([{"role": role, "content": text} for role, text in said], where)
+    messages = [*lead, *messages]
+    # 2. variables of the template, kept with the first message
+    variables = {
+        **_parsed(given.get(VARIABLES, {}), dict, VARIABLES, where),
+        **{k: _parsed(given[k], list, k, where) for k in ("tools", "documents") if k in given},
+    }
+    if variables:
+        messages[0] = {**messages[0], VARIABLES: variables}
+    return tuple(messages)
+
+
+def unread_columns(row: Row, forms: Mapping[tuple[str, ...], Any], others: set[str]) -> set[str]:
+    """The columns of a row that say something and that its form does not read.
+
+    others: names that are read beside the form's own.
+    """
+    filled = {name for name in row if not is_empty(row[name])}
+    needs = next((needs for needs in forms if filled >= set(needs)), ())
+    if "instruction" in needs:
+        others = {*others, *FURTHER}
+    return filled - {*needs} - {*BEFORE} - others
 
 
 def form_of(row: Row, forms: Mapping[tuple[str, ...], Form], where: str, *, accepted: str) -> Form:
@@ -166,6 +243,37 @@ def right_choice(row: Row, where: str) -> int:
     return places[0]
 
 
+def _parsed(value: Any, kind: type, name: str, where: str) -> Any:
+    """A column of plain data, or that data as JSON, as tables hold it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{where}: {name!r} is no JSON: {error}") from error
+    value = without_nones(value)
+    if not isinstance(value, kind) or (
+        kind is list and not all(isinstance(v, dict) for v in value)
+    ):
+        wanted = "a list of dicts" if kind is list else "a dict"
+        raise DataError(f"{where}: {name!r} must be {wanted}; got {shape_of(value)}.")
+    return value
+
+
+def _answer(message: Message, where: str) -> Any:
+    """An answer that is learnt: its text, or the message if it says more than a text.
+
+    Raises DataError if its weight is not 1.
+    """
+    weight = message.get("weight", 1)
+    if weight != 1:
+        raise DataError(
+            f"{where}: the last message, which would be learnt, has the weight {weight!r}. Leave "
+            "such rows out (on_bad_row='skip'); a weight of 1 is taken."
+        )
+    message = {key: value for key, value in message.items() if key != "weight"}
+    return message if len(message) > 2 else message["content"]
+
+
 def _conversation(row: Row, where: str) -> Messages:
     """The messages in `messages` or in `conversations`, which may be ShareGPT's turns."""
     if row.get("messages") is not None:
@@ -187,7 +295,8 @@ def _turn_as_message(turn: Any, where: str) -> Row:
             f'{where}: a turn is {{"from": {" or ".join(SPEAKERS)}, "value": a text}}; got '
             f"{str(turn)[:120]}."
         )
-    return {"role": role, "content": text}
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return messages_of([{**others, "role": role, "content": text}], where)[0]
 
 
 def _conversation_exchange(row: Row, where: str) -> Exchange:
@@ -199,7 +308,7 @@ def _conversation_exchange(row: Row, where: str) -> Exchange:
             f"{where}: the last message must be the assistant's, with a prompt before it; the "
             f"roles are {roles}."
         )
-    return Exchange(messages[:-1], messages[-1]["content"])
+    return Exchange(messages[:-1], _answer(messages[-1], where))
 
 
 def _conversation_prompt(row: Row, where: str) -> Messages:
@@ -216,10 +325,10 @@ def _prompt_column(row: Row, where: str) -> Any:
 
 
 def _instruction(row: Row, where: str) -> str:
-    """Alpaca's instruction, with a blank line and the input behind it if there is one."""
-    instruction = text_of(row, "instruction", where)
-    further = text_of(row, "input", where) if row.get("input") is not None else ""
-    return f"{instruction}\n\n{further}" if further.strip() else instruction
+    """Alpaca's instruction, with blank lines and the input, or Dolly's context, behind it."""
+    given = (name for name in ("instruction", *FURTHER) if row.get(name) is not None)
+    first, *further = (text_of(row, name, where) for name in given)
+    return "\n\n".join([first, *(text for text in further if text.strip())])
 
 
 def _question_exchange(row: Row, where: str) -> Exchange:
@@ -228,14 +337,16 @@ def _question_exchange(row: Row, where: str) -> Exchange:
 
 
 def _reply(value: Any, name: str, where: str) -> Any:
-    """A response: a text, ids, or a list that holds one message, the assistant's."""
+    """A response: a text, ids, or what one message of the assistant, in a list or not, says."""
+    if isinstance(value, Mapping):
+        value = [value]
     if not is_messages(value):
         return value
     messages = messages_of(value, f"{where}: {name}")
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"{where}: {name} must be one message, the assistant's; got {roles}.")
-    return messages[0]["content"]
+    return _answer(messages[0], f"{where}: {name}")
 
 
 def _pair(row: Row, where: str) -> Preference:
@@ -263,7 +374,8 @@ def _split_conversations(chosen: Any, rejected: Any, where: str) -> Preference:
             f"{where}: chosen and rejected must share all messages but the last, and those must be "
             f"the assistant's; they have {len(shared) + 1} and {len(others) + 1} messages."
         )
-    return Preference(tuple(shared), answer["content"], other_answer["content"])
+    answers = (_answer(message, where) for message in (answer, other_answer))
+    return Preference(tuple(shared), *answers)
 
 
 def _check_same_prompt(prompt: Any, shared: Messages, where: str) -> None:
@@ -286,6 +398,9 @@ SUPERVISED: dict[tuple[str, ...], Callable[[Row, str], Exchange]] = {
     ("instruction", "output"): lambda row, where: Exchange(
         _instruction(row, where), text_of(row, "output", where)
     ),
+    ("instruction", "response"): lambda row, where: Exchange(
+        _instruction(row, where), text_of(row, "response", where)
+    ),
     ("question", "choices", "answer"): _question_exchange,
     ("text",): lambda row, where: Exchange(None, row["text"]),
 }
@@ -297,7 +412,7 @@ PROMPTS: dict[tuple[str, ...], Callable[[Row, str], PromptPart]] = {
     ("messages",): lambda row, where: PromptPart(_conversation_prompt(row, where)),
     ("conversations",): lambda row, where: PromptPart(_conversation_prompt(row, where)),
     ("instruction",): lambda row, where: PromptPart(
-        _instruction(row, where), ("instruction", "input")
+        _instruction(row, where), ("instruction", *FURTHER)
     ),
     ("question", "choices"): lambda row, where: PromptPart(lettered(row, where)[0], ("question",)),
     ("chosen", "rejected"): lambda row, where: PromptPart(_pair(row, where).prompt),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from self_rewarding_lm.data.chat import is_messages, transcript
+from self_rewarding_lm.data.chat import is_messages, spoken, transcript
 from self_rewarding_lm.data.forms import (
     Row,
     form_of,
@@ -18,6 +18,7 @@ from self_rewarding_lm.data.forms import (
     right_choice,
     shape_of,
     text_of,
+    with_beginning,
 )
 from self_rewarding_lm.data.rows import prompt_of
 from self_rewarding_lm.data.tokens import Tokens
@@ -111,25 +112,29 @@ def _rank_replies(row: Row, where: str) -> _Ranking:
     replies, ranks = row["replies"], row.get("ranks")
     if ranks is None and isinstance(replies, Sequence):
         ranks = range(len(replies))
-    return _Ranking(row["prompt"], replies, ranks)
+    return _Ranking(with_beginning(row["prompt"], row, where), replies, ranks)
 
 
 def _rank_choices(row: Row, where: str) -> _Ranking:
     question, answers = lettered(row, where)
     right = right_choice(row, where)
+    question = with_beginning(question, row, where)
     return _Ranking(question, answers, [int(place != right) for place in range(len(answers))])
 
 
 def _rank_pair(row: Row, where: str) -> _Ranking:
     pair = preference_form(row, where)
-    return _Ranking(pair.prompt, [pair.chosen, pair.rejected], [0, 1])
+    sides = (pair.chosen, pair.rejected)
+    replies = [spoken(side) if isinstance(side, Mapping) else side for side in sides]
+    return _Ranking(pair.prompt, replies, [0, 1])
 
 
 def _rank_outputs(row: Row, where: str) -> _Ranking:
     if row["label"] not in (1, 2):
         raise DataError(f"{where}: label must be 1 or 2, the better output; got {row['label']!r}.")
     ranks = [0, 1] if row["label"] == 1 else [1, 0]
-    return _Ranking(text_of(row, "input", where), [row["output_1"], row["output_2"]], ranks)
+    prompt = with_beginning(text_of(row, "input", where), row, where)
+    return _Ranking(prompt, [row["output_1"], row["output_2"]], ranks)
 
 
 RANKED: dict[tuple[str, ...], Callable[[Row, str], _Ranking]] = {

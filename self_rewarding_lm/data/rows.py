@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from self_rewarding_lm.data.chat import is_messages
+from self_rewarding_lm.data.chat import MEDIA, is_empty, is_messages
 from self_rewarding_lm.data.forms import (
+    BEFORE,
+    FURTHER,
+    PREFERENCES,
+    PROMPTS,
     SUPERVISED,
     Exchange,
     PromptPart,
@@ -22,10 +26,18 @@ from self_rewarding_lm.data.forms import (
     prompt_form,
     shape_of,
     supervised_form,
+    unread_columns,
 )
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError
-from self_rewarding_lm.records import Demonstration, Ids, PreferencePair, RankedReplies, is_number
+from self_rewarding_lm.records import (
+    VARIABLES,
+    Demonstration,
+    Ids,
+    PreferencePair,
+    RankedReplies,
+    is_number,
+)
 
 PAIR_NUMBERS = {
     "weight": math.inf,
@@ -34,6 +46,10 @@ PAIR_NUMBERS = {
     "label_smoothing": 1.0,
 }
 """Columns of a preference row that losses read, and the greatest number allowed in each."""
+
+
+NEW_COLUMNS = {*BEFORE, *FURTHER[1:], *MEDIA, "label"}
+"""Columns that version 0.1.0 did not look at."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +81,11 @@ def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
 
     row: a text, a list of messages, ids, `{"prompt": one of these}`, or a row of any other form
     that has a prompt: `{"messages"}` and `{"conversations"}` (without the last message if it is
-    the assistant's), `{"instruction", "input"}`, `{"question", "choices"}`, `{"chosen",
+    the assistant's), `{"instruction", "input", "context"}`, `{"question", "choices"}`, `{"chosen",
     "rejected"}` with a shared beginning, `{"input", "output_1", "output_2"}`; a record of an
-    earlier stage. where: names the row in errors. Raises DataError for any other row and for an
-    empty prompt.
+    earlier stage. Behind `system`, `history` and what the chat template reads of `tools`,
+    `documents` and `chat_template_kwargs`. where: names the row in errors. Raises DataError for
+    any other row, for one with images and for an empty prompt.
     """
     if isinstance(row, PreferencePair):
         return PromptRow(row.prompt_ids, row.prompt, row.messages)
@@ -79,7 +96,11 @@ def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
         part = PromptPart(row.prompt)
     elif isinstance(row, Mapping) or is_conversation(row):
         row = row if isinstance(row, Mapping) else {"messages": row}
-        part = prompt_form(row, where)
+        seen = _seen(row, where, tokens)
+        part = prompt_form(seen, where)
+        given_to_functions = {name for name in row if _is_plain(row[name])}
+        of_forms = {name for needs in (*SUPERVISED, *PREFERENCES) for name in needs}
+        tokens.name_unread(unread_columns(seen, PROMPTS, given_to_functions | of_forms), where)
         others = {k: v for k, v in row.items() if k not in part.columns and _is_plain(v)}
         columns = others or None
     prompt = _prompt(part.prompt, where, tokens)
@@ -101,14 +122,19 @@ def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool,
       is learnt; all before it is the prompt. Earlier answers are read, not learnt.
     - `{"conversations": [{"from": "human", "value": ...}, ...]}` (ShareGPT): the same; from is
       human, user, gpt, assistant or system.
-    - `{"instruction", "input", "output"}` (Alpaca): the prompt is the instruction, a blank line
-      and the input; the input may be missing or empty.
+    - `{"instruction", "input", "output"}` (Alpaca) and `{"instruction", "context", "response"}`
+      (Dolly): the prompt is the instruction, a blank line and the input or context; that may be
+      missing or empty.
     - `{"question", "choices", "answer"}`: the prompt is the question with its choices behind A.,
       B., ...; the completion is the right one, as `B. text`. answer is its place from 0, its
       letter or its text.
     - `{"text"}`: learnt from its second token on, without a template.
 
-    Raises DataError for any other row, and if nothing is left to learn.
+    A row of any form may have the columns that `prompt_of` names. A message may say more than its
+    text (calls of tools, a thought): the chat template is given all of it.
+
+    Raises DataError for any other row, if nothing is left to learn, and for what must not be
+    learnt: `label` False, a weight that is not 1, images.
     """
     marked = _marked_ids(row, where, tokens)
     targets = tuple(i > 0 and not p for i, p in enumerate(marked.is_prompt))
@@ -151,7 +177,9 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
         raise DataError(
             f'{where}: a preference row is {{"prompt", "chosen", "rejected"}}; got {shape_of(row)}.'
         )
-    form = preference_form(row, where)
+    seen = _seen(row, where, tokens)
+    form = preference_form(seen, where)
+    tokens.name_unread(unread_columns(seen, PREFERENCES, {"prompt", "id", *PAIR_NUMBERS}), where)
     prompt = _prompt(form.prompt, where, tokens)
     sides = {"chosen": form.chosen, "rejected": form.rejected}
     ids = {
@@ -168,8 +196,8 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
         chosen_ids=ids["chosen"],
         rejected_ids=ids["rejected"],
         prompt=prompt.text if given_as_text else None,
-        chosen=form.chosen if isinstance(form.chosen, str) else None,
-        rejected=form.rejected if isinstance(form.rejected, str) else None,
+        chosen=_text_of(form.chosen, ids["chosen"], tokens),
+        rejected=_text_of(form.rejected, ids["rejected"], tokens),
         messages=prompt.messages,
         weight=weight,
         win_probability=wins,
@@ -211,7 +239,12 @@ def _marked_ids(row: Any, where: str, tokens: Tokens) -> _MarkedIds:
         return _joined(PromptRow(row.prompt_ids, row.prompt), row.completion_ids)
     if isinstance(row, Mapping) or is_conversation(row):
         row = row if isinstance(row, Mapping) else {"messages": row}
-        return _exchange_ids(supervised_form(row, where), where, tokens)
+        seen = _seen(row, where, tokens)
+        _check_wanted(seen, where)
+        form = supervised_form(seen, where)
+        read = {"weight", "label"} | ({*BEFORE} if form.prompt is not None else set())
+        tokens.name_unread(unread_columns(seen, SUPERVISED, read), where)
+        return _exchange_ids(form, where, tokens)
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 2:
         ids = _ids(row[0], f"{where}: the ids", tokens)
         return _MarkedIds(ids, _prompt_mask(row[1], ids, where))
@@ -219,6 +252,52 @@ def _marked_ids(row: Any, where: str, tokens: Tokens) -> _MarkedIds:
         f"{where}: a supervised row is (ids, prompt_len), (ids, prompt_mask), a list of messages, "
         f"{in_words(SUPERVISED)}; got {shape_of(row)}."
     )
+
+
+def _seen(row: Mapping[str, Any], where: str, tokens: Tokens) -> Mapping[str, Any]:
+    """The columns of a row that a stage may read. Raises DataError if some are of media.
+
+    A run that 0.1.0 began sees what that did. Without a chat template, none reads variables.
+    """
+    if tokens.rules == 1:
+        columns = {name: _first_messages(row[name]) for name in row if name not in NEW_COLUMNS}
+        return {**dict.fromkeys(row), **columns}
+    media = [name for name in MEDIA if not is_empty(row.get(name))]
+    if media:
+        raise DataError(
+            f"{where}: the row has {' and '.join(map(repr, media))}, which the model does not "
+            "read, so its text alone would mean something else. Leave such rows out, for example "
+            "by on_bad_row='skip'."
+        )
+    unread = {"tools", "documents", VARIABLES} & row.keys() if not tokens.renders else set()
+    tokens.name_unread((name for name in unread if not is_empty(row[name])), where)
+    return {name: row[name] for name in row if name not in unread}
+
+
+def _first_messages(value: Any) -> Any:
+    """Messages as version 0.1.0 saw them, which was their role and their text; others as are."""
+    if not is_messages(value) or "role" not in value[0]:
+        return value
+    return [{k: v for k, v in m.items() if k in ("role", "content")} for m in value]
+
+
+def _check_wanted(row: Mapping[str, Any], where: str) -> None:
+    """Raise DataError if a row says that it is not to be learnt, or not like others."""
+    weight, label = row.get("weight", 1), row.get("label")
+    problem = None
+    if label is False:
+        problem = "label False: its completion is not wanted, and would be learnt like others"
+    elif is_number(weight) and weight != 1:
+        problem = f"the weight {weight:g}: supervised rows all count alike"
+    if problem is not None:
+        raise DataError(f"{where}: the row has {problem}. Leave such rows out (on_bad_row='skip').")
+
+
+def _text_of(response: Any, ids: Ids, tokens: Tokens) -> str | None:
+    """The text of one side of a preference; None if it was given as ids."""
+    if isinstance(response, Mapping):
+        return tokens.decode(ids)
+    return response if isinstance(response, str) else None
 
 
 def _exchange_ids(form: Exchange, where: str, tokens: Tokens) -> _MarkedIds:
@@ -247,12 +326,14 @@ def _prompt(value: Any, where: str, tokens: Tokens) -> PromptRow:
 
 def _response_ids(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
     """The ids of a response: a text gets the end token behind it, ids are taken as they are."""
-    if not isinstance(value, str):
+    if not isinstance(value, str | Mapping):
         ids = tokens.checked(value, f"({whose})")
     elif isinstance(prompt, str) or is_messages(prompt):
         ids = tokens.response(prompt, value, whose)
-    else:
+    elif isinstance(value, str):
         ids = tokens.ended(tokens.encode_part(value))
+    else:
+        raise DataError(f"{whose}: a message needs a prompt of texts or messages; this one is ids.")
     if not ids:
         raise DataError(f"{whose} is empty; it must have at least one token.")
     return ids

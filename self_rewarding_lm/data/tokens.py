@@ -7,9 +7,10 @@ a message it is encoded as plain text.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from self_rewarding_lm.data.chat import (
     messages_of,
     renderer,
     template_text,
+    variables_of,
 )
 from self_rewarding_lm.data.chat import transcript as transcript_of
 from self_rewarding_lm.data.control_tokens import Controls, Filled, FindSpans, Mask
 from self_rewarding_lm.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
-from self_rewarding_lm.records import Ids
+from self_rewarding_lm.records import VARIABLES, Ids
 from self_rewarding_lm.runs.pretrained import name_ends, name_eos
 from self_rewarding_lm.runs.stage_folder import FORMAT
 
@@ -65,7 +67,7 @@ class Tokens:
     tokenizer's own (the plain one if it has none), and texts as they are for all others.
     eos_id: the token that ends a response; None asks the tokenizer and the template. end_ids:
     further ids that end a response, as a model's generation config names them. rules: those of the
-    run, `Run.format`.
+    run, `Run.format`. date: what templates that ask for it take for today.
 
     Of its attributes, `renders` says whether a text is a user's message and goes through the
     template, `template` is that template's text (None if it is the tokenizer's own), `eos_id` the
@@ -82,11 +84,12 @@ class Tokens:
         chat_template: str | None = None,
         end_ids: Sequence[int] = (),
         rules: int = FORMAT,
+        date: datetime | None = None,
     ) -> None:
         # 1. the tokenizer: one of transformers is wrapped
         is_hugging_face = hasattr(tokenizer, "apply_chat_template")
         self.source: Any = tokenizer
-        self.rules = rules
+        self.rules, self.date = rules, date or datetime.now()
         self._options = {"eos_id": eos_id, "chat_template": chat_template, "end_ids": end_ids}
         self.tokenizer: Any = (
             HuggingFaceTokenizer(tokenizer, thoughts_count=rules == 1)
@@ -99,6 +102,10 @@ class Tokens:
         self.renders = not is_raw and (is_hugging_face or chat_template is not None)
         self._render, text = self._choose_template(None if is_raw else chat_template)
         self.template: str | None = None if is_raw else text
+        self._render = self._that_shows_texts(self._render)
+        self._variables = variables_of(text, tokenizer)
+        self._reads: dict[tuple[str, str], bool] = {}  # (role, key of a message)
+        self._named: set[str] = set()  # what a warning has said that nothing reads
         self._answer_end = _text_behind(ANSWER, _render_sample(self._render, (ANSWER,)))
         # 3. control tokens, those that the template writes between turns included
         if is_hugging_face:
@@ -121,10 +128,12 @@ class Tokens:
                     f"got {end}."
                 )
 
-    def follow(self, rules: int) -> None:
-        """Render by the rules that a run began with, `Run.format`."""
+    def follow(self, rules: int, date: datetime) -> None:
+        """Render as a run that goes on: by the rules that it began with, as of the date of then."""
+        self.date = date
         if rules != self.rules:
-            self.__init__(self.source, vocab=self.vocab, rules=rules, **self._options)
+            options = {**self._options, "rules": rules, "date": date}
+            self.__init__(self.source, vocab=self.vocab, **options)
 
     def prompt(self, value: str | Sequence[Message], where: str = "the prompt") -> Rendered:
         """A prompt's ids; with a chat template, up to where the assistant begins to answer.
@@ -134,6 +143,7 @@ class Tokens:
         if isinstance(value, str) and not self.renders:
             return Rendered(self._encode_prompt_text(value), str(value))
         messages = messages_of(value, where)
+        self._look_for_unread(messages, where)
 
         def encode(mask: Mask | None, asked: list[Message]) -> Ids:
             return self._encode_masked(self._render_text(asked, True, where), mask)
@@ -142,21 +152,41 @@ class Tokens:
         return Rendered(ids, transcript_of(messages), messages)
 
     def response(
-        self, prompt: str | Sequence[Message], completion: str, where: str = "the completion"
+        self,
+        prompt: str | Sequence[Message],
+        completion: str | Message,
+        where: str = "the completion",
     ) -> Ids:
         """The ids of a response to a prompt, up to and including its end token.
 
-        With a chat template they are what it renders behind the prompt once that is answered.
-        Raises DataError if it then renders the prompt itself in another way.
+        completion: a text, or a message of the assistant that says more than a text (calls of
+        tools, a thought). With a chat template the ids are what it renders behind the prompt once
+        that is answered. Raises DataError if it then renders the prompt itself in another way, and
+        if it shows nothing of the message.
         """
         if isinstance(prompt, str) and not self.renders:
-            return self.ended(self.encode_part(completion))
+            text = completion if isinstance(completion, str) else str(completion["content"])
+            if not isinstance(completion, str):
+                self.name_unread(completion.keys() - {"role", "content"}, where)
+            return self.ended(self.encode_part(text))
         messages = messages_of(prompt, where)
 
         def encode(mask: Mask | None, asked: list[Message], answer: list[Message]) -> Ids:
             return self._encode_response(mask, asked, answer, where)
 
-        answer = ({"role": "assistant", "content": completion},)
+        if isinstance(completion, str):
+            completion = {"role": "assistant", "content": completion}
+        answer = messages_of([completion], where)
+        self._look_for_unread((*messages, *answer), where)
+        (said,) = answer
+        keys = said.keys() - {"role", "content"}
+        if keys and not said["content"].strip():
+            if not any(self._reads.get(("assistant", key), True) for key in keys):
+                raise DataError(
+                    f"{where}: its content is empty, and the chat template does not read its "
+                    f"{', '.join(map(repr, sorted(keys)))}, so an empty answer would be learnt. "
+                    "Give chat_template= one that does, or leave the row out (on_bad_row='skip')."
+                )
         return self._with_controls_hidden(encode, [messages, answer], where)
 
     def _encode_response(
@@ -169,7 +199,7 @@ class Tokens:
             raise DataError(
                 f"{where}: the chat template does not render the prompt as the beginning of prompt "
                 f"and response, so what is generated from would not be what is trained on.\n"
-                f"prompt: {before!r}\nboth: {full!r}"
+                f"prompt: {before!r}\nboth: {full!r}\n{self._remedy(asked, before, full)}"
             )
         # 2. encode what stands behind the prompt
         ids = self._encode_behind(before, full, mask)
@@ -179,6 +209,8 @@ class Tokens:
             tail = _text_behind(answer[0]["content"].strip(), full[len(before) :])
         tail_length = len(self._encode_masked(tail, mask)) if tail else 0
         places = range(max(0, len(ids) - tail_length), len(ids))
+        if not tail and isinstance(self.tokenizer, HuggingFaceTokenizer):
+            places = reversed(range(len(ids)))  # no message can hold one: the template wrote it
         end = next((i for i in places if ids[i] in self.end_ids), None)
         if end is not None:
             return ids[: end + 1]
@@ -277,6 +309,86 @@ class Tokens:
             )
         return tuple(self._checked_id(i, whose) for i in ids)
 
+    def name_unread(self, columns: Iterable[str], where: str) -> None:
+        """Warn of columns that nothing reads, of each once. where: the first row with them."""
+        new = sorted(set(columns) - self._named)
+        self._named.update(new)
+        if new:
+            names = ", ".join(map(repr, new))
+            logger.warning("%s: nothing reads %s; this is said once.", where, names)
+
+    def _look_for_unread(self, messages: Messages, where: str) -> None:
+        """Name the keys of messages that change nothing in what the template writes."""
+        for place, message in enumerate(messages):
+            for key in sorted(message.keys() - {"role", "content", VARIABLES}):
+                kind = (message["role"], key)
+                if kind not in self._reads:
+                    self._reads[kind] = self._has_effect(messages, place, key)
+                if not self._reads[kind]:
+                    self.name_unread([key], f"{where}: of messages of the role {kind[0]}")
+            self.name_unread(message.get(VARIABLES, {}).keys() - self._variables, where)
+
+    def _has_effect(self, messages: Messages, place: int, key: str) -> bool:
+        """Whether a key changes what the template writes, here or in a last answer."""
+        message = messages[place]
+        without = {name: value for name, value in message.items() if name != key}
+        talks = [
+            (messages, (*messages[:place], without, *messages[place + 1 :])),
+            ((QUESTION, message), (QUESTION, without)),
+        ]
+        try:
+            return any(
+                self._render(one, False) != self._render(other, False) for one, other in talks
+            )
+        except DataError:  # it refuses one of them, so it has read it
+            return True
+
+    def _that_shows_texts(self, render: Render) -> Render:
+        """The same function, or one that gives texts as parts, where the template wants those.
+
+        Raises ConfigError if a message's text does not stand in what the template writes.
+        """
+        answered = ""
+        for shows in (render, _with_parts(render)):
+            answered = answered or _render_sample(shows, (ANSWER,))
+            text = _render_sample(shows, (ANSWER,)).casefold()
+            if all(part.casefold() in text for part in (QUESTION["content"], ANSWER)):
+                return shows
+        if not answered or not self.renders:
+            return render  # it refuses the samples: rows will show
+        raise ConfigError(
+            f"the chat template does not show what messages say: of {QUESTION['content']!r}, "
+            f"answered by {ANSWER!r}, it makes {answered!r}. Give chat_template= a name or jinja "
+            "text, or 'raw' for texts as they are."
+        )
+
+    def _remedy(self, asked: Sequence[Message], before: str, full: str) -> str:
+        """What can be done about a template that writes an answered prompt in another way."""
+        shared = (i for i, (a, b) in enumerate(zip(before, full, strict=False)) if a != b)
+        lead = before[next(shared, len(full)) :]
+        closed = self._render_text(asked, False, "the prompt")
+        begun = before[len(closed) :] if before.startswith(closed) else ""
+        if lead and begun.endswith(lead):
+            words = (
+                f"The template puts {lead!r} before an answer that is to be written, and not "
+                "before one that is there. Give chat_template= its own text "
+                f"(tokenizer.chat_template), changed so that {lead!r} stands before the last "
+                "answer too and all of that answer behind it, its thought included"
+            )
+        else:
+            words = (
+                "Give chat_template= another name or text, such as its own changed so that a "
+                "prompt stays as it is once it is answered"
+            )
+        words += "; or give such rows as token ids, {'prompt': ids, 'completion': ids}."
+        switches = sorted(name for name in self._variables if "think" in name)
+        if switches:
+            words += (
+                f" Or set the template's {' or '.join(switches)} by a column {VARIABLES!r}, such "
+                f'as {{"{switches[0]}": false}}.'
+            )
+        return words
+
     def _render_text(
         self, messages: Sequence[Message], add_generation_prompt: bool, where: str
     ) -> str:
@@ -292,7 +404,7 @@ class Tokens:
         whoever loads the saved template renders the same.
         """
         if chat_template is None and getattr(self.source, "chat_template", None):
-            return renderer(None, tokenizer=self.source), None
+            return renderer(None, tokenizer=self.source, now=lambda: self.date), None
         text = template_text(chat_template or "plain")
         assert text is not None
         begin_ids = getattr(self.tokenizer, "begin_ids", ())
@@ -310,6 +422,7 @@ class Tokens:
             tokenizer=self.source,
             bos_token=getattr(self.source, "bos_token", None),
             eos_token=getattr(self.source, "eos_token", None),
+            now=lambda: self.date,
         )
 
     def _with_controls_hidden(
@@ -318,11 +431,12 @@ class Tokens:
         """`encode(mask, *parts)` of parts of a conversation, control tokens in messages hidden."""
 
         def masked(find: FindSpans) -> Ids:
-            texts = (text for part in parts for message in part for text in message.values())
+            texts = _texts_in([message.values() for part in parts for message in part])
             mask = self._controls.mask_for(texts, find)
-            hide = str if mask is None else mask.hide
+            if mask is None:
+                return encode(None, *map(list, parts))
             hidden = (
-                [{key: hide(text) for key, text in message.items()} for message in part]
+                [{k: _with_texts(v, mask.hide) for k, v in message.items()} for message in part]
                 for part in parts
             )
             return encode(mask, *hidden)
@@ -436,3 +550,35 @@ def _render_sample(render: Render, more: Sequence[str] = ()) -> str:
 def _text_behind(part: str, text: str) -> str:
     """What stands behind the last occurrence of a part in a text; "" if there is none."""
     return text.rpartition(part)[2] if part and part in text else ""
+
+
+def _with_parts(render: Render) -> Render:
+    """The same function, that gives the template each text as a list of one part."""
+
+    def render_parts(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        parted = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        return render(parted, add_generation_prompt)
+
+    return render_parts
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts of plain data, the keys of dicts included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts_in([*value.keys(), *value.values()])
+    elif isinstance(value, Iterable):
+        for item in value:
+            yield from _texts_in(item)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with all its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(str(key)): _with_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_texts(item, change) for item in value]
+    return value

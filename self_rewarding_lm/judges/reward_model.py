@@ -68,6 +68,7 @@ class RewardModelJudge(Judge):
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
     ) -> Iterator[Judgement]:
         self.module.to(ctx.runtime.device)
+        self.tokens.follow(ctx.tokens.rules, ctx.tokens.date)
         for prompt, candidates in zip(prompts, candidates_PG, strict=True):
             # 1. render the conversations; those that are too long have no score
             rows: list[tuple[Candidate, Ids]] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from self_rewarding_lm.errors import ConfigError, StoreError
-from self_rewarding_lm.records import Demonstration, TrainingRow, is_trained
+from self_rewarding_lm.records import Demonstration, TrainingRow, is_trained, prompt_columns
 from self_rewarding_lm.runs.atomic import OTHER_PLACE, system_errors, writing
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.run import Run
@@ -51,9 +51,11 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             'pip install "self-rewarding-lm[data]", or write .jsonl.'
         ) from error
 
+    columns = {name: None for row in rows for name in row}  # some have tools, and others none
+
     def pieces() -> Iterator[list[Mapping[str, Any]]]:
         for start in range(0, max(1, len(rows)), ROWS_WRITTEN):
-            yield list(rows[start : start + ROWS_WRITTEN])
+            yield [{**columns, **row} for row in rows[start : start + ROWS_WRITTEN]]
 
     schemas = [Table.from_pylist(piece).schema for piece in pieces()]
     schema = unify_schemas(schemas, promote_options="permissive")
@@ -106,7 +108,7 @@ def _demonstration(row: Demonstration) -> dict[str, Any]:
     if row.messages is None:
         return {"prompt": row.prompt, "completion": row.completion}
     answer = [{"role": "assistant", "content": row.completion}]
-    return {"prompt": list(row.messages), "completion": answer}
+    return {**prompt_columns(row.messages), "completion": answer}
 
 
 def _supervised(row: TrainingRow) -> dict[str, Any]:

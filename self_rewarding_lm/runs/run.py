@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class Run:
     def format(self) -> int:
         """By which rules the run makes its records: 1 if version 0.1.0 began it, else 2."""
         return self.info["format"]
+
+    @property
+    def begun(self) -> datetime:
+        """When it began; templates that ask for the date get this one, whenever the run goes on."""
+        return datetime.strptime(self.info["created"], "%Y-%m-%dT%H:%M:%S%z")
 
     def is_done(self, stage: str | int) -> bool:
         return self.stage(stage).is_done

@@ -146,7 +146,7 @@ def test_templates_cannot_reach_the_interpreter():
 def test_messages_are_checked_and_a_text_is_one_message_of_the_user():
     assert messages_of("Who?", "row 3") == (said("user", "Who?"),)
     extra = {**said("user", "a"), "name": "x"}
-    assert messages_of([extra], "row 3") == (said("user", "a"),)
+    assert messages_of([{**extra, "tool_calls": None}], "row 3") == (extra,)
     for wrong in ([{"role": "user"}], [said("user", None)], ["a"], [said(1, "a")], [], 7):
         with pytest.raises(DataError, match=r"^row 3: (a message is|messages are)"):
             messages_of(wrong, "row 3")

@@ -162,10 +162,10 @@ def test_a_run_of_the_first_format_keeps_its_rendering():
         tokens = opened(tokenizer)
         now = tokens.prompt([said("user", text)]).ids
         assert marks <= set(now)
-        tokens.follow(1)
+        tokens.follow(1, tokens.date)
         earlier = tokens.prompt([said("user", text)]).ids
         assert not marks & set(earlier) and tokenizer.decode(earlier) == tokenizer.decode(now)
         assert (tokens.decode(tuple(marks)) == "") is special
         assert earlier == opened(tokenizer, rules=1).prompt([said("user", text)]).ids
-        tokens.follow(2)
+        tokens.follow(2, tokens.date)
         assert tokens.prompt([said("user", text)]).ids == now

@@ -460,6 +460,66 @@ def wrong_columns(folder):
     return lambda: trainer(folder, sft(train_dataset=[*ROWS, {"query": "q", "reply": "r"}]))
 
 
+@mistake("data", "A row with an image")
+def image_row(folder):
+    row = {"prompt": "say 0", "completion": "0", "images": ["cat.png"]}
+    return lambda: trainer(folder, sft(train_dataset=[*ROWS, row]))
+
+
+@mistake("data", "A message with an image")
+def image_message(folder):
+    content = [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "say 0"}]
+    row = {"prompt": [{"role": "user", "content": content}], "completion": "0"}
+    return lambda: trainer(folder, sft(train_dataset=[*ROWS, row]))
+
+
+@mistake("data", "A completion that is not wanted")
+def unwanted_row(folder):
+    row = {"prompt": "say 0", "completion": "1", "label": False}
+    return lambda: trainer(folder, sft(train_dataset=[*ROWS, row]))
+
+
+@mistake("data", "A row of weight 0")
+def weightless_row(folder):
+    row = {"prompt": "say 0", "completion": "1", "weight": 0}
+    return lambda: trainer(folder, sft(train_dataset=[*ROWS, row]))
+
+
+@mistake("data", "An answer of weight 0")
+def weightless_answer(folder):
+    answer = {"role": "assistant", "content": "0", "weight": 0}
+    row = {"messages": [{"role": "user", "content": "say 0"}, answer]}
+    return lambda: trainer(folder, sft(train_dataset=[*ROWS, row]))
+
+
+@mistake("data", "An answer of which the chat template shows nothing")
+def unseen_answer(folder):
+    calls = [{"function": {"name": "say", "arguments": {"number": 0}}}]
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    row = {"messages": [{"role": "user", "content": "say 0"}, answer]}
+    return lambda: trainer(
+        folder,
+        sft(train_dataset=[*ROWS, row]),
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )
+
+
+@mistake("data", "Tools that are no JSON")
+def broken_tools(folder):
+    row = {"prompt": "say 0", "completion": "0", "tools": "[{"}
+    return lambda: trainer(
+        folder,
+        sft(train_dataset=[*ROWS, row]),
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )
+
+
+@mistake("data", "Earlier turns in a form of their own")
+def broken_history(folder):
+    row = {"prompt": "say 0", "completion": "0", "history": ["say 1", "1", "say 2"]}
+    return lambda: trainer(folder, sft(train_dataset=[*ROWS, row]))
+
+
 @mistake("data", "A completion that is a number")
 def number_as_text(folder):
     return lambda: trainer(folder, sft(train_dataset=[{"prompt": "say 0", "completion": 0}]))
@@ -724,6 +784,12 @@ def broken_template(folder):
 @mistake("tokenizer", "A chat template that refuses the prompts")
 def refusing_template(folder):
     template = "{{ raise_exception('a system message must come first') }}"
+    return lambda: trainer(folder, sft(), chat_template=template)
+
+
+@mistake("tokenizer", "A chat template that shows nothing of a message")
+def blind_template(folder):
+    template = "{% for m in messages %}{{ m['text'] }}.{% endfor %}"
     return lambda: trainer(folder, sft(), chat_template=template)
 
 

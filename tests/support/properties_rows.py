@@ -6,10 +6,11 @@ from unittest.mock import patch
 
 from hypothesis import strategies as st
 
+from self_rewarding_lm.data.chat import without_nones
 from self_rewarding_lm.data.tokenizers import CallableTokenizer
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError, TokenizerError
-from self_rewarding_lm.records import PreferencePair, from_json, to_json
+from self_rewarding_lm.records import VARIABLES, PreferencePair, from_json, to_json
 from tests.support.mutants import over
 
 VOCAB = 30
@@ -278,22 +279,75 @@ def any_row_has_a_form_or_is_refused(forms, row):
             if not {"prompt", "messages", "conversations", "instruction"} & set(row):
                 assert found.completion[3:] in row["choices"]
         if isinstance(found, forms.Preference) and found.prompt is not row.get("prompt"):
-            assert list(found.prompt) == [
-                {"role": m["role"], "content": m["content"]} for m in row["rejected"][:-1]
+            said = [(m["role"], m["content"]) for m in found.prompt]
+            assert said[-len(row["rejected"][:-1]) :] == [
+                (m["role"], m["content"]) for m in row["rejected"][:-1]
             ]
         if (
             isinstance(found, forms.Exchange)
             and "conversations" in row
             and isinstance(found.prompt, tuple)
         ):
-            assert all(isinstance(m["content"], str) for m in found.prompt) and isinstance(
-                found.completion, str
-            )
+            assert all(isinstance(m["content"], str) for m in found.prompt)
+            answer = found.completion
+            assert isinstance(answer, str) or (answer["role"] == "assistant" and len(answer) > 2)
     for messages in (row.get("messages"), row.get("prompt")):
         try:
             assert forms.open_messages(messages, "a row")[-1]["role"] != "assistant"
         except DataError:
             continue
+
+
+TURN = st.lists(TEXT, min_size=2, max_size=2)
+SAID = st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": TEXT})
+
+
+@over(
+    "data.forms",
+    st.tuples(
+        TEXT | st.lists(SAID, min_size=1, max_size=3),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "system": st.none() | TEXT,
+                "history": st.none() | st.lists(TURN, max_size=2) | JSON,
+                "tools": st.none() | st.lists(st.dictionaries(TEXT, SCALAR), max_size=2) | JSON,
+            },
+        ),
+    ),
+    mutants={
+        'if messages[0]["role"] != "system":': "if True:",
+        "messages = [*lead, *messages]": "messages = [*messages, *lead]",
+        "messages[0] = {**messages[0], VARIABLES: variables}": "pass",
+        "value = without_nones(value)": "pass",
+    },
+    examples=500,
+)
+def what_stands_before_a_prompt_stands_there_in_order(forms, case):
+    prompt, columns = case
+    try:
+        found = forms.with_beginning(prompt, columns, "a row")
+    except DataError as error:
+        assert "a row" in str(error)
+        return
+    given = {name: value for name, value in columns.items() if value not in (None, "", [], {}, ())}
+    if not given:
+        assert found is prompt
+        return
+    said = [(m["role"], m["content"]) for m in found]
+    own = (
+        [("user", prompt)]
+        if isinstance(prompt, str)
+        else [(m["role"], m["content"]) for m in prompt]
+    )
+    pairs = given.get("history", [])
+    turns = [turn for q, a in pairs for turn in (("user", q), ("assistant", a))]
+    system = [("system", given["system"])] if "system" in given and own[0][0] != "system" else []
+    assert said == [*system, *turns, *own]
+    kept = [m[VARIABLES]["tools"] for m in found if VARIABLES in m]
+    assert bool(kept) == ("tools" in given)
+    if kept and not isinstance(given["tools"], str):
+        assert kept[0] == without_nones(given["tools"])
 
 
 @over(

@@ -365,7 +365,14 @@ def _author(ctx: Context, settings: SelfInstruct) -> Author:
     # 2. another model, with its own tokenizer or the trained model's
     model, tokens = ctx.adapt(source), ctx.tokens
     if tokenizer is not None:
-        tokens = Tokens(tokenizer, eos_id=None, vocab=model.vocab, end_ids=end_ids_of(source))
+        tokens = Tokens(
+            tokenizer,
+            eos_id=None,
+            vocab=model.vocab,
+            end_ids=end_ids_of(source),
+            rules=ctx.tokens.rules,
+            date=ctx.tokens.date,
+        )
     elif model.vocab != ctx.model.vocab:
         raise ConfigError(
             f"{ctx.stage}: the model that writes prompts has {model.vocab} tokens and the trained "
