@@ -45,6 +45,7 @@ from self_rewarding_lm.runs.stored import (
     record_files,
 )
 from self_rewarding_lm.runs.weights import (
+    TRAINED,
     Savable,
     Tensors,
     read_tensors,
@@ -101,6 +102,9 @@ STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
 
 
 STATE = "state.safetensors"
+
+
+CHECK = "early_stopping/score"  # in lines of metrics
 
 
 RECORDS_AT_ONCE = 64  # that `StageDir.keep` writes together
@@ -281,10 +285,11 @@ class StageDir(StageFiles):
         """From now on each line of metrics names this round."""
         self._round = {"round": number}
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, metrics: dict[str, Any], *, again: bool = True) -> None:
         """Append a line to metrics.jsonl, and its numbers to the trackers (main process).
 
-        A stage that goes on says again what it said before training; such a line stays as it is.
+        again: a stage that goes on says again what it said before training; such a line stays as
+        it is. A training says nothing twice: `cut_metrics` deletes what it is to say.
         """
         if not self.runtime.is_main:
             return
@@ -292,7 +297,7 @@ class StageDir(StageFiles):
         numbers = {k: v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
         self.runtime.log({f"{name}/{k}": v for k, v in numbers.items()}, step)
         metrics = {**metrics, **self._round}
-        if self._replayed[_line_name(metrics)] > 0:
+        if again and self._replayed[_line_name(metrics)] > 0:
             self._replayed[_line_name(metrics)] -= 1
             return
         append_lines(self.path / "metrics.jsonl", [metrics])
@@ -303,12 +308,21 @@ class StageDir(StageFiles):
             append_event(self.path, event, words)
 
     def cut_metrics(self, step: int) -> None:
-        """Delete the lines of metrics of later steps: training goes on after this one."""
+        """Delete the lines of metrics of later steps: training goes on after this one.
+
+        A check for early stopping at this step stays if it is of a training that took the step, and
+        not the first one of a training that began behind it.
+        """
         path = self.path / "metrics.jsonl"
         if not self.runtime.is_main or not path.exists():
             return
-        lines = list(read_lines(path))
-        kept = [line for line in lines if line.get("step", 0) <= step]
+        lines, kept, took_step = list(read_lines(path)), [], False
+        for line in lines:
+            is_here = line.get("step", 0) == step
+            is_check = is_here and CHECK in line
+            if line.get("step", 0) < step or (is_here and (took_step or not is_check)):
+                kept.append(line)
+            took_step = not is_check and (took_step or (is_here and "loss" in line))
         if len(kept) < len(lines):
             with writing(path) as draft:
                 append_lines(draft, kept)
@@ -335,11 +349,34 @@ class StageDir(StageFiles):
         tensors, words = read_tensors(self.path / STATE)
         return tensors, json.loads(words)
 
-    def save_weights(self, model: Savable, name: str = "model") -> None:
-        """Write a model's weights (main process); all processes wait."""
+    def save_weights(
+        self, model: Savable, name: str = "model", *, steps: int | None = None
+    ) -> None:
+        """Write a model's weights (main process); all processes wait.
+
+        steps: of the training that ended with them, for `steps_of`.
+        """
+
+        def beside(folder: Path) -> None:
+            if self.beside is not None:
+                self.beside(folder)
+            if steps is not None:
+                (folder / TRAINED).write_text(json.dumps({"steps": steps}), encoding="utf-8")
+
         if self.runtime.is_main:
-            save_folder(model, self.path / name, self.beside, listed=True)
+            save_folder(model, self.path / name, beside, listed=True)
         self.runtime.barrier()
+
+    def steps_of(self, name: str) -> int | None:
+        """The steps with which the weights of that name were saved; None if nothing says so.
+
+        StoreError if what says so was changed.
+        """
+        file = self.path / name / TRAINED
+        if not file.exists():
+            return None
+        check_file(file, self.path)
+        return read_json(file)["steps"]
 
     def drop_weights(self, name: str) -> None:
         """Delete the weights of that name (main process)."""

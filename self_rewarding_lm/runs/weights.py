@@ -40,12 +40,15 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CARD = "README.md"
 
 
-LISTED = (MODEL_FILE, ADAPTER_FILE, CARD)
+TRAINED = "trained.json"  # how many steps made weights that a stage keeps for itself
+
+
+LISTED = (MODEL_FILE, ADAPTER_FILE, CARD, TRAINED)
 """Files whose digests the ledger of the folder around them takes."""
 
 
 FOLDER_FILES = (
-    *(MODEL_FILE, ADAPTER_FILE, "adapter_config.json"),
+    *(MODEL_FILE, ADAPTER_FILE, TRAINED, "adapter_config.json"),
     *("config.json", "generation_config.json", "chat_template.jinja", "tokenizer*.json"),
     *("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )

@@ -85,11 +85,12 @@ class SelfPlayConfig(PreferenceConfig):
             kept += len(own)
             if (done := out.weights(name)) is not None:  # the stage was stopped after it
                 ctx.load(done)
-                steps += self.planned_steps(len(objective))
+                steps += out.steps_of(name) or self.planned_steps(len(objective))
                 continue
-            steps += self.fit(ctx, out, objective, valid=valid, round=iteration, first_step=steps)
+            taken = self.fit(ctx, out, objective, valid=valid, round=iteration, first_step=steps)
+            steps += taken
             if iteration + 1 < self.iterations:
-                out.save_weights(ctx.model, name)
+                out.save_weights(ctx.model, name, steps=taken)
         out.summary |= {"pairs": kept, "iterations": self.iterations, "steps": steps}
 
     def rehearse(self, ctx: Context, out: StageDir) -> None:

@@ -13,7 +13,14 @@ from pydantic import Field, model_validator
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.judges.self_judge import SelfJudge, SeveralJudges
-from self_rewarding_lm.records import FIRST, Candidate, Judgement, PreferencePair, prompt_id_of
+from self_rewarding_lm.records import (
+    FIRST,
+    Candidate,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    prompt_id_of,
+)
 from self_rewarding_lm.runs.run import INITIAL
 from self_rewarding_lm.runs.stage_folder import AHEAD, StageDir
 from self_rewarding_lm.runs.stored import Groups
@@ -54,6 +61,13 @@ class AnchoredMaker(PairMaker):
 
 class FirstMaker(AnchoredMaker):
     """Makes the pairs that the next weights are trained on; ids are <stage>/first/<row>/<pass>."""
+
+    def with_known_records(self, prompt: Prompt) -> JudgedPrompt:
+        """Without what a stage that was stopped had of the next weights."""
+        judged = super().with_known_records(prompt)
+        candidates = [c for c in judged.candidates if part_of(c.id) != NEXT]
+        judgements = [j for j in judged.judgements if NEXT not in map(part_of, j.candidate_ids)]
+        return JudgedPrompt(prompt, candidates, judgements)
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[PreferencePair]:
         stage, row_and_pass = judged.prompt.id.split("/", 1)
@@ -177,15 +191,16 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
     def _train_ahead(self, ctx: Context, out: StageDir, pairs: Sequence[PreferencePair]) -> int:
         """Train and save the next weights unless they are on disk, and load the start's again.
 
-        Returns the number of steps that this training plans.
+        Returns how many steps this training took; in runs of format 1 how many it planned.
         """
         objective = self.objective(ctx, out, pairs)
         if next_weights(out) is None:
             start = ctx.model.state()
-            self.fit(ctx, out, objective)
-            out.save_weights(ctx.model, AHEAD)
+            steps = self.fit(ctx, out, objective)
+            out.save_weights(ctx.model, AHEAD, steps=steps)
             ctx.model.module.load_state_dict(start, strict=False)
-        return self.planned_steps(len(objective))
+        taken = None if ctx.format == 1 else out.steps_of(AHEAD)
+        return taken or self.planned_steps(len(objective))
 
 
 def next_weights(out: StageDir) -> Path | None:

@@ -113,7 +113,8 @@ class Stopper:
             score > self.best if self.settings.mode == "max" else score < self.best
         )
         # 2. log it
-        self.out.log({"step": step, **{f"early_stopping/{k}": v for k, v in metrics.items()}})
+        line = {"step": step, **{f"early_stopping/{k}": v for k, v in metrics.items()}}
+        self.out.log(line, again=False)
         logger.info(
             "%s: early stopping at step %d: %.6g (best so far: %s, mode %r)",
             self.ctx.stage,

@@ -265,7 +265,7 @@ class Fit:
             return self.stopper.check(step)
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
-        self.out.log({"step": self.first_step + step, **metrics})
+        self.out.log({"step": self.first_step + step, **metrics}, again=False)
 
     def _check_reference(self, step: int) -> None:
         """Raise TrainingError if it is a moving reference that gave no finite numbers."""

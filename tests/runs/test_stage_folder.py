@@ -22,7 +22,7 @@ from self_rewarding_lm.records import (
     to_json,
 )
 from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now, fingerprint_of
-from self_rewarding_lm.runs.lines import append_lines
+from self_rewarding_lm.runs.lines import append_lines, read_lines
 from self_rewarding_lm.runs.resume import begin_run, save_initial
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_folder import StageDir, read_json, remove_stage, write_json
@@ -260,6 +260,35 @@ def test_a_torn_line_of_metrics_is_cut_off_too(tmp_path):
     assert [json.loads(line) for line in lines] == [
         {"step": 1, "loss": 0.5},
         {"step": 2, "loss": 0.25},
+    ]
+
+
+def test_a_training_that_begins_anew_takes_back_what_it_said_and_nothing_of_the_one_before(
+    tmp_path,
+):
+    """Both check for early stopping behind step 2: the one before at its end, this one at first."""
+    check = "early_stopping/score"
+    before = [{"step": 0, check: 1.0}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]
+    before += [{"step": 2, check: 2.0}, {"step": 0, "rows/truncated": 0}]
+    own = [{"step": 2, check: 2.0}, {"step": 3, "loss": 1.0}, {"step": 3, check: 3.0}]
+
+    def left(lines, step):
+        metrics = tmp_path / "00-sft" / "metrics.jsonl"
+        metrics.parent.mkdir(exist_ok=True)
+        metrics.unlink(missing_ok=True)
+        append_lines(metrics, lines)
+        stage = stage_dir(tmp_path)
+        stage.cut_metrics(step)
+        for line in own:
+            stage.log(line, again=False)
+        stage.log({"step": 0, "rows/truncated": 0})  # said again
+        return list(read_lines(metrics))
+
+    assert left(before + own, 2) == left(before, 2) == before + own
+    assert left([*before, *own, {"step": 4, "loss": 1.0}], 3) == before + own + own
+    assert left([{"step": 0, check: 1.0}, {"step": 0, "rows/truncated": 0}], 0) == [
+        {"step": 0, "rows/truncated": 0},
+        *own,
     ]
 
 
