@@ -1,7 +1,7 @@
 """Templates with a will of their own: contents as parts, the date, thoughts that an answer loses."""
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 
 import pytest
 
@@ -37,6 +37,14 @@ THOUGHT_LESS = (
 )
 """In the manner of DeepSeek-R1's and Nemotron's: an answer loses its thought, also the last one."""
 TALK = [said("system", "Be kind."), said("user", "Who?")]
+
+
+class ADayIn2024:
+    """In place of the module `time`."""
+
+    @staticmethod
+    def strftime(form: str) -> str:
+        return datetime(2024, 7, 26, 12, tzinfo=UTC).strftime(form)
 
 
 def opened(template: str, **options) -> Tokens:
@@ -105,7 +113,7 @@ def test_a_run_has_one_date_however_often_it_goes_on(tmp_path, monkeypatch):
         )
 
     with monkeypatch.context() as patched:
-        patched.setattr("time.strftime", lambda form: "2024-07-26T12:00:00+0000")
+        patched.setattr("self_rewarding_lm.runs.resume.time", ADayIn2024)
         trainer(1)(rehearse=False)
     again = trainer(2)
     run = again(rehearse=False)
