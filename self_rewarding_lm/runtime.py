@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -104,6 +105,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what clusters send befo
 
 
 ONE = 1.0  # seconds within which signals are one: launchers hand on what the terminal sends, too
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+"""In torch's errors that have no type of their own: those of the CPU, of MPS, of libraries."""
 
 
 T = TypeVar("T")
@@ -368,6 +373,23 @@ class Runtime:
     def progress(self, total: int | None, label: str, unit: str, done: int = 0) -> Progress:
         """A bar and then a line on the main process, silent elsewhere."""
         return Progress(total, label, unit, shows=self.shows, done=done)
+
+
+@contextmanager
+def memory_told(what: str, advice: str) -> Iterator[None]:
+    """Turn torch's error of memory that is used up into a ConfigError.
+
+    what: what was done within, as "sampling". advice: which settings to change, as a sentence.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = str(error)
+        is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_known and not OUT_OF_MEMORY.search(words):
+            raise
+        first = words.partition("\n")[0][:300] or type(error).__name__
+        raise ConfigError(f"out of memory while {what}: {first}. {advice}") from error
 
 
 @contextmanager

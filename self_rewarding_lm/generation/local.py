@@ -21,6 +21,7 @@ from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.models.inference import inferring
 from self_rewarding_lm.models.interface import Session, TokenModel
 from self_rewarding_lm.records import Ids
+from self_rewarding_lm.runtime import memory_told
 
 ROWS_AT_ONCE = 16  # rows whose probabilities are held in float64
 
@@ -109,9 +110,10 @@ class LocalEngine:
         model.refresh()
         sizes = [(request.ids, request.max_new_tokens) for request in requests]
         for plan, groups in plan_sessions(model, sizes, self.max_rows, self.cache_bytes):
-            flight = Flight(model, plan, groups, requests, decoding, self.max_prefill_tokens)
+            with self._memory_told("sampling", plan.max_rows):
+                flight = Flight(model, plan, groups, requests, decoding, self.max_prefill_tokens)
             while not flight.is_done:
-                with inferring(model.module):
+                with self._memory_told("sampling", plan.max_rows), inferring(model.module):
                     finished = flight.until_some_finish()
                 yield from finished
 
@@ -127,11 +129,21 @@ class LocalEngine:
             session: Session | None = None
             at_once = max(1, plan.max_rows // width)
             for batch in _batches(groups, at_once, self.max_prefill_tokens):
-                with inferring(model.module):
+                with self._memory_told("scoring", plan.max_rows), inferring(model.module):
                     session = session or model.session(plan)
                     per_row = trie_chances(session, [group.ids for group in batch], trie, longer)
                 for group, chances in zip(batch, per_row, strict=True):
                     yield from ((i, chances) for i in group.members)
+
+    def _memory_told(self, what: str, rows: int) -> AbstractContextManager[None]:
+        held = "half of what is free" if self.cache_bytes is None else f"{self.cache_bytes:,}"
+        return memory_told(
+            what,
+            f"{rows} sequences ran at once: lower LocalEngine(max_rows=...) (now {self.max_rows}), "
+            f"cache_bytes=... (now {held}) or max_prefill_tokens=... (now "
+            f"{self.max_prefill_tokens:,}), or allow fewer max_new_tokens. A run goes on with "
+            "another engine; what it has finished is on disk.",
+        )
 
     def serving(self, save: Callable[[Path], None], tokens: Tokens) -> AbstractContextManager[None]:
         """Nothing to do: the weights are here."""

@@ -24,7 +24,7 @@ from self_rewarding_lm.models.policy import dropout_set
 from self_rewarding_lm.records import stable_hash
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.weights import Tensors
-from self_rewarding_lm.runtime import random_numbers_kept
+from self_rewarding_lm.runtime import memory_told, random_numbers_kept
 from self_rewarding_lm.training.early_stopping import EarlyStopping, Stopper
 from self_rewarding_lm.training.forwards import Forwards, Sums
 from self_rewarding_lm.training.objectives import Objective
@@ -33,7 +33,7 @@ from self_rewarding_lm.training.optimizers import (
     make_optimizers,
     warn_of_lost_updates,
 )
-from self_rewarding_lm.training.reference import LiveReference
+from self_rewarding_lm.training.reference import SMALLER, LiveReference
 from self_rewarding_lm.training.state import (
     WEIGHTS,
     RoundState,
@@ -156,7 +156,8 @@ class Fit:
         with runtime.progress(self.total, f"{self.ctx.stage}: training", "step", done) as bar:
             for step, rows in enumerate(self._batches(done), done + 1):
                 # 1. one optimiser step
-                metrics = self._step(rows, step - 1)
+                with memory_told("training", SMALLER.format(self.optim.micro_batch_tokens)):
+                    metrics = self._step(rows, step - 1)
                 # 2. log it and check it
                 self._log(metrics, step)
                 watcher.see(metrics, step=step, rows=len(rows))

@@ -29,12 +29,21 @@ from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups
+from self_rewarding_lm.runtime import memory_told
 from self_rewarding_lm.sharding import spread, whole
 
 logger = logging.getLogger(__name__)
 
 
 PAIRS_AT_ONCE = 4096  # that are in memory together, and put into forwards by length
+
+
+SMALLER = (
+    "Lower optim.micro_batch_tokens (now {:,}) or optim.micro_batch_size, set "
+    "optim.gradient_checkpointing, or cut long rows with max_seq_len. The first two may change "
+    "when the run goes on."
+)
+"""What to do when memory does not suffice for forwards of rows to train on."""
 
 
 REFERENCE = "reference/"
@@ -151,7 +160,9 @@ class StoredReference:
             if any(block[i][0] not in known for i in group):
                 self.ctx.round.check_weights()
                 sequences = [sequence for i in group for sequence in sides[i]]
-                logprobs = iter(response_logprobs(policy, sequences))
+                advice = SMALLER.format(self.token_budget)
+                with memory_told("asking the reference", advice):
+                    logprobs = iter(response_logprobs(policy, sequences))
                 records = [
                     ReferenceLogprobs(block[i][0], next(logprobs), next(logprobs)) for i in group
                 ]

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from self_rewarding_lm.generation.candidates import generate, sample_candidates
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.sampling import sample_next, uniforms
+from self_rewarding_lm.generation.score_trie import ScoreTrie
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.records import Prompt
 from self_rewarding_lm.runtime import Runtime
@@ -174,6 +176,52 @@ def test_max_prefill_tokens_bounds_a_first_forward_padding_included():
     # the longest first: with the row of 5 the one of 7 would be 2 x 7; 5 and 3 (twice the same) go
     # as 2 x 5; 2 and 1 as 2 x 2
     assert sizes == [7, 10, 4]
+
+
+class Failing(Recurrent):
+    """From a moment on its forward fails where more than two rows go through it at once."""
+
+    error: Callable[[], object] | None = None
+
+    def forward(self, ids):
+        if self.error is not None and len(ids) > 2:
+            self.error()
+        return super().forward(ids)
+
+
+def memory_of_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore")
+
+
+def another():
+    raise RuntimeError("shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize("error", [memory_of_a_gpu, lambda: torch.empty(2**60)])
+def test_memory_that_is_used_up_is_said_with_what_bounds_it(error):
+    module = Failing(VOCAB)
+    model = adapt(module)
+    module.error = error
+    engine = LocalEngine(max_rows=4, cache_bytes=1_000_000)
+    words = (
+        r"out of memory while {}: .*allocate.*\. {} sequences .* lower LocalEngine\(max_rows=\.\.\.\) "
+        r"\(now 4\), cache_bytes=\.\.\. \(now 1,000,000\) or max_prefill_tokens=\.\.\. \(now 4,096\)"
+    )
+    with pytest.raises(ConfigError, match=words.format("sampling", 4)):
+        list(engine.generate(model, requests_of(), GREEDY))
+    trie, rows = ScoreTrie((), ((1.0, (1,)), (2.0, (2,)))), [tuple(row) for row in RAGGED]
+    with pytest.raises(ConfigError, match=words.format("scoring", 4)):
+        list(engine.chances(model, rows, trie, frozenset()))
+    fewer = LocalEngine(max_rows=2)
+    assert len(list(fewer.generate(model, requests_of(), GREEDY))) == len(RAGGED)
+
+
+def test_other_errors_of_a_model_stay_what_they_are():
+    module = Failing(VOCAB)
+    model = adapt(module)
+    module.error = another
+    with pytest.raises(RuntimeError, match=r"^shapes cannot be multiplied$"):
+        list(LocalEngine().generate(model, requests_of(), GREEDY))
 
 
 def test_no_requests_give_no_completions():

@@ -214,6 +214,37 @@ def test_rows_go_through_the_model_in_micro_batches(micro, forwards, tmp_path):
     assert [len(rows) for rows in objective.seen] == forwards
 
 
+class Large(Recurrent):
+    """From a moment on it runs out of memory where more than two rows go through it at once."""
+
+    is_full = False
+
+    def forward(self, ids):
+        if self.is_full and len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize("what", ["training", "asking the reference"])
+def test_memory_that_is_used_up_is_said_with_what_bounds_it(what, tmp_path):
+    module = Large(VOCAB)
+    ctx = context(module)
+    module.is_full = True
+    out = stage_dir(ctx, tmp_path)
+
+    def go(tokens):
+        if what == "training":
+            settings = optim(batch_size=4, micro_batch_tokens=tokens).completed(0.1, 0.1, 1)
+            Fit(ctx, out, supervised(), settings, num_train_steps=1).run()
+        else:
+            StoredReference(ctx, out, token_budget=tokens).sums(pairs())
+
+    words = rf"out of memory while {what}: CUDA out of memory.*micro_batch_tokens \(now 1,000\)"
+    with pytest.raises(ConfigError, match=words):
+        go(1000)
+    go(1)
+
+
 def test_the_last_smaller_batch_counts_by_its_own_rows(tmp_path):
     module, by_hand, objective = plain64(), plain64(), supervised(ROWS[:5])
     settings = optim(batch_size=4, learning_rate=0.1)
