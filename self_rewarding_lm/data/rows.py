@@ -104,8 +104,8 @@ def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
         others = {k: v for k, v in row.items() if k not in part.columns and _is_plain(v)}
         columns = others or None
     prompt = _prompt(part.prompt, where, tokens)
-    if not prompt.ids or (isinstance(part.prompt, str) and not part.prompt):
-        raise DataError(f"{where}: the prompt is empty; it must have at least one token.")
+    is_empty = isinstance(part.prompt, str) and not part.prompt
+    _check_not_empty(() if is_empty else prompt.ids, f"{where}: the prompt")
     return PromptRow(prompt.ids, prompt.text, prompt.messages, columns)
 
 
@@ -168,10 +168,12 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
     assistant each); or `{"chosen", "rejected"}`, two lists of messages that share all but their
     last. These columns are kept too, if a row has them: weight (0 or more), win_probability,
     rejected_win_probability, label_smoothing (0 to 1). A pair of an earlier stage is taken as it
-    is. Raises DataError for any other row, for a value out of bounds in one of these columns, and
-    if both responses are the same.
+    is. Raises DataError for any other row, for a value out of bounds in one of these columns, for a
+    prompt without tokens, as no model gives the first token of a row a probability, and if both
+    responses are the same.
     """
     if isinstance(row, PreferencePair):
+        _check_not_empty(row.prompt_ids, f"{where}: the prompt")
         return row
     if not isinstance(row, Mapping):
         raise DataError(
@@ -181,6 +183,7 @@ def preference_row(row: Any, where: str, tokens: Tokens) -> PreferencePair:
     form = preference_form(seen, where)
     tokens.name_unread(unread_columns(seen, PREFERENCES, {"prompt", "id", *PAIR_NUMBERS}), where)
     prompt = _prompt(form.prompt, where, tokens)
+    _check_not_empty(prompt.ids, f"{where}: the prompt")
     sides = {"chosen": form.chosen, "rejected": form.rejected}
     ids = {
         name: _response_ids(form.prompt, side, f"{where}: {name}", tokens)
@@ -334,9 +337,13 @@ def _response_ids(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
         ids = tokens.ended(tokens.encode_part(value))
     else:
         raise DataError(f"{whose}: a message needs a prompt of texts or messages; this one is ids.")
+    _check_not_empty(ids, whose)
+    return ids
+
+
+def _check_not_empty(ids: Ids, whose: str) -> None:
     if not ids:
         raise DataError(f"{whose} is empty; it must have at least one token.")
-    return ids
 
 
 def _whole_text_ids(text: Any, whose: str, tokens: Tokens) -> Ids:

@@ -1,6 +1,7 @@
 """Judges that call a function of texts or a reward module."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from inspect import Parameter, signature
 from typing import Any
 
@@ -59,7 +60,8 @@ class ModuleJudge(Judge):
     """A reward module or function: ids (b, t) -> (b,), (b, 1) or (b, classes).
 
     It is called with prompts and responses of equal length, at most max_rows at once, without
-    padding. From classes the score is the expected class number under their softmax.
+    padding. From classes the score is the expected class number under their softmax. Outputs whose
+    number of columns follows the length are no classes: they raise JudgeError.
     """
 
     reads_weights = False
@@ -67,6 +69,7 @@ class ModuleJudge(Judge):
     def __init__(self, reward: Callable[[Tensor], Tensor], *, max_rows: int = 64) -> None:
         self.reward = reward
         self.max_rows = max_rows
+        self._outputs = RewardOutputs()
         self.name = getattr(reward, "__name__", type(reward).__name__)
 
     def judge(
@@ -86,20 +89,54 @@ class ModuleJudge(Judge):
 
     @torch.no_grad()
     def _scores(self, rows: list[tuple[int, ...]], device: torch.device) -> list[float]:
-        if not isinstance(self.reward, nn.Module):
-            return reward_scores(self.reward(torch.tensor(rows, device=device)), len(rows))
-        ids = torch.tensor(rows, device=device_of(self.reward))
-        with evaluating(self.reward):
-            return reward_scores(self.reward(ids), len(rows))
+        is_module = isinstance(self.reward, nn.Module)
+        ids = torch.tensor(rows, device=device_of(self.reward) if is_module else device)  # (b, t)
+        with evaluating(self.reward) if is_module else nullcontext():
+            return self._outputs.scores(lambda n: self.reward(ids[:, :n]), *ids.shape)
+
+
+class RewardOutputs:
+    """The outputs of one reward module: a column for each class, and none for each token."""
+
+    def __init__(self) -> None:
+        self._columns: int | None = None
+        self._are_classes = False
+
+    def scores(self, ask: Callable[[int], Any], batch: int, length: int) -> list[float]:
+        """The scores of `batch` rows. ask: gives the output for their first n tokens.
+
+        An output as wide as its rows is asked for once more, for rows that are shorter by a token.
+        Raises JudgeError as `reward_scores`, and if the columns follow the length.
+        """
+        output = ask(length)
+        scores = reward_scores(output, batch)
+        columns = _columns(output)
+        if self._columns is None:
+            self._columns = columns
+        if columns == self._columns == length > 1 and not self._are_classes:
+            columns = _columns(ask(length - 1))
+        if columns != self._columns:
+            raise JudgeError(
+                f"a reward model gives one score for a response, or one for each class; this one "
+                f"gave {self._columns} for one length and {columns} for another, so one for each "
+                "token. Let it give the one at the response's last token, or their mean."
+            )
+        self._are_classes = self._are_classes or max(length, columns) > 1
+        return scores
 
 
 def reward_scores(output: Any, batch: int) -> list[float]:
     """The scores in the output of a reward module: (b,), (b, 1) or (b, classes).
 
-    Raises JudgeError for any other shape.
+    Raises JudgeError for any other shape, and for booleans and complex numbers.
     """
     output = getattr(output, "logits", output)
-    if isinstance(output, Tensor) and output.shape[:1] == (batch,):
+    if isinstance(output, Tensor) and (output.is_complex() or output.dtype == torch.bool):
+        raise JudgeError(
+            f"a reward model must return real numbers; got {output.dtype}. Turn them into scores, "
+            "for example with .float()."
+        )
+    if isinstance(output, Tensor) and output.shape[:1] == (batch,) and output.numel():
         if output.ndim == 1:
             return output.double().tolist()
         if output.ndim == 2 and output.shape[1] == 1:
@@ -112,3 +149,9 @@ def reward_scores(output: Any, batch: int) -> list[float]:
         f"a reward model of ids ({batch}, t) must return ({batch},), ({batch}, 1) or "
         f"({batch}, classes); got {came}."
     )
+
+
+def _columns(output: Any) -> int:
+    """How many numbers an output has for each row."""
+    output = getattr(output, "logits", output)
+    return output.shape[1] if output.ndim == 2 else 1

@@ -14,7 +14,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judges.base import Judge
-from self_rewarding_lm.judges.functions import reward_scores
+from self_rewarding_lm.judges.functions import RewardOutputs
 from self_rewarding_lm.models.batching import micro_batches, pad_rows
 from self_rewarding_lm.models.inference import inferring
 from self_rewarding_lm.models.interface import device_of
@@ -62,6 +62,7 @@ class RewardModelJudge(Judge):
         self.limit = longest_input(self.module, source)
         self.pad_id: int | None = getattr(config, "pad_token_id", None)
         self.micro_batch_tokens = micro_batch_tokens
+        self._outputs = RewardOutputs()
         self.name = str(getattr(config, "_name_or_path", "") or type(self.module).__name__)
 
     def judge(
@@ -106,9 +107,11 @@ class RewardModelJudge(Judge):
         ids, lengths = pad_rows(rows, self.pad_id or 0)  # (b, t), (b,)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (b, t)
         device = device_of(self.module)
+        ids, mask = ids.to(device), mask.long().to(device)
         with inferring(self.module):
-            output = self.module(ids.to(device), attention_mask=mask.long().to(device))
-        return reward_scores(output, len(rows))
+            return self._outputs.scores(
+                lambda n: self.module(ids[:, :n], attention_mask=mask[:, :n]), *ids.shape
+            )
 
     def _judgement(
         self, candidate: Candidate, score: float | None, reason: str | None

@@ -185,6 +185,9 @@ def test_a_pair_of_an_earlier_stage_is_taken_as_it_is():
         ({"prompt": "a", "chosen": "b"}, "has no 'rejected'; it has 'prompt', 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same"),
         ({"prompt": [1], "chosen": [2], "rejected": []}, "rejected is empty"),
+        ({"prompt": [], "chosen": [2], "rejected": [3]}, "the prompt is empty"),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "the prompt is empty"),
+        (PreferencePair("p", (), (1, 2), (3,)), "the prompt is empty"),
     ],
 )
 def test_a_row_that_is_no_preference_is_an_error_that_names_it(row, words):

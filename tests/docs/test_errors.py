@@ -971,6 +971,16 @@ def reward_of_tokens(folder):
     return trainer(folder, external(lambda ids: torch.zeros(*ids.shape, 2)))
 
 
+@mistake("judge", "A reward module with a number for each token (rehearsal)")
+def reward_by_token(folder):
+    return trainer(folder, external(lambda ids: ids.double()))
+
+
+@mistake("judge", "A reward module that gives booleans (rehearsal)")
+def reward_of_booleans(folder):
+    return trainer(folder, external(lambda ids: ids[:, 0] > 0))
+
+
 @mistake("judge", "A picking function with one index (rehearsal)")
 def picks_one(folder):
     return trainer(folder, rewarded(pick_paired_rewards_fn=lambda scores: scores.argmax()))

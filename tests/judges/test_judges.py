@@ -484,6 +484,42 @@ def test_a_reward_of_another_shape_is_refused(output, came):
         list(judge.judge(judging_context(), *asked(("a", ["b", "c"]))))
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (torch.tensor([True, False]), "real numbers; got torch.bool"),
+        (torch.ones(2, 1, dtype=torch.bool), "real numbers; got torch.bool"),
+        (torch.ones(2, dtype=torch.complex64), "real numbers; got torch.complex64"),
+        (torch.ones(2, 0), r"got \(2, 0\)"),
+    ],
+    ids=["bool", "bool column", "complex", "no columns"],
+)
+def test_a_reward_that_is_no_number_is_refused(output, words):
+    judge = ModuleJudge(lambda ids: output)
+    with pytest.raises(JudgeError, match=words):
+        list(judge.judge(judging_context(), *asked(("a", ["b", "c"]))))
+
+
+@pytest.mark.parametrize("responses", [["b", "c"], ["b", "bcd"], ["", "b"]], ids=str)
+def test_a_score_for_each_token_is_not_taken_for_classes(responses):
+    judge = ModuleJudge(lambda ids: ids.double())
+    with pytest.raises(JudgeError, match=r"one for each token. Let it give the one at"):
+        list(judge.judge(judging_context(), *asked(("a", responses))))
+
+
+def test_as_many_classes_as_tokens_are_classes():
+    lengths = []
+
+    def classes(ids):
+        lengths.append(ids.shape[1])
+        return torch.zeros(len(ids), 3)
+
+    judge = ModuleJudge(classes, max_rows=1)
+    found = list(judge.judge(judging_context(), *asked(("ab", ["c", "d", "cd"]), ("a", ["bc"]))))
+    assert [j.score for j in found] == [1.0] * 4
+    assert lengths == [3, 2, 3, 3, 4]  # one more look, and no further one
+
+
 def test_the_expected_class_by_hand():
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
     assert reward_scores(logits, 2) == pytest.approx([0.75, 0.5])
