@@ -18,6 +18,10 @@ from self_rewarding_lm.errors import ConfigError
 MERGE = "<<"
 
 
+MOST_REPEATED = 10_000
+"""Values that aliases may add to those that are written."""
+
+
 _NUMBER_STARTS = list("-+0123456789.")
 
 
@@ -94,9 +98,30 @@ def parse_yaml(text: str, source: str, folder: Path, *, lines: bool = True) -> N
     if top is None:
         raise ConfigError(f"{source} is empty.")
     try:
+        sizes: dict[int, int] = {}
+        if _size(top, sizes) - len(sizes) > MOST_REPEATED:
+            raise ConfigError(
+                f"{source}: its aliases (*name) stand for more than {MOST_REPEATED:,} values "
+                "besides those that are written; aliases within aliases multiply. Write "
+                "the values out."
+            )
         return _node(top, place, folder, frozenset())
     except RecursionError as error:
         raise _too_deep(source) from error
+
+
+def _size(read: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a node stands for, where each alias stands for all that it names.
+
+    sizes: that of each node that is written, by its id; filled here. What an alias within itself
+    would add is left out.
+    """
+    if id(read) not in sizes:
+        sizes[id(read)] = 0
+        parts = [] if isinstance(read, yaml.ScalarNode) else read.value
+        nodes = (node for part in parts for node in (part if isinstance(part, tuple) else (part,)))
+        sizes[id(read)] = 1 + sum(_size(node, sizes) for node in nodes)
+    return sizes[id(read)]
 
 
 def _too_deep(source: str) -> ConfigError:

@@ -391,6 +391,13 @@ def recipe_key(folder):
     return lambda: recipe(folder, "model: m0\nsed: 3\nstages:\n  - stage: sft\n")
 
 
+@mistake("configuration", "A recipe whose aliases stand for too much")
+def recipe_aliases(folder):
+    lines = ["l0: &l0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"]
+    lines += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10)]
+    return lambda: recipe(folder, "\n".join(lines))
+
+
 @mistake("configuration", "A recipe that is no YAML")
 def recipe_no_yaml(folder):
     return lambda: recipe(folder, "model: m0\nstages: [sft\n")
@@ -680,6 +687,23 @@ def no_model(folder):
 @mistake("model", "A folder without a model in it")
 def empty_model(folder):
     (folder / "m0").mkdir()
+    return lambda: trainer(folder, sft(), model=str(folder / "m0"))
+
+
+@mistake("model", "A folder that brings Python code")
+def code_in_the_folder(folder):
+    (folder / "m0").mkdir()
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "m0" / "config.json").write_text(json.dumps({"auto_map": names}))
+    (folder / "m0" / "code.py").write_text("raise SystemExit")
+    return lambda: trainer(folder, sft(), model=str(folder / "m0"))
+
+
+@mistake("model", "An adapter whose base is not there")
+def no_base(folder):
+    (folder / "m0").mkdir()
+    words = {"peft_type": "LORA", "base_model_name_or_path": str(folder / "base.gguf")}
+    (folder / "m0" / "adapter_config.json").write_text(json.dumps(words))
     return lambda: trainer(folder, sft(), model=str(folder / "m0"))
 
 

@@ -1,6 +1,7 @@
 """Causal LMs by folder, name and options: what is loaded, and what is refused before any work."""
 
 import importlib.util
+import json
 import logging
 import struct
 from types import SimpleNamespace
@@ -23,9 +24,12 @@ from self_rewarding_lm.models.loading import (
     end_ids_of,
     is_placed,
     load_causal_lm,
+    load_classifier,
+    load_tokenizer,
     open_model,
     warn_of_low_precision,
 )
+from self_rewarding_lm.recipes.plan.model import read_shape
 from tests.support.hf_models import VOCAB, tiny, word_tokenizer
 from tests.support.models import Recurrent
 
@@ -279,3 +283,89 @@ def test_a_trainer_ends_responses_at_them_too_unless_eos_id_is_given(tmp_path):
     assert set(trainer.tokens.end_ids) == {4, 2, 7} and trainer.tokens.eos_id == 4
     given = trainer_of(model, tmp_path, tokenizer=tokenizer, eos_id=9)
     assert set(given.tokens.end_ids) == {4, 9}
+
+
+MODULE = """\
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+Path({trace!r}).touch()
+
+
+class Config(LlamaConfig):
+    model_type = "of_its_own"
+
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def brings_code(tmp_path, monkeypatch):
+    """A folder whose config.json and tokenizer name classes in a file of its own; "y" on stdin.
+
+    Any trace of the code having run is a file that the fixture returns beside it.
+    """
+    folder, trace = tmp_path / "m0", tmp_path / "trace"
+    tiny("llama", VOCAB).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    (folder / "code_of_it.py").write_text(MODULE.format(trace=str(trace)))
+    names = {"AutoConfig": "code_of_it.Config", "AutoModelForCausalLM": "code_of_it.Model"}
+    names["AutoModelForSequenceClassification"] = "code_of_it.Model"
+    for file, changes in (
+        ("config.json", {"auto_map": names, "model_type": "of_its_own"}),
+        (
+            "tokenizer_config.json",
+            {
+                "auto_map": {"AutoTokenizer": [None, "code_of_it.Tokenizer"]},
+                "tokenizer_class": "Tokenizer",
+            },
+        ),
+    ):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**config, **changes}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return folder, trace
+
+
+def adapter_on(folder):
+    adapter = folder.with_name("adapter")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+    adapter.mkdir()
+    config["base_model_name_or_path"] = str(folder)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "open_it",
+    [
+        load_causal_lm,
+        lambda folder: load_causal_lm(adapter_on(folder)),
+        lambda folder: load_tokenizer(str(folder)),
+        load_classifier,
+        lambda folder: read_shape(str(folder)),
+        lambda folder: read_shape(str(adapter_on(folder))),
+        lambda folder: trainer_of(folder, folder.with_name("run")),
+    ],
+    ids=["model", "adapter", "tokenizer", "classifier", "plan", "planned adapter", "trainer"],
+)
+def test_code_in_a_models_folder_is_never_run_and_nobody_is_asked(open_it, brings_code):
+    folder, trace = brings_code
+    with pytest.raises(ConfigError, match="runs no code from a model's folder"):
+        open_it(folder)
+    assert not trace.exists()
+
+
+def test_a_tokenizer_that_brings_code_is_left_out_with_a_warning(brings_code, caplog):
+    folder, trace = brings_code
+    tiny("llama", VOCAB).save_pretrained(folder)
+    with caplog.at_level(logging.WARNING, "self_rewarding_lm"):
+        _, tokenizer = load_causal_lm(folder)
+    assert tokenizer is None and "no tokenizer could be loaded" in caplog.text
+    assert not trace.exists()

@@ -146,6 +146,19 @@ def test_what_is_no_recipe_s_yaml_is_refused_with_its_line(text, words):
         parse_yaml(text, "x", Path())
 
 
+def test_aliases_within_aliases_are_bounded():
+    """Nine levels of ten are a thousand million values."""
+    levels = ["l0: &l0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    levels += [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(ConfigError, match=r"x: its aliases .* more than 10,000 values besides"):
+        parse_yaml("\n".join(levels), "x", Path())
+    merged = ["a0: &a0 {k: 1}"]
+    merged += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
+    with pytest.raises(ConfigError, match="its aliases"):
+        parse_yaml("\n".join(merged), "x", Path())
+    assert parse_yaml("\n".join(levels[:3]), "x", Path()).at(("l2", 9, 9, 9)).plain() == 1
+
+
 def test_a_node_knows_the_line_of_its_key():
     root = parse_yaml("a:\n  b:\n    - 1\n    - 2\n", "x", Path())
     assert root.at(("a", "b")).place == "x, line 2"

@@ -534,6 +534,40 @@ def any_recipe_file_is_read_or_refused_with_its_name(recipe_yaml, content):
         assert node.at(("a", 0, "b")).place
 
 
+@over(
+    "recipes.yaml_nodes",
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 3)), max_size=6),
+    mutants={
+        " - len(sizes) > MOST_REPEATED": " - len(sizes) > 10**9",
+        "if _size(top, sizes) - len(sizes) >": "if len(sizes) >",
+        "sizes[id(read)] = 1 + sum(": "sizes[id(read)] = sum(",
+        "[] if isinstance(read, yaml.ScalarNode) else read.value": "[]",
+    },
+    examples=300,
+)
+def aliases_add_a_bounded_number_of_values(recipe_yaml, lists):
+    """lists: of each its scalars, and how often it names the one before it and the first."""
+    lines, sizes, values = [], [], []
+    for place, (scalars, before, first) in enumerate(lists):
+        named = [place - 1] * before + [0] * first if place else []
+        items = ["1"] * scalars + [f"*l{i}" for i in named]
+        lines.append(f"l{place}: &l{place} [{', '.join(items)}]\n")
+        sizes.append(1 + scalars + sum(sizes[i] for i in named))
+        # what stands for more than is allowed is not made here either
+        is_small = sum(sizes) < 2 * recipe_yaml.MOST_REPEATED
+        values.append([1] * scalars + [values[i] for i in named] if is_small else None)
+    if not lists:
+        return
+    added = sum(sizes) - sum(1 + scalars for scalars, _, _ in lists)
+    try:
+        node = recipe_yaml.parse_yaml("".join(lines), "text", Path("."))
+    except ConfigError as error:
+        assert added > recipe_yaml.MOST_REPEATED and "text: its aliases" in str(error)
+    else:
+        assert added <= recipe_yaml.MOST_REPEATED
+        assert list(node.plain().values()) == values
+
+
 def _check_node(node, kind):
     assert type(node) is kind
     children = (
