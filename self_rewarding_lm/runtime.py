@@ -28,11 +28,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from self_rewarding_lm.errors import ConfigError, Interrupted
-from self_rewarding_lm.sharding import Sharded, whole
+from self_rewarding_lm.sharding import Sharded, send_from_main, sum_gradients, whole
 from self_rewarding_lm.text import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -192,26 +191,38 @@ class Runtime:
             atexit.register(_leave_siblings)
 
     def prepare(self, module: nn.Module, *, place: bool = True) -> nn.Module:
-        """The module wrapped for training: distributed, mixed precision, as the launch asks.
+        """The module wrapped for mixed precision, as the launch asks; on all processes the same.
 
-        place: move it to this process's device.
+        place: move it to this process's device. The weights are then those of the main process.
         """
-        return self.accelerator.prepare_model(
-            module, device_placement=place, evaluation_mode=self.shards
+        prepared = self.accelerator.prepare_model(
+            module, device_placement=place, evaluation_mode=True
         )
+        if self.world > 1:
+            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            shapes = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items()]
+            if any(others != shapes for others in self.gather([shapes])):
+                raise ConfigError(
+                    "processes were given models of different weights (names, shapes or types); "
+                    "each must make the same model."
+                )
+            send_from_main(list(tensors.values()))
+        return prepared
 
     @contextmanager
     def training(self, module: nn.Module) -> Iterator[nn.Module]:
         """The module to train in place of a prepared one, which under FSDP is spread meanwhile."""
-        if not self.shards:
+        if self.shards:
+            self._sharded = Sharded(module, self.device)
+            try:
+                with self._sharded.training() as twin:
+                    yield twin
+            finally:
+                self._sharded = None
+        else:
             yield module
-            return
-        self._sharded = Sharded(module, self.device)
-        try:
-            with self._sharded.training() as twin:
-                yield twin
-        finally:
-            self._sharded = None
+        if self.world > 1:  # running statistics are of each process's own rows
+            send_from_main(list(module.buffers()))
 
     def whole(self) -> AbstractContextManager[None]:
         """Within `training`: the prepared module's own weights are there, and may be changed."""
@@ -230,20 +241,31 @@ class Runtime:
         held = self.accelerator._optimizers
         held[:] = [o for o in held if all(o is not gone for gone in optimizers)]
 
-    def backward(self, module: nn.Module, loss: Tensor, *, sync: bool) -> None:
-        """Gradients of `loss`; those of all processes are averaged only if `sync` is True."""
-        context: AbstractContextManager = nullcontext()
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(sync)
-        elif not sync:
-            context = self.accelerator.no_sync(module)
-        with context:
-            self.accelerator.backward(loss)
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of `loss` to those there are.
+
+        is_last: of a step; the forwards and backwards before it send no gradients.
+        """
+        if self._sharded is not None:
+            loss = loss * self.world  # FSDP's reduction is a mean
+            self._sharded.expect_backward(loss, is_last=is_last)
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def sum_gradients(self, module: nn.Module) -> None:
+        """After a step's last backward: gradients become the sums of those of all processes.
+
+        Weights without a gradient on any process stay without one.
+        """
+        if self._sharded is not None:  # the last backward has summed them
+            self._sharded.drop_unused()
+        elif self.world > 1:
+            sum_gradients([p for p in module.parameters() if p.requires_grad], self.device)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], limit: float | None) -> float:
         """The norm of all gradients, which are scaled down to `limit`; None clips nothing."""
-        norm = self.accelerator.clip_grad_norm_(parameters, limit or float("inf"))
-        return float(whole(norm)) if norm is not None else float("nan")
+        self.accelerator.unscale_gradients()
+        return float(whole(nn.utils.clip_grad_norm_(parameters, limit or float("inf"))))
 
     @property
     def loss_scale(self) -> float:
@@ -270,12 +292,13 @@ class Runtime:
 
         If the loss is scaled and the gradient's norm is not finite, the scale is too large: it is
         halved, and no optimiser steps. Accelerate's own step is not used: it updates the scale
-        after each optimiser, so that the next one's gradients would be divided by it once more.
+        after each optimiser, so that the next one's gradients would be divided by it once more,
+        and it steps only if no other Accelerator of the process is accumulating.
         """
         scaler = self.accelerator.scaler
         if scaler is None:
             for optimizer in optimizers:
-                optimizer.step()
+                optimizer.optimizer.step()
         elif math.isfinite(norm):
             for optimizer in optimizers:
                 scaler.step(optimizer.optimizer)
@@ -310,11 +333,11 @@ class Runtime:
     def in_step(self, groups: list[T], idle: T) -> list[tuple[T, bool]]:
         """Groups to work on, each with whether it counts.
 
-        Filled up with `idle`, which does not count, to at least one group, and under FSDP to as
-        many as the process with the most has.
+        Under FSDP filled up with `idle`, which does not count, to as many as the process with the
+        most has.
         """
-        most = max(self.gather([len(groups)])) if self.shards else len(groups)
-        filling = [(idle, False)] * (max(most, 1) - len(groups))
+        most = max(self.gather([len(groups)])) if self.shards else 0
+        filling = [(idle, False)] * (most - len(groups))
         return [(group, True) for group in groups] + filling
 
     def gather(self, items: list[T]) -> list[T]:

@@ -1,20 +1,86 @@
-"""Training with weights, gradients and optimiser state spread over all processes (FSDP2).
+"""What processes share: gradients, which are summed once a step, and under FSDP2 the weights too.
 
-Whole weights generate, judge and are saved; they are in the user's module. To train, a twin of the
-module holds this process's share of each parameter, and the whole weights are freed; afterwards
-they are gathered again. So nothing but the training loop knows of shares, and no collective is
-called while processes generate at their own pace.
+Each process may hold the whole model. It has then nothing to do with the others until it has
+worked through its rows of a step, so they may have different numbers of micro-batches, and
+different weights without a gradient.
+
+Or weights, gradients and optimiser state are spread over all processes (FSDP2). Whole weights
+generate, judge and are saved; they are in the user's module. To train, a twin of the module holds
+this process's share of each parameter, and the whole weights are freed; afterwards they are
+gathered again. So nothing but the training loop knows of shares, and no collective is called while
+processes generate at their own pace.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_leaves
+
+BUCKET_BYTES = 2**25
+"""Of gradients that are sent together: many small messages are slow, and a bucket is a copy."""
+
+
+def on_any_process(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """For each flag, whether it is True on any process."""
+    numbers = torch.tensor(flags, dtype=torch.uint8, device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.bool().tolist()
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+    """Make each parameter's gradient the sum of those of all processes.
+
+    Where a process has none it counts as zeros. A parameter that has none on any process stays
+    without one, so that the optimiser leaves it alone, as it would in one process.
+    """
+    has_gradient = on_any_process([p.grad is not None for p in parameters], device)
+    gradients: list[Tensor] = []
+    for parameter, has in zip(parameters, has_gradient, strict=True):
+        if has:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        is_large = len(bucket) == 1 and bucket[0].is_contiguous()  # summed in place, not copied
+        flat = bucket[0].view(-1) if is_large else torch.cat([g.reshape(-1) for g in bucket])
+        dist.all_reduce(flat)
+        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def send_from_main(tensors: Sequence[Tensor]) -> None:
+    """Give the tensors on all processes the numbers that they have on the main one."""
+    for tensor in tensors:
+        whole = tensor.contiguous()
+        if whole.numel():
+            dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, of about BUCKET_BYTES together."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        size = sum(g.nbytes for g in bucket) + gradient.nbytes
+        if bucket and (gradient.dtype != bucket[0].dtype or size > BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 class Sharded:
@@ -25,15 +91,21 @@ class Sharded:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module = module
-        world = torch.distributed.get_world_size()
+        self.module, self.device = module, device
+        self._is_last = False  # the backward at hand, of a step
+        self._used: dict[str, bool] = {}
+        world = dist.get_world_size()
         mesh = init_device_mesh(device.type, (world,))
-        aliases = {id(p): p for p in module.parameters()}  # the twin's parameters, until sharded
+        tensors = chain(module.parameters(), module.buffers())
+        aliases = {id(t): t for t in tensors}  # the twin's; its parameters until they are sharded
         self.twin: nn.Module = copy.deepcopy(module, aliases)
-        for unit in units(self.twin):
-            fully_shard(unit, mesh=mesh)
-        fully_shard(self.twin, mesh=mesh)
+        parts = [*units(self.twin), self.twin]
+        for part in parts:
+            fully_shard(part, mesh=mesh)
         assert all(isinstance(p, DTensor) for p in self.twin.parameters())
+        for name, part in self.twin.named_modules():
+            if part in parts:
+                part.register_forward_pre_hook(partial(self._watch, name), with_kwargs=True)
 
     @contextmanager
     def training(self) -> Iterator[nn.Module]:
@@ -49,6 +121,47 @@ class Sharded:
         yield
         self._scatter()
         self._free()
+
+    def expect_backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Before the backward of `loss`. is_last: of a step, in which gradients are reduced.
+
+        A reduction has the gradients of all weights of a unit that a process has used. Processes
+        may have used different ones, so those that are missing are made, of zeros.
+        """
+        assert isinstance(self.twin, FSDPModule)
+        self.twin.set_requires_gradient_sync(is_last)
+        self._is_last, self._used = is_last, {}
+        if is_last:  # units without a gradient of their inputs are reduced behind the backward
+            engine = torch.autograd.Variable._execution_engine
+            rest = partial(self._complete, "", self.twin)
+            loss.register_hook(lambda _: engine.queue_callback(rest))
+
+    def drop_unused(self) -> None:
+        """After the last backward: no gradient for weights that no process has used."""
+        named = dict(self.twin.named_parameters())
+        used = on_any_process([self._used.get(name, False) for name in named], self.device)
+        for parameter, is_used in zip(named.values(), used, strict=True):
+            if not is_used:
+                parameter.grad = None
+
+    def _watch(self, name: str, unit: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a unit's forward: look at its gradients when those of its inputs are known.
+
+        FSDP reduces them next.
+        """
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(lambda _: self._complete(name, unit))
+
+    def _complete(self, prefix: str, part: nn.Module) -> None:
+        """Make the missing gradients of weights that are whole now, and note which were there."""
+        if not self._is_last:
+            return
+        for name, parameter in part.named_parameters(prefix):
+            if not isinstance(parameter, DTensor) and name not in self._used:
+                self._used[name] = parameter.grad is not None
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, DTensor]]:
         """Each parameter of the module and the twin's share of it."""

@@ -194,19 +194,18 @@ class Fit:
         micro_batches = self.forwards.micro_batches(self.objective, rows)
         self.forwards.ask_reference(self.objective, micro_batches)
 
-        # 2. forward and backward by micro-batches, whose gradients add up
+        # 2. forward and backward by micro-batches, whose gradients add up; then those of processes
         sums, bad_rows = Sums(), list[int]()
         for i, (micro_rows, counts) in enumerate(micro_batches):
             result = self.forwards.losses(self.objective, micro_rows)
-            # gradients are averaged over processes, so each multiplies its sum by their number
-            scale = runtime.world / divisor if counts else 0.0
-            is_last = i == len(micro_batches) - 1
-            runtime.backward(self.module, result.losses.sum() * scale, sync=is_last)
+            scale = 1 / divisor if counts else 0.0
+            runtime.backward(result.losses.sum() * scale, is_last=i == len(micro_batches) - 1)
             if counts:
                 sums.add(result)
             if counts and not math.isfinite(sums.loss):
                 finite = result.losses.isfinite().tolist()
                 bad_rows += [row for row, ok in zip(micro_rows, finite, strict=False) if not ok]
+        runtime.sum_gradients(self.module)
 
         # 3. means over all processes; what is not finite stops here, before the weights change
         means = self.forwards.means(sums, divisor)
@@ -226,8 +225,7 @@ class Fit:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         runtime.step(self.optimizers if self.changes_weights else [], norm)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        self.module.zero_grad()
 
         # 5. a moving reference follows the weights
         if round_state.live:

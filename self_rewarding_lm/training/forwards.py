@@ -74,7 +74,6 @@ class Forwards:
             token_budget=self.optim.micro_batch_tokens,
             max_rows=self.optim.micro_batch_size,
         )
-        # a process without a row, of a step with fewer rows than processes, takes the first one
         return self.ctx.runtime.in_step([[mine[i] for i in group] for group in groups], rows[:1])
 
     def ask_reference(self, objective: Objective, micro_batches: list[MicroBatch]) -> None:

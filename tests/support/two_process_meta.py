@@ -4,13 +4,15 @@ import sys
 
 import torch
 
+from self_rewarding_lm import OptimConfig
 from tests.stages.test_meta_rewarding import Stops, meta_reward, trainer_of
 from tests.test_trainer import model64, weights_of
 
 
 def main(folder: str) -> None:
     model = model64()
-    stage = meta_reward(num_generated_preference_pairs=3, prompts_per_block=3)
+    optim = OptimConfig(batch_size=3, micro_batch_size=1, learning_rate=1e-2)
+    stage = meta_reward(num_generated_preference_pairs=3, prompts_per_block=3, optim=optim)
     settings = dict(accelerate_kwargs=dict(cpu=True), engine=Stops())
     trainer = trainer_of(folder, [stage], model, **settings)
     trainer(rehearse=False)

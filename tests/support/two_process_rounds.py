@@ -11,7 +11,7 @@ from tests.test_trainer import external, model64, trainer_of, weights_of
 
 def main(folder: str) -> None:
     model = model64()
-    optim = OptimConfig(batch_size=3, learning_rate=1e-2)
+    optim = OptimConfig(batch_size=3, micro_batch_size=1, learning_rate=1e-2)
     rounds = dict(rounds=3, prompts_per_round=3, num_generated_preference_pairs=None, optim=optim)
     stages = [external(**rounds, reference=EMAReference(decay=0.6)), external(**rounds)]
     trainer = trainer_of(folder, stages, model, accelerate_kwargs=dict(cpu=True))

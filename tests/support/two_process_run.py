@@ -8,7 +8,6 @@ from torch.distributed.tensor import DTensor
 
 from self_rewarding_lm import OptimConfig, SelfPlayConfig
 from tests.test_trainer import (
-    QUICK,
     ROWS,
     SHORT,
     external,
@@ -18,6 +17,9 @@ from tests.test_trainer import (
     trainer_of,
     weights_of,
 )
+
+ONE_BY_ONE = OptimConfig(batch_size=3, micro_batch_size=1, learning_rate=1e-2)
+"""A process has two micro-batches, the other has one."""
 
 
 def sharded_or_not(parameters):
@@ -30,7 +32,7 @@ def sharded_or_not(parameters):
 
 def main(folder: str) -> None:
     model = model64()
-    watched = QUICK.model_copy(update={"optimizer": sharded_or_not})
+    watched = ONE_BY_ONE.model_copy(update={"optimizer": sharded_or_not})
     spin = SelfPlayConfig(train_dataset=ROWS[:5], generation=SHORT, dropout=0.0, optim=watched)
     asked = []
 
@@ -38,9 +40,11 @@ def main(folder: str) -> None:
         asked.append(1)
         return [0.0, 2.0, 1.0][len(asked) - 1]
 
-    often = OptimConfig(batch_size=4, learning_rate=1e-2, eval_every=1)
+    often = ONE_BY_ONE.model_copy(update={"eval_every": 1})
     stops = sft(early_stopper_eval_module=evaluate, num_train_steps=9, optim=often)
-    stages = [stops, spin, external(), self_reward(num_generated_preference_pairs=5)]
+    ragged = dict(optim=ONE_BY_ONE)
+    judged = self_reward(num_generated_preference_pairs=5, **ragged)
+    stages = [stops, spin, external(**ragged), judged]
     trainer = trainer_of(folder, stages, model, accelerate_kwargs=dict(cpu=True))
     trainer()
     assert trainer.runtime.is_main or not asked  # one process decides, all are told
