@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
@@ -184,11 +184,31 @@ class Runtime:
         self.shards = _asks_for_fsdp(accelerate_kwargs, self.world)
         self._sharded: Sharded | None = None
         self.stopping = Stopping()
+        _check_processes(self.world)
         self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
         _set_up_logging(self.shows)
+        self._tell_processes()
         if self.world > 1:
             atexit.unregister(_leave_siblings)
             atexit.register(_leave_siblings)
+
+    def _tell_processes(self) -> None:
+        if self.shows:
+            processes = "1 process" if self.world == 1 else f"{self.world} processes"
+            kind = ", which share weights and gradients (FSDP2)" if self.shards else ""
+            logger.info("%s on %s%s", processes, self.device.type, kind)
+        if self.accelerator.gradient_accumulation_steps != 1:  # of the launch
+            logger.warning(
+                "gradient_accumulation_steps=%d of accelerate's launch is left aside: a step is "
+                "optim.batch_size rows, whatever micro-batches they are worked through in.",
+                self.accelerator.gradient_accumulation_steps,
+            )
+            self.accelerator.gradient_accumulation_steps = 1
+        if self.world > 1 and self.accelerator.ddp_handler is not None:
+            logger.warning(
+                "DistributedDataParallelKwargs are left aside: gradients are summed once a step, "
+                "without DDP."
+            )
 
     def prepare(self, module: nn.Module, *, place: bool = True) -> nn.Module:
         """The module wrapped for mixed precision, as the launch asks; on all processes the same.
@@ -436,8 +456,10 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (
         torch.distributed.is_available() and torch.distributed.is_initialized()
     )
+    for reason in _refused(kwargs):
+        raise ConfigError(reason)
     if alone:  # earlier accelerators keep the dicts they hold
-        for state in (AcceleratorState, PartialState):
+        for state in (AcceleratorState, PartialState, GradientState):
             state._shared_state = type(state._shared_state)()
     try:
         return Accelerator(**kwargs)
@@ -446,6 +468,43 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
             f"accelerate.Accelerator refused accelerate_kwargs={kwargs}: {error} They are its "
             "arguments; with several processes all trainers of a process share them."
         ) from error
+
+
+def _refused(kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """Why settings of Accelerate, given or of the launch, cannot be had."""
+    plugin = kwargs.get("gradient_accumulation_plugin")
+    steps = kwargs.get("gradient_accumulation_steps", 1 if plugin is None else plugin.num_steps)
+    if steps != 1:
+        yield (
+            f"accelerate_kwargs asks for gradient_accumulation_steps={steps}, which would divide "
+            "every gradient by it. Leave it out: a step is optim.batch_size rows, and their "
+            "micro-batches (optim.micro_batch_size, optim.micro_batch_tokens) add up by themselves."
+        )
+    for name, variable in (("deepspeed", "DEEPSPEED"), ("megatron_lm", "MEGATRON_LM")):
+        given = kwargs.get(f"{name}_plugin") is not None
+        if given or os.environ.get(f"ACCELERATE_USE_{variable}", "false").lower() == "true":
+            yield (
+                f"{name} was asked for; this library trains with each process holding the whole "
+                "model, or with FSDP2 (`accelerate config`, or --use_fsdp --fsdp_version 2)."
+            )
+
+
+WORLD_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes there are: torchrun and accelerate, and those of MPI."""
+
+
+def _check_processes(world: int) -> None:
+    """ConfigError if this is one of several processes that know nothing of each other."""
+    for variable in WORLD_VARIABLES:
+        number = os.environ.get(variable, "1")
+        if world == 1 and number.isdigit() and int(number) > 1:
+            raise ConfigError(
+                f"{variable}={number} says that this is one of {number} processes, but Accelerate "
+                "has joined no others, so each would begin a run of its own. On CPUs set "
+                'accelerate_kwargs={"cpu": True} (`accelerate: {cpu: true}` in a recipe) or the '
+                "environment variable ACCELERATE_USE_CPU=true; on GPUs start them with `torchrun` "
+                f"or `accelerate launch`. For one process alone unset {variable}."
+            )
 
 
 def _leave_siblings() -> None:

@@ -5,6 +5,7 @@ docs/errors.md is written by this file: `make errors`, which is `python -m tests
 
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -1270,6 +1273,32 @@ def two_runs(folder):
             made()
 
     return call
+
+
+@mistake("processes", "Accumulation of gradients by Accelerate")
+def accumulation(folder):
+    return lambda: trainer(folder, sft(), accelerate_kwargs={"gradient_accumulation_steps": 4})
+
+
+@mistake("processes", "DeepSpeed")
+def deepspeed(folder):
+    return launched({"ACCELERATE_USE_DEEPSPEED": "true"}, lambda: trainer(folder, sft()))
+
+
+@mistake("processes", "A launcher of two processes that do not find each other")
+def apart(folder):
+    made = partial(trainer, folder, sft(), accelerate_kwargs={"cpu": False})
+    return launched({"WORLD_SIZE": "2", "RANK": "0"}, made)
+
+
+def launched(environment, call):
+    """The call, in the environment that a launcher makes."""
+
+    def called():
+        with patch.dict(os.environ, environment):
+            call()
+
+    return called
 
 
 @mistake("processes", "FSDP in one process")
