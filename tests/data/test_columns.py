@@ -4,11 +4,13 @@ import json
 
 import pytest
 
+from self_rewarding_lm.data.files import read_rows
 from self_rewarding_lm.data.ranked import as_candidates, ranked_row
 from self_rewarding_lm.data.rows import preference_row, prompt_of, training_row
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError
 from self_rewarding_lm.records import VARIABLES, columns_of, from_json
+from self_rewarding_lm.report.export import write_rows
 from tests.data.test_chat import said
 from tests.support.hf_models import word_tokenizer
 
@@ -302,3 +304,18 @@ def test_a_run_of_the_first_format_reads_what_it_read():
         assert prompt_of({**row, **more}, "row", tokens).columns["system"] == "Be kind."
     talk = {"messages": [ASKED, {**ANSWERED, "weight": 0}]}
     assert learnt(talk, tokens) == learnt({"messages": [ASKED, said("assistant", "No.")]}, tokens)
+
+
+def test_exports_have_tools_as_a_column_though_the_first_row_has_none(tmp_path):
+    pytest.importorskip("pyarrow")
+    tokens = opened()
+    rows = [
+        {"prompt": [ASKED], "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [ASKED], "chosen": "I look.", "rejected": "No.", "tools": [WEATHER]},
+    ]
+    pairs = [preference_row(row, "row", tokens) for row in rows]
+    for name in ("rows.parquet", "rows.jsonl"):
+        write_rows(tmp_path / name, [columns_of(pair) for pair in pairs])
+        again = read_rows(tmp_path / name, "rows")
+        for pair, row in zip(pairs, again, strict=True):
+            assert preference_row(row, "again", tokens) == pair

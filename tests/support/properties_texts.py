@@ -648,6 +648,43 @@ def any_chat_template_renders_or_is_refused(chat, case):
     assert isinstance(text, str)
 
 
+CONTROLS, THOUGHTS = ("<s>", "</s>", "<s></s>", "<|im_end|>"), ("<think>", "</think>")
+MARKED = st.lists(
+    st.sampled_from(
+        [*CONTROLS, *THOUGHTS, "a", " ", "\n", "|", "\U000f0000", "\U000f0001", "\ue000"]
+    )
+    | st.text(st.characters(), max_size=2),
+    max_size=8,
+).map("".join)
+
+
+@over(
+    "data.control_tokens",
+    st.lists(MARKED, min_size=1, max_size=3),
+    mutants={
+        "and self.controls.is_plain(part)": "",
+        "if mark not in used": "",
+        "_any_of(_longest_first([*self.texts, *thoughts]))": "self._pattern",
+        "parts += [text[last:start], self._marks[text[start:end]]]": "parts += [text[last:start]]",
+    },
+    examples=500,
+)
+def what_is_hidden_comes_back_as_text_and_nothing_else_does(control_tokens, texts):
+    controls = control_tokens.Controls(CONTROLS, THOUGHTS)
+    mask = controls.mask_for(texts)
+    if mask is None:
+        assert not any(map(controls.spans, texts))
+        return
+    masked = "".join(f"<s>{mask.hide(text)}</s>" for text in texts)
+    pieces = mask.pieces(masked)
+    assert "".join(text for text, _ in pieces) == "".join(f"<s>{text}</s>" for text in texts)
+    open_text = "\0".join(text for text, is_plain in pieces if not is_plain)
+    spelled = [open_text[start:end] for start, end in controls.spans(open_text)]
+    assert "".join(spelled) == "<s></s>" * len(texts)  # those around the texts alone
+    for thought in THOUGHTS:
+        assert open_text.count(thought) == sum(text.count(thought) for text in texts)
+
+
 JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
 
 
