@@ -395,8 +395,12 @@ class StageDir(StageFiles):
 
 
 def clear(stage: Path) -> None:
-    """Delete what a stage needs only until it is done: its training state and UNTIL_DONE."""
-    (stage / STATE).unlink(missing_ok=True)
+    """Delete what a stage needs only until it is done: its training state and UNTIL_DONE.
+
+    A draft of the ledger goes too: a run may be killed while the ledger takes done.json.
+    """
+    for name in (STATE, f"{LEDGER}.tmp"):
+        (stage / name).unlink(missing_ok=True)
     for folder in (f for pattern in UNTIL_DONE for f in stage.glob(pattern)):
         remove_weights(folder)
 

@@ -25,7 +25,13 @@ from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now, fing
 from self_rewarding_lm.runs.lines import append_lines, read_lines
 from self_rewarding_lm.runs.resume import begin_run, save_initial
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.runs.stage_folder import StageDir, read_json, remove_stage, write_json
+from self_rewarding_lm.runs.stage_folder import (
+    StageDir,
+    clear,
+    read_json,
+    remove_stage,
+    write_json,
+)
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.runs.weights import read_weights, weights_hash, write_weights
 from self_rewarding_lm.runtime import Runtime
@@ -352,6 +358,17 @@ def test_done_is_written_at_the_finish_and_holds_the_summary(tmp_path):
     stage.finish()
     assert stage.is_done
     assert read_json(stage.path / "done.json") == {"steps": 3}
+
+
+def test_what_a_stage_needs_until_it_is_done_goes_with_a_draft_of_the_ledger(tmp_path):
+    """A run that was killed while the ledger took done.json has one."""
+    stage = stage_dir(tmp_path)
+    stage.finish()
+    before = files(tmp_path)
+    for name in ("files.json.tmp", "state.safetensors"):
+        (stage.path / name).write_text("{")
+    clear(stage.path)
+    assert files(tmp_path) == before
 
 
 def test_a_stage_that_began_keeps_the_settings_it_began_with(tmp_path):
