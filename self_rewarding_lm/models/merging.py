@@ -46,7 +46,7 @@ class MergedAdapter:
         del whole
         read = read_pretrained(kind, folder).to(device_of(self.model))
         distance = _distance(self.model, read)
-        if not distance <= _bound(self.model):
+        if not distance <= bound_of(self.model):
             raise StoreError(
                 f"the merged model that was read back from {folder} gives other logits than the "
                 f"adapter ({distance:.1%} of their norm apart), so it is not kept. The adapter "
@@ -76,7 +76,7 @@ def check_merge(model: nn.Module) -> None:
     ids = _probes(copy)
     wanted = _logits(copy, ids)
     distance = _apart(wanted, _logits(_merge(copy), ids))
-    if not distance <= _bound(model):
+    if not distance <= bound_of(model):
         raise ConfigError(
             "merged into the weights, this adapter gives other logits than beside the model "
             f"({distance:.0%} of their norm apart, with noise in the adapter). {_REMEDY}"
@@ -150,9 +150,11 @@ def _apart(one: Float[Tensor, "r t v"], other: Float[Tensor, "r t v"]) -> float:
     return float((one - other).norm() / one.norm())
 
 
-def _bound(model: nn.Module) -> float:
+def bound_of(model: nn.Module) -> float:
+    """By what share of their norm logits of the merged model may differ from those of this one."""
     is_narrow = any(p.dtype.itemsize < 4 for p in model.parameters())
-    return ROUNDED if is_narrow else EXACT
+    is_rounded = is_narrow or torch.get_float32_matmul_precision() != "highest"  # TF32 and its like
+    return ROUNDED if is_rounded else EXACT
 
 
 def _probes(model: Any) -> Int[Tensor, "r t"]:

@@ -135,6 +135,14 @@ def test_a_model_in_bfloat16_is_merged_within_its_rounding(tmp_path):
     assert read(tmp_path / "merged").dtype == torch.bfloat16
 
 
+def test_products_that_torch_may_round_are_given_room(monkeypatch):
+    """On a GPU float32 products are rounded to TF32 where the user says so."""
+    model = adapted(ADAPTERS["layers"])
+    assert merging.bound_of(model) == merging.EXACT
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert merging.bound_of(model) == merging.ROUNDED
+
+
 def test_trying_a_merge_draws_no_random_numbers_of_others():
     model = adapted(ADAPTERS["layers"])
     state = torch.get_rng_state()
