@@ -149,7 +149,8 @@ def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Mod
     _check_adapter(model, peft_config)
     name = getattr(model, "name_or_path", "")
     if name and Path(name).exists():
-        model.name_or_path = str(Path(name).resolve())  # type: ignore[assignment]
+        # not resolved: in the hub's cache a .gguf file is a link to one without a suffix
+        model.name_or_path = str(Path(name).absolute())  # type: ignore[assignment]
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:

@@ -51,6 +51,7 @@ def name_ends(folder: Path, end_ids: Sequence[int], pad_id: int | None, vocab: i
     config = json.loads(path.read_text(encoding="utf-8"))
     known = config.get("eos_token_id")
     known = [] if known is None else known if isinstance(known, list) else [known]
+    config.pop("_from_model_config", None)  # generate would ask the model instead
     if not set(end_ids) <= set(known):
         config["eos_token_id"] = list(dict.fromkeys((*end_ids, *known)))
     if config.get("pad_token_id") not in range(vocab):

@@ -161,6 +161,12 @@ def test_end_tokens_join_those_that_are_named(named, ends, tmp_path):
     assert saved(tmp_path, word_tokenizer(), {"eos_token_id": named})["eos_token_id"] == ends
 
 
+def test_a_config_that_was_made_of_the_models_no_longer_says_so(tmp_path):
+    """Transformers makes one that says so anew of the model's config, with its end token alone."""
+    named = {"_from_model_config": True, "eos_token_id": TEXT_END}
+    assert "_from_model_config" not in saved(tmp_path, word_tokenizer(), named)
+
+
 @pytest.mark.parametrize(
     ("named", "of_tokenizer", "pad"),
     [(7, "<pad>", 7), (None, "<pad>", 0), (-1, "<pad>", 0), (VOCAB, "<pad>", 0), (-1, None, None)],
