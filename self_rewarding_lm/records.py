@@ -33,7 +33,8 @@ class Prompt:
     id: stage/row/pass. row: its row in the dataset. text: None if the row has only ids.
     columns: the other columns of its row; text reward functions receive them.
     completion: ids of the human answer if the row has one (SPIN), else None.
-    messages: what the chat template rendered; None if the text is taken as it is.
+    messages: what the chat template rendered, with all that it reads; the first may hold VARIABLES.
+    None if the text is taken as it is.
     """
 
     kind: ClassVar[str] = "prompts"
