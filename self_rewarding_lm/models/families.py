@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.models.compiled import uncompiled
 from self_rewarding_lm.models.hugging_face import HuggingFaceModel
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.models.plain import PlainModel
@@ -27,12 +28,13 @@ FAMILIES: tuple[Family, ...] = (HuggingFaceModel, XTransformersModel, PlainModel
 
 
 def adapt(model: Any) -> TokenModel:
-    """The TokenModel of a module, tried out on a few tokens.
+    """The TokenModel of a module, tried out on a few tokens; compiled modules are run as they are.
 
     Raises AdapterError if the output is no logits of shape (b, t, v) or if a token's logits depend
     on later tokens.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    family = next(family for family in FAMILIES if family.accepts(model))
-    return family(model)
+    module = uncompiled(model)
+    family = next(family for family in FAMILIES if family.accepts(module))
+    return family(module)

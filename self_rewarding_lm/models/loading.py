@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.models.compiled import uncompiled
 from self_rewarding_lm.runs.pretrained import GENERATION, has_adapter, is_hugging_face
 from self_rewarding_lm.runtime import random_numbers_kept
 
@@ -67,6 +68,7 @@ def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Modu
                 "torch_dtype, device_map and load_in_4bit say how a model is loaded by name; this "
                 f"one is loaded already (a {type(model).__name__}). Load it so, or leave them out."
             )
+        model = uncompiled(model)
     else:
         model, tokenizer = load_causal_lm(
             model,
@@ -178,6 +180,7 @@ def check_trainable(model: nn.Module) -> None:
         )
     if has_adapter(model):
         _check_new_adapter(model.peft_config["default"])  # type: ignore[index]
+        _check_vocabulary(model)
     if is_hugging_face(model) and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             f"the {type(model).__name__} has no weights that require gradients, so nothing can be "
@@ -213,6 +216,32 @@ def _check_new_adapter(config: Any) -> None:
             f"the adapter names {base!r} as its base, which holds no config.json, so nothing could "
             'open it again. Give a .gguf file by its path (model="folder/some.gguf") with '
             "peft_config; another model by the folder that its save_pretrained wrote."
+        )
+
+
+def _check_vocabulary(model: Any) -> None:
+    """Raise ConfigError if an adapter's base has another vocabulary here than where it is stored.
+
+    An adapter is put on the stored base when it is opened again, which has none of the new rows. A
+    base on the hub is looked up in the cache alone.
+    """
+    from transformers import AutoConfig
+
+    source = model.peft_config["default"].base_model_name_or_path
+    embeddings = model.get_base_model().get_input_embeddings()
+    if not source or not hasattr(embeddings, "weight"):
+        return
+    try:
+        stored = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception:  # nothing to be found there, each kind with an error of its own
+        return
+    rows, vocab = len(embeddings.weight), stored.get_text_config().vocab_size
+    if rows != vocab:
+        raise ConfigError(
+            f"the model's vocabulary was resized to {rows} tokens, and its base {source!r} has "
+            f"{vocab}: an adapter is opened on that base again, which has not got the rows of the "
+            "new tokens. Save the resized model as a folder first (model.save_pretrained(folder), "
+            "and the tokenizer too), and put the adapter on the model of that folder."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from self_rewarding_lm.errors import StoreError
@@ -32,6 +32,10 @@ Tensors = Mapping[str, Tensor]
 
 
 MODEL_FILE = "model.safetensors"
+
+
+COMPILED = "_orig_mod."
+"""Before the names of a compiled module's weights."""
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -120,12 +124,30 @@ def write_weights(module: nn.Module, path: Path) -> None:
 def read_weights(module: nn.Module, path: Path) -> None:
     """Load weights into a module, in place; StoreError if they do not fit."""
     try:
-        load_model(module, str(path), device="cpu")
+        if _is_of_compiled(path):
+            _read_uncompiled(module, path)
+        else:
+            load_model(module, str(path), device="cpu")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise StoreError(
             f"the weights in {path} cannot be loaded into this model: {error}. They belong to "
             "another model, or the file is damaged."
         ) from error
+
+
+def _is_of_compiled(path: Path) -> bool:
+    with safe_open(str(path), framework="pt") as file:
+        return any(COMPILED in name for name in file.keys())  # noqa: SIM118
+
+
+def _read_uncompiled(module: nn.Module, path: Path) -> None:
+    """Load the weights of a compiled module, as 0.1.0 wrote them, into the module itself."""
+    held = {name.replace(COMPILED, ""): tensor for name, tensor in load_file(str(path)).items()}
+    ours = module.state_dict(keep_vars=True)
+    known = {tensor.data_ptr() for name, tensor in ours.items() if name in held}
+    tied = {name: ours[name] for name in ours.keys() - held.keys()}
+    tied = {name: tensor for name, tensor in tied.items() if tensor.data_ptr() in known}
+    module.load_state_dict({**{name: t.detach() for name, t in tied.items()}, **held})
 
 
 def write_tensors(tensors: Tensors, words: str, path: Path) -> None:
@@ -224,6 +246,8 @@ def import_checkpoint(model: nn.Module, path: str | Path) -> None:
     except (OSError, RuntimeError, ValueError, LookupError, EOFError) as error:
         raise StoreError(f"{path} cannot be read as a checkpoint: {error}") from error
     held = held.get("model", held) if isinstance(held, Mapping) else held
+    if isinstance(held, Mapping):
+        held = {str(name).replace(COMPILED, ""): value for name, value in held.items()}
     is_state = isinstance(held, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()
     )
