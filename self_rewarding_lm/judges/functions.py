@@ -89,9 +89,9 @@ class ModuleJudge(Judge):
 
     @torch.no_grad()
     def _scores(self, rows: list[tuple[int, ...]], device: torch.device) -> list[float]:
-        is_module = isinstance(self.reward, nn.Module)
-        ids = torch.tensor(rows, device=device_of(self.reward) if is_module else device)  # (b, t)
-        with evaluating(self.reward) if is_module else nullcontext():
+        module = self.reward if isinstance(self.reward, nn.Module) else None
+        ids = torch.tensor(rows, device=device if module is None else device_of(module))  # (b, t)
+        with nullcontext() if module is None else evaluating(module):
             return self._outputs.scores(lambda n: self.reward(ids[:, :n]), *ids.shape)
 
 
