@@ -13,6 +13,7 @@ from tests.support import (  # noqa: F401
     properties_numbers,
     properties_rows,
     properties_runs,
+    properties_servers,
     properties_texts,
 )
 from tests.support.mutants import HUNT, PROPERTIES, QUICK, SLOW, Mutant, Property

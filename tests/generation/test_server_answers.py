@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("openai")
 
 from self_rewarding_lm import ServerEngine, ServerJudge
-from self_rewarding_lm.errors import ServerError
-from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.errors import ConfigError, ServerError
+from self_rewarding_lm.generation.engine import Completion, Decoding
 from self_rewarding_lm.generation.score_trie import expected_score, score_probabilities
 from self_rewarding_lm.generation.server import client
 from self_rewarding_lm.generation.server.client import HttpClient, Refusal
@@ -33,7 +33,7 @@ from tests.generation.test_server import (
     requests_of,
 )
 from tests.support.fake_server import VOCAB, FakeServer
-from tests.support.models import Successor, context
+from tests.support.models import END, Successor, context
 
 DEEP = b'{"choices": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
 NO_COMPLETIONS = [
@@ -53,6 +53,7 @@ NO_COMPLETIONS = [
     {"token_ids": None, "text": ["a"]},
     {"token_ids": None, "text": "a" * 5001},
     {"token_ids": None, "text": "half \ud800"},
+    {"token_ids": None, "text": "\N{SNOWMAN} is no letter of the tokenizer"},
     {"finish_reason": {"why": []}},
     {"finish_reason": "a\x1b[2Jb"},
     DEEP,
@@ -246,8 +247,6 @@ def test_a_redirect_within_a_host_is_followed_to_its_end():
     "listed", ["null", "[]", '{"data": 5}', '{"data": [{"id": 7}, "a", null]}']
 )
 def test_a_list_of_models_that_is_none_is_an_error_that_says_what_to_give(listed):
-    from self_rewarding_lm.errors import ConfigError
-
     with FakeServer() as server:
         server.listed = listed.encode()
         with pytest.raises(ConfigError, match=r"lists no model.*give model="):
@@ -287,6 +286,19 @@ def test_texts_are_sent_where_token_ids_are_refused_in_any_way(status):
         assert max(tries) <= 2
     assert [f.ids for f in found] == [predicted(r).ids for r in requests_of(4)]
     assert {f.tokens for f in found} == {"re-encoded"}
+
+
+def test_a_server_that_ignores_what_it_does_not_know_is_not_taken_for_transformers_serve():
+    """As llama.cpp's: a generation config would be ignored, and its own settings used."""
+    with FakeServer(kind="llama.cpp") as server:
+        decoding = Decoding(0.5, end_ids=(END,))
+        found = generated(ServerEngine(url=server.url), requests_of(3), decoding)
+        assert all(b["temperature"] == 0.5 and b["top_p"] == 1.0 for b in server.real())
+        tries = [n for key, n in server.tries.items() if json.loads(key)["max_tokens"] == 1]
+        assert max(tries) == 2
+        with pytest.raises(ConfigError, match="top_k"):
+            generated(ServerEngine(url=server.url), requests_of(1), Decoding(top_k=3))
+    assert [f.ids for f in found] == [predicted(r).ids for r in requests_of(3)]
 
 
 def test_a_busy_server_is_waited_for_and_not_taken_for_one_that_refuses_ids(caplog):

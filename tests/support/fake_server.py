@@ -92,7 +92,8 @@ def distribution(ids):
 
 class FakeServer(ThreadingHTTPServer):
     """kind: "vllm" and "sglang" take and give ids and know all fields; "transformers" takes text and
-    its own fields; "ids" and "text" take OpenAI's fields alone. gives: "ids", "names" or nothing but
+    its own fields; "ids" and "text" take OpenAI's fields alone; "llama.cpp" takes text,
+    breaks at ids, and ignores what it does not know. gives: "ids", "names" or nothing but
     text. scores: "exact", "top" or None. fault: (try number of this body, body) -> what goes wrong:
     a status, headers too, a word, bytes that are sent, or what stands in the one choice. max_len:
     what /v1/models says.
@@ -231,7 +232,9 @@ class Handler(BaseHTTPRequestHandler):
         if allowed is not None and set(body) - allowed:
             return 422, {"detail": f"Unexpected fields in the request: {set(body) - allowed}"}
         prompt = body["prompt"]
-        if isinstance(prompt, list) == (server.kind in ("transformers", "text")):
+        if server.kind == "llama.cpp" and isinstance(prompt, list):
+            return 500, {"error": {"message": "[{'type': 'string_type', 'loc': ('body', ..."}}
+        if isinstance(prompt, list) == (server.kind in ("transformers", "text", "llama.cpp")):
             return 400, {"error": {"message": "prompt has the wrong type"}}
         ids = [ALPHABET.index(c) for c in prompt] if isinstance(prompt, str) else prompt
         if len(ids) + body["max_tokens"] > MOST_TOKENS:

@@ -103,6 +103,10 @@ KINDS = (
 PROBED_IDS = (0, 1)
 
 
+NONSENSE = {"self_rewarding_lm_nonsense": 1}
+"""A field that no server knows; `transformers serve` refuses what it does not know."""
+
+
 class MalformedAnswerError(ValueError):
     """An answer that has not the form of the API, or says what cannot be."""
 
@@ -215,11 +219,9 @@ class ServedModel:
                 raise MalformedAnswerError(f"{len(text)} characters for {most} tokens")
             text = cut_behind_stop(text, decoding.stop)
             finish = "stop" if any(stop in text for stop in decoding.stop) else finish
-            ids, how = self.tokens.encode_data(text) if text else (), RE_ENCODED
+            ids, how = self._encoded(text), RE_ENCODED
             if len(ids) > MOST_REENCODED * most:
                 raise MalformedAnswerError(f"{len(ids)} tokens for {most} that were asked for")
-            if len(ids) > most:
-                ids, finish = ids[:most], "length"
         else:
             ids = self._sampled(sampled, most)
         early = _end_of_early_stop(ids, decoding)
@@ -227,12 +229,23 @@ class ServedModel:
             ids, finish = ids[:early], "stop"
         elif finish == "stop":
             ids = self._ended(ids, choice, text, decoding, is_whole=how is None)
+        if len(ids) > most:  # as it was encoded again
+            ids, finish = ids[:most], "length"
         if not ids:
             return Completion((), None, reason="empty")
         can_end = bool(decoding.end_ids) or bool(decoding.stop)
         finished = True if finish == "stop" else (False if can_end else None)
         in_force = most if most < request.max_new_tokens else None
         return Completion(ids, finished, tokens=how, max_new_tokens=in_force)
+
+    def _encoded(self, text: str) -> Ids:
+        """The ids of a text, as which it is trained."""
+        try:
+            return self.tokens.encode_data(text) if text else ()
+        except Exception as error:  # whatever a tokenizer raises for characters that it has not
+            raise MalformedAnswerError(
+                f"the tokenizer refuses its text ({error!r:.100})"
+            ) from error
 
     def _sampled(self, ids: Sequence[Any], most: int) -> Ids:
         """The ids that a server gives, checked."""
@@ -399,9 +412,9 @@ def find_abilities(client: HttpClient, model: str, tokens: Tokens, extra: Body) 
     request, decoding = Request(ids, 0, 1), Decoding(end_ids=tokens.end_ids)
     refused: list[str] = []
 
-    def answered(abilities: Abilities) -> Mapping[str, Any] | None:
+    def answered(abilities: Abilities, more: Body) -> Mapping[str, Any] | None:
         """The choice that comes; None if the request is refused or cannot be written."""
-        body = ServedModel(model, tokens, abilities, extra).body(request, decoding)
+        body = ServedModel(model, tokens, abilities, {**extra, **more}).body(request, decoding)
         answer = body if isinstance(body, Refusal) else client.try_out(PATH, body)
         if isinstance(answer, Refusal):
             refused.append(f"as {abilities.kind}: {answer.message[:300]}")
@@ -409,16 +422,18 @@ def find_abilities(client: HttpClient, model: str, tokens: Tokens, extra: Body) 
         return first_choice(answer) or {}
 
     for abilities in KINDS:
-        choice = answered(abilities)
+        choice = answered(abilities, {})
         if choice is None:
             continue
+        if abilities.kind == "transformers" and answered(abilities, NONSENSE) is not None:
+            continue  # what it does not know it ignores, so it may ignore the generation config
         understood = abilities
         if abilities.kind == "vllm" and "matched_stop" in choice:
             understood = replace(abilities, kind="sglang")
         by_name = replace(understood, gives_ids=True, by_name=True)
         if _gives_ids(choice):
             understood = replace(understood, gives_ids=True)
-        elif abilities.takes_ids and _gives_ids(answered(by_name) or {}):
+        elif abilities.takes_ids and _gives_ids(answered(by_name, {}) or {}):
             understood = by_name
         return _with_logprobs(client, ServedModel(model, tokens, understood, extra), ids)
     raise ServerError(
