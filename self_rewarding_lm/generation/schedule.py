@@ -5,7 +5,7 @@ families the one with the longest prompt comes first, so that the last rows to b
 ones. Knows ids and sizes only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from self_rewarding_lm.models.interface import Plan, TokenModel, device_of
@@ -54,6 +54,20 @@ def plan_sessions(
         plan = replace(plan, max_rows=rows, min_rows=copies, cache_bytes=cache_bytes)
         return plan.fitting(model.bytes_per_token, device_of(model.module))
 
+    # rows that must not be in one forward, now or when they are longer, have sessions of their own
+    sides: dict[tuple[int, int], list[Group]] = {}
+    for group in groups:
+        end = len(group.ids) + max(requests[i][1] for i in group.members)
+        key = model.side(len(group.ids), padded=False), model.side(end, padded=False)
+        sides.setdefault(key, []).append(group)
+    for groups in sides.values():
+        yield from _sessions(groups, plan_for)
+
+
+def _sessions(
+    groups: Sequence[Group], plan_for: Callable[[Sequence[Group]], Plan]
+) -> Iterator[tuple[Plan, list[Group]]]:
+    """The sessions of groups that may go together: one, if memory has room for their rows."""
     while groups:
         plan, worked = plan_for(groups), groups
         longer = [group for group in groups if 2 * len(group.ids) > plan.longest]

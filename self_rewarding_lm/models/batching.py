@@ -4,7 +4,7 @@ Padding is on the right, but for caches of keys and values that grow on the righ
 Masks come from lengths; padding is never recognised by its value, so any valid id may pad.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Int
@@ -66,6 +66,14 @@ def micro_batches(
             groups.append([i])
             tokens = lengths[i]
     return groups
+
+
+def by_side(lengths: Sequence[int], side: Callable[[int], int]) -> list[list[int]]:
+    """Indices of rows, in groups of the same side; see TokenModel.side."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(side(length), []).append(i)
+    return list(groups.values())
 
 
 def packs(model: TokenModel) -> bool:

@@ -6,9 +6,11 @@ there is such a model.
 """
 
 import logging
-from collections.abc import Iterator, Sequence, Set
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models.attention import KeyValues
 from self_rewarding_lm.models.batching import pad_left
 from self_rewarding_lm.models.interface import (
+    SHARE_OF_FREE,
     Cache,
     Plan,
     Session,
     Training,
     copied,
     device_of,
+    free_bytes,
     limit_of,
     logits_of,
     not_checkpointed,
@@ -34,14 +38,20 @@ from self_rewarding_lm.models.interface import (
 from self_rewarding_lm.models.logprobs import Head
 from self_rewarding_lm.models.packing import Packing
 from self_rewarding_lm.models.plain import recomputing
+from self_rewarding_lm.models.rotary import RotaryBorders
+from self_rewarding_lm.models.rows_apart import RowsApart
 from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
 from self_rewarding_lm.models.trial import (
+    REFUSED,
+    beyond_rounding,
     check_causal,
     head_agrees,
+    padding_error,
     probe_vocab,
     session_error,
     tried,
 )
+from self_rewarding_lm.models.twin import least_border, plain_type, same_parts, twin_of
 from self_rewarding_lm.runs.pretrained import (
     has_adapter,
     is_hugging_face,
@@ -64,15 +74,41 @@ WITHOUT_EFFECT = {"position_ids", "cache_position"}
 """Tensors that a model passes on to its attention, which no longer needs them."""
 
 
+WITHIN_BORDERS = 3
+"""Tokens of a trial's row that crosses no border of a twin."""
+
+
 COPIES = 3
 """How many times transformers' cache, which grows by copying, holds keys and values at most."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which ways models of a class and configuration may go besides their own forward.
+
+    attends: over our keys and values. caches: over any. caches_short: over any, as long as rows are
+    shorter than windows, chunks and other borders. pads: whether rows of different lengths may
+    be padded. apart: hidden states and head. packs: rows without padding. refused: why a way is
+    not gone, in words.
+    """
+
+    attends: bool
+    caches: bool
+    caches_short: bool
+    pads: bool
+    apart: bool
+    packs: bool
+    refused: Mapping[str, str]
 
 
 class HuggingFaceModel:
     """A causal LM of transformers.
 
     Rows that are not packed are padded on the right for training, on the left for transformers' own
-    cache. attends: whether it is decoded over our keys and values. caches: whether with any cache.
+    cache. Which fast ways it may go is found out on a small twin of its class, or if there is none
+    on its own weights in float32. attends: whether it is decoded over our keys and values. caches:
+    whether with any cache. refused: why a fast way is not gone, by its name (attends, caches, pads,
+    training, packs).
     """
 
     @staticmethod
@@ -80,7 +116,8 @@ class HuggingFaceModel:
         """Whether a module is a causal LM of transformers, alone or within peft's wrapper."""
         return is_hugging_face(module)
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, is_tried: bool = False) -> None:
+        """is_tried: whether this is a twin or a copy, which is only to be tried."""
         self.module = module
         self.base: nn.Module = module.get_base_model() if has_adapter(module) else module  # type: ignore[operator]
         config: Any = self.base.config
@@ -89,37 +126,115 @@ class HuggingFaceModel:
         self.takes = set(signature(self.base.forward).parameters)
         self.vocab = probe_vocab(module)
         self.bytes_per_token = 0
+        self.borders = RotaryBorders(self.config)
         self.training: Training | None = None
+        self.attends = self.caches = self.caches_short = False
+        self.cache_limit = math.inf
+        self.pads = True
+        self.refused: dict[str, str] = {}
         check_causal(self)
-        may_cache = not _recurs(self.base, self.config)
+        if is_tried:
+            self._try()
+        else:
+            self._go(_ways_of_twin(self.base) or _ways_in_float32(self))
+            self._warn()
+
+    def _try(self) -> None:
+        """Try each way on these weights."""
         # `session` reads `attends` and `caches`, also while a trial finds out whether they are true
-        self.attends = may_cache and self._may_attend()
-        self.attends = self.attends and session_error(self) <= 1
-        self.caches = may_cache
-        self.caches = self.attends or (may_cache and session_error(self) <= 1)
+        recurs = _recurs(self.base, self.config)
+        self.pads = padding_error(self, self.borders.first) <= 1
+        if not self.pads:
+            self.refused["pads"] = "padded rows get other logits than each alone"
+        self.attends = True
+        reason = "layers keep a state besides keys and values" if recurs else None
+        if reason is None and not {"position_ids", "logits_to_keep"} <= self.takes:
+            reason = "its forward takes no position_ids or no logits_to_keep"
+        if reason is None and not session_error(self, self.borders.first) <= 1:
+            reason = "its attention is more than ours, or does not ask the AttentionInterface"
+        self.attends = reason is None
+        if reason is not None:
+            self.refused["attends"] = reason
+        self.caches = not recurs
+        if self.attends and self.borders.first == math.inf:
+            pass
+        elif recurs or session_error(self) > 1:
+            self.caches_short = not recurs and session_error(self, WITHIN_BORDERS) <= 1
+            self.caches = False
+            self.refused["caches"] = "it has no cache, or logits with one are others"
+        self.training = self._training(packs=self.attends, bound=1.0, is_unknown=True)
+        if self.training is None:
+            self.refused["training"] = "hidden states and head cannot be taken apart"
+        elif self.attends and not self.training.packs:
+            self.refused["packs"] = "rows without padding get other logits"
+
+    @property
+    def ways(self) -> Ways:
+        """What `_try` has found out."""
+        training = self.training
+        packs = training is not None and training.packs
+        caches = self.caches, self.caches or self.caches_short
+        found = self.attends, *caches, self.pads, training is not None, packs
+        return Ways(*found, refused=dict(self.refused))
+
+    def _go(self, ways: Ways) -> None:
+        """Go these ways, unless the logits of these weights say that one is wrong."""
+        self.refused = dict(ways.refused)
+        self.attends, self.caches, self.pads = ways.attends, ways.caches_short, ways.pads
+        if not ways.caches:
+            self.cache_limit = least_border(self.config)
+        if self.attends:
+            error = session_error(self, self.borders.first)
+            self._refuse("attends", beyond_rounding("our attention", error))
+            self.attends = "attends" not in self.refused
+        if self.caches and not self.attends:
+            error = session_error(self, self.cache_limit - 2)
+            self._refuse("caches", beyond_rounding("transformers' own cache", error))
+            self.caches = not math.isinf(error) and error <= REFUSED
+        if ways.apart:
+            packs = ways.packs and self.attends
+            self.training = self._training(packs=packs, bound=REFUSED, is_unknown=False)
+            if self.training is None:
+                self._refuse("training", "hidden states and head apart give other logits")
+            elif packs and not self.training.packs:
+                self._refuse("packs", "rows without padding give other logits with these weights")
+
+    def _refuse(self, way: str, reason: str | None) -> None:
+        if reason is not None:
+            self.refused[way] = reason
+
+    def _warn(self) -> None:
+        """Say once which fast way of decoding is not gone, and why."""
+        name = type(self.base).__name__
         if not self.caches:
             logger.warning(
-                "%s cannot be decoded with a cache here (the cached logits differ, or it has "
-                "none): each token costs a whole forward.",
-                type(self.base).__name__,
+                "%s cannot be decoded with a cache here (%s): each token costs a whole forward.",
+                name,
+                self.refused["caches"],
             )
-        elif not self.attends:
+            return
+        if self.cache_limit < math.inf:
             logger.warning(
-                "%s is decoded with transformers' own cache, as its attention cannot use ours: "
-                "prompts share nothing, and a batch ends before the next one begins.",
-                type(self.base).__name__,
+                "%s: rows that come to %d tokens or more cost a whole forward a token, as its "
+                "cache takes no rows of different lengths beyond that.",
+                name,
+                self.cache_limit,
             )
-        self.training = self._training()
+        if not self.attends:
+            logger.warning(
+                "%s is decoded with transformers' own cache, as its attention cannot use ours "
+                "(%s): prompts share nothing, and a batch ends before the next one begins.",
+                name,
+                self.refused["attends"],
+            )
+        if not self.pads and self.training is not None and not self.training.packs:
+            logger.warning(
+                "%s is trained on rows of one length at a time, as padded rows get other logits.",
+                name,
+            )
 
-    def _may_attend(self) -> bool:
-        """Whether rows may be packed: no row changes another's positions, and they can be given.
-
-        The frequencies of some rotary embeddings depend on the longest row of a forward.
-        """
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        kinds = [rope, *(r for r in rope.values() if isinstance(r, dict))]
-        depends = any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
-        return not depends and {"position_ids", "logits_to_keep"} <= self.takes
+    def side(self, length: int, *, padded: bool = True) -> int:
+        return length if padded and not self.pads else self.borders.side(length)
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.module(input_ids=ids, use_cache=False), *ids.shape)
@@ -129,15 +244,22 @@ class HuggingFaceModel:
 
     def session(self, plan: Plan) -> Session:
         device = device_of(self.module)
-        if self.attends:
+        side = self.borders.side(plan.longest + plan.max_new)
+        if self.attends and side == self.borders.side(1):  # keys of no row ever change
             return AttendingSession(self._attending, plan, device)
-        if not self.caches:
+        if not self.caches or plan.longest + plan.max_new >= self.cache_limit:
             return recomputing(self, plan)
-        return BatchSession(self.start, max_rows=plan.max_rows, device=device)
+        is_alike = self.borders.side(1) == side
+        start = self.start if is_alike else self._start_apart
+        return BatchSession(start, max_rows=plan.max_rows, device=device)
 
     def start(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
         cache = PaddedRows(self.module, self.config, self.takes, rows)
         self.bytes_per_token = COPIES * cache.bytes_per_token
+        return cache.logits, cache
+
+    def _start_apart(self, rows: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "r v"], Cache]:
+        cache = RowsApart(self.start, self.borders.side, rows)
         return cache.logits, cache
 
     def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
@@ -176,14 +298,18 @@ class HuggingFaceModel:
             softcap=getattr(self.config, "final_logit_softcapping", None),
         )
 
-    def _training(self) -> Training | None:
-        """Hidden states and head apart, if the class has both and nothing between them."""
+    def _training(self, *, packs: bool, bound: float, is_unknown: bool) -> Training | None:
+        """Hidden states and head apart, if the class has both and nothing between them.
+
+        is_unknown: whether that is still to be found out with loud hidden states.
+        """
         project = getattr(self.base, "get_output_embeddings", lambda: None)()
         if project is None or getattr(self.base, "base_model", self.base) is self.base:
             return None
-        if not head_agrees(self, project, self._head()):
+        if is_unknown and not head_agrees(self, project, self._head()):
             return None
-        return tried(self, Training(self._hidden, self._head, packs=self.attends))
+        training = Training(self._hidden, self._head, packs=packs)
+        return tried(self, training, bound, self.borders.first)
 
     @contextmanager
     def _attending_here(self) -> Iterator[None]:
@@ -287,6 +413,47 @@ class PaddedRows:
         # a model that leaves the cache empty fails its trial by this, however small its logits are
         assert self.cache.get_seq_length() == self.mask.shape[1], "the cache was not filled"
         return output.logits[:, -1]
+
+
+KNOWN_WAYS: dict[tuple[type, str], tuple[nn.Module, Ways]] = {}
+"""The twins that were tried, on the meta device, and what was found out on them."""
+
+
+def _ways_of_twin(base: nn.Module) -> Ways | None:
+    """What a small twin of a model finds out; None if there is none, or it has other parts."""
+    config: Any = base.config
+    key = plain_type(base), config.to_json_string(use_diff=False)
+    if key not in KNOWN_WAYS:
+        twin = twin_of(base)
+        if twin is None:
+            return None
+        ways = HuggingFaceModel(twin, is_tried=True).ways
+        if not ways.caches:  # rows that are padded on the left overflow in float64
+            wide = HuggingFaceModel(twin.float(), is_tried=True).ways
+            refused = {way: why for way, why in ways.refused.items() if way != "caches"}
+            refused |= {way: why for way, why in wide.refused.items() if way == "caches"}
+            found = {"caches": wide.caches, "caches_short": wide.caches_short}
+            ways = replace(ways, **found, refused=refused)
+        KNOWN_WAYS[key] = twin.to("meta"), ways
+    twin, ways = KNOWN_WAYS[key]
+    strange = same_parts(base, twin)
+    if strange is not None:
+        logger.info("%s is tried on its own weights: %s.", type(base).__name__, strange)
+        return None
+    return ways
+
+
+def _ways_in_float32(model: HuggingFaceModel) -> Ways:
+    """What is found out on a model's own weights, in float32 if a copy of them can be made."""
+    module = model.module
+    if any(parameter.dtype.itemsize < 4 for parameter in module.parameters()):
+        needed = 4 * sum(parameter.numel() for parameter in module.parameters())
+        try:
+            if needed < SHARE_OF_FREE * free_bytes(device_of(module)):
+                return HuggingFaceModel(deepcopy(module).float(), is_tried=True).ways
+        except Exception as error:  # whatever it is: such weights have one type only
+            logger.debug("no copy of %s in float32: %r", type(module).__name__, error)
+    return HuggingFaceModel(module, is_tried=True).ways
 
 
 def _recurs(base: nn.Module, config: Any) -> bool:

@@ -170,6 +170,13 @@ class TokenModel(Protocol):
         """Logits of right-padded rows, with gradients."""
         ...
 
+    def side(self, length: int, *, padded: bool = True) -> int:
+        """A number that rows of two lengths share if one forward may have both of them.
+
+        padded: whether the shorter one is then padded. 0 for most models: any rows go together.
+        """
+        ...
+
     def checkpointing(self) -> AbstractContextManager[None]:
         """Within it, activations are computed again in the backward pass instead of being kept.
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from self_rewarding_lm.models.attention import KeyValues
-from self_rewarding_lm.models.batching import pad_rows
+from self_rewarding_lm.models.batching import by_side, pad_rows
 from self_rewarding_lm.models.interface import (
     Cache,
     Plan,
@@ -56,6 +56,9 @@ class PlainModel:
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.module(ids), *ids.shape)
+
+    def side(self, length: int, *, padded: bool = True) -> int:
+        return 0
 
     def checkpointing(self) -> AbstractContextManager[None]:
         raise not_checkpointed(self.module)
@@ -119,8 +122,14 @@ class RecomputedRows:
         self.ids, self.lengths = ids.to(device), lengths.to(device)
 
     def last_logits(self) -> Float[Tensor, "r v"]:
-        rows = torch.arange(len(self.lengths), device=self.ids.device)
-        return self.model.logits(self.ids)[rows, self.lengths - 1]
+        groups = by_side(self.lengths.tolist(), self.model.side)
+        parts = []
+        for group in groups:
+            ends = self.lengths[group] - 1
+            logits = self.model.logits(self.ids[group, : int(ends.max()) + 1])  # (b, t, v)
+            parts.append(logits[torch.arange(len(group), device=logits.device), ends])
+        order = torch.tensor([row for group in groups for row in group])
+        return torch.cat(parts)[order.argsort().to(self.ids.device)]
 
     def extend(self, tokens: Int[Tensor, " r"]) -> Float[Tensor, "r v"]:
         longest = int(self.lengths.max())

@@ -6,19 +6,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from self_rewarding_lm.models.batching import pad_rows
+from self_rewarding_lm.models.batching import by_side, packs, pad_rows
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.interface import TokenModel, device_of
 from self_rewarding_lm.models.logprobs import label_logprobs, token_logprobs
 from self_rewarding_lm.models.packing import Packing
 
 logger = logging.getLogger(__name__)
+
+
+FAR = 1_000_000_000
+"""A length beyond every border."""
 
 
 class Policy(nn.Module):
@@ -44,13 +51,40 @@ class Policy(nn.Module):
         default everywhere; elsewhere they are 0.0, or what they are if that costs nothing. ids may
         be on the CPU.
         """
+        if lengths is None:
+            lengths = torch.full((len(ids),), ids.shape[1])
+        side = partial(self.token_model.side, padded=not packs(self.token_model))
+        groups = by_side(lengths.tolist(), side)
+        if side(1) == side(FAR):  # any rows go together
+            return self._together(ids, lengths, targets)
+
+        # rows that must not be in one forward have one each; under FSDP all processes make as many
+        parts = []
+        for group in groups + [[0]] * (self._most(len(groups)) - len(groups)):
+            longest = int(lengths[group].max())
+            of_group = None if targets is None else targets[group, :longest]
+            logprobs = self._together(ids[group, :longest], lengths[group], of_group)
+            parts.append(F.pad(logprobs, (0, ids.shape[1] - longest)))
+        rows = torch.tensor([row for group in groups for row in group])
+        idle = sum(part.sum() * 0.0 for part in parts[len(groups) :])
+        joined = torch.cat(parts[: len(groups)])
+        return joined[rows.argsort().to(joined.device)] + idle
+
+    def _most(self, count: int) -> int:
+        """The largest count of all processes, if they have to keep step."""
+        if not isinstance(self, FSDPModule):
+            return count
+        most = torch.tensor(count, device=device_of(self.model))
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
+
+    def _together(self, ids: Tensor, lengths: Tensor, targets: Tensor | None) -> Tensor:
+        """`forward` for rows that may be in one forward of the model."""
         model = self.token_model
         device = device_of(self.model)
         training = model.training
         if training is None:
             return token_logprobs(model.logits(ids.to(device)), ids.to(device))
-        if lengths is None:
-            lengths = torch.full((len(ids),), ids.shape[1])
 
         # 1. hidden states of all tokens, and where that of each token of a row is
         if training.packs:

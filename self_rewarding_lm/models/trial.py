@@ -42,15 +42,18 @@ of trained weights in a narrow type is beyond the tolerance now and then, and no
 
 
 def probes(model: TokenModel) -> list[list[int]]:
-    """Rows of different tokens for trials, always the same ones.
+    """Rows of tokens for trials, always the same ones; tokens come again, as those of texts do.
 
-    None of their tokens is among the first or the last of the vocabulary, where a tokenizer has
-    those with a meaning of their own, if it is large enough.
+    None is among the first or the last of the vocabulary, where a tokenizer has those with a
+    meaning of their own, if it is large enough.
     """
     length = min(PROBE_TOKENS, model.max_len or PROBE_TOKENS)
     generator = torch.Generator().manual_seed(0)
     low, high = model.vocab // 8, model.vocab - model.vocab // 4
-    return torch.randint(low, high, (PROBES, length), generator=generator).tolist()
+    new = torch.randint(low, high, (PROBES, length), generator=generator)
+    again = torch.randint(length, (length,), generator=generator)
+    places = torch.arange(length)
+    return new[:, torch.where(places % 3 == 2, again, places)].tolist()
 
 
 @contextmanager
@@ -114,37 +117,47 @@ def beyond_rounding(way: str, error: float) -> str | None:
     return None
 
 
-def session_error(model: TokenModel) -> float:
-    """The error of a session of rows of different lengths, against whole rows."""
-    return least_error(model, _session_against_whole)
+def session_error(model: TokenModel, longest: float = math.inf) -> float:
+    """The error of a session of rows of different lengths, against whole rows.
+
+    longest: tokens of a row at most.
+    """
+    return least_error(model, _session_against_whole, longest)
 
 
-def padding_error(model: TokenModel) -> float:
+def padding_error(model: TokenModel, longest: float = math.inf) -> float:
     """The error of rows of different lengths in one forward, against each row alone."""
-    return least_error(model, _padded_against_whole)
+    return least_error(model, _padded_against_whole, longest)
 
 
-def training_error(model: TokenModel, training: Training) -> float:
+def training_error(model: TokenModel, training: Training, longest: float = math.inf) -> float:
     """The error of hidden states and head apart, against whole rows."""
 
     def trial(model: TokenModel, tokens: list[int]) -> float:
         return _training_against_whole(model, training, tokens)
 
-    return least_error(model, trial)
+    return least_error(model, trial, longest)
 
 
-def least_error(model: TokenModel, trial: Callable[[TokenModel, list[int]], float]) -> float:
-    """The least error of a trial with several rows of tokens.
+def least_error(
+    model: TokenModel,
+    trial: Callable[[TokenModel, list[int]], float],
+    longest: float = math.inf,
+) -> float:
+    """The least error of a trial with several rows of tokens; the largest one in float64.
 
     One good row is enough: a trained model may turn the rounding of tokens that never stand
-    together into quite other logits, above all in a narrow type. The error of a trial that raises
-    is infinite.
+    together into quite other logits, above all in a narrow type. In float64 there is no such
+    excuse. The error of a trial that raises is infinite.
     """
-    least, rows = math.inf, probes(model)
+    least = math.inf
+    rows = [row[: int(min(longest, len(row)))] for row in probes(model)]
     if len(rows[0]) < 3:
         return math.inf
     try:
         with trying(model.module):
+            if all(parameter.dtype == torch.float64 for parameter in model.module.parameters()):
+                return max(trial(model, row) for row in rows)
             for row in rows:
                 least = min(least, trial(model, row))
                 if least <= 1:
@@ -190,7 +203,8 @@ def _session_against_whole(model: TokenModel, tokens: list[int]) -> float:
 
 def _ragged(tokens: list[int]) -> list[list[int]]:
     """Rows of different lengths; two begin alike, and the last begins the third."""
-    return [tokens[:-1], [tokens[0], *tokens[2:]], tokens[1:3], tokens[1:2]]
+    shorter = max(3, 2 * len(tokens) // 3)
+    return [tokens[:-1], [tokens[0], *tokens[2:shorter]], tokens[1:3], tokens[1:2]]
 
 
 def _padded_against_whole(model: TokenModel, tokens: list[int]) -> float:
@@ -214,18 +228,19 @@ def _training_against_whole(model: TokenModel, training: Training, tokens: list[
 
 
 def _largest(model: TokenModel, rows: Sequence[list[int]], logits: Tensor) -> float:
-    """The largest error of the logits (b, t, v) behind each row's last token."""
-    ends = [of_row[len(row) - 1] for row, of_row in zip(rows, logits, strict=True)]
-    return max(error(model, row, end) for row, end in zip(rows, ends, strict=True))
+    """The largest error of the logits (b, t, v) of each row."""
+    each = zip(rows, logits, strict=True)
+    return max(error(model, row, of_row[: len(row)]) for row, of_row in each)
 
 
 def error(model: TokenModel, row: Sequence[int], logits: Tensor) -> float:
-    """How far logits (v,) are from those of the token after a row, computed alone and whole.
+    """How far the last logits (v,) or (t, v) of a row are from those of the row alone and whole.
 
-    In tolerances, see `_tolerance`.
+    In tolerances, see `_tolerance`. logits: of the last token, or of all tokens.
     """
     whole = torch.tensor([[*row]], device=logits.device)
-    truth = model.logits(whole)[0, -1].double()
+    truth = model.logits(whole)[0].double()  # (t, v)
+    truth = truth[-1] if logits.ndim == 1 else truth
     difference = float((truth - logits.double()).abs().max())
     tolerance = _tolerance(model.module, truth, exact=1e-4, rounded=5e-2)
     if difference == 0:
@@ -253,10 +268,15 @@ def _is_narrow(module: nn.Module) -> bool:
     return any(d.itemsize < 4 and d != torch.bool for d in dtypes)
 
 
-def tried(model: TokenModel, training: Training, bound: float = 1.0) -> Training | None:
-    """`training` if its error is within a bound, without packing if only that is; else None."""
+def tried(
+    model: TokenModel, training: Training, bound: float = 1.0, longest: float = math.inf
+) -> Training | None:
+    """`training` if its error is within a bound, without packing if only that is; else None.
+
+    longest: tokens of a row at most.
+    """
     ways = [training, replace(training, packs=False)] if training.packs else [training]
-    return next((way for way in ways if training_error(model, way) <= bound), None)
+    return next((way for way in ways if training_error(model, way, longest) <= bound), None)
 
 
 def head_agrees(model: TokenModel, project: nn.Module, head: Head) -> bool:

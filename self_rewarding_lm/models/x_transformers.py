@@ -98,6 +98,9 @@ class XTransformersModel:
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self.transformer(ids), *ids.shape)
 
+    def side(self, length: int, *, padded: bool = True) -> int:
+        return 0
+
     def checkpointing(self) -> AbstractContextManager[None]:
         raise not_checkpointed(self.module)
 

@@ -100,7 +100,13 @@ MIXED = ["linear_attention", "full_attention"]
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GEMMA2 = {"attn_logit_softcapping": 5.0, "sliding_window": SLIDING_WINDOW, "head_dim": 8}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
-CHUNKED = {"attention_chunk_size": 4, "moe_layers": [], "no_rope_layers": [1, 0], "head_dim": 8}
+CHUNKED = {
+    "attention_chunk_size": 4,
+    "moe_layers": [],
+    "no_rope_layers": [1, 0],
+    "head_dim": 8,
+    "attn_temperature_tuning": False,
+}
 LATENT = {  # heads whose values are narrower than their keys
     "num_key_value_heads": 4,
     "q_lora_rank": 16,
@@ -139,11 +145,13 @@ SINKS = {
 }
 GRIFFIN = {"lru_width": 32, "attention_window_size": 5, "block_types": ["recurrent", "attention"]}
 
-HF = {kind: (lambda k=kind: tiny(k, dtype=torch.float64)) for kind in KINDS} | {"lora": lora}
+HF = {kind: (lambda k=kind: tiny(k, dtype=torch.float64)) for kind in KINDS} | {
+    "lora": lora,
+    "dynamic rope": lambda: drawn("Llama", dtype=torch.float64, **DYNAMIC),
+}
 ATTENDING = {**HF, "own": own}
 PADDED = {
     "soft-capped": lambda: drawn("Gemma2", **GEMMA2),
-    "dynamic rope": lambda: drawn("Llama", dtype=torch.float64, **DYNAMIC),
     "chunked": lambda: drawn("Llama4", dtype=torch.float64, **CHUNKED),
 }
 HYBRID = {

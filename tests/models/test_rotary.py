@@ -1,0 +1,214 @@
+"""Rotary factors that follow the longest row: no forward has rows on both sides of a border."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from self_rewarding_lm import SamplingConfig, generate
+from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.models.batching import pad_rows
+from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.interface import Plan
+from self_rewarding_lm.models.logprobs import token_logprobs
+from self_rewarding_lm.models.policy import Policy
+from self_rewarding_lm.models.rotary import RotaryBorders
+from self_rewarding_lm.models.rows_apart import RowsApart
+
+VOCAB, BORDER = 64, 16
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [4.0, 9.0, 16.0, 30.0],
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": BORDER,
+}
+LONG = [(7 * i + i * i) % VOCAB for i in range(23)]
+ROWS = [LONG, [3, 1, 4, 1, 5], LONG[:BORDER], LONG[: BORDER + 1], [9, 9, 2], LONG[:12]]
+
+
+def phi3(dtype: torch.dtype = torch.float64) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Phi3Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=BORDER,
+        rope_parameters=LONGROPE,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = transformers.Phi3ForCausalLM(config).eval()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def whole(module: nn.Module, row: Sequence[int]) -> Tensor:
+    """The oracle: the model's own forward of one row."""
+    return module(torch.tensor([[*row]]), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def greedy(module: nn.Module, row: Sequence[int], new: int) -> tuple[int, ...]:
+    found = list(row)
+    for _ in range(new):
+        found.append(int(whole(module, found)[-1].argmax()))
+    return tuple(found[len(row) :])
+
+
+@pytest.mark.parametrize(
+    ("rope", "same", "apart"),
+    [
+        ({"rope_type": "default"}, [1, 16, 17, 64, 10**9], []),
+        ({"rope_type": "llama3", "original_max_position_embeddings": 16}, [1, 17], []),
+        (LONGROPE, [1, 16], [17]),
+        (LONGROPE, [17, 64], [1]),
+        ({"type": "su", "original_max_position_embeddings": 16}, [2, 3], [17]),
+        ({"rope_type": "dynamic", "factor": 2.0}, [1, 64], [65, 66, 99]),
+        ({"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default"}}, [1], [20]),
+    ],
+)
+def test_sides_of_borders(rope, same, apart):
+    config = SimpleNamespace(max_position_embeddings=64, rope_parameters=rope)
+    side = RotaryBorders(config).side
+    assert len({*map(side, same)}) == 1
+    assert len({side(same[0]), *map(side, apart)}) == 1 + len(apart)
+
+
+def test_rows_on_both_sides_do_not_change_each_other_in_training_and_judging():
+    module = phi3()
+    model = adapt(module)
+    assert model.training is not None and model.training.packs  # also beyond the border
+    policy = Policy(model).eval()
+    ids, lengths = pad_rows(ROWS)
+    found = policy(ids, lengths)
+    loss, expected = found.sum(), torch.tensor(0.0)
+    for row, values in zip(ROWS, found, strict=True):
+        truth = token_logprobs(whole(module, row)[None], torch.tensor([row]))[0]
+        assert torch.allclose(values[: len(row)], truth, atol=1e-6, rtol=0)
+        assert not values[len(row) :].any()
+        expected = expected + truth.sum()
+    weights = list(module.parameters())
+    got = torch.autograd.grad(loss, weights)
+    truths = torch.autograd.grad(expected, weights)
+    for one, other in zip(got, truths, strict=True):
+        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+    targets = torch.zeros_like(ids, dtype=torch.bool)
+    targets[0, 20:] = targets[1, 2:5] = True
+    some = policy(ids, lengths, targets)
+    assert torch.allclose(some[targets], found[targets], atol=1e-9, rtol=0)
+
+
+def test_rows_without_lengths_are_full_rows():
+    module = phi3()
+    ids = torch.tensor([LONG])
+    truth = token_logprobs(whole(module, LONG)[None], ids)
+    assert torch.allclose(Policy(adapt(module)).eval()(ids), truth, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("max_rows", [128, 2])
+@pytest.mark.parametrize("caches", [True, False])
+def test_rows_that_come_over_a_border_while_they_are_decoded_are_those_of_whole_forwards(
+    max_rows, caches
+):
+    module, new = phi3(), 9
+    model = adapt(module)
+    if not caches:
+        model.attends = model.caches = False
+    from self_rewarding_lm.generation.engine import Decoding, Request
+
+    requests = [Request(tuple(row), i, new) for i, row in enumerate(ROWS)]
+    engine = LocalEngine(max_rows=max_rows)
+    found = dict(engine.generate(model, requests, Decoding(temperature=0.0)))
+    assert [found[i].ids for i in range(len(ROWS))] == [greedy(module, row, new) for row in ROWS]
+
+
+def test_neighbours_beyond_the_border_change_no_answer():
+    module, sampling = phi3(), SamplingConfig(temperature=0.0, max_new_tokens=5)
+    short = torch.tensor([3, 1, 4, 1, 5])
+    [[alone]] = generate(module, [short], sampling=sampling)
+    [_, [beside]] = generate(module, [torch.tensor(LONG), short], sampling=sampling)
+    assert alone.ids == beside.ids == greedy(module, short.tolist(), 5)
+
+
+def test_rows_that_stay_below_the_border_keep_the_fast_way():
+    model = adapt(phi3(torch.float32))
+    assert model.attends and not model.refused
+    assert model.session(Plan((), 10, BORDER - 10, 2)).joins
+    assert not model.session(Plan((), 10, BORDER - 9, 2)).joins
+
+
+class Remembering:
+    """A cache whose logits say which row it has, and on which side it was begun."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], side) -> None:
+        sides = {side(len(row)) for row in rows}
+        assert len(sides) == 1, "rows of two sides are begun together"
+        self.rows, self.begun, self.side = [list(row) for row in rows], sides.pop(), side
+
+    def logits(self) -> Tensor:
+        assert all(self.side(len(row)) == self.begun for row in self.rows), "a border was crossed"
+        return torch.tensor([[sum(row), len(row), row[-1]] for row in self.rows]).float()
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+        return self.logits()
+
+    def select(self, rows: Tensor) -> None:
+        self.rows = [list(self.rows[row]) for row in rows.tolist()]
+
+    def copy(self) -> "Remembering":
+        other = Remembering(self.rows, self.side)
+        return other
+
+
+STEPS = st.lists(
+    st.one_of(st.integers(0, 9), st.lists(st.integers(0, 30), max_size=6)), max_size=14
+)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6), steps=STEPS, grows=st.booleans()
+)
+def test_rows_apart_are_always_the_rows_they_should_be(lengths, steps, grows):
+    """steps: a token for all rows, or which rows go on; grows: each length is a side of its own."""
+
+    def side(length: int) -> int:
+        return length if grows else (length > 3) + (length > 9)
+
+    def start(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Remembering]:
+        cache = Remembering(rows, side)
+        return cache.logits(), cache
+
+    rows = [list(range(1, length + 1)) for length in lengths]
+    cache, copies = RowsApart(start, side, rows), []
+    logits = cache.logits
+    for step in steps:
+        assert logits.tolist() == [[sum(row), len(row), row[-1]] for row in rows]
+        if isinstance(step, list):
+            chosen = [i % len(rows) for i in step] or [0]
+            copies.append((cache.copy(), [list(row) for row in rows]))
+            cache.select(torch.tensor(chosen))
+            rows, logits = [list(rows[i]) for i in chosen], logits[chosen]
+        else:
+            tokens = torch.tensor([step + i for i in range(len(rows))])
+            rows = [[*row, step + i] for i, row in enumerate(rows)]
+            logits = cache.extend(tokens)
+    for other, before in copies:
+        rows = [[*row, 1] for row in before]
+        found = other.extend(torch.ones(len(rows), dtype=torch.long))
+        assert found.tolist() == [[sum(row), len(row), row[-1]] for row in rows]
