@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
