@@ -8,6 +8,7 @@ second does not.
 
 import atexit
 import io
+import itertools
 import logging
 import math
 import os
@@ -103,6 +104,12 @@ class LogHandler(logging.StreamHandler):
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what clusters send before they take a node
 
 
+LOOK = 0.1  # seconds between two looks whether all processes are there
+
+
+_WAITS = itertools.count()  # of this process for its siblings
+
+
 ONE = 1.0  # seconds within which signals are one: launchers hand on what the terminal sends, too
 
 
@@ -120,6 +127,7 @@ class Stopping:
         self.asked: str | None = None
         """The signal's name."""
         self._heard_at = 0.0
+        self._acts_at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -144,6 +152,16 @@ class Stopping:
                 if handler is not None:
                     signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal raises Interrupted wherever it comes: nobody looks whether one came."""
+        self.heed()
+        self._acts_at_once = True
+        try:
+            yield
+        finally:
+            self._acts_at_once = False
+
     def heed(self) -> None:
         """Raise Interrupted if a signal came."""
         if self.asked:
@@ -163,6 +181,8 @@ class Stopping:
                 raise Interrupted(name)
             return
         self.asked, self._heard_at = name, now
+        if self._acts_at_once:
+            raise Interrupted(name)
         logger.warning(
             "%s: finishing the record or step at hand, then saving. Once more stops at once.", name
         )
@@ -379,6 +399,25 @@ class Runtime:
     def barrier(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def working_together(self) -> Iterator[None]:
+        """For work of the user's that may take long: at its end all processes wait for each other.
+
+        Signals act at once, also on those that wait. They do not wait in a barrier: within one
+        Python hears no signal, and it ends with an error after some minutes.
+        """
+        with self.stopping.at_once():
+            yield
+            if self.world > 1:
+                store, number = (
+                    torch.distributed.distributed_c10d._get_default_store(),
+                    next(_WAITS),
+                )
+                ready = [f"self_rewarding_lm/{number}/{rank}" for rank in range(self.world)]
+                store.set(ready[self.rank], "")
+                while not store.check(ready):
+                    time.sleep(LOOK)
 
     @property
     def trackers(self) -> list[GeneralTracker]:

@@ -294,16 +294,18 @@ class SelfRewardingTrainer:
             stage.run(ctx, out)
         # 4. its weights, its end, and the callbacks
         out.save_weights(self.token_model)
-        for callback in self.callbacks:
-            if isinstance(callback, StageCallback):
-                callback.on_stage_trained(ctx, out)
+        of_trained = [c for c in self.callbacks if isinstance(c, StageCallback)]
+        if of_trained:
+            with self.runtime.working_together():
+                for callback in of_trained:
+                    callback.on_stage_trained(ctx, out)
         out.finish()
         if self.runtime.is_main:
             show_stage(run, name, self.runtime, steps_before + out.summary.get("steps", 0))
-            for callback in self.callbacks:
+        with self.runtime.working_together():
+            for callback in self.callbacks if self.runtime.is_main else ():
                 if isinstance(callback, Callback):
                     callback.on_stage_end(run, name, self.model)
-        self.runtime.barrier()
 
     def _drop_old_weights(self, run: Run, place: int) -> None:
         """Delete weights beyond the last `keep_stages`, unless a stage after `place` uses them."""
