@@ -142,7 +142,7 @@ def _are_ids(ids):
     "data.rows",
     st.tuples(any_row(SUPERVISED, PREFERENCES, RANKED), WAY),
     mutants={
-        "if not prompt.ids or (isinstance(part.prompt, str) and not part.prompt):": "if False:",
+        "_check_not_empty(() if is_empty else prompt.ids,": "_check_not_empty((1,),",
         "k not in part.columns and _is_plain(v)": "_is_plain(k)",
     },
     examples=750,
@@ -196,6 +196,7 @@ def any_supervised_row_has_something_to_learn_or_is_refused(rows, case):
     "data.rows",
     st.tuples(any_row(PREFERENCES), WAY),
     mutants={
+        '_check_not_empty(prompt.ids, f"{where}: the prompt")': "pass",
         'if ids["chosen"] == ids["rejected"]:': "if False:",
         'rejected_ids=ids["rejected"]': 'rejected_ids=ids["chosen"]',
         'raise DataError(f"{whose} is empty': 'pass; str(f"{whose} is empty',
@@ -214,7 +215,7 @@ def any_preference_row_prefers_something_or_is_refused(rows, case):
         and _are_ids(pair.rejected_ids)
         and pair.chosen_ids != pair.rejected_ids
     )
-    assert all(type(i) is int and 0 <= i < VOCAB for i in pair.prompt_ids)
+    assert pair.prompt_ids and all(type(i) is int and 0 <= i < VOCAB for i in pair.prompt_ids)
     assert from_json(PreferencePair, to_json(pair)) == pair
 
 
