@@ -436,7 +436,12 @@ def test_what_the_sandbox_refuses_is_no_empty_text_in_a_judges_prompt():
         compile_prompt_template("{{ prompt.__class__ }}{{ response }}", auto_dedent=True)
 
 
-RUN_JSON = {"library": "self_rewarding_lm", "stages": ["01-sft"], "model": {"hash": "0"}}
+RUN_JSON = {
+    "library": "self_rewarding_lm",
+    "format": 2,
+    "stages": ["01-sft"],
+    "model": {"hash": "0"},
+}
 OUTSIDE = [
     "../../etc",
     "01-../../etc",

@@ -432,9 +432,8 @@ def check_ours(folder: Path, info: Any) -> None:
         raise StoreError(f"{folder}/run.json was not written by {LIBRARY}; choose another folder.")
     if info.get("format") not in range(1, FORMAT + 1):
         raise StoreError(
-            f"{folder}/run.json must have a format of 1 to {FORMAT}, which this version knows; got "
-            f"{info.get('format')!r}. Go on with the version that began the run ({LIBRARY} "
-            f"{info.get('versions', {}).get('self-rewarding-lm', 'of a later date')})."
+            f"{folder}/run.json must have a format of 1 to {FORMAT}, which this version knows; "
+            f"got {info.get('format')!r}. Go on with the version that began it (`versions`)."
         )
     check_folders(info.get("stages"), folder / "run.json")
 

@@ -106,7 +106,7 @@ def test_a_run_of_another_format_is_refused(written, tmp_path):
     info = json.loads(path.read_text(encoding="utf-8")) | {"format": written}
     path.write_text(json.dumps(info), encoding="utf-8")
     for go_on in (lambda: Run.open(path.parent), trainer_of("training", path.parent)):
-        with pytest.raises(StoreError, match=f"format of 1 to {FORMAT}.*got {written!r}.*0.1.0"):
+        with pytest.raises(StoreError, match=f"format of 1 to {FORMAT}.*got {written!r}"):
             go_on()
     assert json.loads(path.read_text(encoding="utf-8")) == info
 
