@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from self_rewarding_lm.errors import ConfigError, Interrupted
 from self_rewarding_lm.sharding import Sharded, send_from_main, sum_gradients, whole
-from self_rewarding_lm.text import markdown_table
+from self_rewarding_lm.text import markdown_table, printable
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,13 @@ class Progress(tqdm):
 
 
 class LogHandler(logging.StreamHandler):
-    """Writes lines of the log above the bars that are drawn, not into them."""
+    """Writes lines of the log above the bars that are drawn, not into them.
+
+    What others wrote (answers of servers, ids, names) steers no terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream):

@@ -31,6 +31,19 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min"
 
 
+def printable(text: str, keep: str = "\n\t") -> str:
+    """A text without characters that would steer a terminal.
+
+    keep: control characters that stay. Other space becomes a space, all else U+FFFD.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
+
+
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     """Rows of one length as lines, in columns two spaces apart.
 

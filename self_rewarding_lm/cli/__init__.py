@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from self_rewarding_lm.cli import check, compare, export, judge, plan, report, run, show
 from self_rewarding_lm.errors import SelfRewardingError
+from self_rewarding_lm.text import printable
 
 COMMANDS = {
     "run": run,
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command.run(options)
     except SelfRewardingError as error:
-        print(f"self-rewarding-lm: error: {error}", file=sys.stderr)
+        print(f"self-rewarding-lm: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         words = "stopped."

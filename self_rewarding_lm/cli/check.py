@@ -3,6 +3,7 @@
 import argparse
 
 from self_rewarding_lm.cli.recipe_flags import add_recipe_flags, in_order, recipe_root
+from self_rewarding_lm.text import printable
 
 SUMMARY = "try every stage of a recipe in short; begin nothing"
 
@@ -29,6 +30,6 @@ def run(options: argparse.Namespace) -> int:
     trainer = recipe.trainer(quiet=True)
     told = rehearse_stages(trainer)
     if trainer.runtime.is_main:
-        print("\n".join(f"  {line}" for line in told))
+        print(printable("\n".join(f"  {line}" for line in told)))
         print(in_order(recipe))
     return 0

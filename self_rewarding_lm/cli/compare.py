@@ -7,6 +7,7 @@ from typing import Any
 
 from self_rewarding_lm.cli.judging_flags import Flags, add_judging_flags, loaded_tokenizer
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.text import printable
 
 SUMMARY = "compare two models on held-out prompts"
 
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         rates = {"rates": asdict(comparison.rates), "position": position}
         print(json.dumps({**sides, **rates}, indent=2))
     else:
-        print(comparison_table(comparison, (options.first, options.second)))
+        print(printable(comparison_table(comparison, (options.first, options.second))))
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 
 from self_rewarding_lm.cli.judging_flags import Flags, add_judging_flags, loaded_tokenizer
+from self_rewarding_lm.text import printable
 
 SUMMARY = "measure a judge on replies that people ranked"
 
@@ -51,5 +52,5 @@ def run(options: argparse.Namespace) -> int:
         words |= {"histogram": dict(evaluation.histogram), "calibration": calibration}
         print(json.dumps(words, indent=2))
     else:
-        print(judge_table(evaluation))
+        print(printable(judge_table(evaluation)))
     return 0

@@ -25,7 +25,7 @@ from self_rewarding_lm.report.figures import StageFigures, is_metric, stage_figu
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runtime import Runtime
-from self_rewarding_lm.text import aligned, number
+from self_rewarding_lm.text import aligned, number, printable
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
     of_examples = _last_sampled(run) if stage is None else names[0]
     if of_examples is not None and prompts > 0:
         lines += _examples(run, of_examples, prompts)
-    return "\n".join(lines)
+    return "\n".join(printable(line, keep="") for line in lines)
 
 
 def _place(run: Run, stage: str) -> int:
@@ -194,17 +194,12 @@ def _said(judgement: Judgement, candidate: Candidate) -> str:
 
 def _text(role: str, text: str | None, ids: Sequence[int]) -> list[str]:
     """A text in a few lines behind its role; ids if there is no text."""
-    words = f"ids {' '.join(map(str, ids))}" if text is None else _plain(text)
+    words = f"ids {' '.join(map(str, ids))}" if text is None else _joined(text)
     width = WIDTH - len(role) - 2
     lines = textwrap.wrap(words, width) or ['""']
     if len(lines) > LINES_OF_TEXT:
         lines = [*lines[: LINES_OF_TEXT - 1], lines[LINES_OF_TEXT - 1][: width - 4] + " ..."]
     return [f"{role if i == 0 else ' ' * len(role)}  {line}" for i, line in enumerate(lines)]
-
-
-def _plain(text: str) -> str:
-    """A text on one line, without characters that would steer a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in _joined(text))
 
 
 def _joined(text: str) -> str:
@@ -249,7 +244,7 @@ def stage_table(run: Run, stage: str) -> str:
     left = aligned([("", ""), *data], "<>")[0 if curves else 1 :]
     width = max(map(len, left), default=0)
     lines = [f"  {a:{width}}    {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-    return "\n".join([_stage_heading(figures), *lines])
+    return "\n".join(printable(line, keep="") for line in (_stage_heading(figures), *lines))
 
 
 def _stage_heading(figures: StageFigures) -> str:

@@ -1,10 +1,13 @@
 """The report: its figures against hand-made runs, its text against hostile ones, its page parsed."""
 
 import errno
+import io
 import json
+import logging
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import pairwise
@@ -29,8 +32,10 @@ from self_rewarding_lm.report.examples import parts_of
 from self_rewarding_lm.report.figures import histogram, run_figures, thinned
 from self_rewarding_lm.report.markup import safe, tag
 from self_rewarding_lm.report.page import report_at_end, write_report
+from self_rewarding_lm.report.terminal import stage_table
 from self_rewarding_lm.runs.run import REPORT
 from self_rewarding_lm.runs.stage_folder import FORMAT
+from self_rewarding_lm.runtime import LogHandler
 from self_rewarding_lm.text import duration, number
 from tests.test_trainer import self_reward, sft, trainer_of
 
@@ -540,3 +545,34 @@ def test_a_disk_that_is_read_only_is_said_in_words(command, tmp_path, capsys, mo
     assert cli.main([command[0], str(run.folder), *command[1:], *to]) == 1
     words = r"error: .*(report\.html|rows\.jsonl) could not be written: .*Read-only.* another place"
     assert re.search(words, capsys.readouterr().err)
+
+
+def test_what_others_wrote_steers_no_terminal(tmp_path, capsys):
+    """Ids, reasons, metric names, judge names and times among it."""
+    evil = "\x1b[2J\x1b]0;mine\x07\u202e\x9b31m\r"
+    held = sampled(f"one{evil}", [["a", f"b{evil}"]], [[5, 1]])
+    held["candidates.jsonl"][0] = replace(held["candidates.jsonl"][0], reason=f"refused{evil}")
+    held["judgements.jsonl"] = [
+        replace(j, judge=f"self{evil}", source=f"given{evil}", score=None, reason=f"no{evil}")
+        for j in held["judgements.jsonl"]
+    ]
+    named = {"step": 0, f"pairs/dropped_{evil}": 3, f"anchor/{evil}": 2.0, f"more{evil}": 1}
+    held["metrics.jsonl"] = [named, {"step": 1, "loss": 0.5}]
+    run = made_run(
+        tmp_path / "run", {"one": held}, model={"class": f"A{evil}"}, created=evil, seed=evil
+    )
+    logger = logging.getLogger("self_rewarding_lm.tests")
+    stream = io.StringIO()
+    handler = LogHandler(stream)
+    logger.addHandler(handler)
+    try:
+        logger.warning("the server said %s\n\tand %s", f"evil{evil}", "é")
+    finally:
+        logger.removeHandler(handler)
+    assert cli.main(["show", str(run.folder)]) == 0
+    assert cli.main(["show", f"{tmp_path}/none{evil}"]) == 1
+    told = capsys.readouterr()
+    for text in (stage_table(run, "one"), stream.getvalue(), told.out, told.err):
+        assert all(c.isprintable() or c in "\n\t" for c in text) and text
+    assert "self\ufffd[2J" in told.out and "none\ufffd[2J" in told.err
+    assert stream.getvalue().endswith("\n\tand é\n")
