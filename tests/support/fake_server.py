@@ -56,14 +56,14 @@ def worked(ids, body, kind):
         is_end = (token == END and not ignores) or (
             token in ends and not (ignores and kind != "vllm")
         )
-        if is_end and len(new) < body.get("min_tokens", 0):
+        if (token == END or token in ends) and len(new) < body.get("min_tokens", 0):
             continue  # it is not drawn
         new.append(token)
-        if is_end:
-            return new, "stop", token if token != END or kind != "vllm" or ignores else None
         for stop in body.get("stop") or ():
             if len(new) > least and text_of(new).find(stop, max(0, least - len(stop) + 1)) >= 0:
                 return new, "stop", stop
+        if is_end:
+            return new, "stop", token if token != END or kind != "vllm" or ignores else None
         if len(new) == body["max_tokens"]:
             return new, "length", None
     return None
