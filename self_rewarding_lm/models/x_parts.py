@@ -91,16 +91,18 @@ def unknown_part(transformer: nn.Module) -> str | None:
 
 def _at_odds(part: Any) -> str | None:
     """What a part of a known type holds that cannot be ours."""
-    if type(part) is Attend:
+    kind = type(part)
+    if kind is Attend:
         if part._forward_hooks or part._forward_pre_hooks:
             return "has hooks"
-        is_softmax = isinstance(part.attn_fn, partial) and part.attn_fn.func is F.softmax
-        if not is_softmax or part.attn_fn.keywords.get("dim") != -1:
+        function: Any = part.attn_fn
+        is_softmax = isinstance(function, partial) and function.func is F.softmax
+        if not is_softmax or function.keywords.get("dim") != -1:
             return "turns scores into shares by something else than a softmax over the past"
         return None if part.causal else "is not causal"
-    if type(part) is Attention and 1 < part.kv_heads < part.heads:
+    if kind is Attention and 1 < part.kv_heads < part.heads:
         return "repeats heads of keys in an order of its own"
-    if type(part) is x_transformers.RotaryEmbedding and part.scale is not None:
+    if kind is x_transformers.RotaryEmbedding and part.scale is not None:
         return "scales by the place of a row's last token (xpos)"
     return None
 
