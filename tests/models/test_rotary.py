@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from self_rewarding_lm import SamplingConfig, generate
@@ -17,7 +15,6 @@ from self_rewarding_lm.models.interface import Plan
 from self_rewarding_lm.models.logprobs import token_logprobs
 from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.models.rotary import RotaryBorders
-from self_rewarding_lm.models.rows_apart import RowsApart
 
 VOCAB, BORDER = 64, 16
 LONGROPE = {
@@ -149,66 +146,3 @@ def test_rows_that_stay_below_the_border_keep_the_fast_way():
     assert model.attends and not model.refused
     assert model.session(Plan((), 10, BORDER - 10, 2)).joins
     assert not model.session(Plan((), 10, BORDER - 9, 2)).joins
-
-
-class Remembering:
-    """A cache whose logits say which row it has, and on which side it was begun."""
-
-    def __init__(self, rows: Sequence[Sequence[int]], side) -> None:
-        sides = {side(len(row)) for row in rows}
-        assert len(sides) == 1, "rows of two sides are begun together"
-        self.rows, self.begun, self.side = [list(row) for row in rows], sides.pop(), side
-
-    def logits(self) -> Tensor:
-        assert all(self.side(len(row)) == self.begun for row in self.rows), "a border was crossed"
-        return torch.tensor([[sum(row), len(row), row[-1]] for row in self.rows]).float()
-
-    def extend(self, tokens: Tensor) -> Tensor:
-        for row, token in zip(self.rows, tokens.tolist(), strict=True):
-            row.append(token)
-        return self.logits()
-
-    def select(self, rows: Tensor) -> None:
-        self.rows = [list(self.rows[row]) for row in rows.tolist()]
-
-    def copy(self) -> "Remembering":
-        other = Remembering(self.rows, self.side)
-        return other
-
-
-STEPS = st.lists(
-    st.one_of(st.integers(0, 9), st.lists(st.integers(0, 30), max_size=6)), max_size=14
-)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6), steps=STEPS, grows=st.booleans()
-)
-def test_rows_apart_are_always_the_rows_they_should_be(lengths, steps, grows):
-    """steps: a token for all rows, or which rows go on; grows: each length is a side of its own."""
-
-    def side(length: int) -> int:
-        return length if grows else (length > 3) + (length > 9)
-
-    def start(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Remembering]:
-        cache = Remembering(rows, side)
-        return cache.logits(), cache
-
-    rows = [list(range(1, length + 1)) for length in lengths]
-    cache, copies = RowsApart(start, side, rows), []
-    logits = cache.logits
-    for step in steps:
-        assert logits.tolist() == [[sum(row), len(row), row[-1]] for row in rows]
-        if isinstance(step, list):
-            chosen = [i % len(rows) for i in step] or [0]
-            copies.append((cache.copy(), [list(row) for row in rows]))
-            cache.select(torch.tensor(chosen))
-            rows, logits = [list(rows[i]) for i in chosen], logits[chosen]
-        else:
-            tokens = torch.tensor([step + i for i in range(len(rows))])
-            rows = [[*row, step + i] for i, row in enumerate(rows)]
-            logits = cache.extend(tokens)
-    for other, before in copies:
-        rows = [[*row, 1] for row in before]
-        found = other.extend(torch.ones(len(rows), dtype=torch.long))
-        assert found.tolist() == [[sum(row), len(row), row[-1]] for row in rows]

@@ -795,3 +795,83 @@ def measures_of_agreement_are_shares_that_turn_round_with_the_ranks(agreement, c
         assert whole == all(agreement.agreeing(item.ranks, item.scores))
         counts = agreement.pair_counts(item)
         assert whole == (None not in item.scores and counts.agree == counts.total)
+
+
+# Rows that must not be in one forward
+
+
+class Remembering:
+    """A cache whose logits say which rows it has; it fails when one crosses a border."""
+
+    def __init__(self, rows, side):
+        assert len({side(len(row)) for row in rows}) == 1, "rows of two sides are begun together"
+        self.rows, self.begun, self.side = [list(row) for row in rows], side(len(rows[0])), side
+
+    def logits(self):
+        assert all(self.side(len(row)) == self.begun for row in self.rows), "a border was crossed"
+        return torch.tensor([[sum(row), len(row), row[-1]] for row in self.rows])
+
+    def extend(self, tokens):
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+        return self.logits()
+
+    def select(self, rows):
+        self.rows = [list(self.rows[row]) for row in rows.tolist()]
+
+    def copy(self):
+        return Remembering(self.rows, self.side)
+
+
+STEP = st.integers(0, 9) | st.lists(st.integers(0, 30), min_size=1, max_size=6)
+
+
+@over(
+    "models.rows_apart",
+    st.tuples(
+        st.lists(st.integers(1, 8), min_size=1, max_size=6),
+        st.lists(STEP, max_size=14),
+        st.booleans(),
+    ),
+    mutants={
+        "[i for i in places if i not in crossing]": "[i for i in places]",
+        "order.argsort()": "order",
+        "other.rows = [list(row) for row in self.rows]": "other.rows = self.rows",
+        "other.groups = [(list(places), cache.copy())": "other.groups = [(list(places), cache)",
+        "small.append(places)": "small.append([])",
+        "if wanted and wanted != places:": "if False:",
+    },
+    examples=300,
+)
+def rows_apart_are_the_rows_they_should_be_and_cross_no_border(rows_apart, case):
+    """A step is a token for all rows, or which of them go on."""
+    lengths, steps, grows = case
+
+    def side(length):
+        return length if grows else (length > 3) + (length > 9)
+
+    def start(rows):
+        cache = Remembering(rows, side)
+        return cache.logits(), cache
+
+    def wanted(rows):
+        return [[sum(row), len(row), row[-1]] for row in rows]
+
+    rows = [[*range(1 + i, 1 + i + length)] for i, length in enumerate(lengths)]
+    cache, copies = rows_apart.RowsApart(start, side, rows), []
+    logits = cache.logits
+    for step in [*steps, 0]:
+        assert logits.tolist() == wanted(rows)
+        if isinstance(step, list):
+            chosen = [i % len(rows) for i in step]
+            copies.append((cache.copy(), rows))
+            cache.select(torch.tensor(chosen))
+            rows, logits = [rows[i] for i in chosen], logits[chosen]
+        else:
+            copies += [(cache.copy(), rows)] * (step % 3 == 0)
+            tokens = [step + i for i in range(len(rows))]
+            rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+            logits = cache.extend(torch.tensor(tokens))
+    for other, before in copies:
+        after = [[*row, 1] for row in before]
+        assert other.extend(torch.ones(len(after), dtype=torch.long)).tolist() == wanted(after)
