@@ -56,11 +56,14 @@ ALONE = {
     *(nn.Dropout, nn.LayerNorm, nn.GLU, nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh),
     *(nn.Softmax, nn.GRUCell, Rearrange),
 }
-"""Types of parts that work on each token alone."""
+"""Types of parts that work on each token alone, whatever the shape of its positions.
+
+PolarEmbedding is none: it takes positions (b, t) of b rows for those of b heads.
+"""
 
 
 for _name in (
-    *("TokenEmbedding", "AbsolutePositionalEmbedding", "RotaryEmbedding", "PolarEmbedding"),
+    *("TokenEmbedding", "AbsolutePositionalEmbedding", "RotaryEmbedding"),
     *("LayerNorm", "ScaleNorm", "RMSNorm", "SimpleRMSNorm", "MultiheadRMSNorm", "DynamicTanh"),
     *("Derf", "LayerScale", "Scale", "Residual", "GRUGating", "AttentionResidual", "DynamicLIMe"),
     *("HyperConnection", "GatedMultiResidual", "ConcatCombine", "FeedForward", "GLU", "SoLU"),

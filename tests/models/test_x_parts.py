@@ -22,7 +22,6 @@ KNOWN: dict[str, dict[str, Any]] = {
     "plain": {},
     "flash": {"attn_flash": True},
     "rotary": {"rotary_pos_emb": True},
-    "polar": {"polar_pos_emb": True},
     "one head of keys": {"attn_one_kv_head": True},
     "latent keys": {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8},
     "normed": {"attn_qk_norm": True, "sandwich_norm": True, "use_rmsnorm": True},
@@ -35,6 +34,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "layers with the same weights": {"weight_tie_layers": True},
 }
 UNKNOWN: dict[str, dict[str, Any]] = {
+    "polar": {"polar_pos_emb": True},
     "sigmoid": {"attn_sigmoid": True},
     "hard": {"attn_hard": True},
     "a function of one's own": {"attn_custom_attn_fn": lambda scores: scores.exp() / 9},
