@@ -95,6 +95,11 @@ class Judgement:
     score_mass: float | None = None
     finished: bool | None = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether its text was cut off. No model should learn to end there."""
+        return self.finished is False
+
 
 @dataclass(frozen=True, slots=True)
 class MetaJudgement:

@@ -457,7 +457,7 @@ def examples_of_judgements(
         judgements_KG = [
             [judgements[f"{c.id}/j{k}"] for c in r.candidates] for k in range(stage.attempts)
         ]
-        scores_KG = [[j.score for j in attempt] for attempt in judgements_KG]
+        scores_KG = [[None if j.is_cut else j.score for j in attempt] for attempt in judgements_KG]
         attempts = first_agreeing(r.row.ranks, scores_KG, accept=stage.accept)
         for place, (candidate, k) in enumerate(zip(r.candidates, attempts, strict=True)):
             if k is not None:
@@ -538,8 +538,8 @@ class RankedPair:
         return judge.render(prompt, self.first.text or "", self.second.text or "")
 
     def is_right(self, judgement: Judgement) -> bool:
-        """Whether the judge names the better reply; a tie is not right."""
-        return judgement.score == float(self.better_first)
+        """Whether the judge names the better reply, in a whole text; a tie is not right."""
+        return not judgement.is_cut and judgement.score == float(self.better_first)
 
 
 def examples_of_comparisons(

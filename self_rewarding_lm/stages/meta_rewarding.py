@@ -333,10 +333,11 @@ class JudgePairMaker:
         picked = most_varied(scores)
         if picked is None:
             return None
-        # 2. take the first of its judgements that can be read, each text once
+        # 2. take the first of its whole judgements that can be read, each text once
         by_text: dict[str, Judgement] = {}
         for judgement in by_candidate[candidates[picked].id]:
-            if judgement.score is not None and judgement.text is not None:
+            is_read = judgement.score is not None and judgement.text is not None
+            if is_read and not judgement.is_cut:
                 by_text.setdefault(judgement.text.strip(), judgement)
         judgements = list(by_text.values())[: self.config.max_judgements_compared]
         prompt = maker.known_prompts[prompt_id][0]

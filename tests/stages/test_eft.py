@@ -69,11 +69,15 @@ def decode(ids):
 class Told(LocalEngine):
     """An engine that answers with the text of the judgement whose noise is asked for.
 
-    stop_after: it fails behind so many answers, as a machine that is switched off.
+    stop_after: it fails behind so many answers, as a machine that is switched off. cut: judgements
+    that are cut off at the end of their text.
     """
 
-    def __init__(self, said, *, stop_after: int | None = None, encode=encode, end=END) -> None:
+    def __init__(
+        self, said, *, stop_after: int | None = None, encode=encode, end=END, cut=()
+    ) -> None:
         super().__init__()
+        self.cut = cut
         names = [(f"{c}/j{k}", text) for c, texts in said.items() for k, text in enumerate(texts)]
         self.texts = {stable_hash(0, name): (name, text) for name, text in names}
         self.stop_after, self.encode, self.end = stop_after, encode, end
@@ -86,7 +90,8 @@ class Told(LocalEngine):
             name, text = self.texts[request.key]
             assert name not in self.asked
             self.asked[name] = request.ids
-            yield i, Completion((*self.encode(text).tolist(), self.end), True)
+            ids, is_whole = self.encode(text).tolist(), name not in self.cut
+            yield i, Completion((*ids, self.end) if is_whole else tuple(ids), is_whole)
 
 
 def model64(seed: int = 0) -> torch.nn.Module:
@@ -298,6 +303,17 @@ def test_judgements_in_the_human_order_become_demonstrations(tmp_path):
     assert made["eft/0/1"].parents == ("eft/0", "eft/0/0/1", "eft/0/0/1/j1")
     assert made["eft/1/2"].parents == ("eft/1", "eft/1/0/2", "eft/1/0/2/j0")
     assert len(engine.asked) == 7 * 3
+
+
+def test_a_judgement_that_was_cut_off_is_not_taught(tmp_path):
+    """Its score is right, and whole, but an end behind its text would be none of the judge's."""
+    said = {**SAID, "eft/0/0/0": ["Score: 4", "Score: 4. as", "Score: 5"]}
+    engine = Told(said, cut={"eft/0/0/0/j1"})
+    run = trainer_of(tmp_path, [eft()], engine=engine)(rehearse=False)
+    cut = {j.id: j.score for j in run.judgements("eft") if j.finished is False}
+    assert cut == {"eft/0/0/0/j1": 4.0}
+    made = {d.id: d.completion for d in run.demonstrations("eft")}
+    assert (made["eft/0/0"], made["eft/0/1"]) == ("Score: 5", "Score: 0")  # the third attempt
 
 
 def test_what_is_learnt_is_what_the_judge_was_asked(tmp_path):
@@ -695,9 +711,9 @@ MANY = [
 
 def main(folder: str) -> None:
     """What each of two processes runs, and one alone; a real model is the judge."""
-    short = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=6)
+    short = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=60)
     stages = [
-        eft(ranked_dataset=MANY, judging=short, accept="reply", max_per_score=3),
+        eft(ranked_dataset=MANY, judging=short, accept="reply", max_per_score=2),
         sft(train_dataset=from_stage("eft")),
     ]
     trainer_of(

@@ -111,6 +111,17 @@ def test_the_first_right_verdict_of_each_pair_becomes_its_demonstration(tmp_path
     assert len(judged) == 18 and {j.source for j in judged} == {"compared"}
 
 
+def test_a_judgement_that_was_cut_off_is_not_taught(tmp_path):
+    pair_id = "eft/2/0/0/vs/2"
+    said = {**SAID, pair_id: [right(pair_id, "best: {}. as"), right(pair_id), "no"]}
+    engine = Told(said, cut={f"{pair_id}/j0"})
+    run = trainer_of(tmp_path, [eft()], engine=engine)(rehearse=False)
+    first, second = (j for j in run.judgements("eft") if j.id in (f"{pair_id}/j0", f"{pair_id}/j1"))
+    assert first.score == second.score and first.finished is False
+    made = {d.id: d.parents[-1] for d in run.demonstrations("eft")}
+    assert made[pair_id] == f"{pair_id}/j1"
+
+
 def test_half_of_the_pairs_show_the_better_reply_first(tmp_path):
     rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(21)]
     ids = [f"eft/{i}/0/0/vs/1" for i in range(21)]

@@ -68,17 +68,22 @@ def meta_reward(**options):
 
 
 class Written(LocalEngine):
-    """An engine that writes a text that is known for each record; it breaks where there is none."""
+    """An engine that writes a text that is known for each record; it breaks where there is none.
 
-    def __init__(self, texts) -> None:
+    cut: records whose text is cut off at its end.
+    """
+
+    def __init__(self, texts, cut=()) -> None:
         super().__init__()
-        self.texts, self.asked = texts, {}
+        self.texts, self.cut, self.asked = texts, cut, {}
 
     def generate(self, model, requests, decoding):
         for i in reversed(range(len(requests))):  # results may come in any order
             name = requests[i].name
             self.asked[name] = requests[i]
-            yield i, Completion((*ids_of(self.texts[name.split("/", 1)[1]]), END), True)
+            own_name = name.split("/", 1)[1]
+            ids, is_whole = ids_of(self.texts[own_name]), own_name not in self.cut
+            yield i, Completion((*ids, END) if is_whole else ids, is_whole)
 
 
 def verdicts_of(judged, table, names):
@@ -105,7 +110,7 @@ BY_HAND = {
 }
 
 
-def by_hand(folder, texts=BY_HAND, model=None, **options):
+def by_hand(folder, texts=BY_HAND, model=None, cut=(), **options):
     """A run over two prompts of two responses with five judgements each, and its engine."""
     defaults = dict(
         prompt_dataset=PROMPTS[:2],
@@ -115,7 +120,7 @@ def by_hand(folder, texts=BY_HAND, model=None, **options):
         meta_judging=META,
         judging=SamplingConfig(max_new_tokens=40),
     )
-    engine = Written(texts)
+    engine = Written(texts, cut)
     trainer = trainer_of(
         folder,
         [meta_reward(**{**defaults, **options})],
@@ -169,6 +174,18 @@ def test_every_number_of_one_prompt(tmp_path):
     assert judge.rejected_ids == (*ids_of("ok. score: 2"), END)
     first, _, last = strengths(battles(WORKED, 3, (1 / 6, 5 / 6)))
     assert (judge.chosen_score, judge.rejected_score) == (first, last)
+
+
+def test_judgements_that_were_cut_off_are_neither_compared_nor_taught(tmp_path):
+    told = ["ok. score: 3. so", *TOLD[1:]]
+    texts = BY_HAND | numbered("0/0/1", told)
+    texts |= verdicts_of("0/0/1", WORKED, ["j1", "j2", "j3"])
+    run, _ = by_hand(tmp_path, texts, cut={"0/0/1/j0"})
+    cut = [j for j in run.judgements(0) if j.finished is False]
+    assert [(j.id, j.score) for j in cut] == [("meta_reward/0/0/1/j0", 3.0)]
+    compared = {name for m in run.meta_judgements(0) for name in m.judgement_ids}
+    assert compared == {f"meta_reward/0/0/1/j{k}" for k in (1, 2, 3)}
+    assert {run.pairs(0)[1].chosen_id, run.pairs(0)[1].rejected_id} <= compared
 
 
 def test_the_comparisons_measures_and_what_was_dropped(tmp_path):
