@@ -701,7 +701,8 @@ def test_settings_out_of_their_range_are_refused(options):
 # --- two processes ---
 
 BY_LENGTH = RewardConfig(
-    prompt_template="{{ prompt }}>{{ response }}:", parse_reward=lambda text: float(len(set(text)))
+    prompt_template="{{ prompt }}>{{ response }}:",
+    parse_reward=lambda text: float(len(set(text)) // 8),
 )
 MANY = [
     {"prompt": f"tell {i}", "replies": [f"{w} {i}" for w in ("good", "fair", "bad")[: 2 + i % 2]]}
@@ -713,7 +714,7 @@ def main(folder: str) -> None:
     """What each of two processes runs, and one alone; a real model is the judge."""
     short = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=60)
     stages = [
-        eft(ranked_dataset=MANY, judging=short, accept="reply", max_per_score=2),
+        eft(ranked_dataset=MANY, judging=short, accept="reply", max_per_score=1),
         sft(train_dataset=from_stage("eft")),
     ]
     trainer_of(
