@@ -59,6 +59,7 @@ FOLDER_FILES = (
 """What a folder of weights may hold that this library, transformers or peft wrote."""
 
 
+@runtime_checkable
 class Writable(Protocol):
     """What can be written to a folder of weights."""
 
