@@ -94,6 +94,7 @@ class Sharded:
         self.module, self.device = module, device
         self._is_last = False  # the backward at hand, of a step
         self._used: dict[str, bool] = {}
+        self._forwards: dict[str, int] = {}  # of each unit, whose backward is still to come
         world = dist.get_world_size()
         mesh = init_device_mesh(device.type, (world,))
         tensors = chain(module.parameters(), module.buffers())
@@ -131,10 +132,8 @@ class Sharded:
         assert isinstance(self.twin, FSDPModule)
         self.twin.set_requires_gradient_sync(is_last)
         self._is_last, self._used = is_last, {}
-        if is_last:  # units without a gradient of their inputs are reduced behind the backward
-            engine = torch.autograd.Variable._execution_engine
-            rest = partial(self._complete, "", self.twin)
-            loss.register_hook(lambda _: engine.queue_callback(rest))
+        engine = torch.autograd.Variable._execution_engine
+        loss.register_hook(lambda _: engine.queue_callback(self._end_backward))
 
     def drop_unused(self) -> None:
         """After the last backward: no gradient for weights that no process has used."""
@@ -147,11 +146,30 @@ class Sharded:
     def _watch(self, name: str, unit: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a unit's forward: look at its gradients when those of its inputs are known.
 
-        FSDP reduces them next.
+        FSDP reduces them next. If the unit has several forwards, its weights have their gradients
+        when the last of them is through.
         """
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(lambda _: self._complete(name, unit))
+        is_recomputed = torch._C._current_graph_task_id() != -1  # within a backward
+        values = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        values = [value for value in values if value.requires_grad]
+        if is_recomputed or not values:
+            return
+        self._forwards[name] = self._forwards.get(name, 0) + 1
+        waiting = [name]
+
+        def through(_: Tensor) -> None:
+            self._forwards[name] -= len(waiting)
+            waiting.clear()
+            if self._forwards[name] == 0:
+                self._complete(name, unit)
+
+        for value in values:
+            value.register_hook(through)
+
+    def _end_backward(self) -> None:
+        """Units without a gradient of their inputs are reduced behind a backward."""
+        self._complete("", self.twin)
+        self._forwards.clear()
 
     def _complete(self, prefix: str, part: nn.Module) -> None:
         """Make the missing gradients of weights that are whole now, and note which were there."""

@@ -15,42 +15,13 @@ from self_rewarding_lm.models.interface import Plan
 from self_rewarding_lm.models.logprobs import token_logprobs
 from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.models.rotary import RotaryBorders
+from tests.support.hf_models import BORDER, LONGROPE, phi3
 
-VOCAB, BORDER = 64, 16
-LONGROPE = {
-    "rope_type": "longrope",
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [4.0, 9.0, 16.0, 30.0],
-    "rope_theta": 10_000.0,
-    "original_max_position_embeddings": BORDER,
-}
+pytest.importorskip("transformers")
+
+VOCAB = 64
 LONG = [(7 * i + i * i) % VOCAB for i in range(23)]
 ROWS = [LONG, [3, 1, 4, 1, 5], LONG[:BORDER], LONG[: BORDER + 1], [9, 9, 2], LONG[:12]]
-
-
-def phi3(dtype: torch.dtype = torch.float64) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Phi3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        original_max_position_embeddings=BORDER,
-        rope_parameters=LONGROPE,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = transformers.Phi3ForCausalLM(config).eval()
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
 
 
 def whole(module: nn.Module, row: Sequence[int]) -> Tensor:

@@ -126,3 +126,40 @@ def only_letters(tokenizer, ends: tuple[int, ...] = ()):
         return filtered
 
     return filter_fn
+
+
+BORDER = 16
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [4.0, 9.0, 16.0, 30.0],
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": BORDER,
+}
+
+
+def phi3(dtype: torch.dtype = torch.float64):
+    """A random model whose rotary factors follow the longest row, with the border at BORDER."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=BORDER,
+        rope_parameters=LONGROPE,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Phi3ForCausalLM(config).eval()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module

@@ -47,6 +47,10 @@ CHOICE = st.builds(
     SOUND,
     st.sampled_from([None, *FIELDS]),
     BROKEN,
+) | st.builds(
+    lambda sound, text: {**sound, "text": text},
+    SOUND,
+    st.sampled_from(["half \ud800", "\udfff", "a\udc80"]),
 )
 SETTINGS = st.builds(
     SamplingConfig,

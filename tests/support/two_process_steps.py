@@ -6,6 +6,7 @@ Of each case the trained weights are kept, and how often a gradient was sent in 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from self_rewarding_lm.training.loss_config import LossConfig
 from self_rewarding_lm.training.losses import PAIR_LOSSES
 from self_rewarding_lm.training.objectives import PreferenceObjective, SupervisedObjective
 from self_rewarding_lm.training.reference import EMAReference, PairSums
+from tests.support.hf_models import phi3
 from tests.support.models import VOCAB, Recurrent, context, lively, stage_dir, transformer64
 
 # ragged; the last step of three has one row, so that a process has none
 SIZES = [9, 2, 7, 3, 12, 4, 5]
 ONE_BY_ONE: dict[str, Any] = {"micro_batch_size": 1}
 BY_TOKENS: dict[str, Any] = {"micro_batch_size": None, "micro_batch_tokens": 16}
+AT_ONCE: dict[str, Any] = {"micro_batch_size": None, "micro_batch_tokens": 100}
+CHECKPOINTED = {**AT_ONCE, "gradient_checkpointing": True}
 METRICS = 50
 """Fewer numbers than this in one message are not gradients."""
 
@@ -102,12 +106,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "spare": lambda: Spare().double(),
     "routed": lambda: Routed().double(),
     "adapted": lambda: Adapted().double(),
+    "longrope": phi3,
 }
 
 
-def supervised() -> SupervisedObjective:
+def supervised(times: int = 1) -> SupervisedObjective:
+    """Rows of SIZES, each so many times as long."""
     rows = []
-    for i, size in enumerate(SIZES):
+    for i, size in enumerate(times * size for size in SIZES):
         ids = tuple((i + k * k) % VOCAB for k in range(size))
         rows.append(TrainingRow(f"row/{i}", ids, tuple(k > 0 for k in range(size))))
     return SupervisedObjective(rows)
@@ -137,8 +143,17 @@ class Case:
 
 
 CASES = {
-    **{f"{model}, rows": Case(model, supervised, ONE_BY_ONE) for model in MODELS},
+    **{
+        f"{model}, rows": Case(model, supervised, ONE_BY_ONE)
+        for model in MODELS
+        if model != "longrope"
+    },
     "transformer, by tokens": Case("transformer", supervised, BY_TOKENS),
+    **{
+        f"longrope, {how}": Case("longrope", lambda: supervised(2), settings)
+        for how, settings in (("two forwards", AT_ONCE), ("checkpointed", CHECKPOINTED))
+        if find_spec("transformers")
+    },
     **{
         f"plain, {loss}": Case("plain", lambda loss=loss: preferences(loss), ONE_BY_ONE)
         for loss in PAIR_LOSSES
