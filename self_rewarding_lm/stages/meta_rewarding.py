@@ -336,9 +336,9 @@ class JudgePairMaker:
         # 2. take the first of its whole judgements that can be read, each text once
         by_text: dict[str, Judgement] = {}
         for judgement in by_candidate[candidates[picked].id]:
-            is_read = judgement.score is not None and judgement.text is not None
-            if is_read and not judgement.is_cut:
-                by_text.setdefault(judgement.text.strip(), judgement)
+            if judgement.is_cut or judgement.score is None or judgement.text is None:
+                continue
+            by_text.setdefault(judgement.text.strip(), judgement)
         judgements = list(by_text.values())[: self.config.max_judgements_compared]
         prompt = maker.known_prompts[prompt_id][0]
         return ComparedJudgements(prompt, candidates[picked], judgements)
