@@ -27,6 +27,7 @@ from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.tally import JudgeTally, JudgeWatcher
 from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import Judgement, PreferencePair, ReferenceLogprobs, TrainingRow
+from self_rewarding_lm.runs.stage_folder import write_json
 from self_rewarding_lm.scores import score_of
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.training.fit import Fit
@@ -579,7 +580,7 @@ def test_a_run_goes_on_with_other_checks_and_with_settings_as_they_were_written_
     assert "checks" not in json.loads(path.read_text())["settings"]
     before = json.loads(path.read_text())
     before["settings"]["min_parse_rate"] = 0.2  # as versions did that compared it
-    path.write_text(json.dumps(before))
+    write_json(path, before)
     loose = external(checks=only("ties", action="error"), min_parse_rate=0.5)
     again = trainer_of(tmp_path, [loose])()
     assert again.is_done(0)

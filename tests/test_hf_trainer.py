@@ -328,7 +328,7 @@ def test_a_run_that_is_started_anew_leaves_no_files_of_the_earlier_one(tmp_path)
     (tmp_path / "01-sft" / "model" / "notes.txt").write_text("mine")
     trainer_of(tmp_path, [sft(name="other")])(overwrite_checkpoints=True)
     left = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
-    kept = {"run.json", "run.lock", "report.html", "01-sft/model/notes.txt"}
+    kept = {"run.json", "files.json", "run.lock", "report.html", "01-sft/model/notes.txt"}
     assert {f for f in left if not f.startswith("01-other/")} == kept
 
 

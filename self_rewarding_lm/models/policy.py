@@ -1,7 +1,6 @@
 """The module that accelerate prepares: it holds the model and gives log-probs, not logits."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,16 +119,20 @@ _DROPOUT_LAYERS = (
 )
 
 
-_DROPOUT = re.compile(r"p$|(?!.*(?:layer|token|rank|module)).*(?:dropout|pdrop)")
-"""Names of numbers that are rates of dropout, by which units are left out."""
+_DROPOUT = ("dropout", "pdrop")
+"""Words in names of rates of dropout, by which units are left out."""
 
 
-_CHANCE = re.compile(r"p$|.*(?:dropout|pdrop|layer_?drop|drop_?path|drop_prob)")
-"""Names of all numbers by which something is left out by chance: also layers and tokens."""
+_NO_UNITS = ("layer", "token", "rank", "module")
+"""Words beside them in names of rates by which something larger is left out."""
 
 
-_JITTER = re.compile(r".*jitter")
-"""Names of numbers of routers that choose experts by chance in training."""
+_CHANCE = (*_DROPOUT, "layerdrop", "layer_drop", "droppath", "drop_path", "drop_prob")
+"""Words in names of all numbers by which something is left out by chance."""
+
+
+_JITTER = "jitter"
+"""In names of numbers of routers that choose experts by chance in training."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,10 @@ def dropout_set(
     numbers may count there as well (PhiMoE). adapters: whether rates of adapters (LoRA) are set as
     well. warns: whether a rate above 0 that has no effect is logged.
     """
-    wanted = _CHANCE if rate == 0 else _DROPOUT
     routers = [
-        part for part in module.modules() if rate == 0 and any(map(_JITTER.match, vars(part)))
+        part
+        for part in module.modules()
+        if rate == 0 and any(_JITTER in name for name in vars(part))
     ]
 
     def train() -> None:
@@ -174,7 +178,7 @@ def dropout_set(
         for router in routers:
             router.training = False
 
-    rates = [found for found in _rates(module, adapters) if wanted.match(found.name)]
+    rates = [r for r in _rates(module, adapters) if rate == 0 or _leaves_out_units(r.name)]
     if not rates and rate > 0 and warns:
         logger.warning("dropout=%s has no effect: the model has no dropout layers.", rate)
     try:
@@ -186,6 +190,14 @@ def dropout_set(
             found.restore()
 
 
+def _leaves_out_units(name: str) -> bool:
+    return name == "p" or (_has(name, _DROPOUT) and not _has(name, _NO_UNITS))
+
+
+def _has(name: str, words: Sequence[str]) -> bool:
+    return any(word in name for word in words)
+
+
 def _rates(module: nn.Module, adapters: bool) -> Iterator[_Rate]:
     """The numbers of a module that may be rates; some classes read them in their configuration."""
     holders: dict[int, Any] = {}
@@ -194,7 +206,7 @@ def _rates(module: nn.Module, adapters: bool) -> Iterator[_Rate]:
         holders[id(getattr(part, "config", None))] = getattr(part, "config", None)
     for holder in holders.values():
         for name, value in getattr(holder, "__dict__", {}).items():
-            is_named = isinstance(holder, _DROPOUT_LAYERS) if name == "p" else _CHANCE.match(name)
+            is_named = isinstance(holder, _DROPOUT_LAYERS) if name == "p" else _has(name, _CHANCE)
             if is_named and _is_rate(value):
                 yield _Rate(holder, name, value)
 

@@ -232,14 +232,15 @@ def least_border(config: Any) -> float:
     return min(borders)
 
 
-def _short(name: str, value: Any) -> Any:
+def _short(name: Any, value: Any) -> Any:
     """A setting that is a length, made short; any other as it is."""
     length = _shortest(name, value)
     return value if length is None else min(length, value)
 
 
-def _shortest(name: str, value: Any) -> int | None:
+def _shortest(name: Any, value: Any) -> int | None:
     """To what a setting may be shortened; None if it is no length of windows, chunks or borders."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or COUNT.search(name):
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(name, str) or not is_number or value <= 0 or COUNT.search(name):
         return None
     return next((length for word, length in SHORT.items() if word in name), None)

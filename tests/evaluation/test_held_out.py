@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +25,15 @@ from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.records import Judgement
 from self_rewarding_lm.runs.weights import weights_hash
 from tests.runs.test_resume import Killed
-from tests.support.models import END, TEXT_VOCAB, Recurrent, context, ids_of, text_tokens
+from tests.support.models import (
+    END,
+    TEXT_VOCAB,
+    Recurrent,
+    context,
+    ids_of,
+    run_of_format_1,
+    text_tokens,
+)
 from tests.support.processes import two
 from tests.test_trainer import JUDGE, SHORT, model64, self_reward, sft, trainer_of
 
@@ -89,7 +96,7 @@ def weighted():
 
 
 def in_format_1(ctx):
-    return replace(ctx, run=SimpleNamespace(format=1))
+    return replace(ctx, run=run_of_format_1())
 
 
 def test_the_weights_and_filters_of_an_ensemble_count():

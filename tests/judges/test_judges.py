@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +44,7 @@ from tests.support.models import (
     ids_of,
     last_logits,
     lively,
+    run_of_format_1,
     text_tokens,
 )
 
@@ -149,7 +149,7 @@ def test_a_judgement_that_was_cut_off_states_no_half_number_and_is_counted():
 def test_a_run_of_0_1_0_scores_what_was_cut_off_as_it_did():
     engine = Cut(lambda prompt: "score: 1?")
     ctx = judging_context(engine)
-    ctx = replace(ctx, run=SimpleNamespace(format=1))
+    ctx = replace(ctx, run=run_of_format_1())
     (found,) = SelfJudge(REWARD, JUDGING, 1).judge(ctx, *asked(("what", ["a"])))
     assert (found.score, found.reason, found.finished) == (1.0, None, None)
 

@@ -17,6 +17,7 @@ from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.interface import Plan, Session, TokenModel
 from self_rewarding_lm.models.policy import Policy
+from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runtime import Runtime
 
@@ -213,3 +214,10 @@ def started(model: TokenModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, S
     session.add(range(len(rows)))
     session.release(range(len(rows)))
     return logits, session
+
+
+def run_of_format_1() -> Run:
+    """A run that version 0.1.0 began, of which nothing but its format is known."""
+    run = Run.__new__(Run)
+    run.info = {"format": 1}
+    return run

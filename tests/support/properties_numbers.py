@@ -809,7 +809,7 @@ class Remembering:
 
     def logits(self):
         assert all(self.side(len(row)) == self.begun for row in self.rows), "a border was crossed"
-        return torch.tensor([[sum(row), len(row), row[-1]] for row in self.rows])
+        return torch.tensor([[sum(row), len(row), row[-1]] for row in self.rows]).double()
 
     def extend(self, tokens):
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
