@@ -1,6 +1,7 @@
 """Kinds of tokenizers, and how they turn texts into ids. Knows nothing of templates and prompts."""
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -138,24 +139,23 @@ class HuggingFaceTokenizer:
                     break
                 size *= 2
                 continue
-            # 1. the shortest beginning that has one, 2. its shortest end that has one
-            low, end = start, min(start + size, len(text))
-            while end - low > 1:
-                middle = (low + end) // 2
-                if self.has_control(text[start:middle]):
-                    end = middle
-                else:
-                    low = middle
-            high, first = end, start
-            while high - first > 1:
-                middle = (first + high) // 2
-                if self.has_control(text[middle:end]):
-                    first = middle
-                else:
-                    high = middle
-            spans.append((first, end))
-            start, size = end, WINDOW
+            spans.append(self._shortest(text, start, min(start + size, len(text))))
+            start, size = spans[-1][1], WINDOW
         return spans
+
+    def _shortest(self, text: str, start: int, last: int) -> Span:
+        """Where the first control token between two places of a text stands; there is one.
+
+        That is the shortest beginning that holds one, and the shortest end of it that does.
+        """
+        places = range(last + 1)
+        end = bisect_left(
+            places, True, start + 1, last, key=lambda k: self.has_control(text[start:k])
+        )
+        behind = bisect_left(
+            places, True, start + 1, end, key=lambda k: not self.has_control(text[k:end])
+        )
+        return behind - 1, end
 
     def unwritten(self, pieces: Iterable[Piece], ids: Iterable[int]) -> list[str]:
         """The control tokens among the ids of pieces that stand in no piece of a template."""

@@ -43,6 +43,8 @@ def _drawn(kind: str, vocab: int, changes: dict):
         return t.Qwen2ForCausalLM(t.Qwen2Config(**common))
     if kind == "qwen3":
         return t.Qwen3ForCausalLM(t.Qwen3Config(**common, head_dim=8))
+    if kind == "phi3":
+        return t.Phi3ForCausalLM(t.Phi3Config(**common))
     if kind == "gemma3":
         config = t.Gemma3TextConfig(
             **common,
@@ -140,26 +142,11 @@ LONGROPE = {
 
 def phi3(dtype: torch.dtype = torch.float64):
     """A random model whose rotary factors follow the longest row, with the border at BORDER."""
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    config = Phi3Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+    return tiny(
+        "phi3",
+        64,
+        dtype,
         max_position_embeddings=64,
         original_max_position_embeddings=BORDER,
         rope_parameters=LONGROPE,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = Phi3ForCausalLM(config).eval()
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
