@@ -514,6 +514,12 @@ def unseen_answer(folder):
     )
 
 
+@mistake("data", "A pair without a prompt")
+def no_prompt(folder):
+    row = {"prompt": "", "chosen": "0", "rejected": "1"}
+    return lambda: trainer(folder, DPOConfig(train_dataset=[row]))
+
+
 @mistake("data", "Tools that are no JSON")
 def broken_tools(folder):
     row = {"prompt": "say 0", "completion": "0", "tools": "[{"}
@@ -734,6 +740,23 @@ def nothing_to_merge(folder):
 @mistake("model", "An adapter that cannot be merged")
 def not_mergeable(folder):
     return lambda: adapted(folder, merge_adapter=True, lora_bias=True)
+
+
+@mistake("model", "An adapter on a vocabulary that was resized")
+def resized(folder):
+    def made():
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM
+
+        from tests.support.hf_models import tiny
+
+        tiny("llama").save_pretrained(folder / "base")
+        model = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model.resize_token_embeddings(99)
+        config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        return trainer(folder, sft(), model=model, peft_config=config)
+
+    return made
 
 
 @mistake("model", "A tied adapter on the embeddings")
