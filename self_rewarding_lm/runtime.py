@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -197,6 +198,10 @@ class Stopping:
 QUIET_VARIABLE = "SELF_REWARDING_LM_QUIET"
 
 
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""The types of products by the names of mixed precision; with "fp8" those that Accelerate casts."""
+
+
 class Runtime:
     """This process among its siblings, and the device it computes on."""
 
@@ -352,6 +357,15 @@ class Runtime:
         else:  # the norm is that of all processes, so they agree; an overflow may be in one alone
             scaler.update(self.loss_scale * scaler.get_backoff_factor())
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within, this is the runtime of the run at work, see `settings_at_work`."""
+        before = _AT_WORK.set(self)
+        try:
+            yield
+        finally:
+            _AT_WORK.reset(before)
+
     def autocasted(self, results: Iterable[T]) -> Iterator[T]:
         """The results of forwards outside the prepared module, each computed in mixed precision.
 
@@ -461,6 +475,34 @@ class Runtime:
     def progress(self, total: int | None, label: str, unit: str, done: int = 0) -> Progress:
         """A bar and then a line on the main process, silent elsewhere."""
         return Progress(total, label, unit, shows=self.shows, done=done)
+
+
+_AT_WORK: ContextVar[Runtime | None] = ContextVar("the runtime of the run at work", default=None)
+
+
+def settings_at_work() -> dict[str, Any]:
+    """The device and precision of the run at work, as arguments of Accelerate; none without one.
+
+    What a run's callbacks, custom stages and own judges ask of the library is computed so.
+    """
+    runtime = _AT_WORK.get()
+    if runtime is None:
+        return {}
+    precision = runtime.accelerator.mixed_precision
+    return {"cpu": runtime.device.type == "cpu", "mixed_precision": precision}
+
+
+def in_precision(name: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Within, products on a device are computed in a precision: "bf16", "fp16", "fp32" or "no".
+
+    None: as the `torch.autocast` around it says, else as the run at work does.
+    """
+    if name is None and not torch.is_autocast_enabled(device.type):
+        name = settings_at_work().get("mixed_precision")
+    if name is None:
+        return nullcontext()
+    narrow = NARROW.get(name)
+    return torch.autocast(device.type, dtype=narrow, enabled=narrow is not None)
 
 
 @contextmanager

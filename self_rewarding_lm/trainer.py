@@ -222,7 +222,8 @@ class SelfRewardingTrainer:
         """
         if overwrite_checkpoints is None:
             overwrite_checkpoints = os.environ.get(OVERWRITE_VARIABLE, "") not in ("", "0")
-        with alone(self.folder, self.runtime), self.runtime.stopping.listening():
+        runtime = self.runtime
+        with alone(self.folder, runtime), runtime.stopping.listening(), runtime.at_work():
             return self._run_all(overwrite_checkpoints, rehearse)
 
     def _run_all(self, overwrite_checkpoints: bool, rehearse: bool) -> Run:

@@ -18,7 +18,7 @@ from self_rewarding_lm.models.loading import Loading, end_ids_of, open_model
 from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.weights import weights_file, weights_hash
-from self_rewarding_lm.runtime import Runtime
+from self_rewarding_lm.runtime import Runtime, settings_at_work
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,13 @@ def open_context(model: nn.Module | str | Path, opening: Opening) -> Context:
 
 
 def _runtime(quiet: bool) -> Runtime:
-    """A new runtime that leaves the log level as it was: a trainer may have set it."""
+    """A new runtime, with device and precision of a run that is at work.
+
+    It leaves the log level as it was: a trainer may have set it.
+    """
     logger = logging.getLogger("self_rewarding_lm")
     level = logger.level
-    runtime = Runtime({}, quiet=quiet)
+    runtime = Runtime(settings_at_work(), quiet=quiet)
     logger.setLevel(level)
     return runtime
 

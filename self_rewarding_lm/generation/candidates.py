@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,12 +13,14 @@ from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, typed
 from self_rewarding_lm.generation.engine import Decoding, Engine, Request
 from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.models.batching import unpad
 from self_rewarding_lm.models.families import adapt
-from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.models.interface import TokenModel, device_of
 from self_rewarding_lm.models.loading import end_ids_of
 from self_rewarding_lm.records import Candidate, Prompt, stable_hash
 from self_rewarding_lm.runs.weights import save_folder
+from self_rewarding_lm.runtime import in_precision
 
 PROMPTS_AT_ONCE = 4096
 """Prompts whose requests are in memory together."""
@@ -106,6 +108,7 @@ def generate(
     eos_id: int | None = None,
     seed: int = 0,
     engine: Engine | None = None,
+    precision: Literal["bf16", "fp16", "fp32", "no"] | None = None,
 ) -> list[list[Candidate]]:
     """Sample from a model: for each prompt a list of `num_samples` candidates.
 
@@ -115,10 +118,19 @@ def generate(
     the Hugging Face tokenizer's own. eos_id: the end token, by default all that the tokenizer, its
     template and a Hugging Face model's generation config name. The same seed gives the same
     candidates for any batch size. Modes and gradients of the model are afterwards as before.
+    precision: in which products are computed, "bf16" and "fp16" in mixed precision; "fp32" and "no"
+    (Accelerate's name) in the model's own type. By default as the `torch.autocast` around it says,
+    else as the run does during which it is called (in a callback), else in the model's own type.
 
-    Raises DataError for a prompt that is empty or leaves no room in the model, TokenizerError for
-    ids the model does not know, AdapterError for a model that gives no logits.
+    Raises ConfigError for a precision with a server, which has its own; DataError for a prompt that
+    is empty or leaves no room in the model, TokenizerError for ids the model does not know,
+    AdapterError for a model that gives no logits.
     """
+    if precision is not None and isinstance(engine, ServerEngine):
+        raise ConfigError(
+            f"precision={precision!r} says how this process computes, and a ServerEngine generates "
+            "in the type that its server was started with. Leave precision out."
+        )
     token_model = adapt(model)
     tokens = Tokens(
         tokenizer,
@@ -134,7 +146,7 @@ def generate(
     def save(folder: Path) -> None:
         save_folder(token_model, folder, tokens.save)
 
-    with engine.serving(save, tokens):
+    with engine.serving(save, tokens), in_precision(precision, device_of(model)):
         candidates = sample_candidates(
             token_model,
             records,

@@ -1237,6 +1237,12 @@ def two_servers(folder):
     return lambda: ServerEngine(url="http://localhost:1", launch="serve {checkpoint} {port}")
 
 
+@mistake("environment", "A precision for a server's answers")
+def precision_of_a_server(folder):
+    server = ServerEngine(url="http://localhost:1")
+    return lambda: generate(Watched(), [torch.tensor([1])], engine=server, precision="bf16")
+
+
 @mistake("environment", "A command without a place for the weights")
 def launch_without_weights(folder):
     return lambda: ServerEngine(launch="vllm serve model --port 8000")

@@ -30,14 +30,13 @@ from self_rewarding_lm.recipes.plan.phases import (
 )
 from self_rewarding_lm.recipes.reader import Recipe
 from self_rewarding_lm.runs.run import INITIAL
+from self_rewarding_lm.runtime import NARROW
 from self_rewarding_lm.stages.base import TrainingConfig, stage_names
 from self_rewarding_lm.stages.preference import NO_REFERENCE, PreferenceConfig
 from self_rewarding_lm.stages.ranges import NOTHING, Range
 from self_rewarding_lm.stages.work import Counting, Work
 from self_rewarding_lm.training.loss_config import losses_in, read_by
 from self_rewarding_lm.training.reference import MovingReference
-
-NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
