@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 NAMES = {
     "checks": "Check ChecksConfig",
     "config": (
-        "ComparisonConfig FinetuneConfig OptimConfig PAPER_REWARD_CONFIG RewardConfig "
-        "SamplingConfig SelfInstruct TEN_POINT_REWARD_CONFIG from_stage"
+        "ComparisonConfig FinetuneConfig MarkedRubric OptimConfig PAPER_REWARD_CONFIG "
+        "RewardConfig SamplingConfig SelfInstruct TEN_POINT_REWARD_CONFIG from_stage"
     ),
     "data.datasets": "create_mock_dataset",
     "data.oasst": "OpenAssistant open_assistant",

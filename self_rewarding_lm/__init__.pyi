@@ -1,7 +1,7 @@
 """The public names, for editors. Written by `python -m tests.support.public_names`."""
 
 from self_rewarding_lm.checks import Check, ChecksConfig
-from self_rewarding_lm.config import ComparisonConfig, FinetuneConfig, OptimConfig, PAPER_REWARD_CONFIG, RewardConfig, SamplingConfig, SelfInstruct, TEN_POINT_REWARD_CONFIG, from_stage
+from self_rewarding_lm.config import ComparisonConfig, FinetuneConfig, MarkedRubric, OptimConfig, PAPER_REWARD_CONFIG, RewardConfig, SamplingConfig, SelfInstruct, TEN_POINT_REWARD_CONFIG, from_stage
 from self_rewarding_lm.data.datasets import create_mock_dataset
 from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
 from self_rewarding_lm.data.tokenizers import CallableTokenizer
@@ -78,6 +78,7 @@ __all__ = [
     "Judgement",
     "LocalEngine",
     "LossConfig",
+    "MarkedRubric",
     "MetaJudgement",
     "MetaJudgingConfig",
     "MetaRewardDPOConfig",

@@ -6,6 +6,7 @@ settings of one stage, judge or loss stand in its own file.
 """
 
 import math
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from self_rewarding_lm.rubrics import (
     PAPER_LENGTH_JUDGE_PROMPT,
     TEN_POINT_JUDGE_PROMPT,
 )
+from self_rewarding_lm.scores import exact, exact_sum
 
 
 class Config(BaseModel):
@@ -238,8 +240,67 @@ class OptimConfig(Config):
         return self.model_copy(update={**changes, "epochs": self.epochs or epochs})
 
 
+class MarkedRubric(Config):
+    """The items of an additive rubric, and the words by which a judge marks each of them.
+
+    Small judges see and mark well and add badly: here the score is the sum of the points of the
+    items that the judge marked yes, whatever it says of the sum. A text with fewer or more marks
+    than items has no score. Words are matched as text, in any case, through Markdown.
+    """
+
+    items: int | tuple[str, ...]
+    """How many items there are. Or their names, where the judge writes the same ones each time: the
+    first name then stands before the first mark, each further one between two marks."""
+    yes: str
+    """What the judge writes behind an item that is met, such as ", yes."."""
+    no: str
+    """What it writes behind one that is not, such as ", no."."""
+    points: tuple[float, ...] | None = None
+    """What each item is worth, all above 0. None: 1 each."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the items; none if they are only counted."""
+        return self.items if isinstance(self.items, tuple) else ()
+
+    @property
+    def worth(self) -> tuple[float, ...]:
+        """The points of each item."""
+        count = len(self.items) if isinstance(self.items, tuple) else self.items
+        return (1.0,) * count if self.points is None else self.points
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        """From no item met to all."""
+        return 0.0, float(exact_sum(map(exact, self.worth)))
+
+    @model_validator(mode="after")
+    def _countable(self) -> "MarkedRubric":
+        count = len(self.names) if isinstance(self.items, tuple) else self.items
+        if count < 1:
+            raise ValueError(f"items must be 1 or more, or their names; got {self.items}")
+        if not all(map(_bare, self.names)):
+            raise ValueError(f"names of items must have letters, digits or signs; got {self.names}")
+        if not _bare(self.yes) or not _bare(self.no) or _bare(self.yes) == _bare(self.no):
+            raise ValueError(
+                "yes and no must differ in their letters, digits or signs (case, space and the "
+                f"Markdown signs *, _ and ` do not count); got {self.yes!r} and {self.no!r}"
+            )
+        worth = self.worth
+        if len(worth) != count or not all(0 < point < math.inf for point in worth):
+            raise ValueError(
+                f"points must be {count} numbers above 0, one for each item; got {self.points}"
+            )
+        return self
+
+
+def _bare(words: str) -> str:
+    """What counts of words that are looked for in a judge's text."""
+    return re.sub(r"[\s*_`]", "", words).casefold()
+
+
 class RewardConfig(Config):
-    """A judge's prompt and how its answer is read: `parse_reward` first, else the template.
+    """A judge's prompt and how its answer is read: `marks`, or `parse_reward`, else the template.
 
     Every judgement records the way its score came (`source`).
     """
@@ -248,6 +309,9 @@ class RewardConfig(Config):
     """jinja2 text with {{ prompt }} and {{ response }}."""
     reward_regex_template: str | None = None
     """Text with {{ reward }} where the number stands, e.g. "Score: {{ reward }}"."""
+    marks: MarkedRubric | None = None
+    """The judge's marks are counted and no number is read: for rubrics whose items it marks one
+    after the other. `score_range` is then (0, the sum of the points)."""
     parse_reward: Object = None
     """A function from the judge's text to a number, or None where there is none."""
     score_range: tuple[float, float] | None = None
@@ -258,7 +322,8 @@ class RewardConfig(Config):
     """Take the common indentation and the outer empty lines off the template."""
     score_mode: Literal["sampled", "expected"] = "sampled"
     """"sampled": the score that the judge wrote. "expected": the mean of the allowed numbers,
-    weighted by their probabilities at the place where it wrote one."""
+    weighted by their probabilities at the place where it wrote one. With `marks`: the sum over the
+    items of the probability of yes, where it marked them, times their points."""
     forced_ending: bool | Literal["at_once"] = False
     """True: where the judge gave no score that counts, the words before {{ reward }} are put behind
     its text and the expected score is taken there. "at_once": it writes no review at all, so one
@@ -266,10 +331,14 @@ class RewardConfig(Config):
 
     @model_validator(mode="after")
     def _readable(self) -> "RewardConfig":
+        if self.marks is not None:
+            self._check_marks(self.marks)
+            return self
         if self.parse_reward is None and self.reward_regex_template is None:
             raise ValueError(
-                "give reward_regex_template (for example 'Score: {{ reward }}') or parse_reward, "
-                "a function from the judge's text to a number"
+                "give reward_regex_template (for example 'Score: {{ reward }}'), marks (the words "
+                "for yes and no at each item of a rubric) or parse_reward, a function from the "
+                "judge's text to a number"
             )
         if self.parse_reward is not None and not callable(self.parse_reward):
             raise ValueError(f"parse_reward must be a function, got {self.parse_reward!r}")
@@ -296,6 +365,26 @@ class RewardConfig(Config):
     def as_written(self) -> "RewardConfig":
         """The same judge, asked for a text with its score: sampled, without forced ending."""
         return self.model_copy(update={"score_mode": "sampled", "forced_ending": False})
+
+    def _check_marks(self, marks: MarkedRubric) -> None:
+        ways = ("reward_regex_template", "parse_reward", "allowed_scores")
+        others = ", ".join(name for name in ways if getattr(self, name) is not None)
+        if others:
+            raise ValueError(
+                f"marks alone make the score, the sum of their points; leave out {others}, or marks"
+            )
+        if self.forced_ending:
+            raise ValueError(
+                "forced_ending puts words behind a text that lead to one number, and marks stand "
+                "within a review; leave one of them out. score_mode='expected' takes the "
+                "probabilities of the marks in the review that was written"
+            )
+        if self.score_range not in (None, marks.score_range):
+            raise ValueError(
+                f"the marks make scores from 0 to {marks.score_range[1]:g}, so score_range is "
+                f"{marks.score_range}; leave it out, got {self.score_range}"
+            )
+        object.__setattr__(self, "score_range", marks.score_range)  # the model is frozen
 
     def _check_numbers(self) -> None:
         ways = "score_mode='expected' and forced_ending"

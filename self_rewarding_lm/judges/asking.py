@@ -14,7 +14,8 @@ from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.generation.candidates import decoding_of
 from self_rewarding_lm.generation.engine import Completion, Request
-from self_rewarding_lm.judges.expected import Place, VerdictReader, expected_scores
+from self_rewarding_lm.generation.score_trie import Expected
+from self_rewarding_lm.judges.expected import Place, VerdictReader, expected_scores, summed
 from self_rewarding_lm.judges.parsing import VerdictForm, opened_thought
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.records import Judgement, stable_hash
@@ -59,7 +60,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What an answer says: a score, the place whose probabilities give one, or why it has none.
+    """What an answer says: a score, the places whose probabilities give one, or why it has none.
 
     finished: whether the answer ended by itself; None if that is not known or nothing was sampled.
     """
@@ -69,7 +70,7 @@ class _Reading:
     text: str | None = None
     score: float | None = None
     reason: str | None = None
-    place: Place | None = None
+    places: tuple[Place, ...] = ()
     mass: float | None = None
     finished: bool | None = None
 
@@ -159,20 +160,20 @@ class Asker:
         if answer.reason is not None:
             return _Reading(question, self.score_mode, reason=answer.reason)
         if self.forced_ending == "at_once":
-            return _Reading(question, "forced", place=reader.forced(asked.prompt, ()))
+            return _Reading(question, "forced", places=(reader.forced(asked.prompt, ()),))
         text = ctx.tokens.decode(answer.ids) or ""
         read, finished = self._parsed(ctx, asked, text, answer.finished, reader.form)
         reason = read.reason
         if self.score_mode == "expected" and reason in STATED:
-            place = reader.stated(asked.prompt.ids, answer.ids)
-            if place is not None:
-                return _Reading(question, "expected", text, place=place, finished=finished)
+            places = reader.stated(asked.prompt.ids, answer.ids)
+            if places:
+                return _Reading(question, "expected", text, places=places, finished=finished)
             reason = "no_place"
         elif read.score is not None:
             return _Reading(question, "sampled", text, read.score, finished=finished)
         if self.forced_ending:
-            place = reader.forced(asked.prompt, answer.ids)
-            return _Reading(question, "forced", text, place=place, finished=finished)
+            places = (reader.forced(asked.prompt, answer.ids),)
+            return _Reading(question, "forced", text, places=places, finished=finished)
         return _Reading(question, self.score_mode, text, reason=reason, finished=finished)
 
     def _parsed(
@@ -187,33 +188,41 @@ class Asker:
         if finished or ctx.format == 1:
             return form.read(text), finished if ctx.format > 1 else None
         thought = opened_thought(ctx.tokens.decode(asked.prompt.ids[-PROMPT_END:]) or "")
-        # a place is decided by what stands before its number: that may be cut off
-        known = None if self.score_mode == "expected" else finished
+        # a place is decided by what stands before its number, which may be cut off; a mark may not,
+        # for marks are counted
+        known = None if self.score_mode == "expected" and not form.several else finished
         return form.read_answer(text, known, before=thought), finished
 
     def _score(
         self, ctx: Context, model: TokenModel, readings: list[_Reading], reader: VerdictReader
     ) -> Iterator[Judgement]:
-        """The judgements of readings; at a place the score is the expected one there.
+        """The judgements of readings; at places the score is the sum of the expected ones there.
 
         `too_long` if the numbers behind a place have no room in the model.
         """
         places: list[Place] = []
-        at_places: list[_Reading] = []
+        owners: list[_Reading] = []  # of the places
         for reading in readings:
-            if reading.place is None:
+            longest = max((place.length for place in reading.places), default=0)
+            if not reading.places:
                 yield self._judgement(reading)
-            elif model.max_len is not None and reading.place.length > model.max_len:
+            elif model.max_len is not None and longest > model.max_len:
                 yield self._judgement(replace(reading, reason="too_long"))
             else:
-                places.append(reading.place)
-                at_places.append(reading)
+                places += reading.places
+                owners += [reading] * len(reading.places)
+        parts: dict[str, dict[int, Expected]] = {}  # of readings, by the id of their question
         computed = expected_scores(model, places, reader, ctx.engine_of(model))
-        for index, found in ctx.runtime.autocasted(computed):
-            scored = replace(
-                at_places[index], score=found.score, reason=found.reason, mass=found.mass
-            )
-            yield self._judgement(scored)
+        for index, part in ctx.runtime.autocasted(computed):
+            reading = owners[index]
+            of_reading = parts.setdefault(reading.question.id, {})
+            of_reading[index] = part
+            if len(of_reading) == len(reading.places):
+                del parts[reading.question.id]
+                found = summed(reading.places, [of_reading[i] for i in sorted(of_reading)])
+                yield self._judgement(
+                    replace(reading, score=found.score, reason=found.reason, mass=found.mass)
+                )
 
     def _judgement(self, reading: _Reading) -> Judgement:
         return Judgement(

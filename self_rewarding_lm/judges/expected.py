@@ -3,6 +3,7 @@
 Knows tokens, the forms of verdicts and the model; nothing of prompts, candidates and records.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import cached_property
 from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.score_trie import (
+    DECIMALS,
     Expected,
     Ids,
     ScoreTrie,
@@ -18,7 +20,7 @@ from self_rewarding_lm.generation.score_trie import (
     expected_score,
     score_probabilities,
 )
-from self_rewarding_lm.judges.parsing import VerdictForm
+from self_rewarding_lm.judges.parsing import Statement, VerdictForm
 from self_rewarding_lm.models.interface import TokenModel
 
 DIGITS = "0123456789"
@@ -26,10 +28,14 @@ DIGITS = "0123456789"
 
 @dataclass(frozen=True)
 class Place:
-    """A place for a score: all ids before it, and the token paths of the scores that may follow."""
+    """A place for a score: all ids before it, and the token paths of the scores that may follow.
+
+    points: what a score of 1 counts there, as a part of a sum.
+    """
 
     ids: Ids
     trie: ScoreTrie
+    points: float = 1.0
 
     @property
     def length(self) -> int:
@@ -45,27 +51,31 @@ class VerdictReader:
         self._tries: dict[tuple[str, bool], ScoreTrie] = {}
         self._digits: tuple[int, frozenset[int]] | None = None
 
-    def stated(self, prompt: Ids, answer: Ids) -> Place | None:
-        """The place of the last statement in an answer; None if no token begins there.
+    def stated(self, prompt: Ids, answer: Ids) -> tuple[Place, ...]:
+        """The places of what an answer states; none if at one of them no token begins.
 
-        The number that the judge took at that place does not matter. No token begins there if the
-        answer's tokens divide the text in another way than the paths do.
+        The number, or the mark, that the judge took at a place does not matter. No token begins
+        there if the answer's tokens divide the text in another way than the paths do.
         """
-        # 1. the last statement in the text
         body = [i for i in answer if i not in self.tokens.end_ids]
         text = self._decode(body)
-        statement = self.form.find(text)
-        if statement is None:
-            return None
-        # 2. the character at which the paths begin
+        places = [self._place(s, prompt, body, text) for s in self.form.find(text)]
+        found = tuple(place for place in places if place is not None)
+        return found if len(found) == len(places) else ()
+
+    def _place(
+        self, statement: Statement, prompt: Ids, body: Sequence[int], text: str
+    ) -> Place | None:
+        """The place of a statement in a text; None if no token begins there."""
+        # 1. the character at which the paths begin
         opens = statement.start == len(statement.before)
         trie = self._trie(statement.before, opens=opens)
         start = max(0, statement.start - self._lead(trie, opens))
-        # 3. the token at that character, if one begins there
+        # 2. the token at that character, if one begins there
         token = self._token_at(start, body)
         if self._decode(body[:token]) != text[:start]:
             return None
-        return Place((*prompt, *body[:token]), trie)
+        return Place((*prompt, *body[:token]), trie, statement.points)
 
     def forced(self, prompt: Rendered, answer: Ids) -> Place:
         """The place after an answer to which the form's words are appended.
@@ -112,7 +122,8 @@ class VerdictReader:
     def _trie(self, before: str, *, opens: bool) -> ScoreTrie:
         """The token paths of the scores after some words. opens: the words begin a text."""
         if (before, opens) not in self._tries:
-            others = DIGITS if self.form.numeric else ""
+            # a mark's own first tokens are no context: its probability is that of the whole word
+            others = DIGITS if self.form.numeric else DIGITS[0] if self.form.several else ""
             self._tries[before, opens] = build_trie(
                 {v: self._encode(before + said, opens) for said, v in self.form.values.items()},
                 [self._encode(before + digit, opens) for digit in others],
@@ -171,10 +182,26 @@ def expected_scores(
 
     The probabilities are the model's own, without a temperature.
     """
-    by_trie: dict[ScoreTrie, list[int]] = {}
+    by_paths: dict[tuple[tuple[float, Ids], ...], list[int]] = {}
     for i, place in enumerate(places):
-        by_trie.setdefault(place.trie, []).append(i)
-    for trie, members in by_trie.items():
+        by_paths.setdefault(place.trie.paths, []).append(i)
+    for members in by_paths.values():
+        trie = places[members[0]].trie
         longer = reader.longer(trie, model.vocab)
         for i, chances in engine.chances(model, [places[m].ids for m in members], trie, longer):
             yield members[i], expected_score(score_probabilities(trie, chances))
+
+
+def summed(places: Sequence[Place], parts: Sequence[Expected]) -> Expected:
+    """The sum of the expected scores at an answer's places, each times its points.
+
+    None if one of them is None, with the reason of the first. The mass is the least of them.
+    """
+    masses = [part.mass for part in parts if part.mass is not None]
+    mass = min(masses) if len(masses) == len(parts) else None
+    scores = [part.score for part in parts if part.score is not None]
+    if len(scores) < len(parts):
+        reason = next(part.reason for part in parts if part.score is None)
+        return Expected(None, mass, reason)
+    points = (place.points * score for place, score in zip(places, scores, strict=True))
+    return Expected(round(math.fsum(points), DECIMALS), mass)

@@ -95,19 +95,22 @@ class Statement:
     """A number or label that a judge's text states.
 
     said: as it is written. start: where it begins in the text. before: the words that lead to it.
-    scale: the 5 of "4/5" and "4 on a scale of 1 to 5"; None if the text names none.
+    scale: the 5 of "4/5" and "4 on a scale of 1 to 5"; None if the text names none. points: what a
+    mark of an additive rubric is worth; 1 if the statement is the whole score.
     """
 
     said: str
     start: int
     before: str
     scale: str | None = None
+    points: float = 1.0
 
 
 def score_pattern(before: str, after: str) -> re.Pattern[str]:
     """The pattern of a number between two texts: the group `number`, its scale in `scale...`."""
-    words, after = _ascii_digits(before), _literal(_ascii_digits(after))
-    lead = f"{_lead_of(words)}{_OPENING}(?:{_CHANGED}{{1,4}}|{_SUM})" if _literal(words) else _FRESH
+    words, after = _ascii_digits(before), words_pattern(_ascii_digits(after))
+    lead = f"{_lead_of(words)}{_OPENING}(?:{_CHANGED}{{1,4}}|{_SUM})"
+    lead = lead if words_pattern(words) else _FRESH
     scale = f"(?:{_SCALE}|{_IN_WORDS})?"
     if after:
         end = r"(?![^\W_])" if after[-1:].isalnum() else ""
@@ -117,7 +120,7 @@ def score_pattern(before: str, after: str) -> re.Pattern[str]:
 
 def earlier_score_pattern(before: str, after: str) -> re.Pattern[str]:
     """The pattern by which runs of format 1 read: without scales in words, keys and arrows."""
-    before, after = (_literal(_ascii_digits(part)) for part in (before, after))
+    before, after = (words_pattern(_ascii_digits(part)) for part in (before, after))
     lead = f"{_word_start(before)}{before}{_OPENING}{_SUM}" if before else _FRESH
     tail = f"{_CLOSING}{after}" + (r"(?![^\W_])" if after[-1:].isalnum() else "") if after else ""
     return re.compile(f"{lead}{_NUMBER}{_WHOLE}{_NO_RANGE}{_SCALE}?{tail}", re.IGNORECASE)
@@ -128,7 +131,7 @@ def verdict_pattern(prefix: str, labels: Sequence[str]) -> re.Pattern[str]:
 
     Labels count only in their own case and as whole words; `A or B` and `A/B` are no verdict.
     """
-    before = _literal(prefix)
+    before = words_pattern(prefix)
     either = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
     no_choice = rf"(?![^\W_])(?!\s{{0,4}}(?:/|\||or\b|and\b){_OPENING}(?:{either})(?![^\W_]))"
     return re.compile(f"(?i:{_word_start(before)}{before}){_OPENING}(?P<label>{either}){no_choice}")
@@ -169,12 +172,12 @@ def _lead_of(words: str) -> str:
     Words with a colon or an equals sign may also be a key (`"score": 4`) or have a scale beside
     them (`Score (0-5): 4`).
     """
-    literal = _literal(words)
+    literal = words_pattern(words)
     parts = re.fullmatch(r"(.*[^\W_])\s*([:=])\s*", words, re.DOTALL)
     plain = f"{_word_start(literal)}{literal}"
     if parts is None:
         return plain
-    said = _literal(parts[1])
+    said = words_pattern(parts[1])
     key = rf"[\"'“‘]{said}[\"'”’]\s{{0,4}}[:=]"
     beside = f"{_word_start(said)}{said}{_FILLER}{_BESIDE}{_FILLER}{parts[2]}"
     return f"(?:{plain}|{key}|{beside})"
@@ -209,7 +212,7 @@ def _word_start(pattern: str) -> str:
     return r"(?<![^\W_])" if pattern[:1].isascii() and pattern[:1].isalnum() else ""
 
 
-def _literal(text: str) -> str:
+def words_pattern(text: str) -> str:
     """The pattern of a template's text: markup and space may stand between all its words."""
     pieces = re.findall(r"[^\W_]+|[^\w\s*`]", text)
     return _FILLER.join(re.escape(piece) for piece in pieces)
@@ -232,18 +235,21 @@ class VerdictForm:
     """How a judge states what it decides: some words, and one of several texts after them.
 
     prefix: the words. values: the score of each text, such as 4.0 of "4". numeric: the texts are
-    numbers, so a digit after one makes another number. find: gives the last statement in a judge's
-    text. read: gives its score, or None with the reason. goes_on: whether what a text that was cut
-    off states could become another statement with its next words, as the 1 of "Score: 1" could.
-    earlier: the form by which runs of format 1 read, if it is another.
+    numbers, so a digit after one makes another number. find: gives what a judge's text states: its
+    last statement, or one for each item of a rubric; nothing if there is no score. read: gives the
+    score, or None with the reason. goes_on: whether what a text that was cut off states could
+    become another statement with its next words, as the 1 of "Score: 1" could. several: whether the
+    score is the sum of several statements. earlier: the form by which runs of format 1 read, if it
+    is another.
     """
 
     prefix: str
     values: Mapping[str, float]
     numeric: bool
-    find: Callable[[str], Statement | None]
+    find: Callable[[str], Sequence[Statement]]
     read: Callable[[str], ParsedScore]
     goes_on: Callable[[str], bool]
+    several: bool = False
     earlier: "VerdictForm | None" = None
 
     def of(self, run_format: int) -> "VerdictForm":
@@ -274,6 +280,11 @@ def thought_is_open(text: str) -> bool:
     return bool(marks) and not marks[-1]["closes"]
 
 
+def behind_thoughts(text: str) -> int:
+    """Where the text behind its last closed thought begins; 0 without a thought."""
+    return max((mark.end() for mark in _THOUGHT.finditer(text) if mark["closes"]), default=0)
+
+
 def opened_thought(prompt: str) -> str:
     """The `<think>` with which a prompt ends, so that the answer begins within a thought; or ""."""
     marks = [*_THOUGHT.finditer(prompt.rstrip())]
@@ -294,18 +305,20 @@ def score_form(
     def form(
         pattern: re.Pattern[str], lone_line: re.Pattern[str], earlier: VerdictForm | None = None
     ) -> VerdictForm:
-        def find(text: str) -> Statement | None:
+        def last(text: str) -> Statement | None:
             return find_score(text, pattern, lone_line)
 
         def read(text: str) -> ParsedScore:
-            return _within(find(text), score_range, allowed_scores)
+            return _within(last(text), score_range, allowed_scores)
 
         def goes_on(text: str) -> bool:
             digits = () if text[-1:].isalpha() else ("97",)  # "4 stars" does not go on with digits
             return any(read(text + more) != read(text) for more in (" 97", *digits))
 
         values = {number_text(number): float(number) for number in numbers}
-        return VerdictForm(before, values, True, find, read, goes_on, earlier)
+        return VerdictForm(
+            before, values, True, lambda text: _given(last(text)), read, goes_on, earlier=earlier
+        )
 
     earlier = form(earlier_score_pattern(before, after), _BARE_LINE)
     return form(score_pattern(before, after), _LONE_LINE, earlier)
@@ -319,11 +332,11 @@ def comparison_form(prefix: str, labels: tuple[str, str], tie_label: str | None)
     values = {labels[0]: 1.0, labels[1]: 0.0} | ({} if tie_label is None else {tie_label: 0.5})
     pattern = verdict_pattern(prefix, list(values))
 
-    def find(text: str) -> Statement | None:
+    def last(text: str) -> Statement | None:
         return find_verdict(text, pattern, list(values))
 
     def read(text: str) -> ParsedScore:
-        verdict = find(text)
+        verdict = last(text)
         if verdict is None:
             return ParsedScore(None, "no_verdict")
         return ParsedScore(values[verdict.said])
@@ -332,7 +345,11 @@ def comparison_form(prefix: str, labels: tuple[str, str], tie_label: str | None)
         more = (space + label for space in ("", " ") for label in values)
         return any(read(text + label) != read(text) for label in more)
 
-    return VerdictForm(prefix, values, False, find, read, goes_on)
+    return VerdictForm(prefix, values, False, lambda text: _given(last(text)), read, goes_on)
+
+
+def _given(statement: Statement | None) -> tuple[Statement, ...]:
+    return () if statement is None else (statement,)
 
 
 def parser_form(parse_reward: Callable[[str], object]) -> VerdictForm:
@@ -341,7 +358,7 @@ def parser_form(parse_reward: Callable[[str], object]) -> VerdictForm:
     def read(text: str) -> ParsedScore:
         return call_parse_reward(parse_reward, text)
 
-    return VerdictForm("", {}, True, lambda text: None, read, lambda text: False)
+    return VerdictForm("", {}, True, lambda text: (), read, lambda text: False)
 
 
 def compile_score_pattern(template: str) -> re.Pattern[str]:

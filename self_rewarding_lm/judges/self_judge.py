@@ -8,6 +8,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.judges.asking import Asker, Asks, Question
 from self_rewarding_lm.judges.base import Judge, as_in_format_1
+from self_rewarding_lm.judges.marks import marks_form
 from self_rewarding_lm.judges.parsing import (
     VerdictForm,
     comparison_form,
@@ -100,8 +101,11 @@ class SeveralJudges(Judge):
 def form_of(reward: RewardConfig) -> VerdictForm:
     """How the judge of a reward config states its score, and how that is read.
 
-    `parse_reward` reads it if it is set, else the template.
+    Its `marks` read it, or `parse_reward` if it is set, else the template.
     """
+    marks = reward.marks
+    if marks is not None:
+        return marks_form(marks.yes, marks.no, marks.worth, marks.names)
     if reward.parse_reward is not None:
         return parser_form(reward.parse_reward)
     assert reward.reward_regex_template is not None

@@ -176,7 +176,7 @@ SHOWN = 3  # unreadable texts of a judge that an error shows
 
 ADVICE = (
     "Change one of these: train the model on judge examples first (an SFT stage); make the "
-    "reward prompt's reward_regex_template, score_range or parse_reward fit what the judge "
+    "reward prompt's reward_regex_template, score_range, marks or parse_reward fit what the judge "
     "writes; set its forced_ending, which takes a score where none is written; raise "
     "judging.max_new_tokens if its texts are cut off; use another "
     "rewarding_model; or lower min_parse_rate."
@@ -245,7 +245,9 @@ class JudgeWatcher:
                 f"{count} of {tally.score.whole} scores are {commonest:g} (rounded to one decimal; "
                 "judge/modal_share): the judge does not tell responses apart, and what is left are "
                 "ties and noise. Take score_mode='expected', a comparison, another reward prompt "
-                "or rewarding_model, or train it on judge examples first. Where scores differ by "
+                "or rewarding_model, train it on judge examples first, or, if it marks the items "
+                "of a rubric and adds them up badly, count its marks (`marks` of the reward "
+                "prompt). Where scores differ by "
                 "less than 0.1 on purpose, switch this check off.",
             )
         if failure is None and tally.tie.whole >= self.look:

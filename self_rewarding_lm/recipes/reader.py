@@ -244,6 +244,12 @@ class Reader:
         items = self.mapping(node, keys)
         if "prompt_template" in items:
             return self.settings(RewardConfig, node, keys)
+        if "marks" in items:
+            words = (
+                "marks need a prompt_template that asks for them; the library's own rubrics ask "
+                "for a number."
+            )
+            return self.refuse(items["marks"], (*keys, "marks"), words)
         rubric = items["rubric"].value if "rubric" in items else "paper"
         base = RUBRICS.get(rubric if isinstance(rubric, str) else "", RUBRICS["paper"])
         base_values = {name: getattr(base, name) for name in base.model_fields_set}

@@ -17,6 +17,10 @@ FREE_SETTINGS = (
 """Settings that may differ when a run goes on: results are the same up to rounding and dropout."""
 
 
+ADDED_SETTINGS = ("marks",)
+"""Settings that 0.1.0 did not have: left out while they are None, so that its runs go on."""
+
+
 def fingerprint_of(value: Any) -> Any:
     """A setting as a JSON value that is the same in the next process.
 
@@ -27,8 +31,9 @@ def fingerprint_of(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Config):
-        fields = [name for name in type(value).model_fields if name not in FREE_SETTINGS]
-        return {name: fingerprint_of(getattr(value, name)) for name in fields}
+        fields = {n: getattr(value, n) for n in type(value).model_fields if n not in FREE_SETTINGS}
+        given = {n: v for n, v in fields.items() if v is not None or n not in ADDED_SETTINGS}
+        return {name: fingerprint_of(setting) for name, setting in given.items()}
     if isinstance(value, str | Path):
         return _fingerprint_of_text(value)
     if isinstance(value, list | tuple) and len(value) <= 64:

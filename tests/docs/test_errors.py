@@ -36,6 +36,7 @@ from self_rewarding_lm import (
     ImplicitJudge,
     JudgeAnchor,
     LocalEngine,
+    MarkedRubric,
     OptimConfig,
     RewardConfig,
     RewardModelJudge,
@@ -898,6 +899,24 @@ def reversed_range(folder):
         prompt_template="{{ prompt }} {{ response }}",
         reward_regex_template="S: {{ reward }}",
         score_range=(5, 0),
+    )
+
+
+@mistake("judge", "Marks of a rubric beside another way to read the score")
+def marks_and_a_template(folder):
+    return lambda: RewardConfig(
+        prompt_template="{{ prompt }} {{ response }}",
+        reward_regex_template="S: {{ reward }}",
+        marks=MarkedRubric(items=4, yes=", yes.", no=", no."),
+    )
+
+
+@mistake("judge", "Marks of a rubric without a review")
+def marks_at_once(folder):
+    return lambda: RewardConfig(
+        prompt_template="{{ prompt }} {{ response }}",
+        marks=MarkedRubric(items=4, yes=", yes.", no=", no."),
+        forced_ending="at_once",
     )
 
 

@@ -223,8 +223,8 @@ def test_places_of_different_words_are_computed_side_by_side():
     module = transformer64("rotary", vocab=len(pieces.all) + 1, max_seq_len=64)
     reader = VerdictReader(form(range(11)), tokens_of(pieces))
     said = ["score: 4", "score:4", "well.\nscore: [3", "score: 10", "score:\n7"]
-    places = [reader.stated((5, 6), tuple(pieces.encode(text))) for text in said]
-    assert len({place.trie for place in places}) > 1
+    places = [p for text in said for p in reader.stated((5, 6), tuple(pieces.encode(text)))]
+    assert len(places) == len(said) and len({place.trie for place in places}) > 1
     alone = [scores_at(module, [place], reader)[0] for place in places]
     assert scores_at(module, places, reader) == alone
 
@@ -272,8 +272,7 @@ def test_the_place_is_before_the_tokens_of_the_last_number_stated(tokenizer, sai
     pieces, path_of = TOKENIZERS[tokenizer]
     end = len(pieces.all)
     reader = VerdictReader(form(range(11)), tokens_of(pieces, eos_id=end))
-    place = reader.stated((1, 2), (*pieces.encode(said), end))
-    assert place is not None
+    (place,) = reader.stated((1, 2), (*pieces.encode(said), end))
     assert pieces.decode(place.ids[2:]) == before and place.ids[:2] == (1, 2)
     joined = not said[len(before) :][:1].isdecimal()
     paths = dict(place.trie.paths)
@@ -289,7 +288,7 @@ def test_what_the_judge_took_at_the_place_does_not_matter():
     paths = {n: [pieces.id(t) for t in path_of(str(n))] for n in range(6)}
     module = leaning(MODELS["uncached"](len(pieces.all) + 1), [path[0] for path in paths.values()])
     reader = VerdictReader(form(range(6)), tokens_of(pieces))
-    one, other = (reader.stated((1, 2), tuple(pieces.encode(f"score: {n}"))) for n in (3, 7))
+    (one,), (other,) = (reader.stated((1, 2), tuple(pieces.encode(f"score: {n}"))) for n in (3, 7))
     assert one == other
     (found,) = scores_at(module, [one], reader)
     score, mass = oracle(module, [1, 2, *pieces.encode("score:")], paths, pieces.all)
@@ -303,15 +302,15 @@ def test_a_number_within_a_token_has_no_place():
     scor = split.encode("scor")
     for last in ([split.id("e"), split.id(": 4")], [split.id("e: 4")]):
         assert split.decode([*scor, *last]) == "score: 4"
-        assert reader.stated((0,), (*scor, *last)) is None
-    place = reader.stated((0,), (*scor, split.id("e:"), split.id(" "), split.id("4")))
+        assert reader.stated((0,), (*scor, *last)) == ()
+    (place,) = reader.stated((0,), (*scor, split.id("e:"), split.id(" "), split.id("4")))
     assert place.ids == (0, *scor, split.id("e:"))  # other tokens, but one begins there
 
 
 def test_a_text_that_states_no_score_has_no_place():
     reader = VerdictReader(form(range(6)), tokens_of(pieces()))
-    assert reader.stated((0,), tuple(pieces().encode("i give it 4"))) is None
-    assert reader.stated((0,), ()) is None
+    assert reader.stated((0,), tuple(pieces().encode("i give it 4"))) == ()
+    assert reader.stated((0,), ()) == ()
 
 
 # forced endings
@@ -462,7 +461,7 @@ def test_what_labels_share_is_given_to_the_judge():
     )
     place = reader.forced(Rendered((0,), "\n"), ())
     assert made.decode(place.ids[1:]) == "Better: Left "
-    stated = reader.stated((0,), tuple(made.encode("hm. Better: Left two")))
+    (stated,) = reader.stated((0,), tuple(made.encode("hm. Better: Left two")))
     assert made.decode(stated.ids[1:]) == "hm. Better: Left "
 
 
@@ -546,11 +545,11 @@ def test_a_space_before_every_text_does_not_move_the_place(joined):
         return "".join(names(list(ids))).replace("▁", " ")
 
     answer = tokens.encode_part("good.\nscore: 4")
-    place = reader.stated((), answer)
+    (place,) = reader.stated((), answer)
     assert seen(place.ids) == (" good.\nscore:" if joined else " good.\nscore: ")
     assert names(list(dict(place.trie.paths)[4.0])) == (["▁4"] if joined else ["4"])
     forced = reader.forced(tokens.prompt("rate"), tokens.encode_part("good"))
     assert seen(forced.ids) == " rate good\nscore:" + "" if joined else " rate good\nscore: "
     assert forced.trie.paths == place.trie.paths
-    alone = reader.stated((), tokens.encode_part("7"))
+    (alone,) = reader.stated((), tokens.encode_part("7"))
     assert alone is not None and alone.ids in ((), tokens.encode_part(" ")[:1])

@@ -699,7 +699,7 @@ def test_verdicts_between_two(text, verdict):
     made = comparison_form("Better: ", ("A", "B"), "Tie")
     found = made.read(text)
     assert (found.score, found.reason) == (verdict, "no_verdict" if verdict is None else None)
-    assert (made.find(text) is None) == (verdict is None)
+    assert (not made.find(text)) == (verdict is None)
 
 
 def test_a_label_that_begins_another_is_not_taken_for_it():

@@ -313,6 +313,58 @@ reward_prompts:
     assert rewards["mine"].score_range is None
 
 
+MARKED = """\
+reward_prompts:
+  default:
+    prompt_template: "{{ prompt }} {{ response }}"
+    score_mode: expected
+    marks: {items: 4, yes: ", yes.", no: ", no.", points: [1, 1, 1, 0.5]}
+  named:
+    prompt_template: "{{ prompt }} {{ response }}"
+    marks:
+      items: [right, kind]
+      yes: yes
+      no: no
+"""
+
+
+def test_marks_of_a_rubric_and_their_words(folder):
+    rewards = read(folder, PAPER + MARKED).arguments["self_reward_prompt_config"]
+    default, named = rewards["default"], rewards["named"]
+    assert (default.score_mode, default.score_range) == ("expected", (0, 3.5))
+    assert (default.marks.items, default.marks.yes, default.marks.no) == (4, ", yes.", ", no.")
+    assert (named.marks.items, named.marks.yes, named.marks.no) == (("right", "kind"), "yes", "no")
+    assert named.score_range == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "items: 4",
+            "items: 0",
+            r"line \d+: reward_prompts.default.marks: items must be 1 or more",
+        ),
+        ('no: ", no."', 'no: ", YES."', "marks: yes and no must differ"),
+        (
+            "    score_mode: expected\n",
+            '    reward_regex_template: "S: {{ reward }}"\n',
+            "leave out",
+        ),
+        ("score_mode: expected", "rubric: short", "'?rubric'?.*is no setting"),
+        (
+            '    prompt_template: "{{ prompt }} {{ response }}"\n    score_mode',
+            "    score_mode",
+            "default.marks: marks need a prompt_template that asks for them",
+        ),
+    ],
+)
+def test_marks_that_cannot_be_are_refused_at_their_line(folder, old, new, words):
+    assert MARKED.count(old) == 1
+    with pytest.raises(ConfigError, match=words):
+        read(folder, PAPER + MARKED.replace(old, new))
+
+
 def test_an_adapter_s_settings(folder):
     assert read(folder, PAPER + "peft: {r: 4, lora_alpha: 8}\n").peft.r == 4
     assert read(folder, PAPER + "peft: {}\n").peft.model_dump() == LoraSettings().model_dump()

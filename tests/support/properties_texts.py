@@ -255,7 +255,7 @@ def a_statement_stands_where_it_says(statements, case):
         st.integers(6, 99),
     ),
     mutants={
-        'lead = f"{_lead_of(words)}': 'lead = f"{_word_start(_literal(words))}{_literal(words)}',
+        'lead = f"{_lead_of(words)}': 'lead = f"{_word_start(words_pattern(words))}{words_pattern(words)}',
         "(?:{_CHANGED}{{1,4}}|{_SUM})": "{_SUM}",
         "scale = next((": "scale = groups.get('scale') and next((",
         "return any(read(text + more) != read(text) for more in": "return any(False for more in",
@@ -316,6 +316,92 @@ def a_choice_between_labels_is_no_verdict(statements, case):
     pattern = statements.verdict_pattern("Better:", list(labels))
     text = f"{before}\nBetter: {labels[order[0]]}{between}{labels[order[1]]}\n"
     assert statements.find_verdict(text, pattern, list(labels)) is None
+
+
+MARK_WORDS = st.sampled_from(
+    [(", yes.", ", no."), ("yes", "no"), ("[x]", "[ ]"), ("ok", "ok not"), ("+-", "+"), ("✓", "✗")]
+)
+NAMES = ("First word", "milk", "Last: home")
+MARKED = st.tuples(
+    MARK_WORDS,
+    st.lists(  # of each mark: whether it is yes, how it is written, what stands around it
+        st.tuples(
+            st.booleans(),
+            st.sampled_from([str, str.upper, str.title]),
+            st.sampled_from(["none", "eyes: 4", "**warm**", "knows", "a, b. c!", "", "Ja: 是"]),
+            st.sampled_from(["", "\n", " Score: 1"]),
+        ),
+        max_size=5,
+    ),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from(["", "<think>{}, yes. no + ✗ [ ] ok</think>"]),
+)
+
+
+def _review(case):
+    """The pieces of a review, each with its mark; its thought; and the words."""
+    (yes, no), marks, _, named, thought = case
+    pieces = []
+    for n, (is_met, way, before, after) in enumerate(marks):
+        name = NAMES[n % 3].upper() if named else f"item {'abcde'[n]}"
+        pieces.append(f"{name}: {before} {way(yes if is_met else no)} ;{after}")
+    return thought, pieces, (yes, no)
+
+
+@over(
+    "judges.marks",
+    MARKED,
+    mutants={
+        "len(found) != len(points)": "len(found) < len(points)",
+        "if is_yes.fullmatch(s.said)": "if not is_yes.fullmatch(s.said)",
+        "key=len, reverse=True": "key=len",
+        "name.search(text, begin, mark.start())": "name.search(text)",
+        "pattern.finditer(text, behind_thoughts(text))": "pattern.finditer(text)",
+        "return before + words_pattern(bare)": "return words_pattern(bare)",
+    },
+)
+def marks_are_counted_if_there_are_as_many_as_items(marks_file, case):
+    _, marks, items, named, _ = case
+    thought, pieces, words = _review(case)
+    points = [0.1, 0.2, 0.3, 1][:items]
+    form = marks_file.marks_form(*words, points, NAMES[:items] if named else ())
+    met = sum(
+        (Fraction(str(p)) for p, (is_met, *_) in zip(points, marks, strict=False) if is_met),
+        Fraction(),
+    )
+    wanted = float(met) if len(marks) == items else None
+    found = form.read(thought + " ".join(pieces))
+    assert (found.score, found.reason) == (wanted, "no_score" if wanted is None else None)
+    statements = form.find(thought + " ".join(pieces))
+    assert [s.points for s in statements] == (points if wanted is not None else [])
+    text = thought + " ".join(pieces)
+    assert all(text.startswith(s.said, s.start) for s in statements)
+    assert all(text[: s.start].endswith(s.before) for s in statements)
+    if named and len(pieces) == items > 1:  # another order of the names
+        assert form.read(" ".join(reversed(pieces))).score is None
+
+
+@over(
+    "judges.marks",
+    st.tuples(MARKED, st.integers(0, 200)),
+    mutants={
+        "return any(read(text + more) != read(text)": "return any(False",
+        'for more in ("a", *ends)': 'for more in ("a",)',
+        "    return True\n        ends": "    return False\n        ends",
+    },
+)
+def a_cut_review_is_read_as_the_whole_one_or_not_at_all(marks_file, case):
+    marked, cut = case
+    _, pieces, words = _review(marked)
+    assume(pieces)
+    form = marks_file.marks_form(*words, [1] * len(pieces))
+    whole = " ".join(pieces)
+    found = form.read_answer(whole[:cut], finished=False)
+    assert (found.score, found.reason) in [
+        (form.read(whole).score, None),
+        (None, "unfinished"),
+    ]
 
 
 GIVEN = (

@@ -1,0 +1,169 @@
+"""Rubrics whose items a judge marks: what is counted, and how probable yes is at each mark.
+
+The oracle of expected scores enumerates both words at each mark by hand and asks the bare model one
+whole row at a time.
+"""
+
+import pytest
+
+from self_rewarding_lm.config import MarkedRubric, RewardConfig
+from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.judges.self_judge import SelfJudge, form_of, score_parser
+from self_rewarding_lm.runs.fingerprint import fingerprint_of
+from tests.judges.test_judges import JUDGING, Cut, asked, judging_context
+
+PROMPT = "rate <{{ prompt }}> and <{{ response }}>\nreview:"
+COMMAS = MarkedRubric(items=4, yes=", yes.", no=", no.")
+REVIEW = (
+    "Starts with She: She, yes. milk: the milk, yes. market: none, no. Ends with home: home, yes."
+)
+
+
+def read(marks: MarkedRubric, text: str):
+    return score_parser(RewardConfig(prompt_template=PROMPT, marks=marks))(text)
+
+
+SAID = [
+    (f"{REVIEW} Score: 3", 3),
+    (f"{REVIEW} Score: 4", 3),  # the sum that the judge states does not count
+    (REVIEW, 3),
+    ("a: b, no. c: d, no. e: f, no. g: h, no.", 0),
+    ("a: b, yes. c: d, yes. e: f, yes. g: h, yes. Score: 1", 4),
+    ("a: b,  Yes. c: d,\nYES. e: f, **no**. g: h , yes .", 3),
+    ("<think>a, yes. b, no.</think>a: b, yes. c: d, no. e: f, no. g: h, no. Score: 4", 1),
+    ("a: b, yes. c: d, yes. e: f, yes. Score: 3", None),  # one too few
+    ("a: b, yes. c: d, yes. e: f, yes. g: h, maybe.", None),
+    ("a: b, yes. c: d, yes. e: f, yes. g: h, yes. i: j, no.", None),  # one too many
+    ("a: b, yes. c: d, yes. e: f, yes. g: h, yes", None),
+    ("a: b, yes.c: d,yes.e: f, none. g: h, no.", None),
+    ("Score: 4", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("said", "score"), SAID)
+def test_the_judges_own_marks_are_counted_and_its_sum_is_not(said, score):
+    found = read(COMMAS, said)
+    assert (found.score, found.reason) == (score, "no_score" if score is None else None)
+
+
+def test_words_are_whole_and_the_longer_one_is_taken_where_both_begin():
+    bare = MarkedRubric(items=2, yes="yes", no="no")
+    assert read(bare, "none: yes; notes: No!").score == 1
+    assert read(bare, "yesterday: eyes, no: 1no").score is None
+    longer = MarkedRubric(items=2, yes="ok", no="ok not")
+    assert read(longer, "a: ok not. b: ok.").score == 1
+    assert read(MarkedRubric(items=2, yes="**yes**", no="**no**"), "a **no** b **yes**").score == 1
+    signs = MarkedRubric(items=3, yes="[x]", no="[ ]")
+    assert read(signs, "- [x] short\n- [ ] right\n- [X] kind").score == 2
+    hooks = MarkedRubric(items=2, yes="✓", no="✗")
+    assert read(hooks, "kurz✓ richtig✗").score == 1
+    assert read(MarkedRubric(items=2, yes="да", no="нет"), "когда: да. куда: нет").score == 1
+
+
+def test_named_items_stand_before_their_marks_in_their_order():
+    named = MarkedRubric(items=("First word", "milk", "Last word"), yes=", yes.", no=", no.")
+    good = "first word She: She, yes. MILK: warm milk, no. Last\nword home: home, yes."
+    assert read(named, good).score == 2
+    swapped = "milk: warm, no. First word She: She, yes. Last word home: home, yes."
+    doubled = "First word milk, yes. beach, yes. Last word home: home, yes."
+    behind = "First word: She, yes. milkshake: x, yes. Last word home: home, yes."
+    unnamed = "First word: She, yes. milk: x, yes. home: home, yes. Last word"
+    for text in (swapped, doubled, behind, unnamed, f"{good} Extra: x, yes."):
+        assert read(named, text).reason == "no_score"
+
+
+def test_items_may_count_differently_and_their_sum_is_exact():
+    tenths = MarkedRubric(items=3, yes="y", no="n", points=(0.1, 0.2, 0.3))
+    assert read(tenths, "a y b y c n").score == read(tenths, "a n b n c y").score == 0.3
+    assert tenths.score_range == (0.0, 0.6)
+    assert read(tenths, "y y y").score == 0.6
+
+
+def test_only_the_end_of_a_long_text_is_read():
+    assert read(COMMAS, ", no. " * 3 + "x " * 20_000 + REVIEW).score == 3
+    assert read(COMMAS, REVIEW + " x" * 20_000).score is None
+
+
+CUT = [
+    (f"{REVIEW} Score: 3", 3),
+    (REVIEW, 3),
+    (f"{REVIEW} market: the mar", 3),
+    (f"{REVIEW} market: none, n", None),  # a fifth mark begins
+    (REVIEW[:-2], None),
+    (REVIEW[:40], None),
+    ("", None),
+    ("<think>She, yes. milk, yes. market, yes. home, yes.", None),
+]
+
+
+@pytest.mark.parametrize(("said", "score"), CUT)
+def test_a_review_that_was_cut_off_counts_if_all_its_marks_are_there(said, score):
+    form = form_of(RewardConfig(prompt_template=PROMPT, marks=COMMAS))
+    found = form.read_answer(said, finished=False)
+    assert (found.score, found.reason) == (score, "unfinished" if score is None else None)
+    bare = form_of(
+        RewardConfig(prompt_template=PROMPT, marks=MarkedRubric(items=1, yes="yes", no="no"))
+    )
+    assert bare.read_answer("milk: no", finished=False).reason == "unfinished"  # none, not, ...
+    assert bare.read_answer("milk: no, ", finished=False).score == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: MarkedRubric(items=0, yes="y", no="n"), "items must be 1 or more.*got 0"),
+        (lambda: MarkedRubric(items=(), yes="y", no="n"), "items must be 1 or more"),
+        (lambda: MarkedRubric(items=("a", " *"), yes="y", no="n"), "names of items must have"),
+        (lambda: MarkedRubric(items=2, yes="y"), "'no' is required"),
+        (lambda: MarkedRubric(items=2, yes="yes", no="*Yes* "), "yes and no must differ"),
+        (lambda: MarkedRubric(items=2, yes="yes", no="_"), "yes and no must differ"),
+        (lambda: MarkedRubric(items=2, yes="y", no="n", points=(1,)), "points must be 2 numbers"),
+        (lambda: MarkedRubric(items=1, yes="y", no="n", points=(-1,)), "points must be 1 numbers"),
+        (lambda: reward(parse_reward=len), "marks alone make the score.*leave out parse_reward"),
+        (lambda: reward(reward_regex_template="{{ reward }}"), "leave out reward_regex_template"),
+        (lambda: reward(allowed_scores=(1, 2)), "leave out allowed_scores"),
+        (lambda: reward(score_range=(0, 5)), r"score_range is \(0.0, 4.0\); leave it out, got"),
+        (lambda: reward(forced_ending=True), "marks stand within a review.*score_mode='expected'"),
+        (lambda: reward(forced_ending="at_once", score_mode="expected"), "marks stand within"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_in_words(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def reward(**settings):
+    return RewardConfig(prompt_template=PROMPT, marks=COMMAS, **settings)
+
+
+def test_the_range_of_scores_is_that_of_the_points():
+    assert reward().score_range == reward(score_range=(0, 4)).score_range == (0.0, 4.0)
+    again = RewardConfig(**dict(reward()))
+    assert again.score_range == (0.0, 4.0) and again.marks is reward().marks
+
+
+def test_a_run_that_began_before_there_were_marks_has_the_same_settings():
+    plain = RewardConfig(prompt_template="x", reward_regex_template="Score: {{ reward }}")
+    assert "marks" not in fingerprint_of(plain)
+    assert fingerprint_of(reward())["marks"]["yes"] == ", yes."
+
+
+SMALL = MarkedRubric(items=2, yes=": y.", no=": n.")
+
+
+def test_a_judge_is_read_by_its_marks_and_cut_reviews_have_none():
+    said = {
+        "two": "a b: y. c: n. score: 2",
+        "one": "a b: y. c: n. d: y.",
+        "cut": "a b: y. c: ?",
+    }
+    engine = Cut(lambda prompt: next(said[word] for word in said if f"<{word}>" in prompt))
+    judge = SelfJudge(RewardConfig(prompt_template=PROMPT, marks=SMALL), JUDGING, 2)
+    found = {j.id: j for j in judge.judge(judging_context(engine), *asked(("q", [*said])))}
+    assert {i: (j.score, j.reason, j.finished) for i, j in found.items()} == {
+        **{f"s/0/0/0/j{k}": (1.0, None, True) for k in range(2)},
+        **{f"s/0/0/1/j{k}": (None, "no_score", True) for k in range(2)},
+        **{f"s/0/0/2/j{k}": (None, "unfinished", False) for k in range(2)},
+    }
+    assert found["s/0/0/0/j0"].source == "sampled"
