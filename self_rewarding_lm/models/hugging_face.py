@@ -122,7 +122,7 @@ class HuggingFaceModel:
         self.base: nn.Module = module.get_base_model() if has_adapter(module) else module  # type: ignore[operator]
         config: Any = self.base.config
         self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self.max_len = limit_of(self.base) or getattr(self.config, "max_position_embeddings", None)
+        self.max_len = limit_of(self.base) or limit_of(self.base, self.config)
         self.takes = set(signature(self.base.forward).parameters)
         self.vocab = probe_vocab(module)
         self.bytes_per_token = 0

@@ -246,9 +246,12 @@ def copied(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def limit_of(module: nn.Module) -> int | None:
-    """The longest row that a module says it takes, as `.max_seq_len` or in its config."""
-    config = getattr(module, "config", None)
+def limit_of(module: nn.Module, config: Any = None) -> int | None:
+    """The longest row that a module says it takes, as `.max_seq_len` or in its config.
+
+    config: of its part that reads the text; by default the module's own. XLNet's -1 is no limit.
+    """
+    config = config or getattr(module, "config", None)
     limits = (
         getattr(module, "max_seq_len", None),
         getattr(config, "max_position_embeddings", None),

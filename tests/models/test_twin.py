@@ -16,7 +16,7 @@ from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models import hugging_face
 from self_rewarding_lm.models.batching import pad_rows
 from self_rewarding_lm.models.families import adapt
-from self_rewarding_lm.models.interface import Plan
+from self_rewarding_lm.models.interface import Plan, limit_of
 from self_rewarding_lm.models.logprobs import token_logprobs
 from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.models.twin import LONGEST, least_border, same_parts, twin_of
@@ -91,6 +91,14 @@ def test_classes_are_decoded_and_trained_as_row_by_row(kind):
     assert model.attends is (kind in FAST_ATTENDING)
     assert model.caches and ("attends" in model.refused) is not model.attends
     assert max(errors(model)) < 2e-4
+
+
+def test_a_model_whose_limit_is_minus_one_takes_rows_of_any_length():
+    module = small("xlnet")
+    assert module is not None and module.config.max_position_embeddings == -1
+    assert limit_of(module) is None
+    with pytest.raises(AdapterError, match="not causal"):  # tried, and refused for what it is
+        adapt(module)
 
 
 @pytest.mark.slow
