@@ -7,10 +7,8 @@ its best against its worst. The checker in quickstart_task.py measures; the loop
 
 import argparse
 import json
-import random
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import quickstart_task as task
@@ -24,10 +22,10 @@ from self_rewarding_lm import (
     RewardConfig,
     Run,
     SamplingConfig,
-    SelfJudge,
     SelfRewardDPOConfig,
     SelfRewardingTrainer,
     SFTConfig,
+    ShuffledJudge,
     generate,
 )
 
@@ -40,16 +38,6 @@ REWARD = RewardConfig(
     reward_regex_template="Score: {{ reward }}",
     score_range=(0, 5),
 )
-
-
-class ShuffledScores:
-    """The control: the model's own judgements, each score given to another candidate by chance."""
-
-    def judge(self, ctx, prompts, candidates_PG):
-        own = list(SelfJudge(REWARD, REVIEW, 1).judge(ctx, prompts, candidates_PG))
-        scores = [judgement.score for judgement in own]
-        random.Random(ctx.seed).shuffle(scores)
-        return [replace(j, score=score) for j, score in zip(own, scores, strict=True)]
 
 
 def build_model() -> torch.nn.Module:
@@ -72,7 +60,7 @@ def build_stages(data: task.TaskData, control: str, sft_steps: int = 700) -> lis
             generation=ANSWER,
             judging=REVIEW,
             num_sampled_reward_responses=1,  # a greedy review is the same each time
-            judge=ShuffledScores() if control == "shuffled" else None,
+            judge=ShuffledJudge() if control == "shuffled" else None,
             prompts_per_block=len(prompts),
             dpo_beta=0.3,
             nll_weight=0.5,

@@ -29,6 +29,7 @@ from self_rewarding_lm import (
     SelfRewardDPOConfig,
     SelfRewardSFTConfig,
     SFTConfig,
+    ShuffledJudge,
     TemporalDPOConfig,
     VoteJudge,
 )
@@ -90,7 +91,7 @@ def oracle(lab: Lab, round: int) -> ExternalRewardDPOConfig:
 
 
 def shuffled(lab: Lab, round: int) -> SelfRewardDPOConfig:
-    return plain(lab, round, judge=quickstart.ShuffledScores())
+    return plain(lab, round, judge=ShuffledJudge())
 
 
 def expected(lab: Lab) -> list[FinetuneConfig]:

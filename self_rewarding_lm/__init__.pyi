@@ -23,6 +23,7 @@ from self_rewarding_lm.judges.implicit import ImplicitJudge
 from self_rewarding_lm.judges.reward_model import RewardModelJudge
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
 from self_rewarding_lm.judges.server import ServerJudge
+from self_rewarding_lm.judges.shuffled import ShuffledJudge
 from self_rewarding_lm.judges.votes import VoteJudge
 from self_rewarding_lm.models.loading import load_causal_lm
 from self_rewarding_lm.recipes.paper import create_default_paper_config, paper_recipe
@@ -109,6 +110,7 @@ __all__ = [
     "SelfRewardingTrainer",
     "ServerEngine",
     "ServerJudge",
+    "ShuffledJudge",
     "TEN_POINT_REWARD_CONFIG",
     "TemporalDPOConfig",
     "VerifierAccuracy",

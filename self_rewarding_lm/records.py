@@ -72,6 +72,10 @@ class Candidate:
     shown_id: str | None = None
 
 
+MOVED = "moved"
+"""The source of a judgement that only gives a candidate the score of another one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """What a judge said once of one candidate (or, comparing, of two); id: <candidate id>/j<k>.
@@ -79,7 +83,8 @@ class Judgement:
     score: None if none could be read, and reason says why. text: the judge's words, None for
     judges that only give numbers. source: how the score came: `sampled` (read in the text),
     `expected` (the mean over the allowed numbers at the place of the text's number), `forced` (the
-    same after a score prefix that was appended), `compared`, `given` (by a function or module).
+    same after a score prefix that was appended), `compared`, `given` (by a function or module),
+    `moved` (that of another candidate, see ShuffledJudge).
     score_mass: the probability of all allowed numbers together, if it was computed. finished: False
     if the text was cut off; None if that is not known, or nothing was written.
     """
@@ -99,6 +104,11 @@ class Judgement:
     def is_cut(self) -> bool:
         """Whether its text was cut off. No model should learn to end there."""
         return self.finished is False
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether it is only the score of another candidate, and nobody judged for it."""
+        return self.source == MOVED
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.judges.reward_model import RewardModelJudge
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
 from self_rewarding_lm.judges.server import ServerJudge
+from self_rewarding_lm.judges.shuffled import ShuffledJudge
 from self_rewarding_lm.judges.votes import VoteJudge
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RewardModelJudge",
     "SelfJudge",
     "ServerJudge",
+    "ShuffledJudge",
     "VoteJudge",
     "make_judge",
 ]

@@ -24,6 +24,8 @@ class Judge:
     """Whether its judgements may change when the weights in the context's model change."""
     knows_ids: bool = True
     """Whether `judgement_ids` holds. If not, the judgements of each candidate are counted."""
+    judges_blocks: bool = False
+    """Whether `judge_block` has judgements to add."""
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -53,6 +55,19 @@ class Judge:
             return ids.issuperset(wanted)
         counts = Counter(candidate_id for j in judgements for candidate_id in j.candidate_ids)
         return all(counts[candidate.id] >= self.num_judgements for candidate in candidates)
+
+    def judge_block(
+        self,
+        ctx: Context,
+        candidates_PG: Sequence[Sequence[Candidate]],
+        judgements: Sequence[Judgement],
+    ) -> list[Judgement]:
+        """Judgements that are made of those of a stage's whole block, in all its processes.
+
+        candidates_PG: of each prompt of the block. judgements: all of theirs that `judge` gave. It
+        asks no model, and each process gets the same from it; ids are none of `judgement_ids`.
+        """
+        return []
 
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
@@ -98,6 +113,7 @@ class WrappedJudge(Judge):
         self.num_judgements = getattr(judge, "num_judgements", 1)
         self.reads_weights = getattr(judge, "reads_weights", True)
         self.knows_ids = hasattr(judge, "judgement_ids")
+        self.judges_blocks = getattr(judge, "judges_blocks", False)
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -106,6 +122,14 @@ class WrappedJudge(Judge):
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         return self._method("judgement_ids")(candidates)
+
+    def judge_block(
+        self,
+        ctx: Context,
+        candidates_PG: Sequence[Sequence[Candidate]],
+        judgements: Sequence[Judgement],
+    ) -> list[Judgement]:
+        return self._method("judge_block")(ctx, candidates_PG, judgements)
 
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]

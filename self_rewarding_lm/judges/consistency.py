@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,7 @@ class ComparingJudge(Judge):
             earlier = ImplicitJudge(weights=which, reference=reference)
             self.previous = Member(earlier, "previous")
         self.added.append(self.previous)
+        self.judges_blocks = judge.judges_blocks
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -88,6 +89,17 @@ class ComparingJudge(Judge):
         """Ids of all judgements of one prompt's candidates."""
         added = [name for member in self.added for name in member.judgement_ids(candidates)]
         return [*self.inner.judgement_ids(candidates), *added]
+
+    def judge_block(
+        self,
+        ctx: Context,
+        candidates_PG: Sequence[Sequence[Candidate]],
+        judgements: Sequence[Judgement],
+    ) -> list[Judgement]:
+        """Those of the stage's judge, and of the same judge with the earlier weights."""
+        own = self.inner.judge_block(ctx, candidates_PG, self.own(judgements))
+        added = [member.judge_block(ctx, candidates_PG, judgements) for member in self.added]
+        return [*own, *chain.from_iterable(added)]
 
     def weights_used(self) -> set[str]:
         return set().union(*(judge.weights_used() for judge in (self.inner, *self.added)))
@@ -136,7 +148,7 @@ class EarlierJudge(Judge):
 
     def __init__(self, judge: Judge, which: str) -> None:
         self.inner, self.which = judge, which
-        self.name = judge.name
+        self.name, self.judges_blocks = judge.name, judge.judges_blocks
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -148,6 +160,14 @@ class EarlierJudge(Judge):
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         return self.inner.judgement_ids(candidates)
+
+    def judge_block(
+        self,
+        ctx: Context,
+        candidates_PG: Sequence[Sequence[Candidate]],
+        judgements: Sequence[Judgement],
+    ) -> list[Judgement]:
+        return self.inner.judge_block(ctx, candidates_PG, judgements)
 
     def weights_used(self) -> set[str]:
         return {self.which} | self.inner.weights_used()

@@ -5,6 +5,7 @@ Knows judgements and their ids; nothing of how a member makes its judgements.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from self_rewarding_lm.context import Context
@@ -26,7 +27,7 @@ class Member(Judge):
     def __init__(self, judge: Judge, label: str) -> None:
         self.inner, self.label = judge, label
         self.name = f"{label}:{judge.name}"
-        self.reads_weights = judge.reads_weights
+        self.reads_weights, self.judges_blocks = judge.reads_weights, judge.judges_blocks
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -54,6 +55,15 @@ class Member(Judge):
             self._labelled_id(name, next(head for head in heads if name.startswith(f"{head}/")))
             for name in self.inner.judgement_ids(candidates)
         ]
+
+    def judge_block(
+        self,
+        ctx: Context,
+        candidates_PG: Sequence[Sequence[Candidate]],
+        judgements: Sequence[Judgement],
+    ) -> list[Judgement]:
+        own = self.own(judgements)
+        return list(self.labelled(self.inner.judge_block(ctx, candidates_PG, own)))
 
     def own(self, judgements: Iterable[Judgement]) -> list[Judgement]:
         """The judgements under the label, as the inner judge made them."""
@@ -101,6 +111,7 @@ class EnsembleJudge(Judge):
         self.filters = [(members[id(judge)], float(least)) for judge, least in filters]
         self.name = ", ".join(member.name for member in self.members)
         self.reads_weights = any(member.reads_weights for member in self.members)
+        self.judges_blocks = any(member.judges_blocks for member in self.members)
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -111,6 +122,15 @@ class EnsembleJudge(Judge):
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
         return [i for member in self.members for i in member.judgement_ids(candidates)]
+
+    def judge_block(
+        self,
+        ctx: Context,
+        candidates_PG: Sequence[Sequence[Candidate]],
+        judgements: Sequence[Judgement],
+    ) -> list[Judgement]:
+        made = [member.judge_block(ctx, candidates_PG, judgements) for member in self.members]
+        return list(chain.from_iterable(made))
 
     def weights_used(self) -> set[str]:
         return set().union(*(member.weights_used() for member in self.members))

@@ -10,6 +10,7 @@ from self_rewarding_lm.judges.implicit import ImplicitJudge
 from self_rewarding_lm.judges.reward_model import RewardModelJudge
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
 from self_rewarding_lm.judges.server import ServerJudge
+from self_rewarding_lm.judges.shuffled import ShuffledJudge
 from self_rewarding_lm.judges.votes import VoteJudge
 
 JUDGES: tuple[type[Judge], ...] = (
@@ -21,5 +22,6 @@ JUDGES: tuple[type[Judge], ...] = (
     RewardModelJudge,
     SelfJudge,
     ServerJudge,
+    ShuffledJudge,
     VoteJudge,
 )

@@ -29,10 +29,11 @@ class ExternalRewardDPOConfig(SampledPreferenceConfig):
     """A reward from outside may mean its None; set a share here to be stopped by too many."""
 
     def given_judge(self) -> Any:
-        return self.reward_model if self.judge is None else self.judge
+        given = self.unshuffled_judge
+        return self.reward_model if given is None else given
 
     def build_judge(self, ctx: Context) -> Judge:
-        return make_judge(self.judge or self.reward_model)
+        return make_judge(self.given_judge())
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)

@@ -23,6 +23,7 @@ from self_rewarding_lm.judges.asking import FIRST_LOOK
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.consistency import ComparingJudge, ConsistencyConfig
 from self_rewarding_lm.judges.make import make_judge
+from self_rewarding_lm.judges.shuffled import ShuffledJudge
 from self_rewarding_lm.judges.tally import JudgeWatcher, StageTally, together
 from self_rewarding_lm.records import (
     Candidate,
@@ -103,10 +104,20 @@ class PairSettings(PreferenceConfig):
         return self
 
     def build_judge(self, ctx: Context) -> Judge:
-        """The stage's judge; the user's if `judge` is given."""
-        if self.judge is None:
+        """The stage's judge; the user's if `judge` is given. Its scores are not moved yet."""
+        if self.unshuffled_judge is None:
             raise ConfigError(f"{ctx.stage}: give judge=, an object with a judge method.")
-        return make_judge(self.judge)
+        return make_judge(self.unshuffled_judge)
+
+    @property
+    def unshuffled_judge(self) -> Any:
+        """`judge`, or the one whose scores it moves; None if the stage's own judge scores."""
+        return self.judge.of if isinstance(self.judge, ShuffledJudge) else self.judge
+
+    def scoring_judge(self, ctx: Context) -> Judge:
+        """The judge that scores: the built one, with its scores moved if `judge` moves them."""
+        judge = make_judge(self.build_judge(ctx))
+        return ShuffledJudge(judge) if isinstance(self.judge, ShuffledJudge) else judge
 
     def score_scale(self, ctx: Context) -> tuple[float, float] | None:
         """The lowest and the highest score that the judge may give; None if they are not known."""
@@ -155,9 +166,10 @@ class JudgedPrompt:
 class PairMaker:
     """Samples, judges and pairs a stage's prompts block by block; uses records on disk again.
 
-    Only counts and ids of a finished block stay in memory. Subclasses change what is made by three
+    Only counts and ids of a finished block stay in memory. Subclasses change what is made by four
     hooks: `sample` (the candidates of a block), `candidates_to_judge` (the candidates of a prompt
-    that the judge is shown) and `pair` (the records that a prompt gives).
+    that the judge is shown), `judged_together` (those of the judgements of a whole block) and
+    `pair` (the records that a prompt gives).
     """
 
     record_type: ClassVar[type[Any]] = PreferencePair
@@ -166,7 +178,7 @@ class PairMaker:
 
     def __init__(self, config: PairSettings, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
-        self.judge = make_judge(config.build_judge(ctx))
+        self.judge = config.scoring_judge(ctx)
         if config.consistency is not None:
             self.judge = ComparingJudge(self.judge, config.consistency)
         self.known_prompts = Groups(out.known(Prompt))
@@ -180,7 +192,7 @@ class PairMaker:
         self.bad_rows = BadRows(config.on_bad_row)
         self.tally = StageTally()
 
-    # The three hooks
+    # The four hooks
 
     def sample(self, block: Sequence[JudgedPrompt]) -> None:
         """Sample the candidates that are missing, store them and add them to their prompts."""
@@ -192,6 +204,10 @@ class PairMaker:
         answers = judged.answers
         has_judged = self.judge.has_judged(answers, judged.judgements, self.ctx.format)
         return [] if has_judged else answers
+
+    def judged_together(self, judged: JudgedPrompt) -> list[Candidate]:
+        """The candidates of a prompt for `Judge.judge_block`, the same whenever it is asked."""
+        return judged.answers
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[Any]:
         """The records that a prompt gives; `drops` counts what was left out, by reason."""
@@ -254,6 +270,8 @@ class PairMaker:
         self.sample(block)
         # 2. judge what is missing
         failure = self.judge_missing(block)
+        if self.judge.judges_blocks:
+            self.judge_block(block, failure)
         # 3. pair
         local_drops = DropCounts()
         local_records = {judged.prompt.id: self.pair(judged, local_drops) for judged in block}
@@ -261,7 +279,7 @@ class PairMaker:
         for judged in block:
             judgements = self.judge.own(judged.judgements)
             scores = self.judge.scores(judged.candidates, judgements)
-            self.tally.add(judged.candidates, judgements, scores)
+            self.tally.add(judged.candidates, made_by_judging(judgements), scores)
         failure = failure or self.watcher.see_scores(self.tally.judge)
         failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
@@ -295,6 +313,8 @@ class PairMaker:
         failure = self.judge_missing([judged])
         if failure is not None:
             raise JudgeError(failure)
+        if self.judge.judges_blocks:
+            self.judge_block([judged])
         if judged.judgements and all(j.reason == "too_long" for j in judged.judgements):
             raise JudgeError(
                 f"{self.ctx.stage}: the judge's prompt with the shortest of the first "
@@ -401,7 +421,7 @@ class PairMaker:
         """
         # 1. find what is missing, and stop if too few stored judgements could be read
         for judged in block:
-            self.watcher.count(judged.judgements)
+            self.watcher.count(made_by_judging(judged.judgements))
         to_judge = [(judged, self.candidates_to_judge(judged)) for judged in block]
         to_judge = [(judged, candidates) for judged, candidates in to_judge if candidates]
         candidates_PG = [[self.as_judged(c) for c in candidates] for _, candidates in to_judge]
@@ -428,6 +448,27 @@ class PairMaker:
             if failure is not None:
                 return failure
         return None
+
+    def judge_block(self, block: Sequence[JudgedPrompt], failure: str | None = None) -> None:
+        """Store the judgements that are made of those of the whole block, in all processes.
+
+        Raises JudgeError on every process if judging has failed on one.
+        """
+        # 1. what all processes judged
+        mine = [(self.judged_together(judged), judged.judgements) for judged in block]
+        failures, parts = zip(*self.ctx.runtime.gather([(failure, mine)]), strict=True)
+        if any(failures):
+            raise JudgeError(next(filter(None, failures)))
+        candidates_PG = [candidates for part in parts for candidates, _ in part]
+        judgements = [j for part in parts for _, of_prompt in part for j in of_prompt]
+        # 2. each process keeps what is of its own prompts
+        by_id = {judged.prompt.id: judged for judged in block}
+        known_ids = {j.id for judged in block for j in judged.judgements}
+        made = self.judge.judge_block(self.ctx, candidates_PG, judgements)
+        new = [j for j in made if prompt_id_of_judgement(j) in by_id and j.id not in known_ids]
+        self.out.append(new)
+        for judgement in new:
+            by_id[prompt_id_of_judgement(judgement)].judgements.append(judgement)
 
     def as_judged(self, candidate: Candidate) -> Candidate:
         """The candidate that the judge sees: with `postprocess_response` applied to its text.
@@ -493,7 +534,7 @@ class PairMaker:
             is_valid_pair=self.config.pair_check(),
             min_margin=self.config.min_margin,
         )
-        said = self.judge.own(judged.judgements)
+        said = made_by_judging(self.judge.own(judged.judgements))
         if self.ctx.format > 1 and said and all(len(j.candidate_ids) == 2 for j in said):
             pairs = [_with_win_rates(pair) for pair in pairs]
         if not isinstance(self.judge, ComparingJudge):
@@ -555,6 +596,11 @@ class PairMaker:
 def prompt_id_of_judgement(judgement: Judgement) -> str:
     """The id of the prompt whose candidates were judged."""
     return prompt_id_of(judgement.candidate_ids[0])
+
+
+def made_by_judging(judgements: Iterable[Judgement]) -> list[Judgement]:
+    """The judgements without those that only move a score."""
+    return [judgement for judgement in judgements if not judgement.is_moved]
 
 
 def _with_win_rates(pair: PreferencePair) -> PreferencePair:

@@ -231,8 +231,10 @@ def _length_controlled(
 def score_variances(judgements: Iterable[Judgement]) -> dict[str, Number]:
     """The variance of each candidate's scores by its id; candidates judged once are left out.
 
-    A judgement of two candidates gives its score to the first, and 1 less its score to the second.
+    So are those whose score is that of another candidate. A judgement of two candidates gives its
+    score to the first, and 1 less its score to the second.
     """
+    judgements = list(judgements)
     scores_by_id: dict[str, list[Number]] = {}
     for judgement in judgements:
         if judgement.score is not None:
@@ -240,9 +242,10 @@ def score_variances(judgements: Iterable[Judgement]) -> dict[str, Number]:
             pair = zip(judgement.candidate_ids, (score, 1 - score), strict=False)
             for candidate_id, own_score in pair:
                 scores_by_id.setdefault(candidate_id, []).append(own_score)
+    moved = {j.candidate_ids[0] for j in judgements if j.is_moved}
     variances = {}
     for candidate_id, scores in scores_by_id.items():
-        if len(scores) > 1:
+        if len(scores) > 1 and candidate_id not in moved:
             mean = exact_sum(scores) / len(scores)
             variances[candidate_id] = exact_sum((s - mean) ** 2 for s in scores) / len(scores)
     return variances

@@ -92,7 +92,7 @@ class SampledPreferenceConfig(PairSettings):
 
     def given_judge(self) -> Any:
         """The user's judge object, None if there is none."""
-        return self.judge
+        return self.unshuffled_judge
 
     @model_validator(mode="after")
     def _rounds_are_passes(self) -> "SampledPreferenceConfig":
@@ -125,7 +125,7 @@ class SampledPreferenceConfig(PairSettings):
                 f"{type(self.judge).__name__}."
             )
         if self.consistency is not None:
-            check_consistency(ctx.stage, self.consistency, self.build_judge(ctx))
+            check_consistency(ctx.stage, self.consistency, self.scoring_judge(ctx))
             if not read_by(losses_in(self.loss)).compares:
                 raise ConfigError(
                     f"{ctx.stage}: consistency is a label smoothing, and no loss of the stage "
@@ -338,7 +338,7 @@ class SampledPreferenceConfig(PairSettings):
 
         prompt: the tokens of a prompt.
         """
-        if self.judge is not None:
+        if self.unshuffled_judge is not None:
             return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
         return Asking(candidates.count, NOTHING, NOTHING, here=False), ()
 

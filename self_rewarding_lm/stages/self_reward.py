@@ -73,13 +73,13 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
 
     def given_judge(self) -> Any:
         """The user's judge object; None if a model judges with this stage's reward prompts."""
-        if self.judge is not None:
-            return self.judge
+        if self.unshuffled_judge is not None:
+            return self.unshuffled_judge
         return self.rewarding_model if hasattr(self.rewarding_model, "judge") else None
 
     def build_judge(self, ctx: Context) -> Judge:
         judge = self.given_judge()
-        if self.judge is None and isinstance(judge, ServerJudge):
+        if self.unshuffled_judge is None and isinstance(judge, ServerJudge):
             return self._server_judge(ctx, judge)
         if judge is not None:
             return make_judge(judge)
@@ -141,7 +141,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
     def judging_work(
         self, counting: Counting, candidates: Asking, prompt: Range
     ) -> tuple[Asking, tuple[str, ...]]:
-        if self.judge is not None:
+        if self.unshuffled_judge is not None:
             return super().judging_work(counting, candidates, prompt)
         # 1. how often each candidate is judged, and how many responses a question shows
         forms, times, responses = [], self.num_sampled_reward_responses, 1
@@ -164,7 +164,7 @@ class SelfRewardDPOConfig(SampledPreferenceConfig):
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)
-        if isinstance(self.rewarding_model, ServerJudge) and self.judge is None:
+        if isinstance(self.rewarding_model, ServerJudge) and self.unshuffled_judge is None:
             self._server_judge(ctx, self.rewarding_model)
         if self.given_judge() is not None:
             return

@@ -129,7 +129,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         asks_with_rewards = isinstance(self.rewarding_model, ServerJudge) or not hasattr(
             self.rewarding_model, "judge"
         )
-        if self.judge is None and asks_with_rewards:
+        if self.unshuffled_judge is None and asks_with_rewards:
             rewards = self._rewards(ctx).values()
             tops = {1.0} if self.comparison is not None else set(map(top_score_of, rewards))
         top = tops.pop()

@@ -90,6 +90,10 @@ class NextMaker(AnchoredMaker):
             return candidates
         return [candidate for candidate in candidates if part_of(candidate.id) == NEXT]
 
+    def judged_together(self, judged: JudgedPrompt) -> list[Candidate]:
+        """The candidates of the next weights; the others were judged before, in other blocks."""
+        return [c for c in super().judged_together(judged) if part_of(c.id) == NEXT]
+
     def make_again(self, first_pairs: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
         """Make pairs of the prompts of `first_pairs`, and return them in the same order.
 

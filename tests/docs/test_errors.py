@@ -50,6 +50,7 @@ from self_rewarding_lm import (
     ServerEngine,
     ServerJudge,
     SFTConfig,
+    ShuffledJudge,
     SPINTrainer,
     VerifierAccuracy,
     VoteJudge,
@@ -956,6 +957,11 @@ def unknown_extractor(folder):
 @mistake("judge", "An ensemble of filters alone")
 def filters_alone(folder):
     return lambda: EnsembleJudge([], filters=[(lambda prompts, completions: [], 3)])
+
+
+@mistake("judge", "A shuffle in an ensemble that does not say whose scores")
+def shuffle_of_nobody(folder):
+    return lambda: trainer(folder, external(EnsembleJudge([ShuffledJudge()])))
 
 
 @mistake("judge", "Implicit rewards relative to a stage that there is not")

@@ -6,7 +6,7 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
-from self_rewarding_lm import OptimConfig, SelfPlayConfig
+from self_rewarding_lm import OptimConfig, SelfPlayConfig, ShuffledJudge
 from tests.test_trainer import (
     ROWS,
     SHORT,
@@ -44,7 +44,8 @@ def main(folder: str) -> None:
     stops = sft(early_stopper_eval_module=evaluate, num_train_steps=9, optim=often)
     ragged = dict(optim=ONE_BY_ONE)
     judged = self_reward(num_generated_preference_pairs=5, **ragged)
-    stages = [stops, spin, external(**ragged), judged]
+    shuffled = self_reward(name="shuffled", judge=ShuffledJudge(), **ragged)
+    stages = [stops, spin, external(**ragged), judged, shuffled]
     trainer = trainer_of(folder, stages, model, accelerate_kwargs=dict(cpu=True))
     trainer()
     assert trainer.runtime.is_main or not asked  # one process decides, all are told

@@ -1,0 +1,114 @@
+"""A control: the scores of a judge, each given to another candidate by chance.
+
+Knows scores and ids; nothing of how the judge comes to its scores.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from self_rewarding_lm.context import Context
+from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.ensemble import Member
+from self_rewarding_lm.judges.make import make_judge
+from self_rewarding_lm.records import MOVED, Candidate, Judgement, Prompt, stable_hash
+from self_rewarding_lm.runs.stage_folder import FORMAT
+from self_rewarding_lm.runs.stored import id_order
+from self_rewarding_lm.scores import label_of
+
+UNMOVED = "unmoved"
+"""The label of the inner judge's judgements: <candidate id>/unmoved/j0."""
+
+
+class ShuffledJudge(Judge):
+    """The scores of another judge, dealt anew among the candidates of a block by chance.
+
+    of: the judge whose scores are moved: any Judge, an object with a method `judge`, a function of
+    texts, a module. None: the stage's own, with its reward prompts. A block are the stage's
+    `prompts_per_block` prompts; with 1 scores stay within their prompt. In a block the scores are
+    the same numbers, equally often, and which candidate has which is a function of the stage's seed
+    and the candidates' ids alone. All orders are equally likely, so a candidate may keep its own.
+    What moves is what a candidate's judgements come to. A candidate whose judgements have no score
+    hands on that it has none; one that was not judged has no part in it.
+
+    The inner judge's judgements stay on disk as they are, `<candidate id>/unmoved/j0`, by
+    `unmoved:<judge>`. The score that counts is `<candidate id>/j0` by `shuffled`, whose source is
+    `moved` and whose text says which candidate it was given to.
+    """
+
+    name = "shuffled"
+    judges_blocks = True
+
+    def __init__(self, of: Any = None) -> None:
+        self.of = of
+        self._member = None if of is None else Member(make_judge(of), UNMOVED)
+        self.reads_weights = self._member is None or self._member.reads_weights
+
+    @property
+    def member(self) -> Member:
+        """The inner judge under its label. Raises JudgeError if it is the stage's own."""
+        if self._member is None:
+            raise JudgeError(
+                "a ShuffledJudge without `of` is the judge= of a stage, whose own judge it takes; "
+                "everywhere else say whose scores it moves: ShuffledJudge(of=...)."
+            )
+        return self._member
+
+    def judge(
+        self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
+    ) -> Iterator[Judgement]:
+        """The inner judge's judgements; `judge_block` moves their scores."""
+        return self.member.judge(ctx, prompts, candidates_PG)
+
+    def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
+        return self.member.judgement_ids(candidates)
+
+    def has_judged(
+        self,
+        candidates: Sequence[Candidate],
+        judgements: Iterable[Judgement],
+        format: int = FORMAT,
+    ) -> bool:
+        return self.member.inner.has_judged(candidates, self.member.own(judgements), format)
+
+    def weights_used(self) -> set[str]:
+        return self.member.weights_used()
+
+    def judge_block(
+        self,
+        ctx: Context,
+        candidates_PG: Sequence[Sequence[Candidate]],
+        judgements: Sequence[Judgement],
+    ) -> list[Judgement]:
+        """A judgement of each judged candidate, with the score of a candidate drawn by chance."""
+        # 1. what the inner judge's judgements come to; `inner` is empty unless it moves some itself
+        inner = self.member.judge_block(ctx, candidates_PG, judgements)
+        own = self.member.own([*judgements, *inner])
+        scores = self.member.inner.scores_of_all(candidates_PG, own)
+        judged = {name for j in own for name in j.candidate_ids}
+        reasons = {n: j.reason for j in reversed(own) if j.reason for n in j.candidate_ids}
+        # 2. deal them by the order of a hash
+        ids = sorted(judged & scores.keys(), key=id_order)
+        drawn = sorted(ids, key=lambda name: (stable_hash(ctx.seed, "shuffled", name), name))
+        moved = []
+        for name, giver in zip(ids, drawn, strict=True):
+            score, text = scores[giver], f"moved here by chance: the score of {giver}"
+            reason = reasons.get(giver, "no_score") if score is None else None
+            moved.append(Judgement(f"{name}/j0", (name,), self.name, score, reason, text, MOVED))
+        return [*inner, *moved]
+
+    def scores(
+        self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
+    ) -> dict[str, float | None]:
+        """The moved scores. Raises JudgeError if the candidates' scores were not moved yet."""
+        judgements = list(judgements)
+        moved = {j.candidate_ids[0]: j.score for j in judgements if label_of(j) is None}
+        judged = {name for j in judgements for name in j.candidate_ids}
+        waiting = [c.id for c in candidates if c.id in judged and c.id not in moved]
+        if waiting:
+            raise JudgeError(
+                f"the scores of {', '.join(waiting[:3])} are not moved: a ShuffledJudge moves them "
+                "among the candidates of a stage's block, so it is a judge for stages. An "
+                "evaluation has no blocks; give it the judge itself."
+            )
+        return {c.id: moved.get(c.id) for c in candidates}
