@@ -29,7 +29,9 @@ OF_VERSION_0_1_0 = """
     create_mock_dataset evaluate_judge from_stage generate import_checkpoint load_causal_lm
     measure_responses open_assistant paper_recipe push_to_hub reads reasoning_task write_report
 """
-SINCE = "CallableTokenizer Judge JudgeError PairingError ShuffledJudge read_recipe read_yaml"
+SINCE = """
+    CallableTokenizer Judge JudgeError MarkedRubric PairingError ShuffledJudge read_recipe read_yaml
+"""
 
 
 def test_all_names_of_version_0_1_0_are_there_and_those_that_docs_imported_deeply():

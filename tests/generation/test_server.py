@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 
@@ -22,6 +23,7 @@ pytest.importorskip("openai")
 from self_rewarding_lm import (
     ComparisonConfig,
     ExternalRewardDPOConfig,
+    MarkedRubric,
     OptimConfig,
     RewardConfig,
     SamplingConfig,
@@ -569,6 +571,38 @@ def test_expected_scores_of_a_judge_come_from_the_servers_probabilities():
         assert judgement.score_mass == pytest.approx(mass)
         assert judgement.score == pytest.approx(sum(s * q for s, q in p.items()) / mass)
         assert judgement.source == "forced"
+
+
+class SaysMarks(ServerEngine):
+    """A server whose texts are one review; its probabilities are the server's own."""
+
+    def generate(self, model, requests, decoding):
+        for i in range(len(requests)):
+            yield i, Completion(ids_of(f"one: {MARKS[0]} two: {MARKS[1]}"), True)
+
+
+BEHIND = {letter: distribution(ids_of(": "))[ids_of(letter)[0]] for letter in ascii_lowercase}
+"""The server's probability of each letter behind a colon and a space."""
+LIKELY = sorted(BEHIND, key=BEHIND.__getitem__)
+MARKS = LIKELY[-1], next(x for x in reversed(LIKELY) if BEHIND[x] < BEHIND[LIKELY[-1]])
+
+
+def test_expected_marks_of_a_judge_come_from_the_servers_probabilities():
+    reward = RewardConfig(
+        prompt_template="{{ prompt }} {{ response }}",
+        marks=MarkedRubric(items=2, yes=MARKS[0], no=MARKS[1], points=(1, 3)),
+        score_mode="expected",
+    )
+    prompt, candidates = candidates_of(["a", "bb"])
+    with FakeServer() as server:
+        ctx = context(Successor(TEXT_VOCAB), tokens=TOKENS, engine=SaysMarks(url=server.url))
+        found = list(SelfJudge(reward, SAMPLING, 1).judge(ctx, [prompt], [candidates]))
+    yes, no = (BEHIND[word] for word in MARKS)
+    assert len(found) == 2 and yes > no and yes + no > 0.1
+    for judgement in found:
+        assert judgement.score_mass == pytest.approx(yes + no)
+        assert judgement.score == pytest.approx(4 * yes / (yes + no))
+        assert judgement.source == "expected"
 
 
 # --- a server that is started ---------------------------------------------------------------------

@@ -4,13 +4,21 @@ The oracle of expected scores enumerates both words at each mark by hand and ask
 whole row at a time.
 """
 
+from functools import cache
+
 import pytest
 
 from self_rewarding_lm.config import MarkedRubric, RewardConfig
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.generation import score_trie
+from self_rewarding_lm.generation.score_trie import Expected, build_trie
+from self_rewarding_lm.judges.expected import Place, VerdictReader, summed
+from self_rewarding_lm.judges.marks import marks_form
 from self_rewarding_lm.judges.self_judge import SelfJudge, form_of, score_parser
 from self_rewarding_lm.runs.fingerprint import fingerprint_of
-from tests.judges.test_judges import JUDGING, Cut, asked, judging_context
+from tests.judges.test_expected import MODELS, leaning, pieces, scores_at, tokens_of
+from tests.judges.test_judges import JUDGING, Cut, Scripted, asked, judging_context
+from tests.support.models import TEXT_VOCAB, Recurrent, ids_of, last_logits, lively
 
 PROMPT = "rate <{{ prompt }}> and <{{ response }}>\nreview:"
 COMMAS = MarkedRubric(items=4, yes=", yes.", no=", no.")
@@ -167,3 +175,141 @@ def test_a_judge_is_read_by_its_marks_and_cut_reviews_have_none():
         **{f"s/0/0/2/j{k}": (None, "unfinished", False) for k in range(2)},
     }
     assert found["s/0/0/0/j0"].source == "sampled"
+
+
+# expected marks
+
+
+@pytest.fixture
+def any_mass(monkeypatch):
+    """Scores count however improbable both words are to a model of random weights."""
+    monkeypatch.setattr(score_trie, "MIN_SCORE_MASS", 0.0)
+
+
+PIECES = {
+    "a token a character": pieces(),
+    "words with their spaces": pieces(" yes", " no", " milk", ": none", " home"),
+    "a comma within the word": pieces(", yes", ", no", "no."),
+    "a comma joined to what is before": pieces("k,", "e,", ",", " yes.", " no"),
+    "one word begins as the other": pieces(" ", "y", "n", "ye", "yes."),
+}
+SAID_AT_MARKS = [  # what the judge wrote, and what stands before each mark
+    (
+        "a: milk, yes. b: none, no. Score: 1",
+        ("a: milk", "a: milk, yes. b: none"),
+    ),
+    (
+        "a: milk, no. b: home, no.",
+        ("a: milk", "a: milk, no. b: home"),
+    ),
+    (", yes., yes.", ("", ", yes.")),
+]
+
+
+def by_hand(module, made, prompt, before, words) -> tuple[float, float]:
+    """P(yes) / (P(yes) + P(no)) behind a text, and their sum: each word written out and encoded,
+    the chance of each of its tokens from a whole forward."""
+    rows = [made.encode(before + word) for word in words]
+    shared = made.encode(before)
+    shared = next(
+        (
+            shared[:n]
+            for n in range(len(shared), 0, -1)
+            if all(row[:n] == shared[:n] for row in rows)
+        ),
+        [],
+    )
+    chances = []
+    for row in rows:
+        chance = 1.0
+        for n in range(len(shared), len(row)):
+            after = last_logits(module, [*prompt, *row[:n]]).double().softmax(dim=-1)
+            chance *= float(after[row[n]])
+        chances.append(chance)
+    return chances[0] / sum(chances), sum(chances)
+
+
+@cache
+def judging_module(tokenizer: str, model: str):
+    """A model of random weights that is likelier to write the words of marks."""
+    made = PIECES[tokenizer]
+    favoured = {token for word in ("e, yes.", "e, no.") for token in made.encode(word)}
+    return leaning(MODELS[model](len(made.all) + 1), favoured)
+
+
+@pytest.mark.parametrize(("said", "before"), SAID_AT_MARKS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("tokenizer", PIECES)
+def test_the_expected_score_is_the_sum_of_what_each_mark_gives_by_hand(
+    tokenizer, model, said, before, any_mass
+):
+    made = PIECES[tokenizer]
+    words, module = (", yes.", ", no."), judging_module(tokenizer, model)
+    form = marks_form(*words, (1.0, 0.25))
+    reader = VerdictReader(form, tokens_of(made))
+    prompt = (5, 6, 7)
+    places = reader.stated(prompt, tuple(made.encode(said)))
+    assert [p.points for p in places] == [1.0, 0.25]
+    parts = scores_at(module, places, reader)
+    wanted = [by_hand(module, made, prompt, text, words) for text in before]
+    assert [part.mass for part in parts] == pytest.approx([m for _, m in wanted], abs=1e-8)
+    assert [part.score for part in parts] == pytest.approx([p for p, _ in wanted], abs=1e-8)
+    found = summed(places, parts)
+    assert found.score == pytest.approx(wanted[0][0] + wanted[1][0] / 4, abs=1e-8)
+    assert found.mass == min(part.mass for part in parts)
+
+
+def test_a_review_of_which_one_mark_has_no_chance_has_no_score():
+    good, poor = Expected(0.5, 0.9), Expected(None, 0.05, "low_mass")
+    places = [Place((0,), build_trie({1: [1], 0: [2]}), points) for points in (1.0, 2.0)]
+    assert summed(places, [good, good]) == Expected(1.5, 0.9)
+    assert summed(places, [good, poor]) == Expected(None, 0.05, "low_mass")
+    assert summed(places, [Expected(None, None, "not_finite"), poor]) == Expected(
+        None, None, "not_finite"
+    )
+
+
+def test_a_mark_within_a_token_has_no_place_and_then_no_item_has():
+    made = pieces(unused=("k, y", "es."))
+    reader = VerdictReader(marks_form(", yes.", ", no.", (1.0, 1.0)), tokens_of(made))
+    split = [*made.encode("a: mil"), made.id("k, y"), made.id("es."), *made.encode(" b: x, no.")]
+    assert made.decode(split) == "a: milk, yes. b: x, no."
+    assert reader.form.read(made.decode(split)).score == 1
+    assert reader.stated((0,), tuple(split)) == ()
+
+
+@pytest.mark.parametrize("points", [(1.0, 1.0), (2.0, 0.5)])
+def test_a_judge_s_expected_marks_are_those_of_its_own_review(points, any_mass):
+    module = lively(Recurrent(TEXT_VOCAB).double())
+    module.head.bias.data[list(ids_of(": yn."))] += 6.0
+    said = "milk: y. home: n. Score: 2"
+    engine = Scripted(lambda prompt: said.replace("S", "s") if "<cut>" not in prompt else said[:11])
+    marks = MarkedRubric(items=2, yes=": y.", no=": n.", points=points)
+    config = RewardConfig(prompt_template=PROMPT, marks=marks, score_mode="expected")
+    judge = SelfJudge(config, JUDGING, 1)
+    found = list(
+        judge.judge(
+            judging_context(engine, module), *asked(("q", ["x", "yy", "cut"]), ("p", ["z"]))
+        )
+    )
+    scores = {j.candidate_ids[0]: j for j in found}
+    assert len(found) == len(scores) == 4
+    for prompt, response, owner in (("q", "x", "0/0/0"), ("q", "yy", "0/0/1"), ("p", "z", "1/0/0")):
+        judgement = scores[f"s/{owner}"]
+        head = f"rate <{prompt}> and <{response}>\nreview:"
+        wanted, masses = 0.0, []
+        for before, worth in (("milk", points[0]), ("milk: y. home", points[1])):
+            chances = []
+            for word in (": y.", ": n."):
+                ids = ids_of(head + before)
+                chance = 1.0
+                for token in ids_of(word):
+                    chance *= float(last_logits(module, list(ids)).softmax(dim=-1)[token])
+                    ids = (*ids, token)
+                chances.append(chance)
+            wanted += worth * chances[0] / sum(chances)
+            masses.append(sum(chances))
+        assert judgement.score == pytest.approx(wanted, abs=1e-8)
+        assert judgement.score_mass == pytest.approx(min(masses), abs=1e-8)
+        assert (judgement.source, judgement.reason) == ("expected", None)
+    assert (scores["s/0/0/2"].score, scores["s/0/0/2"].reason) == (None, "no_score")
