@@ -89,6 +89,9 @@ class Watcher:
             "the chosen responses become less likely together with the rejected ones (over "
             f"{WINDOW} steps rewards/chosen is {chosen:.3g} on average, rewards/rejected "
             f"{rejected:.3g}). DPO only widens the gap between them; the probability goes to texts "
-            "that are in no pair. If that is not wanted: nll_weight=1 (arXiv:2404.19733), a larger "
-            "dpo_beta, a lower learning rate, or pairs that differ more.",
+            "that are in no pair. That need not be bad: in a few dozen steps of an adapter answers "
+            "can get better all the same, so measure them on held-out prompts before you change "
+            "anything. If they get worse, as they may over many steps: nll_weight "
+            "(arXiv:2404.19733 takes 1), a larger dpo_beta, a lower learning rate, fewer epochs, "
+            "or pairs that differ more.",
         )
