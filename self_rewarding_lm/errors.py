@@ -43,7 +43,7 @@ class AdapterError(SelfRewardingError, TypeError):
 
 
 class StoreError(SelfRewardingError, RuntimeError):
-    """A run directory cannot be used: foreign files, damaged records, missing weights."""
+    """A folder on disk cannot be used: foreign files, damaged records, missing weights."""
 
 
 class RunMismatchError(StoreError):

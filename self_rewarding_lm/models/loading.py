@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, StoreError
 from self_rewarding_lm.models.compiled import uncompiled
+from self_rewarding_lm.models.gguf import GgufOpener
 from self_rewarding_lm.runs.pretrained import GENERATION, has_adapter, is_hugging_face
 from self_rewarding_lm.runtime import random_numbers_kept
 
@@ -90,13 +91,16 @@ def load_causal_lm(
     torch_dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     load_in_4bit: bool = False,
+    cache_folder: str | Path | None = None,
 ) -> tuple[nn.Module, Any]:
     """A causal LM and its tokenizer from a folder, a hub name or a GGUF file.
 
     A folder may hold an adapter of peft: then its base model is loaded too, and the adapter can be
     trained further. torch_dtype: by default float32, in which the updates of small learning rates
-    are not rounded away. The tokenizer is None if there is none. Raises ConfigError for what cannot
-    be found or read.
+    are not rounded away. cache_folder: where a GGUF file that was read is kept as a folder, from
+    which it opens in a second; default what the environment variable SELF_REWARDING_LM_CACHE names,
+    else self_rewarding_lm in the user's cache directory. The tokenizer is None if there is none.
+    Raises ConfigError for what cannot be found or read.
     """
     require("transformers", "a model by name")
     options: dict[str, Any] = {"dtype": dtype_of(torch_dtype), "device_map": device_map}
@@ -104,9 +108,10 @@ def load_causal_lm(
         options["quantization_config"] = _four_bit()
     if (Path(source) / "adapter_config.json").exists():
         require("peft", "a model with an adapter")
+    opener = GgufOpener(cache_folder)
     try:
-        model, base = _read(str(source), options)
-    except ConfigError:
+        model, base = _read(str(source), options, opener)
+    except (ConfigError, StoreError):
         raise
     except Exception as error:  # of transformers, peft, safetensors or gguf, each with its own
         raise ConfigError(
@@ -114,7 +119,7 @@ def load_causal_lm(
             "a folder that save_pretrained wrote, a name on the hub, or a .gguf file. What was "
             f"wrong here: {what_is_wrong(error)}"
         ) from error
-    return model, tokenizer_of([str(source), base] if base else [str(source)])
+    return model, tokenizer_of([str(source), base] if base else [str(source)], opener)
 
 
 def what_is_wrong(error: Exception) -> str:
@@ -127,15 +132,15 @@ def what_is_wrong(error: Exception) -> str:
     return f"{type(error).__name__}: {error!s:.500}"
 
 
-def gguf_of(source: str | Path) -> tuple[str, dict[str, str]]:
-    """The name that transformers takes, and for a GGUF file `{"gguf_file": its name}`, else {}."""
+def is_gguf(source: str | Path) -> bool:
+    """Whether a source is a GGUF file; ConfigError if it would be, and cannot be opened."""
     path = Path(source)
     if path.suffix != GGUF:
-        return str(source), {}
+        return False
     require("gguf", "a GGUF file")
     if not path.is_file():
         raise ConfigError(f"there is no file {str(source)!r}.")
-    return str(path.parent), {"gguf_file": path.name}
+    return True
 
 
 def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Module:
@@ -311,7 +316,7 @@ def require(package: str, what: str) -> None:
         )
 
 
-def _read(source: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
+def _read(source: str, options: dict[str, Any], opener: GgufOpener) -> tuple[nn.Module, str | None]:
     """A model and, if an adapter was read, the name of its base model."""
     from transformers import GenerationConfig
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -319,7 +324,7 @@ def _read(source: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
     is_file = source.endswith(GGUF)
     without_peft = is_file or importlib.util.find_spec("peft") is None
     if without_peft or find_adapter_config_file(source) is None:
-        return _read_whole(source, options), None
+        return _read_whole(source, options, opener), None
     from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(source).base_model_name_or_path
@@ -335,7 +340,7 @@ def _read(source: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
         )
     model: nn.Module
     if base.endswith(GGUF):
-        whole: Any = _read_whole(base, options)
+        whole: Any = _read_whole(base, options, opener)
         model = PeftModel.from_pretrained(whole, source, is_trainable=True)
     else:
         model = AutoPeftModelForCausalLM.from_pretrained(
@@ -346,16 +351,19 @@ def _read(source: str, options: dict[str, Any]) -> tuple[nn.Module, str | None]:
     return model, base
 
 
-def _read_whole(source: str, options: dict[str, Any]) -> nn.Module:
+def _read_whole(source: str, options: dict[str, Any], opener: GgufOpener) -> nn.Module:
     """A model that is no adapter; one from a GGUF file is named by that file."""
     from transformers import AutoModelForCausalLM
 
-    name, gguf = gguf_of(source)
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options, **gguf)
-    if gguf:
-        model = _unpacked(model)
-        model.name_or_path = source  # type: ignore[assignment]
-    return model
+    if not is_gguf(source):
+        return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+    if "quantization_config" in options:
+        raise ConfigError(
+            f"load_in_4bit does not go with a GGUF file, and {source!r} is one: its weights are "
+            "packed in a form of their own. Save it as a folder first (load_causal_lm(file), then "
+            "save_pretrained of the model and of the tokenizer), and load that."
+        )
+    return opener.model(Path(source), options)
 
 
 def _check_adapter(model: nn.Module, peft_config: Any) -> None:
@@ -398,27 +406,12 @@ def _four_bit() -> Any:
     )
 
 
-def _unpacked(model: nn.Module) -> nn.Module:
-    """A model read from a GGUF file, without the marks of quantisation: its weights are plain."""
-    config: Any = model.config
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, name):
-            delattr(config, name)
-    plain = type(model)(config).to(next(model.parameters()).dtype)  # type: ignore[call-arg]
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config  # type: ignore[assignment]
-    return plain
-
-
-def tokenizer_of(sources: list[str]) -> Any:
+def tokenizer_of(sources: list[str], opener: GgufOpener) -> Any:
     """The tokenizer of the first folder, hub name or GGUF file that has one; None if none has."""
-    from transformers import AutoTokenizer
-
     reason: object = None
     for source in sources:
         try:
-            name, gguf = gguf_of(source)
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf)
+            tokenizer = _read_tokenizer(source, opener)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = error
             continue
@@ -433,17 +426,24 @@ def tokenizer_of(sources: list[str]) -> Any:
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a folder, a hub name or a GGUF file; ConfigError if there is none."""
     require("transformers", "a tokenizer by name")
-    from transformers import AutoTokenizer
-
-    name, gguf = gguf_of(source)
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **gguf)
+        return _read_tokenizer(source, GgufOpener())
+    except (ConfigError, StoreError):
+        raise
     except Exception as error:  # of transformers, tokenizers or gguf, each with its own
         raise ConfigError(
             f"no tokenizer could be loaded from {source!r}. A tokenizer is given as a folder that "
             "save_pretrained wrote, a name on the hub or a .gguf file. What was wrong here: "
             f"{what_is_wrong(error)}"
         ) from error
+
+
+def _read_tokenizer(source: str, opener: GgufOpener) -> Any:
+    from transformers import AutoTokenizer
+
+    if is_gguf(source):
+        return opener.tokenizer(Path(source))
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def lora_config(
@@ -494,7 +494,7 @@ def load_classifier(
             "given as a module, a folder that save_pretrained wrote, or a name on the hub. What "
             f"was wrong here: {what_is_wrong(error)}"
         ) from error
-    return model, tokenizer_of([name])
+    return model, tokenizer_of([name], GgufOpener())
 
 
 def longest_input(model: nn.Module, tokenizer: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""One run, or one writer, at a time in a folder."""
 
 import errno
 import logging
@@ -56,19 +56,34 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def take(descriptor: int) -> bool:
+    """Whether an open file's lock is this process's now; OSError if the file system has none.
+
+    The system gives it up when the file is closed or the process ends.
+    """
     if fcntl is None:
-        return
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-            raise StoreError(
-                f"another run is at work in {folder} ({owner or 'its process is not known'}). "
-                "Wait for it, stop it, or give this one another checkpoints_folder."
-            ) from None
+            return False
+        raise
+    return True
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        is_free = take(descriptor)
+    except OSError as error:
         logger.warning("%s: no lock (%s); do not start two runs in it at once.", folder, error)
         return
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    if not is_free:
+        owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+        raise StoreError(
+            f"another run is at work in {folder} ({owner or 'its process is not known'}). "
+            "Wait for it, stop it, or give this one another checkpoints_folder."
+        )
+    if fcntl is not None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)

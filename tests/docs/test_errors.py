@@ -57,6 +57,7 @@ from self_rewarding_lm import (
     compare,
     from_stage,
     generate,
+    load_causal_lm,
     reasoning_task,
 )
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError
@@ -721,6 +722,31 @@ def no_base(folder):
 @mistake("model", "A GGUF file that is not there")
 def no_gguf(folder):
     return lambda: trainer(folder, sft(), model=str(folder / "m0.gguf"))
+
+
+@mistake("model", "What was kept of a GGUF file is damaged")
+def damaged_cache(folder):
+    def made():
+        from tests.support.gguf_models import write_gguf
+
+        file = write_gguf(folder / "m0.gguf")
+        with patch("self_rewarding_lm.models.gguf.version", lambda package: "1"):
+            load_causal_lm(file, cache_folder=folder / "cache")
+            for config in (folder / "cache").glob("*-float32/config.json"):
+                config.write_bytes(b"x" * config.stat().st_size)
+            load_causal_lm(file, cache_folder=folder / "cache")
+
+    return made
+
+
+@mistake("model", "A GGUF file in 4 bit")
+def gguf_in_four_bits(folder):
+    def made():
+        (folder / "m0.gguf").touch()
+        with patch("self_rewarding_lm.models.loading._four_bit", object):
+            load_causal_lm(folder / "m0.gguf", load_in_4bit=True)
+
+    return made
 
 
 @mistake("model", "A loss that is no number (rehearsal)")

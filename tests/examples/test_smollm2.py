@@ -26,6 +26,7 @@ from self_rewarding_lm.models.loading import end_ids_of, load_causal_lm
 from self_rewarding_lm.recipes.plan.plan import plan_recipe
 from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.recipes.yaml_nodes import read_yaml
+from self_rewarding_lm.runs.cache import CACHE_VARIABLE
 from self_rewarding_lm.runs.weights import save_folder
 from self_rewarding_lm.stages.ranges import Range
 
@@ -59,6 +60,13 @@ PROMPTS = [
     ],
     "Hi",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from self_rewarding_lm import SelfRewardingTrainer
 from self_rewarding_lm.cli import main
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.models.loading import load_causal_lm
+from self_rewarding_lm.runs.cache import CACHE_VARIABLE
 from self_rewarding_lm.runs.run import Run
 from tests.models.test_peft import logits_of, lora, sft
 from tests.support.gguf_models import write_gguf
@@ -42,6 +43,13 @@ def trainer_of(folder, model, **options):
 
 def rows(path, *items):
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")

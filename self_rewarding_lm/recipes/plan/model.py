@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, StoreError
+from self_rewarding_lm.models.gguf import GgufOpener
 from self_rewarding_lm.models.interface import limit_of
-from self_rewarding_lm.models.loading import dtype_of, gguf_of, require, what_is_wrong, with_adapter
+from self_rewarding_lm.models.loading import dtype_of, is_gguf, require, what_is_wrong, with_adapter
 from self_rewarding_lm.recipes.plan.memory import Adapter, Block
 
 TRIED = 8  # numbers in the input with which an activation function is tried
@@ -156,8 +157,10 @@ def _build_by_name(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
             adapter = PeftConfig.from_pretrained(source)
             adapter.inference_mode = False
             name = adapter.base_model_name_or_path or source
-        name, gguf = gguf_of(name)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **gguf)
+        if is_gguf(name):
+            config = GgufOpener().config(Path(name))
+        else:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         dtype = dtype_of(torch_dtype)
         if dtype == "auto":
             dtype = getattr(config, "dtype", None) or torch.float32
@@ -165,7 +168,7 @@ def _build_by_name(source: str, torch_dtype: Any) -> tuple[nn.Module, Any]:
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             ), adapter
-    except ConfigError:
+    except (ConfigError, StoreError):
         raise
     except Exception as error:  # transformers, the hub and gguf raise errors of many types
         raise ConfigError(
