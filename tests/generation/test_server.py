@@ -785,7 +785,9 @@ def test_a_stage_with_transformers_serve_on_the_weights_that_it_saved(tmp_path):
     greedy = SamplingConfig(temperature=0, max_new_tokens=12)
     asked = {"prompts": ["Who?", "Why not?"], "tokenizer": tokenizer, "sampling": greedy}
     there, here = generate(model, **asked, engine=engine), generate(model, **asked)
-    assert [own[0].text for own in there] == [own[0].text for own in here]
+    # the local texts, encoded again: broken characters take more tokens, and are cut at twelve
+    again = [tokenizer.encode(own[0].text, add_special_tokens=False) for own in here]
+    assert [own[0].ids for own in there] == [tuple(ids[:12]) for ids in again]
     stages = [
         ExternalRewardDPOConfig(
             prompt_dataset=["Who?", "Why?", "When?"],
@@ -809,8 +811,9 @@ def test_a_stage_with_transformers_serve_on_the_weights_that_it_saved(tmp_path):
     )()
     [folder] = (tmp_path / "run").glob("01-*")
     candidates = [json.loads(line) for line in (folder / "candidates.jsonl").open()]
-    assert len(candidates) == 12 and {c["tokens"] for c in candidates} == {"re-encoded"}
-    assert len({c["text"] for c in candidates}) > 6  # sampled, though its default is greedy
+    told = [c for c in candidates if not c.get("reason")]  # one that ends at once has no text
+    assert len(candidates) == 12 and {c["tokens"] for c in told} == {"re-encoded"}
+    assert len({c["text"] for c in told}) > 6  # sampled, though its default is greedy
     assert run.pairs("external_reward")
 
 
