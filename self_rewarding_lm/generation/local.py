@@ -6,11 +6,12 @@ of a few texts come from a trie, level by level.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError
@@ -20,6 +21,7 @@ from self_rewarding_lm.generation.schedule import Group, plan_sessions
 from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.models.inference import inferring
 from self_rewarding_lm.models.interface import Session, TokenModel
+from self_rewarding_lm.models.narrow import NarrowMatrices
 from self_rewarding_lm.records import Ids
 from self_rewarding_lm.runtime import memory_told
 
@@ -103,19 +105,22 @@ class LocalEngine:
         self.max_rows = max_rows
         self.cache_bytes = cache_bytes
         self.max_prefill_tokens = max_prefill_tokens
+        self._is_serving = False
+        self._narrow: dict[nn.Module, NarrowMatrices] = {}
 
     def generate(
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]:
         model.refresh()
         sizes = [(request.ids, request.max_new_tokens) for request in requests]
-        for plan, groups in plan_sessions(model, sizes, self.max_rows, self.cache_bytes):
-            with self._memory_told("sampling", plan.max_rows):
+        with self._narrowed(model.module) as narrow:
+            for plan, groups in plan_sessions(model, sizes, self.max_rows, self.cache_bytes):
+                told = partial(self._memory_told, "sampling", plan.max_rows)
                 flight = Flight(model, plan, groups, requests, decoding, self.max_prefill_tokens)
-            while not flight.is_done:
-                with self._memory_told("sampling", plan.max_rows), inferring(model.module):
-                    finished = flight.until_some_finish()
-                yield from finished
+                while not flight.is_done:
+                    with told(), inferring(model.module), narrow.used():
+                        finished = flight.until_some_finish()
+                    yield from finished
 
     def chances(
         self, model: TokenModel, rows: Sequence[Ids], trie: ScoreTrie, longer: frozenset[int]
@@ -125,15 +130,32 @@ class LocalEngine:
         width = max(map(len, levels))  # rows of the session that each row needs
         sizes = [(row, len(levels)) for row in rows]
         max_rows = width * max(1, self.max_rows // width)
-        for plan, groups in plan_sessions(model, sizes, max_rows, self.cache_bytes, copies=width):
-            session: Session | None = None
-            at_once = max(1, plan.max_rows // width)
-            for batch in _batches(groups, at_once, self.max_prefill_tokens):
-                with self._memory_told("scoring", plan.max_rows), inferring(model.module):
-                    session = session or model.session(plan)
-                    per_row = trie_chances(session, [group.ids for group in batch], trie, longer)
-                for group, chances in zip(batch, per_row, strict=True):
-                    yield from ((i, chances) for i in group.members)
+        with self._narrowed(model.module) as narrow:
+            for plan, groups in plan_sessions(
+                model, sizes, max_rows, self.cache_bytes, copies=width
+            ):
+                session: Session | None = None
+                told = partial(self._memory_told, "scoring", plan.max_rows)
+                at_once = max(1, plan.max_rows // width)
+                for batch in _batches(groups, at_once, self.max_prefill_tokens):
+                    with told(), inferring(model.module), narrow.used():
+                        session = session or model.session(plan)
+                        rows_of = [group.ids for group in batch]
+                        per_row = trie_chances(session, rows_of, trie, longer)
+                    for group, chances in zip(batch, per_row, strict=True):
+                        yield from ((i, chances) for i in group.members)
+
+    @contextmanager
+    def _narrowed(self, module: nn.Module) -> Iterator[NarrowMatrices]:
+        """A module's narrow matrices, which are kept to the end of `serving`, or of this."""
+        narrow = self._narrow.setdefault(module, NarrowMatrices(module))
+        with self._memory_told("casting the weights", self.max_rows):
+            narrow.prepare()  # before it is seen how much memory is left for keys and values
+        try:
+            yield narrow
+        finally:
+            if not self._is_serving:
+                self._narrow.pop(module, None)
 
     def _memory_told(self, what: str, rows: int) -> AbstractContextManager[None]:
         held = "half of what is free" if self.cache_bytes is None else f"{self.cache_bytes:,}"
@@ -145,9 +167,18 @@ class LocalEngine:
             "another engine; what it has finished is on disk.",
         )
 
-    def serving(self, save: Callable[[Path], None], tokens: Tokens) -> AbstractContextManager[None]:
-        """Nothing to do: the weights are here."""
-        return nullcontext()
+    @contextmanager
+    def serving(self, save: Callable[[Path], None], tokens: Tokens) -> Iterator[None]:
+        """Within, what was cast for mixed precision is kept; the weights are here."""
+        if self._is_serving:
+            yield
+            return
+        self._is_serving = True
+        try:
+            yield
+        finally:
+            self._is_serving = False
+            self._narrow.clear()
 
 
 def _batches(groups: Sequence[Group], count: int, max_tokens: int) -> Iterator[list[Group]]:

@@ -201,7 +201,7 @@ def _has(name: str, words: Sequence[str]) -> bool:
 def _rates(module: nn.Module, adapters: bool) -> Iterator[_Rate]:
     """The numbers of a module that may be rates; some classes read them in their configuration."""
     holders: dict[int, Any] = {}
-    for part in module.modules() if adapters else _without_adapters(module):
+    for part in module.modules() if adapters else without_adapters(module):
         holders[id(part)] = part
         holders[id(getattr(part, "config", None))] = getattr(part, "config", None)
     for holder in holders.values():
@@ -211,13 +211,13 @@ def _rates(module: nn.Module, adapters: bool) -> Iterator[_Rate]:
                 yield _Rate(holder, name, value)
 
 
-def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+def without_adapters(module: nn.Module) -> Iterator[nn.Module]:
     """A module and what it holds, without the layers that peft puts around its own."""
     if not hasattr(module, "base_layer"):
         yield module
     for name, part in module.named_children():
         if not hasattr(module, "base_layer") or name == "base_layer":
-            yield from _without_adapters(part)
+            yield from without_adapters(part)
 
 
 def _is_rate(value: Any) -> bool:

@@ -35,6 +35,7 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.interface import Plan as SessionPlan
+from self_rewarding_lm.models.narrow import NarrowMatrices
 from self_rewarding_lm.models.policy import Policy, dropout_set
 from self_rewarding_lm.recipes.plan.disk import RunDisk, StageDisk, records, run_disk, stage_disk
 from self_rewarding_lm.recipes.plan.machine import UTILISATION, Machine, measure
@@ -504,6 +505,21 @@ def test_a_session_allocates_the_cache_that_was_estimated():
     )
     assert phase.cache == allocated == plan.tokens * model.bytes_per_token
     assert phase.tokens == 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_sampling_in_mixed_precision_holds_the_copies_that_were_estimated(kind):
+    module = tiny(kind)
+    asking = Asking(Range.of(4), Range(1, 5), NOTHING, longest=7)
+    shape, engine = read_shape(module), LocalEngine()
+    exact, mixed = (
+        sampling_phase("generating", asking, shape, Device("cpu", types, 2), engine).weights
+        for types in (FP32, MIXED)
+    )
+    copies = NarrowMatrices(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        copies.prepare()
+    assert mixed - exact == copies.nbytes > 0
 
 
 def test_what_all_prompts_begin_with_is_held_once():

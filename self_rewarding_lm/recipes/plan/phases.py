@@ -76,7 +76,7 @@ def sampling_phase(
     name: str, asking: Asking, shape: ModelShape, device: Device, engine: LocalEngine
 ) -> Phase:
     """The memory of sampling by the local engine: weights, keys and values, prefill and logits."""
-    weights, block, longest = shape.weight_bytes, shape.block, asking.longest
+    weights, block, longest = _weights_and_casts(shape, device.types), shape.block, asking.longest
     if block is None:
         return Phase(name, weights, activations=None, logits=None, cache=None)
     # 1. rows in flight at most
@@ -102,6 +102,11 @@ def sampling_phase(
     return Phase(
         name, weights, activations=forward, logits=logits, cache=cache, peak=peak, tokens=rows
     )
+
+
+def _weights_and_casts(shape: ModelShape, types: Types) -> int:
+    """Bytes of the weights, and in mixed precision of the narrow copies of those that multiply."""
+    return shape.weight_bytes + (types.product * shape.products if types.mixed else 0)
 
 
 def _fitting(plan: Rows, per_token: int, cache_bytes: float) -> Rows:
@@ -185,8 +190,8 @@ def _training_phase(
 ) -> Phase:
     """The memory of training with micro-batches of `tokens` tokens."""
     name, block, types = RECOMPUTED if checkpointing else TRAINING, shape.block, device.types
-    # 1. weights, with their narrow copies in mixed precision and those of a moving reference
-    weights = shape.weight_bytes + (types.product * shape.products if types.mixed else 0)
+    # 1. weights, with those of a moving reference
+    weights = _weights_and_casts(shape, types)
     if isinstance(getattr(stage, "reference", None), MovingReference):  # float32 at least
         weights += max(shape.gradient_bytes, EXACT * shape.trainable)
     fixed = {"gradients": shape.gradient_bytes, "optimizer": optimizer, "tokens": tokens}
