@@ -21,7 +21,7 @@ from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.records import Candidate, Prompt
-from self_rewarding_lm.runs.run import INITIAL, Run
+from self_rewarding_lm.runs.run import INITIAL, Run, of_another_run
 from self_rewarding_lm.runs.stage_folder import FORMAT
 from self_rewarding_lm.runs.weights import save_folder, weights_file
 from self_rewarding_lm.runtime import Runtime
@@ -246,6 +246,14 @@ def wrong_names(stage: FinetuneConfig, name: str, earlier: Sequence[str]) -> Ite
                 f"({', '.join(earlier) or 'there is none'}) or a path; got {used!r}.",
                 path=(field,),
             )
+    source = getattr(stage, "candidates_from", None)
+    if source is not None and not of_another_run(source) and source not in earlier:
+        yield ConfigError(
+            f"{name}: candidates_from must be the name of an earlier stage "
+            f"({', '.join(earlier) or 'there is none'}), or FOLDER:STAGE of another run; got "
+            f"{source!r}.",
+            path=("candidates_from",),
+        )
     for field, dataset in stage.datasets().items():
         for place, item in enumerate(dataset if isinstance(dataset, list) else [dataset]):
             if isinstance(item, FromStage) and item.stage not in earlier:

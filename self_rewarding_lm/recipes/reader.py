@@ -361,6 +361,8 @@ class Reader:
         if name == "init_from" or (name == "reference" and isinstance(node.value, str)):
             path = node.path  # or a stage's name
             return path if path.exists() else node.plain()
+        if name == "candidates_from" and ":" in str(node.value):
+            return str(node.path)  # FOLDER:STAGE
         if field.annotation is not Any:
             return node.plain()
         if name.endswith("_dataset") or name in DATASETS:

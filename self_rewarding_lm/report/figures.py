@@ -167,7 +167,8 @@ def _add_records(figures: StageFigures, run: Run) -> None:
     candidates = run.candidates(name)
     if len(candidates):
         counts["candidates"] = len(candidates)
-        tokens["sampled"] = sum(len(c.ids) for c in candidates)
+        if run.stage(name).samples:
+            tokens["sampled"] = sum(len(c.ids) for c in candidates)
     _add_judgements(figures, run)
     pairs = run.pairs(name)
     if len(pairs):

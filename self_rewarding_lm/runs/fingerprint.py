@@ -17,7 +17,7 @@ FREE_SETTINGS = (
 """Settings that may differ when a run goes on: results are the same up to rounding and dropout."""
 
 
-ADDED_SETTINGS = ("marks",)
+ADDED_SETTINGS = ("marks", "candidates_from")
 """Settings that 0.1.0 did not have: left out while they are None, so that its runs go on."""
 
 

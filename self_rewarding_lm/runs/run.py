@@ -45,6 +45,11 @@ _AGAIN = (
 )
 
 
+def of_another_run(which: str) -> bool:
+    """Whether a name is that of a stage in another run: FOLDER:STAGE."""
+    return ":" in which
+
+
 class Run:
     """Reads a run directory. A stage is named by its name, its folder or its place (0, 1, ...).
 

@@ -5,6 +5,8 @@
     <nn>-<name>/config.json                 the stage's settings; its presence: the stage began
     <nn>-<name>/<records>.jsonl             prompts, candidates, judgements, pairs, reference, rows,
                                             ranked, demonstrations, instructions, meta_judgements
+    <nn>-<name>/candidates_from.json        the stage whose prompts and candidates this one judges,
+                                            if it samples none itself
     <nn>-<name>/metrics.jsonl, events.jsonl  numbers by step; what happened when, warnings too
     <nn>-<name>/files.json                  digests of what was finished, see atomic.py
     <nn>-<name>/state.safetensors           where training stands, until the stage is done
@@ -33,8 +35,16 @@ from pathlib import Path
 from typing import Any
 
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.records import RECORD_TYPES, Record, to_json
-from self_rewarding_lm.runs.atomic import LEDGER, check_file, delist, ledger, system_errors, writing
+from self_rewarding_lm.records import RECORD_TYPES, Candidate, Prompt, Record, to_json
+from self_rewarding_lm.runs.atomic import (
+    LEDGER,
+    check_file,
+    delist,
+    digest_of,
+    ledger,
+    system_errors,
+    writing,
+)
 from self_rewarding_lm.runs.lines import append_lines, batched, read_lines
 from self_rewarding_lm.runs.stored import (
     SETTINGS,
@@ -113,7 +123,14 @@ RECORDS_AT_ONCE = 64  # that `StageDir.keep` writes together
 DONE = "done.json"
 
 
-STAGE_FILES = (SETTINGS, DONE, "metrics.jsonl", EVENTS, LEDGER, STATE)
+SOURCE = "candidates_from.json"
+
+
+OF_SOURCE = (Prompt, Candidate)
+"""Records that a stage which samples nothing has in another stage's folder."""
+
+
+STAGE_FILES = (SETTINGS, DONE, SOURCE, "metrics.jsonl", EVENTS, LEDGER, STATE)
 
 
 class StageFiles:
@@ -126,14 +143,43 @@ class StageFiles:
     def is_done(self) -> bool:
         return (self.path / DONE).exists()
 
+    @property
+    def samples(self) -> bool:
+        """Whether the stage's candidates are its own; else they are those of another stage."""
+        return not (self.path / SOURCE).exists()
+
+    @property
+    def source(self) -> "StageFiles":
+        """The stage that sampled the prompts' candidates: this one, or the one that it names.
+
+        Raises StoreError if they are not there any more, or are others than this stage began with.
+        """
+        if self.samples:
+            return self
+        words = read_json(self.path / SOURCE)
+        folder = self.path / words["folder"]  # an absolute one stays what it is
+        wrong = not merged_file(folder, Candidate.kind).exists()
+        if wrong or _digest_of_candidates(folder) != words["candidates"]:
+            how = "are not there any more" if wrong else "are others than it began with"
+            raise StoreError(
+                f"{self.path} judges the candidates of {folder.resolve()}, and these {how}. Put "
+                "that folder back; or delete this stage's folder (and those of later stages) to do "
+                "it again."
+            )
+        return StageFiles(folder)
+
     def stored(
         self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
     ) -> Stored[Record]:
         """The records of a type that are on disk, each id once, read when they are asked for.
 
+        Prompts and candidates of a stage that samples nothing are those of its source.
+
         wanted: whether an id belongs to them, default all. Raises StoreError if a file of them was
         changed after it was written, or was deleted from a stage that is done.
         """
+        if record_type in OF_SOURCE and not self.samples:
+            return self.source.stored(record_type, wanted)
         merged = merged_file(self.path, record_type.kind)  # type: ignore[attr-defined]
         if self.is_done and not merged.exists() and merged.name in ledger(self.path):
             raise StoreError(
@@ -211,6 +257,22 @@ class StageDir(StageFiles):
             words = "%s: %s is not there any more; it is made again."
             logger.warning(words, self.path, ", ".join(deleted))
 
+    def take(self, source: StageFiles) -> None:
+        """From now on prompts and candidates are those of a stage that is done; all processes call.
+
+        Raises StoreError on each if the stage began with others.
+        """
+        if self.runtime.is_main and self.samples:
+            folder = source.source.path.resolve()
+            beside = folder.parent == self.path.resolve().parent  # they are moved together
+            words = {
+                "folder": f"../{folder.name}" if beside else str(folder),
+                "candidates": _digest_of_candidates(folder),
+            }
+            write_json(self.path / SOURCE, words)
+        self.runtime.barrier()
+        self.source  # raises if it is not as it was  # noqa: B018
+
     def append(self, records: Iterable[Any]) -> None:
         """Append records of one type to this process's file as they come.
 
@@ -254,6 +316,8 @@ class StageDir(StageFiles):
 
     def merge(self, record_type: type[Any]) -> None:
         """Make one file, ordered by id, of what all processes appended."""
+        if record_type in OF_SOURCE and not self.samples:
+            return
         for ref in self._sequences:
             records = ref()
             if records is not None and records.record_type is record_type:
@@ -462,6 +526,13 @@ def remove_stage(path: Path) -> None:
         file.unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
+
+
+def _digest_of_candidates(folder: Path) -> str:
+    """The digest that the ledger lists for a stage's candidates; without it their own."""
+    path = merged_file(folder, Candidate.kind)
+    listed = ledger(folder).get(path.name)
+    return listed[-1] if listed else digest_of(path)
 
 
 def _line_name(metrics: dict[str, Any]) -> str:

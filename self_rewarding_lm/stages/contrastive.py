@@ -427,6 +427,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
     maker: ClassVar[type[PairMaker]] = ContrastMaker
     unused: ClassVar[tuple[str, ...]] = (
         *("num_candidate_responses", "pick_paired_rewards_fn", "pairing", "consistency"),
+        *("candidates_from",),
     )
     of_judges: ClassVar[tuple[str, ...]] = (
         *("judge", "rewarding_model", "comparison", "postprocess_response"),

@@ -123,7 +123,7 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
     def _judges_itself(self) -> "MetaRewardDPOConfig":
         if not self.train_judge:
             return self
-        judges = ("judge", "rewarding_model", "comparison")
+        judges = ("judge", "rewarding_model", "comparison", "candidates_from")
         refused = [name for name in judges if getattr(self, name) is not None]
         if refused:
             raise ValueError(

@@ -45,6 +45,7 @@ from self_rewarding_lm.stages.pairing import (
     score_variances,
 )
 from self_rewarding_lm.stages.preference import PreferenceConfig
+from self_rewarding_lm.stages.taken import next_place, own_prompt, taken_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,11 @@ class PairSettings(PreferenceConfig):
     """Prompts that are worked between two looks at how many pairs there are."""
     max_prompt_passes: int | None = Field(default=None, ge=1)
     """Passes over the prompts at most. Default: four times what the pairs need."""
+    candidates_from: str | None = None
+    """Whose candidates are judged, in place of new ones: an earlier stage's name, or FOLDER:STAGE
+    of another run. Its prompts come with them, and must be those of the same rows of
+    `prompt_dataset`; `generation` and `num_candidate_responses` are not used. If `init_from` is not
+    what sampled them, they are no samples of the weights that are trained (off-policy)."""
     reuse_prompts: bool = False
     """Begin at the first prompt though an earlier stage used it."""
     min_parse_rate: float = Field(default=0.2, ge=0, le=1)
@@ -100,6 +106,15 @@ class PairSettings(PreferenceConfig):
             raise ValueError(
                 "pick_paired_rewards_fn picks a pair itself; leave it out, or those of pairing's "
                 "pick, pairs_per_prompt, length_control, length_penalty and tie_break that are set"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_once(self) -> "PairSettings":
+        if self.candidates_from is not None and self.rounds > 1:
+            raise ValueError(
+                "candidates_from: another stage's candidates are there once, and every round would "
+                "need new ones; leave rounds out"
             )
         return self
 
@@ -183,6 +198,11 @@ class PairMaker:
             self.judge = ComparingJudge(self.judge, config.consistency)
         self.known_prompts = Groups(out.known(Prompt))
         self.known_candidates = Groups(out.known(Candidate), lambda c: c.prompt_id)
+        self.taken: list[str] | None = None
+        """With `candidates_from` the ids of all prompts, by their places."""
+        if config.candidates_from is not None:
+            of_source = self.known_prompts, self.known_candidates
+            self.taken = taken_prompts(ctx, config.candidates_from, *of_source)
         self.known_judgements = Groups(out.known(Judgement), prompt_id_of_judgement)
         self.known_records = Groups(out.known(self.record_type))
         self.checker = Checker(config.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
@@ -195,8 +215,12 @@ class PairMaker:
     # The four hooks
 
     def sample(self, block: Sequence[JudgedPrompt]) -> None:
-        """Sample the candidates that are missing, store them and add them to their prompts."""
-        self.sample_missing(self.ctx, self.without_all_candidates(block))
+        """Sample the candidates that are missing, store them and add them to their prompts.
+
+        With `candidates_from` none is missing.
+        """
+        if self.taken is None:
+            self.sample_missing(self.ctx, self.without_all_candidates(block))
 
     def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
         """The candidates of a prompt that the judge is shown together, to make what judgements are
@@ -226,10 +250,8 @@ class PairMaker:
         gave a record.
         """
         config, ctx, out = self.config, self.ctx, self.out
-        wanted, total = config.num_generated_preference_pairs, len(ctx.rows["prompt_dataset"])
-        passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
-        place = ctx.first_prompt
-        end = place + (config.prompts_per_round or passes * total)
+        wanted, places = config.num_generated_preference_pairs, self.places()
+        place, end = places.start, places.stop
         drops, kept_ids = DropCounts(Counter(bad_row=0)), list[str]()
         label, unit = f"{ctx.stage}: sampling and judging", self.noun if wanted else "prompt"
         with ctx.runtime.progress(wanted or end - place, label, unit) as bar:
@@ -248,14 +270,14 @@ class PairMaker:
                 place = block.stop
                 bar.update(len(records) if wanted else len(block))
         bad_rows = self.bad_rows.together(ctx.runtime.gather([self.bad_rows]))
-        prompts_worked = place - ctx.first_prompt
+        prompts_worked = place - places.start
         bad_rows.report(f"{ctx.stage}: prompts", prompts_worked, warn=ctx.runtime.is_main)
         drops.prompts["bad_row"] = bad_rows.count
         drops.prompts["surplus"] = drops.kept - len(kept_ids)
         drops.kept = len(kept_ids)
         for record_type in (Prompt, Candidate, Judgement, self.record_type):
             out.merge(record_type)
-        out.summary["next_prompt"] = place
+        out.summary["next_prompt"] = place if self.taken is None else self.next_prompt(place)
         self.report(drops)
         return Groups(out.known(self.record_type)).in_order(kept_ids)
 
@@ -336,16 +358,39 @@ class PairMaker:
 
     # Prompts
 
+    def places(self) -> range:
+        """The places of the prompts that may be worked."""
+        config, wanted = self.config, self.config.num_generated_preference_pairs
+        if self.taken is not None:
+            return range(len(self.taken))[: config.prompts_per_round]
+        total, start = len(self.ctx.rows["prompt_dataset"]), self.ctx.first_prompt
+        passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
+        return range(start, start + (config.prompts_per_round or passes * total))
+
+    def next_prompt(self, place: int) -> int:
+        """Where a later stage goes on in the dataset behind prompts that were taken."""
+        worked, rows = (self.taken or [])[:place], self.ctx.rows.get("prompt_dataset")
+        after = 0 if rows is None else next_place(worked, len(rows))
+        return max(self.ctx.first_prompt, after)
+
     def prompt_id(self, place: int) -> str:
         """The id of a prompt by its place, counted over all passes: <stage>/<row>/<pass>."""
+        if self.taken is not None:
+            return self.taken[place]
         pass_number, row = divmod(place, len(self.ctx.rows["prompt_dataset"]))
         return f"{self.ctx.stage}/{row}/{pass_number}"
 
     def read_prompts(self, places: Sequence[int]) -> list[Prompt]:
         """The prompts at some places, from disk or read from the dataset and stored.
 
-        Bad rows are left out if the stage skips them; otherwise they raise.
+        Bad rows are left out if the stage skips them; otherwise they raise. With `candidates_from`
+        they are those of its stage, with the columns of the stage's own dataset.
         """
+        which = self.config.candidates_from
+        if which is not None:
+            known = [self.known_prompts[self.prompt_id(place)][0] for place in places]
+            has_rows = "prompt_dataset" in self.ctx.rows
+            return [own_prompt(self.ctx, which, p) for p in known] if has_rows else known
         rows, limit = self.ctx.rows["prompt_dataset"], self.ctx.limit(self.config.max_seq_len)
         prompts, new = list[Prompt](), list[Prompt]()
         for place in places:
@@ -535,6 +580,11 @@ class PairMaker:
             min_margin=self.config.min_margin,
         )
         said = made_by_judging(self.judge.own(judged.judgements))
+        if self.taken is not None:  # the pairs are this stage's, whoever sampled their candidates
+            rest = [pair.id.partition("/")[2] for pair in pairs]
+            pairs = [
+                replace(p, id=f"{self.ctx.stage}/{r}") for p, r in zip(pairs, rest, strict=True)
+            ]
         if self.ctx.format > 1 and said and all(len(j.candidate_ids) == 2 for j in said):
             pairs = [_with_win_rates(pair) for pair in pairs]
         if not isinstance(self.judge, ComparingJudge):

@@ -24,6 +24,7 @@ from self_rewarding_lm.judges.consistency import check_consistency, smoothed
 from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.records import Instruction, PreferencePair
 from self_rewarding_lm.runs.lines import Joined
+from self_rewarding_lm.runs.run import of_another_run
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.lengths import Counted, Lengths, prompt_lengths
@@ -36,7 +37,9 @@ from self_rewarding_lm.stages.self_instruct.write import (
     seed_text,
     write_prompts,
 )
+from self_rewarding_lm.stages.taken import source_of, taken_work
 from self_rewarding_lm.stages.work import (
+    NOTHING_ASKED,
     Asking,
     Counting,
     RowShape,
@@ -118,6 +121,8 @@ class SampledPreferenceConfig(PairSettings):
                     f"{ctx.stage}: mix_pairs must name earlier stages "
                     f"({', '.join(ctx.earlier) or 'there is none'}); got {name!r}."
                 )
+        if self.candidates_from is not None and of_another_run(self.candidates_from):
+            source_of(ctx.stage, self.candidates_from)
         ctx.check_needs(self.needs(ctx))
         if self.judge is not None and not hasattr(self.judge, "judge"):
             raise ConfigError(
@@ -239,19 +244,23 @@ class SampledPreferenceConfig(PairSettings):
 
     def shortened(self, changes: dict[str, Any]) -> "SampledPreferenceConfig":
         """A copy of the settings with `changes` and with what else makes a rehearsal short."""
-        return self.model_copy(update={**changes, "min_parse_rate": 0.0})
+        return self.model_copy(update={**changes, "min_parse_rate": 0.0, "candidates_from": None})
 
     def made(self, maker: type[PairMaker], ctx: Context, out: StageDir) -> Sequence[Any]:
         """Make the stage's records; a server runs meanwhile if the engine has one.
 
         Returns pairs, or what `maker` makes in place of pairs.
         """
+        if self.candidates_from is not None:
+            out.take(source_of(ctx.stage, self.candidates_from, ctx.run))
         is_read = ctx.round.weights_gone  # all records are on disk, so no server is needed
         with nullcontext() if is_read else ctx.serving(self.needs(ctx)):
             return maker(self, self.with_prompts(ctx, out), out).make()
 
     def needs(self, ctx: Context) -> list[Need]:
         """How the stage samples, and whether it needs probabilities with it."""
+        if self.candidates_from is not None:
+            return []
         return [(decoding_of(self.generation, ctx.tokens), False)]
 
     def with_prompts(self, ctx: Context, out: StageDir) -> Context:
@@ -261,7 +270,7 @@ class SampledPreferenceConfig(PairSettings):
         process, because no server holds them.
         """
         settings = self.prompt_dataset
-        if not isinstance(settings, SelfInstruct):
+        if not isinstance(settings, SelfInstruct) or self.candidates_from is not None:
             return ctx
         dataset = ctx.rows["seed_dataset"]
 
@@ -299,7 +308,9 @@ class SampledPreferenceConfig(PairSettings):
         `pairing.pairs_per_prompt`. answers: the responses in each of these rows.
         """
         rows_of_prompt = rows_of_prompt or self.pairing.pairs_per_prompt
-        limit, new = counting.limit(self.max_seq_len), new_tokens(self.generation)
+        taken = taken_work(self.candidates_from, counting.works)
+        new = new_tokens(self.generation) if taken is None else taken.candidates.new
+        limit = counting.limit(self.max_seq_len)
         # 1. count the prompts
         notes: tuple[str, ...] = ()
         if isinstance(self.prompt_dataset, SelfInstruct):
@@ -307,6 +318,8 @@ class SampledPreferenceConfig(PairSettings):
         else:
             data = counting.data(self.prompt_dataset, prompt_lengths)
         prompts_of_round = self._prompts_needed(data.rows, rows_of_prompt)
+        if taken is not None:
+            prompts_of_round = self._prompts_taken(taken.prompts, rows_of_prompt)
         prompts, prompt = prompts_of_round.times(self.rounds), prompt_tokens(data.lengths, limit)
         # 2. count the candidates
         each = self.num_candidate_responses * models
@@ -318,6 +331,8 @@ class SampledPreferenceConfig(PairSettings):
             longest = None if longest is None or added.most is None else longest + added.most
         at_once = self.prompts_per_block * each
         candidates = Asking(prompts.times(each), new, read, longest, at_once)
+        if taken is not None:
+            candidates = replace(candidates, count=_share(taken, prompts))
         # 3. count the judgements
         judgements, unknown = self.judging_work(counting, candidates, prompt)
         # 4. count the training of all rounds
@@ -329,6 +344,8 @@ class SampledPreferenceConfig(PairSettings):
         training = self.planned_training(records + mixed, row).repeated(self.rounds)
         records = records.times(self.rounds)
         notes = (*unknown, *notes)
+        if taken is not None:
+            candidates = NOTHING_ASKED
         return Work(prompts, prompt, candidates, judgements, training, records, notes=notes)
 
     def judging_work(
@@ -357,6 +374,23 @@ class SampledPreferenceConfig(PairSettings):
             return Range(least)
         passes = self.max_prompt_passes or 4 * math.ceil(wanted / rows.most)
         return Range(least, passes * rows.most).capped(passes * rows.most)
+
+    def _prompts_taken(self, sampled: Range, rows_of_prompt: int) -> Range:
+        """The number of prompts that are judged of those that another stage answered."""
+        capped = sampled.capped(self.prompts_per_round)
+        wanted, block = self.num_generated_preference_pairs, self.prompts_per_block
+        if wanted is None:
+            return capped
+        least = block * math.ceil(wanted / rows_of_prompt / block)
+        return Range(min(least, capped.least), capped.most)
+
+
+def _share(taken: Work, prompts: Range) -> Range:
+    """The candidates of so many prompts, if each has its share of those that were taken."""
+    all_of_them, answered = taken.candidates.count, taken.prompts
+    if not all_of_them.most or not answered.most:
+        return UNKNOWN
+    return prompts.times(math.ceil(all_of_them.most / answered.most))
 
 
 def sampled_row(lengths: Lengths | None, new: Range, answers: int) -> RowShape:

@@ -153,10 +153,11 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
             "pairing.length_control": self.pairing.length_control != 0.0,
             "pick_paired_rewards_fn": self.pick_paired_rewards_fn is not None,
             "rounds": self.rounds > 1,
+            "candidates_from": self.candidates_from is not None,
         }
         if any(is_set.values()):
             names = ", ".join(name for name, refused in is_set.items() if refused)
-            raise ValueError(f"this stage says itself who wins against whom; leave out {names}")
+            raise ValueError(f"this stage says itself who answers and who wins; leave out {names}")
         return self
 
     def weights_used(self) -> set[str]:

@@ -167,18 +167,19 @@ class Counting:
 
     rewards: reward prompts by name. tokens: None if there is no tokenizer. max_len: tokens that the
     model takes at most, None if there is no limit. made: how many records each stage so far makes,
-    by the stage's name.
+    by the stage's name. works: the work of each.
     """
 
     rewards: Mapping[str, RewardConfig]
     tokens: Tokens | None
     max_len: int | None
     made: dict[str, Range] = field(default_factory=dict)
+    works: dict[str, Work] = field(default_factory=dict)
 
     def work(self, stage: FinetuneConfig, name: str) -> Work:
         """The work of the next stage, which has the name `name`."""
         work = stage.work(self) or Work(notes=(unknown_work(stage),))
-        self.made[name] = work.made
+        self.made[name], self.works[name] = work.made, work
         return work
 
     def data(self, dataset: Any, measure: Measure) -> Counted:

@@ -336,6 +336,17 @@ def init_from_later(folder):
     return lambda: trainer(folder, sft(init_from="dpo"), DPOConfig(train_dataset=PAIRS))
 
 
+@mistake("configuration", "The candidates of a stage that comes later")
+def candidates_from_later(folder):
+    return lambda: trainer(folder, rewarded(name="control", candidates_from="m2"))
+
+
+@mistake("configuration", "The candidates of a run that is not there")
+def candidates_of_no_run(folder):
+    stage = rewarded(name="control", candidates_from=f"{folder / 'own'}:m2")
+    return lambda: trainer(folder, stage)
+
+
 @mistake("configuration", "The data of a stage that there is not")
 def from_no_stage(folder):
     return lambda: trainer(folder, sft(), DPOConfig(train_dataset=from_stage("self_reward")))

@@ -45,7 +45,8 @@ def main(folder: str) -> None:
     ragged = dict(optim=ONE_BY_ONE)
     judged = self_reward(num_generated_preference_pairs=5, **ragged)
     shuffled = self_reward(name="shuffled", judge=ShuffledJudge(), **ragged)
-    stages = [stops, spin, external(**ragged), judged, shuffled]
+    again = external(name="again", candidates_from="shuffled", prompts_per_block=3, **ragged)
+    stages = [stops, spin, external(**ragged), judged, shuffled, again]
     trainer = trainer_of(folder, stages, model, accelerate_kwargs=dict(cpu=True))
     trainer()
     assert trainer.runtime.is_main or not asked  # one process decides, all are told
