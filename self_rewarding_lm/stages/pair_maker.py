@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import Object, SamplingConfig
@@ -71,7 +71,8 @@ class PairSettings(PreferenceConfig):
     stays as it was sampled. Without thoughts, for example:
     `lambda text: re.sub(r"(?s)<think>.*?</think>\\s*", "", text)`."""
     judge: Object = None
-    """A Judge of your own in place of the stage's."""
+    """A Judge of your own in place of the stage's, or a class of judges that needs no settings,
+    such as VoteJudge; ShuffledJudge moves the scores of the stage's own (docs/controls.md)."""
     prompts_per_block: int = Field(default=32, ge=1)
     """Prompts that are worked between two looks at how many pairs there are."""
     max_prompt_passes: int | None = Field(default=None, ge=1)
@@ -108,6 +109,17 @@ class PairSettings(PreferenceConfig):
                 "pick, pairs_per_prompt, length_control, length_penalty and tie_break that are set"
             )
         return self
+
+    @field_validator("judge")
+    @classmethod
+    def _judge_made(cls, judge: Any) -> Any:
+        """The judge of a class, as a recipe names one."""
+        if not (isinstance(judge, type) and issubclass(judge, Judge)):
+            return judge
+        try:
+            return judge()
+        except TypeError as error:
+            raise ValueError(f"{judge.__name__} needs settings: {error}. Give an object") from error
 
     @model_validator(mode="after")
     def _candidates_once(self) -> "PairSettings":

@@ -236,6 +236,7 @@ def test_a_recipe_names_the_folder_of_a_run_from_its_own_place(tmp_path):
     lines = ["model: HuggingFaceTB/SmolLM2-135M-Instruct", "out: run", "stages:"]
     for name, which in (("again", '"own:M2"'), ("third", "again"), ("last", "nobody")):
         settings = f"name: {name}, prompt_dataset: prompts.jsonl, candidates_from: {which}"
+        settings += ", judge: self_rewarding_lm:ShuffledJudge"
         lines.append(f"  - {{stage: self_reward, {settings}}}")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     recipe = tmp_path / "recipe.yaml"
@@ -245,3 +246,7 @@ def test_a_recipe_names_the_folder_of_a_run_from_its_own_place(tmp_path):
     recipe.write_text("\n".join(lines[:-1]))
     stages = read_recipe(read_yaml(recipe)).stages
     assert [s.candidates_from for s in stages] == [f"{tmp_path}/own:M2", "again"]
+    assert all(isinstance(s.judge, ShuffledJudge) and s.judge.of is None for s in stages)
+    recipe.write_text("\n".join(lines[:-1]).replace("ShuffledJudge", "EnsembleJudge"))
+    with pytest.raises(ConfigError, match="EnsembleJudge needs settings"):
+        read_recipe(read_yaml(recipe))

@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from unittest.mock import patch
@@ -10,13 +12,14 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.models import policy
 from self_rewarding_lm.models.batching import pad_rows
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.policy import Policy
-from self_rewarding_lm.records import Candidate, Prompt
+from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.stages.pairing import PairingConfig
-from tests.support.models import VOCAB, transformer64
+from tests.support.models import VOCAB, Successor, context, transformer64
 from tests.support.mutants import over
 
 # Pairs
@@ -273,6 +276,89 @@ def pickers_pick_as_their_papers_say(pairing, case):
     assert [p.id for p in found] == ["sr/0/0", "sr/0/0/p1", "sr/0/0/p2"][: len(found)]
     assert drops.kept == len(found)
     assert dict(drops.prompts) == ({} if found else {reasons[0]: 1})
+
+
+# Judges
+
+CONTEXT = context(Successor())
+SAID = st.lists(st.tuples(SCORE, st.sampled_from(["unread", None])), max_size=2)
+
+
+class _Says:
+    """A judge that said this of each candidate, by ids; nothing of some."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def judge(self, ctx, prompts, candidates_PG):
+        for candidate in (c for group in candidates_PG for c in group):
+            for k, (score, reason) in enumerate(self.said[candidate.id]):
+                reason = reason if score is None else None
+                yield Judgement(f"{candidate.id}/j{k}", (candidate.id,), "says", score, reason)
+
+
+@over(
+    "judges.shuffled",
+    st.tuples(
+        st.lists(st.lists(SAID, min_size=1, max_size=4), min_size=1, max_size=4),
+        st.integers(0, 99),
+        st.randoms(use_true_random=False),
+    ),
+    mutants={
+        "sorted(judged & scores.keys(), key=id_order)": "sorted(scores, key=id_order)",
+        "score, text = scores[giver]": "score, text = scores[name]",
+        "zip(ids, drawn, strict=True)": "zip(ids, ids[:1] * len(ids), strict=True)",
+        'stable_hash(ctx.seed, "shuffled", name)': 'stable_hash("shuffled", name)',
+        'reasons.get(giver, "no_score") if score is None': "reasons.get(giver) if score is None",
+        "for n in j.candidate_ids}\n        # 2": "for n in j.candidate_ids if j.score}\n        # 2",
+        'f"{name}/j0",': 'f"{name}/unmoved/j0",',
+        "if c.id in judged and c.id not in moved]": "if c.id not in moved and c.id in moved]",
+    },
+    examples=300,
+)
+def shuffled_scores_are_the_same_numbers_whoever_has_them(shuffled, case):
+    groups, seed, draw = case
+    prompts = [Prompt(f"s/{row}/0", row, (1,)) for row in range(len(groups))]
+    candidates_PG = [
+        [Candidate(f"{p.id}/{k}", p.id, (k,), "a", True, 8) for k in range(len(group))]
+        for p, group in zip(prompts, groups, strict=True)
+    ]
+    said = {
+        c.id: of_one
+        for candidates, group in zip(candidates_PG, groups, strict=True)
+        for c, of_one in zip(candidates, group, strict=True)
+    }
+    means = {}
+    for name, of_one in said.items():
+        known = [score for score, _ in of_one if score is not None]
+        means[name] = sum(known) / len(known) if known else None
+    judge = shuffled.ShuffledJudge(_Says(said))
+
+    def moved(seed, places):
+        ctx, order = replace(CONTEXT, seed=seed), [candidates_PG[i] for i in places]
+        own = list(judge.judge(ctx, [prompts[i] for i in places], order))
+        draw.shuffle(own)
+        return own, {j.candidate_ids[0]: j for j in judge.judge_block(ctx, order, own)}
+
+    places = list(range(len(groups)))
+    own, found = moved(seed, places)
+    judged = {name for name, of_one in said.items() if of_one}
+    assert found.keys() == judged
+    assert Counter(j.score for j in found.values()) == Counter(means[i] for i in judged)
+    for name, j in found.items():
+        giver = j.text.rpartition(" ")[2]
+        assert j.score == means[giver] and j.id == f"{name}/j0"
+        reasons = {reason for _, reason in said[giver]} - {None} or {"no_score"}
+        assert j.reason in (reasons if j.score is None else {None})
+    assert moved(seed, places[::-1])[1] == found
+    if len(judged) > 2:
+        assert any(moved(other, places)[1] != found for other in range(seed + 1, seed + 30))
+    for candidates in candidates_PG:
+        scores = judge.scores(candidates, [*own, *found.values()])
+        assert scores == {c.id: found[c.id].score if c.id in judged else None for c in candidates}
+        if judged & {c.id for c in candidates}:
+            with suppress(JudgeError):
+                raise AssertionError(f"{judge.scores(candidates, own)}: nobody moved these")
 
 
 # Batches
