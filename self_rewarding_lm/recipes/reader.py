@@ -244,7 +244,7 @@ class Reader:
         items = self.mapping(node, keys)
         if "prompt_template" in items:
             return self.settings(RewardConfig, node, keys)
-        if "marks" in items:
+        if "marks" in items and items["marks"].value is not None:
             words = (
                 "marks need a prompt_template that asks for them; the library's own rubrics ask "
                 "for a number."
