@@ -8,6 +8,7 @@ settings of one stage, judge or loss stand in its own file.
 import math
 import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -361,6 +362,13 @@ class RewardConfig(Config):
                 "allowed_scores"
             )
         return tuple(map(float, range(low, high + 1)))
+
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> "RewardConfig":
+        """The same settings with others for `update`, which are checked as new ones are."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **(update or {})})
 
     def as_written(self) -> "RewardConfig":
         """The same judge, asked for a text with its score: sampled, without forced ending."""

@@ -77,12 +77,17 @@ class Expected:
     reason: str | None = None
 
 
-def build_trie(encodings: Mapping[float, Sequence[int]], others: Iterable[Ids] = ()) -> ScoreTrie:
+def build_trie(
+    encodings: Mapping[float, Sequence[int]],
+    others: Iterable[Ids] = (),
+    said: Mapping[float, str] = {},
+) -> ScoreTrie:
     """The trie of the encodings of scores, each of the same words with its number behind them.
 
     others: further encodings of these words, which bound what all have in common. Given those of
     all ten digits, a digit that all scores begin with (10 to 19) is no context, so that its
-    probability counts. Raises ConfigError if two scores have the same ids.
+    probability counts. said: the text of each score, for the error. Raises ConfigError if two
+    scores have the same ids.
     """
     ids = {score: tuple(encoding) for score, encoding in encodings.items()}
     rows = [*ids.values(), *others]
@@ -92,9 +97,10 @@ def build_trie(encodings: Mapping[float, Sequence[int]], others: Iterable[Ids] =
     seen: dict[Ids, float] = {}
     for score, path in paths:
         if path in seen or not path:
-            alike = f"like {number_text(seen[path])}" if path else "as nothing"
+            text, like = (said.get(s, number_text(s)) for s in (score, seen.get(path, score)))
+            alike = f"like {like}" if path else "as nothing"
             raise ConfigError(
-                f"the tokenizer encodes {number_text(score)} {alike}, so a judge's probabilities "
+                f"the tokenizer encodes {text} {alike}, so a judge's probabilities "
                 "cannot tell the scores apart. Use score_mode='sampled' without forced_ending, or "
                 "other scores."
             )

@@ -124,9 +124,11 @@ class VerdictReader:
         if (before, opens) not in self._tries:
             # a mark's own first tokens are no context: its probability is that of the whole word
             others = DIGITS if self.form.numeric else DIGITS[0] if self.form.several else ""
+            said = {value: text for text, value in self.form.values.items()}
             self._tries[before, opens] = build_trie(
-                {v: self._encode(before + said, opens) for said, v in self.form.values.items()},
+                {value: self._encode(before + text, opens) for value, text in said.items()},
                 [self._encode(before + digit, opens) for digit in others],
+                said,
             )
         return self._tries[before, opens]
 

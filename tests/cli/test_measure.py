@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from self_rewarding_lm import RewardConfig, SamplingConfig, evaluate_judge
+from self_rewarding_lm import MarkedRubric, RewardConfig, SamplingConfig, evaluate_judge
 from self_rewarding_lm.cli import main
 from self_rewarding_lm.evaluation.judge_quality import read_ranked
 from tests.cli.test_cli import write_lines
@@ -156,6 +156,23 @@ def test_a_file_of_trees_gives_all_its_ranked_replies(tmp_path):
     rows = read_ranked(tmp_path / "trees.jsonl")
     assert [(r.prompt, r.replies, r.ranks) for r in rows] == [("hello", ("r0", "r1"), (0, 1))] * 2
     assert {r.group for r in rows} == {"t", "u"}
+
+
+def test_a_judge_is_read_by_marks_that_a_yaml_file_names(folder, capsys):
+    marks = 'prompt_template: "{{ prompt }} {{ response }}"\nmarks: {items: 1, yes: is, no: not}\n'
+    (folder / "reward.yaml").write_text(marks)
+    assert main([*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    reward = RewardConfig(
+        prompt_template="{{ prompt }} {{ response }}",
+        marks=MarkedRubric(items=1, yes="is", no="not"),
+    )
+    judging = SamplingConfig(max_new_tokens=16, temperature=1.0)
+    options = dict(reward=reward, judging=judging, chat_template="raw", quiet=True)
+    assert told["metrics"] == evaluate_judge("m0", RANKED, **options).metrics()
+    (folder / "reward.yaml").write_text(f"{marks}parse_reward: objects_of_it:longer\n")
+    assert main([*JUDGE, "--reward", "reward.yaml"]) == 1
+    assert "marks alone make the score" in capsys.readouterr().err
 
 
 def test_the_command_says_what_the_function_says(folder, capsys):

@@ -7,18 +7,33 @@ whole row at a time.
 from functools import cache
 
 import pytest
+import torch
 
+from self_rewarding_lm import SelfRewardDPOConfig, SelfRewardingTrainer, SelfRewardSFTConfig
 from self_rewarding_lm.config import MarkedRubric, RewardConfig
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.data.tokens import Tokens
+from self_rewarding_lm.errors import ConfigError, RunMismatchError
 from self_rewarding_lm.generation import score_trie
+from self_rewarding_lm.generation.engine import Completion
+from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.score_trie import Expected, build_trie
 from self_rewarding_lm.judges.expected import Place, VerdictReader, summed
 from self_rewarding_lm.judges.marks import marks_form
-from self_rewarding_lm.judges.self_judge import SelfJudge, form_of, score_parser
+from self_rewarding_lm.judges.self_judge import SelfJudge, check_judge_prompt, form_of, score_parser
 from self_rewarding_lm.runs.fingerprint import fingerprint_of
 from tests.judges.test_expected import MODELS, leaning, pieces, scores_at, tokens_of
 from tests.judges.test_judges import JUDGING, Cut, Scripted, asked, judging_context
-from tests.support.models import TEXT_VOCAB, Recurrent, ids_of, last_logits, lively
+from tests.support.models import (
+    CHARACTERS,
+    END,
+    TEXT_VOCAB,
+    Recurrent,
+    decode,
+    ids_of,
+    last_logits,
+    lively,
+    transformer,
+)
 
 PROMPT = "rate <{{ prompt }}> and <{{ response }}>\nreview:"
 COMMAS = MarkedRubric(items=4, yes=", yes.", no=", no.")
@@ -151,6 +166,16 @@ def test_the_range_of_scores_is_that_of_the_points():
     assert again.score_range == (0.0, 4.0) and again.marks is reward().marks
 
 
+def test_a_copy_is_checked_like_its_original():
+    five = MarkedRubric(items=5, yes="y", no="n")
+    assert reward().model_copy(update={"marks": five}).score_range == (0.0, 5.0)
+    expected = reward().model_copy(update={"score_mode": "expected"})
+    assert (expected.score_mode, expected.marks) == ("expected", COMMAS)
+    assert expected.as_written().score_mode == "sampled"
+    with pytest.raises(ConfigError, match="marks stand within a review"):
+        reward().model_copy(update={"forced_ending": "at_once"})
+
+
 def test_a_run_that_began_before_there_were_marks_has_the_same_settings():
     plain = RewardConfig(prompt_template="x", reward_regex_template="Score: {{ reward }}")
     assert "marks" not in fingerprint_of(plain)
@@ -278,6 +303,27 @@ def test_a_mark_within_a_token_has_no_place_and_then_no_item_has():
     assert reader.stated((0,), tuple(split)) == ()
 
 
+def test_words_that_a_tokenizer_does_not_tell_apart_are_an_error_before_any_work():
+    class Unknowing:
+        """Has one token for all that it does not know."""
+
+        def encode(self, text):
+            return [" 0abcdefghijklmnopqrstuvwxyz".find(c) + 1 for c in text]
+
+        def decode(self, ids):
+            return "".join("? 0abcdefghijklmnopqrstuvwxyz"[i] for i in ids)
+
+    config = RewardConfig(
+        prompt_template="{{ prompt }} {{ response }}",
+        marks=MarkedRubric(items=2, yes="✓", no="✗"),
+        score_mode="expected",
+    )
+    with pytest.raises(ConfigError, match=r"encodes ✓ like ✗.*Use score_mode='sampled'"):
+        check_judge_prompt(config, Tokens(Unknowing(), eos_id=None, vocab=29), 64)
+    sampled = RewardConfig(prompt_template=config.prompt_template, marks=config.marks)
+    check_judge_prompt(sampled, Tokens(Unknowing(), eos_id=None, vocab=29), 64)
+
+
 @pytest.mark.parametrize("points", [(1.0, 1.0), (2.0, 0.5)])
 def test_a_judge_s_expected_marks_are_those_of_its_own_review(points, any_mass):
     module = lively(Recurrent(TEXT_VOCAB).double())
@@ -313,3 +359,74 @@ def test_a_judge_s_expected_marks_are_those_of_its_own_review(points, any_mass):
         assert judgement.score_mass == pytest.approx(min(masses), abs=1e-8)
         assert (judgement.source, judgement.reason) == ("expected", None)
     assert (scores["s/0/0/2"].score, scores["s/0/0/2"].reason) == (None, "no_score")
+
+
+# in a run
+
+
+class Reviewer(LocalEngine):
+    """An engine whose reviews have as many marks of yes as its answers have letters a to f; each
+    third review leaves an item out."""
+
+    def generate(self, model, requests, decoding):
+        for i in range(len(requests)):
+            prompt = decode(torch.tensor(requests[i].ids))
+            if not prompt.startswith("rate <"):
+                letters = "abcdef"[: requests[i].key % 7]
+                yield i, Completion((*ids_of(f"x{letters}"), END), True)
+                continue
+            met = sum(letter in prompt.split("and <")[1].split(">")[0] for letter in "abcdef")
+            items = 5 if requests[i].name.endswith("j2") else 6
+            marks = " ".join(f"i: {'y' if n < met else 'n'}." for n in range(items))
+            yield i, Completion((*ids_of(f"{marks} score: 2"), END), True)
+
+
+@pytest.mark.parametrize("score_mode", ["sampled", "expected"])
+def test_a_run_is_judged_by_marks_and_goes_on_with_the_same_ones(tmp_path, score_mode, any_mass):
+    config = RewardConfig(
+        prompt_template=PROMPT,
+        marks=MarkedRubric(items=6, yes=": y.", no=": n."),
+        score_mode=score_mode,
+    )
+    common = dict(
+        prompt_dataset=["p", "q", "r"],
+        generation=JUDGING,
+        judging=JUDGING,
+        dropout=0.0,
+        num_train_steps=1,
+    )
+
+    def run(marks=config):
+        stages = [
+            SelfRewardDPOConfig(**common, min_parse_rate=0.5),
+            SelfRewardSFTConfig(**common, min_parse_rate=0.5, min_score=0.0, name="top"),
+        ]
+        return SelfRewardingTrainer(
+            transformer(vocab=TEXT_VOCAB, max_seq_len=256),
+            finetune_configs=stages,
+            tokenizer=CHARACTERS,
+            eos_id=END,
+            checkpoints_folder=tmp_path / "run",
+            self_reward_prompt_config=marks,
+            engine=Reviewer(),
+            quiet=True,
+            accelerate_kwargs={"cpu": True},
+        )()
+
+    done = run()
+    judged = done.judgements("self_reward")
+    answers = {c.id: c.text for c in done.candidates("self_reward")}
+    assert len(judged) == 3 * 4 * 3
+    for judgement in judged:
+        if judgement.id.endswith("j2"):
+            assert (judgement.score, judgement.reason) == (None, "no_score")
+            continue
+        met = len(answers[judgement.candidate_ids[0]]) - 1
+        assert judgement.source == score_mode and 0 <= judgement.score <= 6
+        assert (judgement.score == met) == (score_mode == "sampled")
+        assert (judgement.score_mass is None) == (score_mode == "sampled")
+    assert done.pairs("self_reward") and (tmp_path / "run" / "report.html").exists()
+    assert [j.id for j in run().judgements("self_reward")] == [j.id for j in judged]
+    other = RewardConfig(prompt_template=PROMPT, marks=MarkedRubric(items=6, yes="y.", no="n."))
+    with pytest.raises(RunMismatchError, match=r'"yes": "y\.'):
+        run(other)
