@@ -57,7 +57,8 @@ class JudgeAnchor:
     def check(self, ctx: Context) -> None:
         """Raise an error if the judge's prompt cannot be used."""
         judge = self._judge_or_default(ctx)
-        make_judge(judge, judging=self.judging, num_judgements=self.num_judgements)
+        asked = make_judge(judge, judging=self.judging, num_judgements=self.num_judgements)
+        asked.check_outside_stages()
         check_judge(judge, ctx)
 
     def on_stage_trained(self, ctx: Context, out: StageDir) -> None:

@@ -132,6 +132,7 @@ def compare(
         num_samples=num_samples,
         out=None if out is None else Path(out),
     )
+    contest.judge.check_outside_stages()
     _check_weights(contest.judge)
     models = Opening(
         tokenizer, chat_template, eos_id, seed, engine or LocalEngine(), quiet, stage="compare"

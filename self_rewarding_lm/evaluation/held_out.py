@@ -100,9 +100,11 @@ class HeldOutReward:
 
     def _build_judge(self, ctx: Context | None) -> Judge:
         model = None if self.judge_model is None or ctx is None else ctx.adapt(self.judge_model)
-        return make_judge(
+        judge = make_judge(
             self.judge, judging=self.judging, num_judgements=self.num_judgements, model=model
         )
+        judge.check_outside_stages()
+        return judge
 
     def _sample(self, ctx: Context) -> list[Answered]:
         """The present weights' responses to this process's prompts."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from self_rewarding_lm.context import Context
+from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.runs.stage_folder import FORMAT
 from self_rewarding_lm.scores import candidate_scores
@@ -102,6 +103,15 @@ class Judge:
     def weights_used(self) -> set[str]:
         """Names of the weights that it asks the context for: "initial", stages, paths."""
         return set()
+
+    def check_outside_stages(self) -> None:
+        """Raise JudgeError if it judges whole blocks (`judge_block`), which only stages have."""
+        if self.judges_blocks:
+            raise JudgeError(
+                f"the judge {self.name!r} moves scores among the candidates of a stage's block, so "
+                "it is a judge for stages. An evaluation has no blocks; give it the judge whose "
+                "scores are moved."
+            )
 
 
 class WrappedJudge(Judge):

@@ -104,11 +104,6 @@ class ShuffledJudge(Judge):
         judgements = list(judgements)
         moved = {j.candidate_ids[0]: j.score for j in judgements if label_of(j) is None}
         judged = {name for j in judgements for name in j.candidate_ids}
-        waiting = [c.id for c in candidates if c.id in judged and c.id not in moved]
-        if waiting:
-            raise JudgeError(
-                f"the scores of {', '.join(waiting[:3])} are not moved: a ShuffledJudge moves them "
-                "among the candidates of a stage's block, so it is a judge for stages. An "
-                "evaluation has no blocks; give it the judge itself."
-            )
+        if any(c.id in judged and c.id not in moved for c in candidates):
+            self.check_outside_stages()
         return {c.id: moved.get(c.id) for c in candidates}

@@ -12,12 +12,14 @@ from self_rewarding_lm import (
     ContrastiveDPOConfig,
     EnsembleJudge,
     FunctionJudge,
+    HeldOutReward,
     ImplicitJudge,
     PairingConfig,
     Run,
     SelfRewardSFTConfig,
     ShuffledJudge,
     TemporalDPOConfig,
+    compare,
 )
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
@@ -35,7 +37,7 @@ from tests.stages.test_pair_maker import (
     records,
 )
 from tests.support.models import Successor, context
-from tests.test_trainer import PROMPTS, QUICK, SHORT, external, self_reward, trainer_of
+from tests.test_trainer import PROMPTS, QUICK, SHORT, external, model64, self_reward, trainer_of
 
 
 def letters(prompts, completions):
@@ -283,9 +285,18 @@ def test_only_a_stage_knows_its_own_judge(judge, tmp_path):
         trainer_of(tmp_path, [self_reward(judge=judge)])
 
 
-def test_outside_of_a_stage_scores_are_not_moved():
-    prompts, candidates_PG, _, judge = block(2)
-    judge = ShuffledJudge(of=judge)
-    said = list(judge.judge(context(Successor()), prompts, candidates_PG))
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda judge: HeldOutReward(["a"], judge),
+        lambda judge: compare(model64(), model64(1), [(1, 2)], judge=judge),
+        lambda judge: judge.scores_of_all(GROUPS, list(judge.judge(CONTEXT, PROMPTS_OF, GROUPS))),
+    ],
+    ids=["held-out reward", "comparison of models", "by hand"],
+)
+def test_an_evaluation_has_no_block_to_move_scores_in(evaluate):
     with pytest.raises(JudgeError, match="it is a judge for stages"):
-        judge.scores_of_all(candidates_PG, said)
+        evaluate(EnsembleJudge([ShuffledJudge(of=letters)]))
+
+
+PROMPTS_OF, GROUPS, _, _ = block(2)

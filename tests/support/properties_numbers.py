@@ -312,7 +312,7 @@ class _Says:
         'reasons.get(giver, "no_score") if score is None': "reasons.get(giver) if score is None",
         "for n in j.candidate_ids}\n        # 2": "for n in j.candidate_ids if j.score}\n        # 2",
         'f"{name}/j0",': 'f"{name}/unmoved/j0",',
-        "if c.id in judged and c.id not in moved]": "if c.id not in moved and c.id in moved]",
+        "any(c.id in judged and c.id not in moved": "any(c.id in moved and c.id not in moved",
     },
     examples=300,
 )
