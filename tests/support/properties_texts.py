@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from self_rewarding_lm.config import DEFAULT_REWARD_CONFIG, SamplingConfig
 from self_rewarding_lm.data.chat import TEMPLATES
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.judges import parsing
 from self_rewarding_lm.judges.ensemble import EnsembleJudge
 from self_rewarding_lm.judges.functions import FunctionJudge
+from self_rewarding_lm.judges.marks import marks_form
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.stages.self_instruct.filters import FilterCounts
@@ -402,6 +404,62 @@ def a_cut_review_is_read_as_the_whole_one_or_not_at_all(marks_file, case):
         (form.read(whole).score, None),
         (None, "unfinished"),
     ]
+
+
+JOINED = (" yes", ", ", "yes.", " [", "e:", "s.", ": ", "n, ", ", yes", " ok", "k no", "+-", "e, Y")
+
+
+class Joining:
+    """A tokenizer of characters and of some texts that are one token; the longest is taken.
+
+    joined: those that it takes itself. It decodes all of JOINED.
+    """
+
+    def __init__(self, joined=JOINED):
+        self.joined = joined
+
+    def encode(self, text):
+        ids, place = [], 0
+        while place < len(text):
+            fits = [joined for joined in self.joined if text.startswith(joined, place)]
+            piece = max(fits, key=len, default=text[place])
+            ids.append(0x110000 + JOINED.index(piece) if fits else ord(piece))
+            place += len(piece)
+        return ids
+
+    def decode(self, ids):
+        return "".join(chr(i) if i < 0x110000 else JOINED[i - 0x110000] for i in ids)
+
+
+@over(
+    "judges.expected",
+    st.tuples(MARKED, st.sets(st.sampled_from(JOINED)), st.booleans()),
+    mutants={
+        "trie, statement.points)": "trie, 1.0)",
+        "statement.start - self._lead(trie, opens)": "statement.start",
+        "DIGITS[0] if self.form.several": "'' if self.form.several",
+        "return found if len(found) == len(places) else ()": "return found",
+    },
+)
+def a_mark_has_its_place_where_it_stands_or_the_review_has_none(expected, case):
+    marked, joined, is_its_own = case
+    thought, pieces, words = _review(marked)
+    text = thought + " ".join(pieces)
+    form = marks_form(*words, [n + 0.5 for n in range(len(pieces))])
+    tokenizer = Joining(tuple(sorted(joined)))
+    writer = tokenizer if is_its_own else Joining()
+    tokens = Tokens(tokenizer, eos_id=None, vocab=0x110000 + len(JOINED))
+    places = expected.VerdictReader(form, tokens).stated((), tuple(writer.encode(text)))
+    statements = form.find(text)
+    assert len(places) in (0, len(statements))
+    assert joined or not is_its_own or len(places) == len(statements)
+    for statement, place in zip(statements, places, strict=False):
+        assert place.points == statement.points
+        assert len(tokenizer.decode(place.ids)) <= statement.start
+        said = {value: word for word, value in form.values.items()}
+        for value, path in place.trie.paths:
+            before = text[: statement.start]
+            assert tokenizer.decode((*place.ids, *path)) == before + said[value]
 
 
 GIVEN = (
