@@ -17,6 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from self_rewarding_lm import (
     BuildEFTConfig,
     LocalEngine,
@@ -180,6 +182,14 @@ def stages(data, prompts: str, pairs: int) -> list:
     ]
 
 
+def has_bf16() -> bool:
+    """Whether products in bfloat16 are fast here; elsewhere all is in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trees", type=Path, required=True, help="Open Assistant trees, .jsonl")
@@ -204,7 +214,9 @@ def main() -> None:
         f"{'model':<10}{'parsed':>9}{'accuracy':>9}{'95 % interval':>17}{'ties half':>11}"
         f"{'tied':>9}{'mean tokens':>12}"
     )
-    measure.measure("untouched", model)
+    mixed = "bf16" if has_bf16() else "no"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed == "bf16"):
+        measure.measure("untouched", model)
     trainer = SelfRewardingTrainer(
         model,
         finetune_configs=stages(data, str(args.prompts), args.pairs),
@@ -212,6 +224,7 @@ def main() -> None:
         self_reward_prompt_config={"scored": SCORED, "reviewed": REVIEWED},
         peft_config=None if args.full else lora(),
         checkpoints_folder=args.out,
+        accelerate_kwargs={"mixed_precision": mixed},
         engine=ENGINE,
         seed=args.seed,
         callbacks=[measure],

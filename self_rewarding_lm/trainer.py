@@ -32,7 +32,8 @@ from self_rewarding_lm.errors import ConfigError, StoreError, typed
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.families import adapt
-from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.models.inference import products_unused_by
+from self_rewarding_lm.models.interface import TokenModel, device_of
 from self_rewarding_lm.models.loading import (
     Loading,
     check_placement,
@@ -227,6 +228,8 @@ class SelfRewardingTrainer:
             return self._run_all(overwrite_checkpoints, rehearse)
 
     def _run_all(self, overwrite_checkpoints: bool, rehearse: bool) -> Run:
+        if (words := self.products_unused()) is not None:
+            logger.info(words)
         # 1. try all stages in short, then begin the run or open it again
         folders = [f"{number:02d}-{name}" for number, name in enumerate(self.names, 1)]
         if rehearse:
@@ -264,6 +267,11 @@ class SelfRewardingTrainer:
         self.runtime.barrier()
         self.runtime.end_trackers()
         return run
+
+    def products_unused(self) -> str | None:
+        """Words if this CPU has products in bfloat16 with which the run would be faster."""
+        mixed = self.runtime.accelerator.mixed_precision != "no"
+        return products_unused_by(self.model, device_of(self.model), mixed=mixed)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the model's weights to a safetensors file; a relative path is within the run."""

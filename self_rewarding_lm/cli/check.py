@@ -32,4 +32,6 @@ def run(options: argparse.Namespace) -> int:
     if trainer.runtime.is_main:
         print(printable("\n".join(f"  {line}" for line in told)))
         print(in_order(recipe))
+        if (words := trainer.products_unused()) is not None:
+            print(words)
     return 0

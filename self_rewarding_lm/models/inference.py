@@ -22,6 +22,11 @@ WIDENED_AT_ONCE = 4_194_304  # numbers: 16 MiB in float32
 NATIVE = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 
 
+WORTH = 5_000_000
+"""Numbers in a model's matrices from which on products in bfloat16 are worth it where a CPU has
+instructions for them; below, what comes beside the products takes most of the time."""
+
+
 @contextmanager
 def modes_kept(module: nn.Module) -> Iterator[None]:
     """Put each submodule back into training or evaluation mode afterwards."""
@@ -50,20 +55,43 @@ def inferring(module: nn.Module) -> Iterator[None]:
 
 
 @cache
-def _lacks(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no instructions for products of a narrow type; False if unknown.
+def _has_products(dtype: torch.dtype) -> bool | None:
+    """Whether this CPU has instructions for products of a narrow type; None if unknown.
 
     Only x86 CPUs tell.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every version
     if dtype not in NATIVE or capabilities.get("architecture") != "x86_64":
-        return False
-    return not any(capabilities.get(name) for name in NATIVE[dtype])
+        return None
+    return any(capabilities.get(name) for name in NATIVE[dtype])
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of a type are faster in float32."""
-    return device.type == "cpu" and _lacks(dtype)
+    return device.type == "cpu" and _has_products(dtype) is False
+
+
+def products_unused(kind: str, dtype: torch.dtype, numbers: int, *, mixed: bool) -> str | None:
+    """Words if a run would be faster with this CPU's products in bfloat16; None if not.
+
+    kind: of the device. dtype, numbers: of the model's matrices. mixed: whether the run is in mixed
+    precision.
+    """
+    is_exact = kind == "cpu" and dtype == torch.float32 and not mixed
+    if not is_exact or numbers < WORTH or not _has_products(torch.bfloat16):
+        return None
+    return (
+        "This CPU has instructions for products in bfloat16 that are not used: "
+        'accelerate_kwargs={"mixed_precision": "bf16"} (`accelerate: {mixed_precision: bf16}` in a '
+        "recipe) trains and generates faster, with weights in float32 (docs/training.md)."
+    )
+
+
+def products_unused_by(module: nn.Module, device: torch.device, *, mixed: bool) -> str | None:
+    """As `products_unused`, of a module's own matrices."""
+    matrices = [p for p in module.parameters() if p.ndim >= 2 and p.dtype == torch.float32]
+    numbers = sum(matrix.numel() for matrix in matrices)
+    return products_unused(device.type, torch.float32, numbers, mixed=mixed)
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from self_rewarding_lm.cli import main
+from self_rewarding_lm.models import inference
 from self_rewarding_lm.records import (
     Demonstration,
     Judgement,
@@ -179,6 +180,19 @@ def test_check_tries_every_stage_and_begins_nothing(folder, capsys):
     ]
     assert told[4].startswith("The recipe is in order: 4 stages")
     assert not (folder / "run").exists()
+
+
+def test_check_and_plan_say_that_products_in_bfloat16_are_not_used(folder, capsys, monkeypatch):
+    monkeypatch.setattr(inference, "WORTH", 1000)
+    monkeypatch.setattr(inference, "_has_products", lambda dtype: dtype == torch.bfloat16)
+    words = "instructions for products in bfloat16 that are not used"
+    for command in (["check"], ["plan", "--no-times"]):
+        more = ["--set", "paper.ranked=null", "--set", "accelerate.cpu=true"]
+        recipe = [command[0], str(folder / "recipe.yaml"), *command[1:], *more]
+        assert main(recipe) == 0
+        assert words in " ".join(capsys.readouterr().out.split())
+        assert main([*recipe, "--set", "accelerate.mixed_precision=bf16"]) == 0
+        assert words not in " ".join(capsys.readouterr().out.split())
 
 
 def test_check_names_the_stage_whose_function_raises_and_run_does_not_begin(folder, capsys):

@@ -1,5 +1,6 @@
 """Sampling in mixed precision: who says in which precision, and that tokens are the likeliest."""
 
+import logging
 from contextlib import nullcontext
 
 import pytest
@@ -15,6 +16,7 @@ from self_rewarding_lm import (
     generate,
 )
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.models import inference
 from self_rewarding_lm.models.sessions import AttendingSession
 from tests.evaluation.test_judge_quality import RANKED, REWARD
 from tests.support.hf_models import tiny
@@ -100,6 +102,25 @@ class Asking:
         evaluate_judge(model, RANKED[:1], judging=self.judged.sampling, **how)
 
 
+def trainer_of(folder, mixed, model=None, **options):
+    stage = SFTConfig(
+        train_dataset=[{"prompt": "say", "completion": "so"}] * 4,
+        num_train_steps=2,
+        optim=OptimConfig(batch_size=2, learning_rate=1e-3, eval_every=1),
+        **options.pop("stage", {}),
+    )
+    return SelfRewardingTrainer(
+        model or tiny("llama", vocab=TEXT_VOCAB),
+        finetune_configs=[stage],
+        tokenizer=CHARACTERS,
+        eos_id=END,
+        checkpoints_folder=folder,
+        accelerate_kwargs={"cpu": True, "mixed_precision": mixed},
+        report=False,
+        **options,
+    )
+
+
 @pytest.mark.parametrize(("mixed", "found"), [("bf16", BF16), ("no", FP32)])
 def test_what_callbacks_and_stoppers_ask_is_computed_in_the_runs_precision(mixed, found, tmp_path):
     asking, stopper = Asking(), Noting()
@@ -109,24 +130,8 @@ def test_what_callbacks_and_stoppers_ask_is_computed_in_the_runs_precision(mixed
         return 1.0
 
     model = tiny("llama", vocab=TEXT_VOCAB)
-    optim = OptimConfig(batch_size=2, learning_rate=1e-3, eval_every=1)
-    stage = SFTConfig(
-        train_dataset=[{"prompt": "say", "completion": "so"}] * 4,
-        num_train_steps=2,
-        optim=optim,
-        early_stopper_eval_module=score,
-    )
-    trainer = SelfRewardingTrainer(
-        model,
-        finetune_configs=[stage],
-        tokenizer=CHARACTERS,
-        eos_id=END,
-        checkpoints_folder=tmp_path,
-        callbacks=[asking],
-        accelerate_kwargs={"cpu": True, "mixed_precision": mixed},
-        quiet=True,
-        report=False,
-    )
+    stage = {"early_stopper_eval_module": score}
+    trainer = trainer_of(tmp_path, mixed, model, stage=stage, callbacks=[asking], quiet=True)
     trainer(rehearse=False)
     assert stopper.types == asking.generated.types == {found}
     assert asking.judged.types == {found}
@@ -134,3 +139,19 @@ def test_what_callbacks_and_stoppers_ask_is_computed_in_the_runs_precision(mixed
     after = Noting()
     after.generate(model)
     assert after.types == {FP32}
+
+
+@pytest.mark.parametrize(("mixed", "told"), [("no", 1), ("bf16", 0)])
+def test_a_run_says_once_at_its_start_that_products_in_bfloat16_are_not_used(
+    mixed, told, tmp_path, monkeypatch, caplog
+):
+    known = {"architecture": "x86_64", "amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    inference._has_products.cache_clear()
+    monkeypatch.setattr(inference, "WORTH", 1000)
+    try:
+        with caplog.at_level(logging.INFO, "self_rewarding_lm"):
+            trainer_of(tmp_path, mixed)()
+    finally:
+        inference._has_products.cache_clear()
+    assert caplog.text.count("products in bfloat16 that are not used") == told

@@ -16,7 +16,14 @@ from self_rewarding_lm.generation.engine import Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models import inference
 from self_rewarding_lm.models.families import adapt
-from self_rewarding_lm.models.inference import WideProducts, inferring, is_slow, product_dtype
+from self_rewarding_lm.models.inference import (
+    WORTH,
+    WideProducts,
+    inferring,
+    is_slow,
+    product_dtype,
+    products_unused,
+)
 from self_rewarding_lm.models.interface import Plan
 from tests.support.hf_models import tiny
 from tests.support.models import Recurrent, last_logits
@@ -32,11 +39,35 @@ def machine(monkeypatch):
     def become(kind: str, *instructions: str) -> None:
         known = {"architecture": kind, **dict.fromkeys(instructions, True)}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-        inference._lacks.cache_clear()
+        inference._has_products.cache_clear()
 
     yield become
     monkeypatch.undo()
-    inference._lacks.cache_clear()
+    inference._has_products.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "instructions", "changes", "told"),
+    [
+        ("x86_64", ("amx_bf16",), {}, True),
+        ("x86_64", ("avx512_bf16",), {}, True),
+        ("x86_64", ("avx2",), {}, False),
+        ("aarch64", ("amx_bf16",), {}, False),  # such machines do not tell
+        ("x86_64", ("amx_bf16",), {"mixed": True}, False),
+        ("x86_64", ("amx_bf16",), {"kind": "cuda"}, False),
+        ("x86_64", ("amx_bf16",), {"dtype": torch.bfloat16}, False),
+        ("x86_64", ("amx_bf16",), {"dtype": torch.float64}, False),
+        ("x86_64", ("amx_bf16",), {"numbers": WORTH - 1}, False),
+    ],
+)
+def test_where_products_in_bfloat16_would_be_faster_and_are_not_used_it_is_told(
+    machine, kind, instructions, changes, told
+):
+    machine(kind, *instructions)
+    run = {"kind": "cpu", "dtype": torch.float32, "numbers": WORTH, "mixed": False, **changes}
+    words = products_unused(**run)
+    assert (words is not None) == told
+    assert words is None or "accelerate: {mixed_precision: bf16}" in words
 
 
 def whole_numbers(*shape: int, seed: int, most: int = 9) -> Tensor:

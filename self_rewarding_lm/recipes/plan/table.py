@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.models.inference import products_unused
 from self_rewarding_lm.recipes.plan.machine import UTILISATION
 from self_rewarding_lm.recipes.plan.phases import GENERATING, JUDGING, Phase
 from self_rewarding_lm.recipes.plan.plan import Fitting, RunPlan, StagePlan
@@ -86,6 +87,9 @@ def _heading_lines(plan: RunPlan) -> Iterator[str]:
         f"{model.name}: {model.parameters:,} parameters, {trained} trained, {kind}{mixed}; "
         f"planned for {'a GPU' if device.kind == 'cuda' else 'the CPU'}, for each process."
     )
+    unused = products_unused(device.kind, model.dtype, model.products, mixed=device.types.mixed)
+    if unused is not None:
+        yield from _wrapped(unused)
     if model.reason is not None:
         yield from _wrapped(f"Activations and cache are unknown: {model.reason}.")
     if plan.texts is not None:
