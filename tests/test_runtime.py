@@ -10,7 +10,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.runtime import WORLD_VARIABLES, Runtime
 from tests.support.models import Recurrent, context, stage_dir
-from tests.support.processes import launched, two
+from tests.support.processes import launched
 from tests.training.test_fit import Fit, logged, optim, supervised, weights_of
 
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
@@ -117,7 +117,9 @@ except ConfigError as error:
 def test_two_processes_say_so_and_refuse_two_models(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    output = two(script, ACCELERATE_USE_CPU="true")
+    process = launched(script, ACCELERATE_USE_CPU="true")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
     assert output.count("2 processes on cpu") == 1
     assert output.count("DistributedDataParallelKwargs are left aside") == 2
     for rank in (0, 1):

@@ -1,8 +1,6 @@
 """Two processes on one machine (gloo) give what one gives."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,14 +8,14 @@ import pytest
 import torch
 
 from self_rewarding_lm import Run
-from tests.support.processes import FSDP, HOME, launched, two
+from tests.support.processes import FSDP, launched, one, two
 from tests.test_trainer import model64
 
 
 @pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP2"])
 def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
     script = ("-m", "tests.support.two_process_run")
-    subprocess.run([sys.executable, *script, tmp_path / "one"], cwd=HOME, check=True, timeout=300)
+    one(*script, tmp_path / "one")
     two(*script, tmp_path / "two", **settings)
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     for stage in alone.stages:
@@ -46,7 +44,7 @@ def test_two_processes_give_the_records_and_weights_of_one(settings, tmp_path):
 @pytest.mark.parametrize("settings", [{}, FSDP], ids=["DDP", "FSDP2"])
 def test_rounds_and_moving_references_of_two_processes_are_those_of_one(settings, tmp_path):
     script = ("-m", "tests.support.two_process_rounds")
-    subprocess.run([sys.executable, *script, tmp_path / "one"], cwd=HOME, check=True, timeout=300)
+    one(*script, tmp_path / "one")
     two(*script, tmp_path / "two", **settings)
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     for stage in alone.stages:
@@ -91,21 +89,16 @@ def test_ctrl_c_ends_all_processes_and_the_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("sharded_first", [True, False])
 def test_a_run_goes_on_from_shares_to_one_process_and_the_other_way_round(sharded_first, tmp_path):
     """SFT by one kind of run and a stage of pairs by the other: as by one process all the way."""
-    one, parted = tmp_path / "one", tmp_path / "parted"
-    alone = [sys.executable, "-m", "tests.support.two_process_ends", "counts"]
-    assert subprocess.run([*alone, str(one)], cwd=HOME, timeout=120).returncode == 0
-
-    def sharded(*stages: str) -> None:
-        two("-m", "tests.support.two_process_ends", "counts", parted, *stages, **FSDP)
-
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    script = ("-m", "tests.support.two_process_ends", "counts")
+    one(*script, whole)
     if sharded_first:
-        sharded("sft")
-        assert subprocess.run([*alone, str(parted)], cwd=HOME, timeout=120).returncode == 0
+        two(*script, parted, "sft", **FSDP)
+        one(*script, parted)
     else:
-        done = subprocess.run([*alone, str(parted), "sft"], cwd=HOME, timeout=120)
-        assert done.returncode == 0
-        sharded()
-    runs = [Run.open(folder / "run") for folder in (one, parted)]
+        one(*script, parted, "sft")
+        two(*script, parted, **FSDP)
+    runs = [Run.open(folder / "run") for folder in (whole, parted)]
     assert runs[0].pairs("external_reward") == runs[1].pairs("external_reward")
     models = [model64() for _ in runs]
     for run, model in zip(runs, models, strict=True):
@@ -127,8 +120,7 @@ def test_training_that_was_stopped_goes_on_with_shares_or_in_one_process(first, 
         folder.mkdir(exist_ok=True)
         script = ("-m", "tests.support.two_process_ends", "trains", folder, stop_after)
         if settings is None:
-            alone = [sys.executable, *map(str, script)]
-            subprocess.run(alone, cwd=HOME, check=True, timeout=120)
+            one(*script)
         else:
             two(*script, **settings)
         return int((folder / "steps.0").read_text())
