@@ -49,6 +49,7 @@ NAMES = {
     "stages.contrastive": "Contrast",
     "stages.meta_rewarding": "MetaJudgingConfig",
     "stages.pairing": "PairingConfig",
+    "stats": "wilson_interval",
     "trainer": "SPINTrainer SelfRewardingTrainer",
     "training.loss_config": "LossConfig",
     "training.losses": "PairBatch reads",

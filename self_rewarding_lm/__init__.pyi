@@ -45,6 +45,7 @@ from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
 from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.stages.spin import SelfPlayConfig
 from self_rewarding_lm.stages.temporal import TemporalDPOConfig
+from self_rewarding_lm.stats import wilson_interval
 from self_rewarding_lm.trainer import SPINTrainer, SelfRewardingTrainer
 from self_rewarding_lm.training.loss_config import LossConfig
 from self_rewarding_lm.training.losses import PairBatch, reads
@@ -132,5 +133,6 @@ __all__ = [
     "read_yaml",
     "reads",
     "reasoning_task",
+    "wilson_interval",
     "write_report",
 ]

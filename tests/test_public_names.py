@@ -31,6 +31,7 @@ OF_VERSION_0_1_0 = """
 """
 SINCE = """
     CallableTokenizer Judge JudgeError MarkedRubric PairingError ShuffledJudge read_recipe read_yaml
+    wilson_interval
 """
 
 
