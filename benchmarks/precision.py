@@ -109,6 +109,7 @@ def main() -> None:
             seconds = time.process_time() - started
             if run:
                 found[name].append(sum(len(done.ids) for _, done in answers) / seconds)
+                print(f"run {run}, {name}: {found[name][-1]:.0f}", flush=True)
     for name, rates in found.items():
         each = ", ".join(f"{rate:.0f}" for rate in rates)
         print(f"{name:<30} {statistics.median(rates):5.0f} tokens per CPU second ({each})")
