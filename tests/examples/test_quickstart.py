@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from x_transformers import Decoder, TransformerWrapper
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -91,8 +92,10 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
 
 
 def small_run(folder):
-    """The quickstart's loop, small: 40 steps and 24 prompts a round."""
+    """The quickstart's loop, small: a model of one layer, 40 steps and 24 prompts a round."""
     torch.manual_seed(0)
+    layer = Decoder(dim=64, depth=1, heads=2, attn_dim_head=32, ff_mult=2)
+    model = TransformerWrapper(num_tokens=task.VOCAB_SIZE, max_seq_len=128, attn_layers=layer)
     data = task.make_data(0, judge_rows=120, prompts_per_round=24, held_out=20, held_out_judge=12)
     table = quickstart.Measure(data)
     # an untrained judge rarely ends in a score: what is tested is where the scores come from
@@ -100,7 +103,7 @@ def small_run(folder):
         update={"parse_reward": lambda text: sum(map(ord, text)) % 7}
     )
     trainer = SelfRewardingTrainer(
-        quickstart.build_model(),
+        model,
         finetune_configs=quickstart.build_stages(data, "none", sft_steps=40),
         tokenizer=task.Characters(),
         self_reward_prompt_config=reward,
@@ -108,8 +111,9 @@ def small_run(folder):
         engine=quickstart.ENGINE,
         callbacks=[table],
         quiet=True,
+        report=False,
     )
-    return trainer(), table.models
+    return trainer(rehearse=False), table.models
 
 
 def test_a_checker_of_garbage_leaves_the_pairs_identical(tmp_path, monkeypatch):
