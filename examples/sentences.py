@@ -48,7 +48,7 @@ def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: s
     """M1 by SFT, then two rounds; `control` says what stands in the place of the own scores."""
     rows = data.instruction_rows * 3 + judge_rows
     high = OptimConfig(learning_rate=1e-3, batch_size=16, warmup_steps=5, micro_batch_tokens=1024)
-    low = OptimConfig(learning_rate=2e-4, batch_size=16, epochs=2, micro_batch_tokens=1024)
+    low = OptimConfig(learning_rate=2e-4, batch_size=16, micro_batch_tokens=1024)
     sft = {"train_dataset": rows, "dropout": 0}
     stages: list[FinetuneConfig] = [
         SFTConfig(name="M1", num_train_steps=SFT_STEPS, optim=high, **sft)
@@ -60,6 +60,7 @@ def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: s
         "num_sampled_reward_responses": 1,  # a greedy review is the same each time
         "dpo_beta": 0.2,
         "nll_weight": 0.3,
+        "optim": low.model_copy(update={"epochs": 2}),
     }
     for name, prompts in zip(("M2", "M3"), data.round_prompts, strict=True):
         if control == "sft":  # as many steps as if every prompt gave a pair
@@ -67,7 +68,7 @@ def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: s
             stages.append(SFTConfig(name=name, num_train_steps=steps, optim=low, **sft))
             continue
         asked = {"prompt_dataset": prompts, "prompts_per_block": len(prompts)}
-        own = {"name": name, "judge": judges[control], "dropout": 0, "optim": low}
+        own = {"name": name, "judge": judges[control], "dropout": 0}
         stages.append(SelfRewardDPOConfig(**own, **asked, **loop))
     return stages
 

@@ -134,6 +134,28 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
     assert task.make_data(1, held_out=20) != task.make_data(2, held_out=20)
 
 
+@pytest.mark.parametrize("control", ["none", "shuffled", "sft", "oracle"])
+def test_a_control_differs_from_the_loop_in_one_thing(control, data):
+    rows = [{"prompt": "a", "completion": "b"}]
+    m1, *rounds = sentences.build_stages(data, rows, task, control)
+    _, *own = sentences.build_stages(data, rows, task, "none")
+    assert m1.num_train_steps == sentences.SFT_STEPS
+    assert [stage.name for stage in rounds] == ["M2", "M3"]
+    if control == "sft":
+        assert [stage.num_train_steps for stage in rounds] == [27, 20]  # 2 epochs of 220 and 160
+        assert rounds[0].optim.learning_rate == own[0].optim.learning_rate
+    else:
+        judges = [stage.judge for stage in rounds]
+        assert [type(judge).__name__ for judge in judges] == [JUDGES[control]] * 2
+        for stage, other in zip(rounds, own, strict=True):
+            assert list(stage.prompt_dataset) == list(other.prompt_dataset)
+            others = {"prompt_dataset": None, "judge": None}
+            assert stage.model_copy(update=others) == other.model_copy(update=others)
+
+
+JUDGES = {"none": "NoneType", "shuffled": "ShuffledJudge", "oracle": "FunctionJudge"}
+
+
 # -- the run -------------------------------------------------------------------------------------
 
 
