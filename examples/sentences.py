@@ -55,7 +55,9 @@ def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: s
     ]
     judges = {"shuffled": ShuffledJudge(), "oracle": FunctionJudge(task.reward), "none": None}
     loop = {
-        "generation": SamplingConfig(top_p=0.95, max_new_tokens=task.ANSWER_TOKENS),
+        "generation": SamplingConfig(
+            temperature=1.0, top_p=0.95, max_new_tokens=task.ANSWER_TOKENS
+        ),
         "judging": greedily(task.REVIEW_TOKENS),
         "num_sampled_reward_responses": 1,  # a greedy review is the same each time
         "dpo_beta": 0.2,
