@@ -326,8 +326,8 @@ def _prompt_column(row: Row, where: str) -> Any:
 
 def _instruction(row: Row, where: str) -> str:
     """Alpaca's instruction, with blank lines and the input, or Dolly's context, behind it."""
-    given = (name for name in ("instruction", *FURTHER) if row.get(name) is not None)
-    first, *further = (text_of(row, name, where) for name in given)
+    given = [name for name in ("instruction", *FURTHER) if row.get(name) is not None]
+    first, *further = (text_of(row, name, where) for name in given or ["instruction"])
     return "\n\n".join([first, *(text for text in further if text.strip())])
 
 

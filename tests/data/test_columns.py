@@ -179,6 +179,15 @@ def _named(ranked):
     return replace(ranked, id="rank/0")
 
 
+@pytest.mark.parametrize("form", ["alpaca", "dolly"])
+def test_an_instruction_that_is_nowhere_is_named(form):
+    row = {**FORMS[form], "instruction": None, "input": None, "context": None}
+    with pytest.raises(DataError, match="'instruction' must be a text"):
+        training_row(row, "row", opened())
+    with pytest.raises(DataError, match="'instruction' must be a text"):
+        prompt_of(row, "row", opened())
+
+
 def test_dollys_context_follows_its_instruction():
     tokens = opened(CHATML)
     row = {"instruction": "Who?", "context": "Ann is here.", "response": "Ann.", "category": "qa"}
