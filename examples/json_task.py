@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from demands import TaskData, balanced_items, filled, marked
+
 JUDGE_PROMPT = """\
 Review a JSON object. For each demand copy what you find, and say yes or no. Then count the yes.
 
@@ -29,9 +31,6 @@ JSON: {{ response }}"""
 
 DEMANDS = ("keys", "value", "count", "last")
 TOP_SCORE = len(DEMANDS)
-YES, NO = ", yes.", ", no."
-"""How a review marks a demand: small judges see and mark well, and add badly."""
-
 ANSWER_TOKENS, REVIEW_TOKENS = 72, 120
 
 COUNTS = (3, 4, 5, 6)
@@ -173,22 +172,6 @@ def requests_met(answer: str) -> set[str]:
     }
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """What the loop and its measurement need; a request is in one part only.
-
-    instruction_rows: requests with an object that meets them. first_prompts: what the model answers
-    before it is trained, for the judge rows. judge_items: held-out (request, text), as many of each
-    score.
-    """
-
-    instruction_rows: list[dict[str, str]]
-    first_prompts: list[str]
-    round_prompts: tuple[list[str], list[str]]
-    held_out_prompts: list[str]
-    judge_items: list[tuple[str, str]]
-
-
 def holds(prompt: str, answer: str) -> list[bool]:
     """Which demands of a request a text meets, in the order of DEMANDS."""
     return Request.parse(prompt).holds(answer)
@@ -213,14 +196,12 @@ def review(prompt: str, answer: str) -> str:
         f"{request.count} {request.kind}",
         f"Last {request.last}",
     )
-    marks = zip(names, request.found(answer), request.holds(answer), strict=True)
-    seen = " ".join(f"{name}: {copy}{YES if met else NO}" for name, copy, met in marks)
-    return f"{seen} Score: {points(prompt, answer)}"
+    return marked(names, request.found(answer), request.holds(answer))
 
 
 def judge_prompt(prompt: str, answer: str) -> str:
     """JUDGE_PROMPT with a request and an answer in it."""
-    return JUDGE_PROMPT.replace("{{ prompt }}", prompt).replace("{{ response }}", answer)
+    return filled(JUDGE_PROMPT, prompt, answer)
 
 
 def random_request(rng: random.Random) -> Request:
@@ -305,24 +286,16 @@ def make_data(
 def make_judge_rows(
     data: TaskData, answers: Sequence[str], seed: int, count: int = 500
 ) -> list[dict[str, str]]:
-    """Judge prompts with their reviews, as many of each score.
-
-    answers: what the model wrote to `data.first_prompts`, which give up to half of a score's rows;
-    altered objects give the rest. Objects that meet all demands are those of the instruction rows
-    alone, and none meets a held-out request, so that the rows show no solution to another request.
-    """
-    rng, held_out = random.Random(seed), set(data.held_out_prompts)
-    written = list(zip(data.first_prompts, answers, strict=True))
-    written = [item for item in written if not requests_met(item[1]) & held_out]
-    solved = [(row["prompt"], row["completion"]) for row in data.instruction_rows]
-    per_score = count // (TOP_SCORE + 1)
-    items = [solved[k % len(solved)] for k in range(per_score)]
-    for score in range(TOP_SCORE):
-        some = [item for item in written if points(*item) == score][: per_score // 2]
-        while len(some) < per_score:
-            prompt = rng.choice(data.first_prompts)
-            text = altered(prompt, score, rng)
-            if not requests_met(text) & held_out:
-                some.append((prompt, text))
-        items += some
+    """Judge prompts with their reviews; which answers are reviewed says `balanced_items`."""
+    held_out = set(data.held_out_prompts)
+    items = balanced_items(
+        data,
+        answers,
+        seed,
+        points=points,
+        altered=altered,
+        meets_held_out=lambda answer: bool(requests_met(answer) & held_out),
+        per_score=count // (TOP_SCORE + 1),
+        top_score=TOP_SCORE,
+    )
     return [{"prompt": judge_prompt(*item), "completion": review(*item)} for item in items]

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import demands
 import torch
 from peft import LoraConfig
 
@@ -85,8 +86,8 @@ class Measure:
     def __init__(self, data: Any, task: ModuleType, source: str | Path) -> None:
         self.data, self.task = data, task
         self.first_model, self.tokenizer = load_causal_lm(source)  # M0, which stays as it is
-        demands = " ".join(f"{name:>6}" for name in task.DEMANDS)
-        print(f"{'':6}{'all (95 %)':22}{demands}  judge  words  distinct  log-loss  pairs")
+        columns = " ".join(f"{name:>6}" for name in task.DEMANDS)
+        print(f"{'':6}{'all (95 %)':22}{columns}  judge  words  distinct  log-loss  pairs")
 
     def greedy(self, model: torch.nn.Module, prompts: list[str], max_new_tokens: int) -> list[str]:
         how = {"sampling": greedily(max_new_tokens), "engine": ENGINE, "precision": PRECISION}
@@ -111,7 +112,7 @@ class Measure:
         asked = [task.judge_prompt(*item) for item in items]
         reviews = self.greedy(model, asked, task.REVIEW_TOKENS)
         judged = zip(reviews, items, strict=True)
-        exact = [review.count(task.YES) == task.points(*item) for review, item in judged]
+        exact = [review.count(demands.YES) == task.points(*item) for review, item in judged]
         words = [answer.lower().split() for answer in answers]
         solved = [all(row) for row in held]
         low, high = (100 * end for end in wilson_interval(sum(solved), len(solved)) or (0, 1))
@@ -129,10 +130,10 @@ class Measure:
             "answers": [list(pair) for pair in zip(prompts[:10], answers[:10], strict=True)],
             "reviews": [[*item, text] for item, text in zip(items[:5], reviews[:5], strict=True)],
         }
-        demands = " ".join(f"{share:6.1f}" for share in found["demands"])
+        shares = " ".join(f"{share:6.1f}" for share in found["demands"])
         interval = f"{found['accuracy']:5.1f} ({low:.1f} to {high:.1f})"
         print(
-            f"{name:6}{interval:22}{demands}{found['judge_exact']:7.1f}{found['words']:7.1f}"
+            f"{name:6}{interval:22}{shares}{found['judge_exact']:7.1f}{found['words']:7.1f}"
             f"{found['distinct_words']:10}{found['log_loss']:10.2f}  {len(gaps)}"
             f" (right, tied, wrong: {found['right_tied_wrong']})",
             flush=True,
@@ -180,7 +181,7 @@ def main() -> None:
     models = [table.measure("M0", table.first_model, [])]
     answers = table.greedy(table.first_model, data.first_prompts, task.ANSWER_TOKENS)
     judge_rows = task.make_judge_rows(data, answers, told.seed)
-    marks = MarkedRubric(items=len(task.DEMANDS), yes=task.YES, no=task.NO)
+    marks = MarkedRubric(items=len(task.DEMANDS), yes=demands.YES, no=demands.NO)
     trainer = SelfRewardingTrainer(
         load_causal_lm(source)[0],
         finetune_configs=build_stages(data, judge_rows, task, told.control),

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from demands import TaskData, balanced_items, filled, marked
+
 JUDGE_PROMPT = """\
 Review a sentence. For each demand copy what you find, and say yes or no. Then count the yes.
 
@@ -28,9 +30,6 @@ Sentence: {{ response }}"""
 
 DEMANDS = ("first", "noun A", "noun B", "last")
 TOP_SCORE = len(DEMANDS)
-YES, NO = ", yes.", ", no."
-"""How a review marks a demand: small judges see and mark well, and add badly."""
-
 ANSWER_TOKENS, REVIEW_TOKENS = 24, 80
 
 SENTENCES = """\
@@ -215,22 +214,6 @@ NOUNS = sorted({noun for it in WRITTEN for noun in (it.noun_a, it.noun_b)})
 LAST_WORDS = sorted({it.last for it in WRITTEN})
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """What the loop and its measurement need; a request is in one part only.
-
-    instruction_rows: requests with a hand-written sentence that meets them. first_prompts: what the
-    model answers before it is trained, for the judge rows. judge_items: held-out (request,
-    sentence), as many of each score.
-    """
-
-    instruction_rows: list[dict[str, str]]
-    first_prompts: list[str]
-    round_prompts: tuple[list[str], list[str]]
-    held_out_prompts: list[str]
-    judge_items: list[tuple[str, str]]
-
-
 def holds(prompt: str, sentence: str) -> list[bool]:
     """Which demands of a request a sentence meets, in the order of DEMANDS."""
     return Request.parse(prompt).holds(sentence)
@@ -255,14 +238,12 @@ def review(prompt: str, sentence: str) -> str:
         request.noun_b,
         f"Ends with {request.last}",
     )
-    marks = zip(names, request.found(sentence), request.holds(sentence), strict=True)
-    seen = " ".join(f"{name}: {copy}{YES if met else NO}" for name, copy, met in marks)
-    return f"{seen} Score: {points(prompt, sentence)}"
+    return marked(names, request.found(sentence), request.holds(sentence))
 
 
 def judge_prompt(prompt: str, sentence: str) -> str:
     """JUDGE_PROMPT with a request and a sentence in it."""
-    return JUDGE_PROMPT.replace("{{ prompt }}", prompt).replace("{{ response }}", sentence)
+    return filled(JUDGE_PROMPT, prompt, sentence)
 
 
 def random_request(rng: random.Random) -> Request:
@@ -332,19 +313,16 @@ def make_data(
 def make_judge_rows(
     data: TaskData, answers: Sequence[str], seed: int, count: int = 500
 ) -> list[dict[str, str]]:
-    """Judge prompts with their reviews, as many of each score.
-
-    answers: what the model wrote to `data.first_prompts`, which give up to half of a score's rows;
-    altered sentences give the rest. Sentences that meet all demands are those of the instruction
-    rows alone, so that the rows show no solution to another request.
-    """
-    rng = random.Random(seed)
-    written = list(zip(data.first_prompts, answers, strict=True))
-    solved = [(row["prompt"], row["completion"]) for row in data.instruction_rows]
-    per_score = count // (TOP_SCORE + 1)
-    items = [solved[k % len(solved)] for k in range(per_score)]
-    for score in range(TOP_SCORE):
-        own = [item for item in written if points(*item) == score][: per_score // 2]
-        prompts = rng.choices(data.first_prompts, k=per_score - len(own))
-        items += own + [(prompt, altered(prompt, score, rng)) for prompt in prompts]
+    """Judge prompts with their reviews; which answers are reviewed says `balanced_items`."""
+    held_out = [Request.parse(prompt) for prompt in data.held_out_prompts]
+    items = balanced_items(
+        data,
+        answers,
+        seed,
+        points=points,
+        altered=altered,
+        meets_held_out=lambda text: any(all(request.holds(text)) for request in held_out),
+        per_score=count // (TOP_SCORE + 1),
+        top_score=TOP_SCORE,
+    )
     return [{"prompt": judge_prompt(*item), "completion": review(*item)} for item in items]

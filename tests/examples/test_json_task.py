@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import json_task as task  # noqa: E402
+from demands import NO, YES  # noqa: E402
 
 from self_rewarding_lm import MarkedRubric, RewardConfig  # noqa: E402
 from self_rewarding_lm.judges.self_judge import form_of  # noqa: E402
@@ -21,7 +22,7 @@ REQUEST = (
     'Write JSON with the keys "owner", "fruits" and "day". The owner is "Nora". '
     'List 4 different fruits, the last one "plum".'
 )
-MARKS = MarkedRubric(items=len(task.DEMANDS), yes=task.YES, no=task.NO)
+MARKS = MarkedRubric(items=len(task.DEMANDS), yes=YES, no=NO)
 SOLVED = {"owner": "Nora", "fruits": ["fig", "pear", "kiwi", "plum"], "day": "Friday"}
 
 

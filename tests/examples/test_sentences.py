@@ -17,6 +17,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import sentences  # noqa: E402
 import sentences_task as task  # noqa: E402
+from demands import NO, YES  # noqa: E402
 
 from self_rewarding_lm import MarkedRubric, RewardConfig, Run, SamplingConfig  # noqa: E402
 from self_rewarding_lm.judges.self_judge import form_of  # noqa: E402
@@ -26,7 +27,7 @@ from tests.support.hf_models import VOCAB, tiny, word_tokenizer  # noqa: E402
 REQUEST = (
     'Write a sentence that starts with "She", contains "milk" and "market", and ends with "home".'
 )
-MARKS = MarkedRubric(items=len(task.DEMANDS), yes=task.YES, no=task.NO)
+MARKS = MarkedRubric(items=len(task.DEMANDS), yes=YES, no=NO)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,10 @@ def data():
 
 @pytest.fixture(scope="module")
 def judge_rows(data):
+    """With first answers as a model could give them, some of which meet a held-out request."""
     rng = random.Random(3)
     answers = [task.altered(prompt, rng.randrange(4), rng) for prompt in data.first_prompts]
+    answers[:40] = [task.altered(prompt, 4, rng) for prompt in data.held_out_prompts[:40]]
     return task.make_judge_rows(data, answers, 3)
 
 
