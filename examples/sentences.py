@@ -39,7 +39,7 @@ from self_rewarding_lm import (
 )
 
 ENGINE = LocalEngine(max_rows=128)
-PRECISION = "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+PRECISION = "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16") else "no"
 CHARTED = ("accuracy", "judge_exact", "words", "distinct_words", "log_loss")
 SFT_STEPS = 61
 GREEDY, SAMPLED = {"temperature": 0, "top_p": None}, {"temperature": 1.0, "top_p": 0.95}
