@@ -1,4 +1,4 @@
-"""The settings of the study: each a name, what is said of it, and the stages behind M1.
+"""The study's settings on the quickstart's task, and how one is run and measured.
 
 All begin from the same M1 of a seed. What a setting does not name is as in `plain`: 4 answers a
 prompt, one greedy review of each, best against worst, DPO with beta 0.3 and half an NLL.
@@ -12,6 +12,8 @@ from typing import Any
 
 import quickstart
 import quickstart_task as task
+import torch
+from study_jobs import M1, Job, Setting
 
 from self_rewarding_lm import (
     ConsistencyConfig,
@@ -24,9 +26,11 @@ from self_rewarding_lm import (
     MetaRewardDPOConfig,
     OptimConfig,
     PairingConfig,
+    Run,
     SamplingConfig,
     SelfPlayConfig,
     SelfRewardDPOConfig,
+    SelfRewardingTrainer,
     SelfRewardSFTConfig,
     SFTConfig,
     ShuffledJudge,
@@ -34,6 +38,9 @@ from self_rewarding_lm import (
     VoteJudge,
 )
 
+TAKES_MODELS = False
+PROMPTS = 500  # of a round
+SFT_STEPS = 700
 LOW = OptimConfig(learning_rate=4e-4, batch_size=32, betas=(0.9, 0.95), epochs=2)
 SAMPLED_REVIEW = SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=32)
 
@@ -46,15 +53,6 @@ class Lab:
     data: task.TaskData
     halfway: Path
     """Weights of M1 at half of its training: the earlier model of CREAM."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table."""
-
-    name: str
-    words: str
-    stages: Callable[[Lab], list[FinetuneConfig]]
 
 
 def shared(lab: Lab, round: int) -> dict[str, Any]:
@@ -240,3 +238,78 @@ def rewards() -> dict[str, Any]:
     """The reward prompts that settings name."""
     own = quickstart.REWARD
     return {"default": own, "expected": own.model_copy(update={"score_mode": "expected"})}
+
+
+def trainer_of(stages: list, job: Job, model: torch.nn.Module) -> SelfRewardingTrainer:
+    return SelfRewardingTrainer(
+        model,
+        finetune_configs=stages,
+        tokenizer=task.Characters(),
+        self_reward_prompt_config=rewards(),
+        seed=job.seed,
+        checkpoints_folder=job.folder(),
+        engine=quickstart.ENGINE,
+        quiet=True,
+    )
+
+
+def about(job: Job) -> dict[str, Any]:
+    """What a result says of itself beside its figures."""
+    return {"prompts": PROMPTS}
+
+
+def first_model(job: Job) -> list[dict]:
+    """Train M1, with its weights at half of the way beside; what is measured of it."""
+    torch.manual_seed(job.seed)
+    model, data = quickstart.build_model(), data_of(job.seed)
+    [m1, *_] = quickstart.build_stages(data, "none", job.sft_steps)
+    optim = m1.optim.model_copy(update={"checkpoint_every": job.sft_steps // 2})
+    trainer_of([m1.model_copy(update={"optim": optim})], job, model)()
+    return [measure(model, data)]
+
+
+def setting_run(setting: Setting, job: Job) -> list[dict]:
+    """What is measured behind each stage of a setting."""
+    torch.manual_seed(job.seed)
+    model, data = quickstart.build_model(), data_of(job.seed)
+    started = Run.open(job.folder(M1))
+    started.load_weights(model, M1)
+    halfway = started.stage(M1).path / f"checkpoint-{job.sft_steps // 2}"
+    run = trainer_of(setting.stages(Lab(job.seed, data, halfway)), job, model)()
+    found = []
+    for stage in run.stages:
+        run.load_weights(model, stage)
+        found.append({"stage": stage, **measure(model, data), **measure_pairs(run, stage)})
+    return found
+
+
+def data_of(seed: int) -> task.TaskData:
+    return task.make_data(seed, prompts_per_round=PROMPTS)
+
+
+def measure(model: torch.nn.Module, data: task.TaskData) -> dict:
+    """On held-out prompts, greedily: what the loop never sees."""
+    greedy = quickstart.greedy
+    prompts, items = data.held_out_prompts, data.held_out_judge_items
+    words = greedy(model, prompts, quickstart.BEST_ANSWER)
+    scores = [task.points(*pair) for pair in zip(prompts, words, strict=True)]
+    reviews = greedy(model, [task.judge_prompt(*item) for item in items], quickstart.REVIEW)
+    exact = [r.endswith(f"Score: {task.points(*i)}") for r, i in zip(reviews, items, strict=True)]
+    return {
+        "accuracy": 100 * sum(score == 5 for score in scores) / len(scores),
+        "mean_score": sum(scores) / len(scores),
+        "length": sum(map(len, words)) / len(words),
+        "judge_exact": 100 * sum(exact) / len(exact),
+    }
+
+
+def measure_pairs(run: Run, stage: str) -> dict:
+    """How many pairs there were, and the share in which the checker agrees (ties: half)."""
+    truth = []
+    for pair in run.pairs(stage):
+        if pair.prompt is None or not pair.prompt.startswith("len "):
+            continue  # of a judge
+        chosen, rejected = (task.points(pair.prompt, t or "") for t in (pair.chosen, pair.rejected))
+        truth.append(1.0 if chosen > rejected else 0.5 if chosen == rejected else 0.0)
+    share = 100 * sum(truth) / len(truth) if truth else None
+    return {"pairs": len(truth), "pairs_right": share}
