@@ -8,6 +8,7 @@ from torch import nn
 from x_transformers import AutoregressiveWrapper
 
 from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.models import packing
 from self_rewarding_lm.models.batching import grouped, pad_rows
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.logprobs import token_logprobs
@@ -295,3 +296,49 @@ def test_groups_of_padded_rows_count_their_padding(caplog):
         model = adapt(transformer("alibi"))
     assert grouped(model, rows, token_budget=64) == [[1, 0]]
     assert grouped(model, rows, token_budget=63) == [[1], [0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "autocast"),
+    [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)],
+)
+def test_short_rows_attend_in_float32_where_products_are_narrow(given, autocast):
+    """Values and gradients are those of float64 but for the rounding of what comes and goes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [list(range(60 + i)) for i in range(2)] + [list(range(9, 70))]
+    ids, lengths = pad_rows(rows)
+    count = packed_length(rows)
+    shapes = [(1, 4, count, 16), (1, 2, count, 16), (1, 2, count, 16), (1, 4, count, 16)]
+    *inputs, slopes = (torch.randn(s, generator=generator).bfloat16() for s in shapes)
+
+    def attended(dtype: torch.dtype, autocast: bool) -> list[torch.Tensor]:
+        q, k, v = (t.to(dtype).requires_grad_() for t in inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = Packing(ids, lengths, CPU).attend(0, q, k, v)
+        return [out, *torch.autograd.grad(out, [q, k, v], slopes.to(out.dtype))]
+
+    found, truth = attended(given, autocast), attended(torch.float64, False)
+    assert [t.dtype for t in found] == [torch.bfloat16, given, given, given]
+    for value, exact in zip(found, truth, strict=True):
+        assert (value - exact).norm() < 1.3 * (exact.bfloat16() - exact).norm()
+
+
+def test_only_narrow_attention_of_short_rows_on_a_cpu_is_widened(monkeypatch):
+    """Float64 stays what it is, under autocast too; a row of more than SHORT keys stays narrow."""
+    seen = []
+    monkeypatch.setattr(
+        packing, "causal_attention", lambda q, k, v, *_, **__: (seen.append(q.dtype), v)[1]
+    )
+    for dtype, autocast, length in [
+        (torch.bfloat16, False, packing.SHORT),
+        (torch.bfloat16, False, packing.SHORT + 1),
+        (torch.float32, False, 4),
+        (torch.float64, True, 4),
+        (torch.float16, False, 4),
+    ]:
+        ids = torch.zeros(1, length, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            qkv = torch.randn(3, 1, 1, length, 2).to(dtype)
+            Packing(ids, torch.tensor([length]), CPU).attend(0, *qkv)
+    f32, f64 = torch.float32, torch.float64
+    assert seen == [f32, torch.bfloat16, f32, f64, f32]
