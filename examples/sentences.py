@@ -41,7 +41,7 @@ from self_rewarding_lm import (
 ENGINE = LocalEngine(max_rows=128)
 PRECISION = "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16") else "no"
 CHARTED = ("accuracy", "judge_exact", "words", "distinct_words", "log_loss")
-SFT_STEPS = 61
+SFT_STEPS = 122
 GREEDY, SAMPLED = {"temperature": 0, "top_p": None}, {"temperature": 1.0, "top_p": 0.95}
 SMALL = {"prompts_per_round": (80, 60), "held_out": 200, "judge_items": 50}
 
