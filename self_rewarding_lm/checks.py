@@ -65,6 +65,8 @@ class ChecksConfig(Config):
     """Pairs per pair that was asked for (num_generated_preference_pairs), under the limit."""
     pairs_per_prompt: Check = Check(limit=0.1, action="warn")
     """Pairs per prompt that was worked, under the limit."""
+    repeated_prompts: Check = Check(limit=2.0, action="warn")
+    """Times that a round asks each prompt, over the limit."""
     identical_pairs: Check = Check(limit=0.5, action="warn")
     """Share of contrasts whose two responses are the same (contrast/identical_rate) over the limit,
     from 64 on."""
@@ -96,7 +98,7 @@ class ChecksConfig(Config):
         return limit, check.action or default.action
 
 
-_MAY_EXCEED_ONE = ("pairs_per_prompt", "loss_stuck", "both_fall")
+_MAY_EXCEED_ONE = ("pairs_per_prompt", "repeated_prompts", "loss_stuck", "both_fall")
 
 
 _UNDER = ("few_pairs", "pairs_per_prompt")
@@ -106,7 +108,11 @@ _UNDER = ("few_pairs", "pairs_per_prompt")
 _ERRORS: dict[str, type[SelfRewardingError]] = {
     **dict.fromkeys(("scores_not_finite", "one_score", "ties", "meta_follows_scores"), JudgeError),
     **dict.fromkeys(
-        ("few_pairs", "pairs_per_prompt", "identical_pairs", "equal_after_cut"), PairingError
+        (
+            *("few_pairs", "pairs_per_prompt", "repeated_prompts"),
+            *("identical_pairs", "equal_after_cut"),
+        ),
+        PairingError,
     ),
     "rows_truncated": DataError,
 }

@@ -479,6 +479,10 @@ class FinetuneConfig(Config):
     def check(self, ctx: Any) -> None:
         """Raise an error for what is wrong and can be known before stage 1 begins."""
 
+    def remarks(self, ctx: Any) -> list[str]:
+        """What is worth knowing before the stage begins, as words that a check prints."""
+        return []
+
     def rehearse(self, ctx: Any, out: Any) -> None:
         """Try the stage's parts once before stage 1 begins, so that what cannot work fails then.
 

@@ -33,6 +33,22 @@ FLAGS = (
     Flag("--ranked", "paper.ranked", "DATA", False, "replies ranked by people, for EFT"),
     Flag("--prompts", "paper.prompts", "DATA", False, "new prompts to answer"),
     Flag("--iterations", "paper.iterations", "N", False, "rounds of self-rewarding (default: 2)"),
+    Flag(
+        "--pairs",
+        "paper.num_generated_preference_pairs",
+        "N",
+        False,
+        "of each round, or [first, second] (default: the paper's 3,964 and 6,942, or what one "
+        "pass over fewer prompts gives)",
+    ),
+    Flag(
+        "--max-new-tokens",
+        "paper.max_new_tokens",
+        "N",
+        False,
+        "of a response and of a judgement at most (default: 256)",
+    ),
+    Flag("--batch-size", "paper.batch_size", "N", False, "rows or pairs a step (default: 16)"),
     Flag("--out", "out", "FOLDER", True, "the run's folder (default: checkpoints)"),
     Flag("--seed", "seed", "N", False, "of sampling and of the order of rows (default: 0)"),
     Flag(

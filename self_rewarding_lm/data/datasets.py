@@ -96,6 +96,11 @@ class Rows:
     def __len__(self) -> int:
         return sum(map(len, self._opened()))
 
+    def known_length(self) -> int | None:
+        """How many rows there are; None if an earlier stage has still to make them."""
+        unmade = any(isinstance(part, FromStage) for part in self._datasets)
+        return None if unmade else len(self)
+
     def read(self, index: int) -> Any:
         """The row at `index`, as it is in the dataset. Raises DataError if a line is no JSON."""
         if index == 0 and self._first:
@@ -113,14 +118,15 @@ class Rows:
         JSON. Of other datasets, whose rows may be read only once: the first. Of an earlier stage's
         records: none. Raises DataError for an empty dataset.
         """
-        if any(isinstance(part, FromStage) for part in self._datasets):
+        length = self.known_length()
+        if length is None:
             return
-        if len(self) == 0:
+        if length == 0:
             raise DataError(f"{self.name} is empty; it needs at least one row.")
         if not self._is_repeatable():
             yield 0
             return
-        yield from range(min(len(self), PREVIEWED_ROWS))
+        yield from range(min(length, PREVIEWED_ROWS))
         start = 0
         for part in self._opened():
             for place, row in enumerate(part if isinstance(part, FileRows) else (), start):

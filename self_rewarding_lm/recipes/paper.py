@@ -27,7 +27,7 @@ def paper_recipe(
     ranked: Any = None,
     valid_ift: Any = None,
     iterations: int = 2,
-    num_generated_preference_pairs: tuple[int, ...] | list[int] = PAPER_PAIRS,
+    num_generated_preference_pairs: int | tuple[int, ...] | list[int] | None = None,
     num_candidate_responses: int = 4,
     num_sampled_reward_responses: int = 3,
     temperature: float = 0.7,
@@ -60,8 +60,9 @@ def paper_recipe(
         instruction rows alone, without a baseline before it (the ablation of 3.2).
     valid_ift: Held-out instruction rows; their loss is logged.
     iterations: Rounds of self-rewarding behind m1 (3.1.3).
-    num_generated_preference_pairs: Pairs of each round; the last number holds for all further
-        rounds (3.1.3).
+    num_generated_preference_pairs: Pairs of each round; the last of several numbers holds for all
+        further rounds. None: the paper's 3,964 and 6,942 (3.1.3) where the prompts suffice for them
+        in one pass, else what one pass gives.
     num_candidate_responses: Responses sampled to a prompt, N (3.1.3).
     num_sampled_reward_responses: Judgements of a response, averaged (3.1.3).
     temperature: Of sampled responses and judgements (3.1.3).
@@ -122,6 +123,7 @@ def paper_recipe(
         prompts,
         _counts_by_round(num_generated_preference_pairs, iterations),
         _merged(common, self_reward),
+        gives_way=num_generated_preference_pairs is None,
         names=[f"m{i + 2}" for i in range(iterations)],
         kind=SelfRewardSFTConfig if positive_only else SelfRewardDPOConfig,
     )
@@ -134,7 +136,7 @@ def create_default_paper_config(
     train_sft_dataset: Any,
     self_reward_prompt_dataset: Any,
     valid_sft_dataset: Any = None,
-    num_generated_preference_pairs: tuple[int, ...] = PAPER_PAIRS,
+    num_generated_preference_pairs: tuple[int, ...] | None = None,
     early_stopper_eval_module: Any = None,
     dpo_num_train_steps: int | None = None,
     sft_config: dict[str, Any] = {},  # noqa: B006 - read only
@@ -143,8 +145,9 @@ def create_default_paper_config(
     """M0 -> SFT -> M1 -> self-reward DPO -> M2 -> self-reward DPO -> M3 (arXiv:2401.10020).
 
     `paper_recipe` has the paper's EFT step too. self_reward_prompt_dataset: one dataset for all
-    rounds, or a tuple with one a round. num_generated_preference_pairs: a number a round; 3,964
-    and 6,942 are the paper's (3.1.3). dpo_num_train_steps: optimiser steps a round; default: one
+    rounds, or a tuple with one a round. num_generated_preference_pairs: a number a round; default
+    two rounds with the paper's 3,964 and 6,942 (3.1.3) where the prompts suffice for them in one
+    pass, else what one pass gives. dpo_num_train_steps: optimiser steps a round; default: one
     epoch. sft_config and self_reward_config: further settings of SFTConfig and SelfRewardDPOConfig.
     """
     common = {
@@ -152,10 +155,16 @@ def create_default_paper_config(
         "early_stopper_eval_module": early_stopper_eval_module,
     }
     counts = num_generated_preference_pairs
+    gives_way, counts = counts is None, PAPER_PAIRS if counts is None else counts
     data = {"train_dataset": train_sft_dataset, "valid_dataset": valid_sft_dataset}
     return [
         SFTConfig(**_merged(data, sft_config)),
-        *_rounds(self_reward_prompt_dataset, counts, _merged(common, self_reward_config)),
+        *_rounds(
+            self_reward_prompt_dataset,
+            counts,
+            _merged(common, self_reward_config),
+            gives_way=gives_way,
+        ),
     ]
 
 
@@ -199,10 +208,15 @@ def _rounds(
     counts: Sequence[int],
     settings: dict[str, Any],
     *,
+    gives_way: bool,
     names: Sequence[str] | None = None,
     kind: type[FinetuneConfig] = SelfRewardDPOConfig,
 ) -> list[FinetuneConfig]:
-    """Self-rewarding stages, one for each count of pairs. prompts: as in paper_recipe."""
+    """Self-rewarding stages, one for each count of pairs.
+
+    prompts: as in paper_recipe. gives_way: whether counts are the paper's, which give way to few
+    prompts, unless `settings` has another.
+    """
     if not isinstance(prompts, tuple):
         prompts = (prompts,) * len(counts)
     if len(prompts) != len(counts):
@@ -213,14 +227,20 @@ def _rounds(
     stages: list[FinetuneConfig] = []
     for place, (dataset, count) in enumerate(zip(prompts, counts, strict=True)):
         of_round = {"prompt_dataset": dataset, "num_generated_preference_pairs": count}
+        if gives_way and "num_generated_preference_pairs" not in settings:
+            of_round["unless_few_prompts"] = True
         if names is not None:
             of_round["name"] = names[place]
         stages.append(kind(**_merged(of_round, settings)))
     return stages
 
 
-def _counts_by_round(counts: Sequence[int], rounds: int) -> tuple[int, ...]:
+def _counts_by_round(counts: int | Sequence[int] | None, rounds: int) -> tuple[int, ...]:
     """A count for each round; the last one for all further rounds."""
+    if counts is None:
+        counts = PAPER_PAIRS
+    if isinstance(counts, int):
+        counts = (counts,)
     if not counts:
         raise ConfigError("num_generated_preference_pairs is empty; give at least one number.")
     return tuple(counts[min(i, len(counts) - 1)] for i in range(rounds))

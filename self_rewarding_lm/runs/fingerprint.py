@@ -17,7 +17,11 @@ FREE_SETTINGS = (
 """Settings that may differ when a run goes on: results are the same up to rounding and dropout."""
 
 
-ADDED_SETTINGS = ("marks", "candidates_from")
+NEW_RULES = ("unless_few_prompts",)
+"""Rules that 0.1.0 did not have and that its runs go on without, whatever is set."""
+
+
+ADDED_SETTINGS = ("marks", "candidates_from", *NEW_RULES)
 """Settings that 0.1.0 did not have: left out while they are None, so that its runs go on."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from self_rewarding_lm.errors import RunMismatchError, StoreError
-from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now
+from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, NEW_RULES, as_named_now
 from self_rewarding_lm.runs.run import INITIAL, REPORT, Run
 from self_rewarding_lm.runs.stage_folder import (
     FORMAT,
@@ -102,7 +102,7 @@ def _begin(
 
     # 2. may this run go on, or begin, in it
     if resumed is not None:
-        _check_settings(folder, resumed["stages"], stages, settings)
+        _check_settings(folder, resumed, stages, settings)
         _check_first_weights(folder / stages[0], resumed["model"], info["model"])
     else:
         _check_nothing_in_the_way(folder, stages, [] if earlier is None else earlier["stages"])
@@ -148,14 +148,18 @@ def _check_nothing_in_the_way(folder: Path, stages: Sequence[str], ours: Sequenc
 
 def _check_settings(
     folder: Path,
-    earlier: Sequence[str],
+    earlier: dict[str, Any],
     stages: Sequence[str],
     settings: Sequence[dict[str, Any]],
 ) -> None:
-    """Raise RunMismatchError if a stage that has begun had other settings than now."""
-    now = dict(zip(stages, settings, strict=True))
-    for name in (name for name in earlier if (folder / name / "config.json").exists()):
-        before = as_named_now(_bound(read_json(folder / name / "config.json")))
+    """Raise RunMismatchError if a stage that has begun had other settings than now.
+
+    earlier: what run.json holds.
+    """
+    left_out = NEW_RULES if earlier["format"] == 1 else ()
+    now = {n: _without(left_out, s) for n, s in zip(stages, settings, strict=True)}
+    for name in (name for name in earlier["stages"] if (folder / name / "config.json").exists()):
+        before = as_named_now(_without(FREE_SETTINGS, read_json(folder / name / "config.json")))
         after = now.get(name)
         if before == json.loads(json.dumps(after)):
             continue
@@ -221,10 +225,11 @@ def _run_info(stages: Sequence[str], model: nn.Module, seed: int) -> dict[str, A
     }
 
 
-def _bound(value: Any) -> Any:
-    """Settings without those that may change, which earlier versions wrote down too."""
-    free = FREE_SETTINGS if isinstance(value, dict) else ()
-    return {k: _bound(v) for k, v in value.items() if k not in free} if free else value
+def _without(names: Sequence[str], value: Any) -> Any:
+    """Settings without those of some names, within others too."""
+    if not isinstance(value, dict):
+        return value
+    return {k: _without(names, v) for k, v in value.items() if k not in names}
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -34,7 +34,7 @@ from self_rewarding_lm.records import (
     stable_hash,
 )
 from self_rewarding_lm.runs.lines import batched
-from self_rewarding_lm.runs.stage_folder import StageDir
+from self_rewarding_lm.runs.stage_folder import FORMAT, StageDir
 from self_rewarding_lm.runs.stored import Groups, IdOrder, id_order
 from self_rewarding_lm.stages.pairing import (
     DropCounts,
@@ -58,6 +58,9 @@ class PairSettings(PreferenceConfig):
     (rows.prompt_of); or SelfInstruct(...), which has new prompts written."""
     num_generated_preference_pairs: int | None = Field(default=None, ge=1)
     """None: all that one pass over the prompts gives. With `rounds`: of each."""
+    unless_few_prompts: Literal[True] | None = None
+    """True: where one pass over the prompts cannot give so many pairs, it is made in their place,
+    as with None. The recipe's own numbers have it; numbers that are given mean just that."""
     rounds: int = Field(default=1, ge=1)
     """Times that pairs are made and trained on; optimiser and schedule go through all of them."""
     prompts_per_round: int | None = Field(default=None, ge=1)
@@ -74,7 +77,8 @@ class PairSettings(PreferenceConfig):
     """A Judge of your own in place of the stage's, or a class of judges that needs no settings,
     such as VoteJudge; ShuffledJudge moves the scores of the stage's own (docs/controls.md)."""
     prompts_per_block: int = Field(default=32, ge=1)
-    """Prompts that are worked between two looks at how many pairs there are."""
+    """Prompts that are worked at most between two looks at how many pairs there are. A block ends
+    with a pass over the prompts, and the first has no more than there shall be pairs."""
     max_prompt_passes: int | None = Field(default=None, ge=1)
     """Passes over the prompts at most. Default: four times what the pairs need."""
     candidates_from: str | None = None
@@ -109,6 +113,28 @@ class PairSettings(PreferenceConfig):
                 "pick, pairs_per_prompt, length_control, length_penalty and tie_break that are set"
             )
         return self
+
+    @property
+    def most_of_prompt(self) -> int:
+        """The most pairs that a prompt gives."""
+        return self.pairing.pairs_per_prompt
+
+    def pairs_wanted(self, prompts: int, run_format: int = FORMAT) -> int | None:
+        """How many pairs a round makes of so many prompts; None: all that one pass gives."""
+        number = self.num_generated_preference_pairs
+        if number is None or not self.unless_few_prompts or run_format == 1:
+            return number
+        return number if number <= prompts * self.most_of_prompt else None
+
+    def one_pass_instead(self, prompts: int, run_format: int = FORMAT) -> str | None:
+        """Words if one pass takes the place of `num_generated_preference_pairs`."""
+        number = self.num_generated_preference_pairs
+        if number is None or self.pairs_wanted(prompts, run_format) is not None:
+            return None
+        return (
+            f"{prompts:,} prompts, which are each asked once: they are too few for the "
+            f"{number:,} pairs of the paper. num_generated_preference_pairs sets another number"
+        )
 
     @field_validator("judge")
     @classmethod
@@ -217,6 +243,12 @@ class PairMaker:
             self.taken = taken_prompts(ctx, config.candidates_from, *of_source)
         self.known_judgements = Groups(out.known(Judgement), prompt_id_of_judgement)
         self.known_records = Groups(out.known(self.record_type))
+        rows = ctx.rows.get("prompt_dataset", ())
+        self.num_prompts = len(rows if self.taken is None else self.taken)
+        """Prompts of one pass."""
+        self.wanted = config.pairs_wanted(self.num_prompts, ctx.format)
+        self.rows_asked = set[str]()
+        """The rows whose prompts were worked."""
         self.checker = Checker(config.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell)
         self.watcher = JudgeWatcher(
             self.checker, min_parse_rate=config.min_parse_rate, world=ctx.runtime.world
@@ -261,17 +293,21 @@ class PairMaker:
         Raises JudgeError if the judge cannot be used, and the error of `nothing_made` if no prompt
         gave a record.
         """
-        config, ctx, out = self.config, self.ctx, self.out
-        wanted, places = config.num_generated_preference_pairs, self.places()
+        ctx, out, wanted, places = self.ctx, self.out, self.wanted, self.places()
         place, end = places.start, places.stop
+        words = self.config.one_pass_instead(self.num_prompts, ctx.format)
+        if words is not None:
+            logger.info("%s: %s.", ctx.stage, words)
         drops, kept_ids = DropCounts(Counter(bad_row=0)), list[str]()
         label, unit = f"{ctx.stage}: sampling and judging", self.noun if wanted else "prompt"
         with ctx.runtime.progress(wanted or end - place, label, unit) as bar:
             while place < end and (wanted is None or len(kept_ids) < wanted):
-                block = range(place, min(place + config.prompts_per_block, end))
+                block = self.next_block(place, places)
+                self.see_repeated(block.start - places.start, len(kept_ids))
                 # 1. sample, judge and pair the block's prompts, each process its own
                 prompts = self.read_prompts(ctx.runtime.share(list(block)))
                 by_prompt = self.make_block(prompts, drops)
+                self.rows_asked.update(prompt_id.split("/")[1] for prompt_id in by_prompt)
                 # 2. store the records, in the order of the prompts
                 in_order = [by_prompt.get(self.prompt_id(place), []) for place in block]
                 records = list(chain.from_iterable(in_order))
@@ -372,12 +408,33 @@ class PairMaker:
 
     def places(self) -> range:
         """The places of the prompts that may be worked."""
-        config, wanted = self.config, self.config.num_generated_preference_pairs
+        config, wanted = self.config, self.wanted
         if self.taken is not None:
             return range(len(self.taken))[: config.prompts_per_round]
-        total, start = len(self.ctx.rows["prompt_dataset"]), self.ctx.first_prompt
+        total, start = self.num_prompts, self.ctx.first_prompt
         passes = config.max_prompt_passes or (4 * math.ceil(wanted / total) if wanted else 1)
         return range(start, start + (config.prompts_per_round or passes * total))
+
+    def next_block(self, place: int, places: range) -> range:
+        """The places of the block that begins at `place`, one of `places`.
+
+        In runs of format 1 a block has `prompts_per_block` prompts, whatever it crosses.
+        """
+        size, prompts = self.config.prompts_per_block, self.num_prompts
+        if self.ctx.format > 1:
+            wanted = self.wanted if place == places.start else None
+            size = block_size(place, size, prompts, wanted)
+        return range(place, min(place + size, places.stop))
+
+    def see_repeated(self, worked: int, kept: int) -> None:
+        """The check `repeated_prompts`, before a block. worked: the round's prompts before it."""
+        number = 1 + worked // self.num_prompts
+        self.checker.see(
+            "repeated_prompts",
+            number,
+            f"pass {number} over the {self.num_prompts} prompts begins: those before gave {kept} "
+            f"{self.noun}s. {REPEATED}",
+        )
 
     def next_prompt(self, place: int) -> int:
         """Where a later stage goes on in the dataset behind prompts that were taken."""
@@ -617,9 +674,9 @@ class PairMaker:
         out.log({"step": self.ctx.round.first_step, **metrics})
         out.summary["metrics"] = metrics
         logger.info(
-            "%s: %d prompts, %d candidates, %d judgements, %d %ss; dropped: %s",
+            "%s: %s, %d candidates, %d judgements, %d %ss; dropped: %s",
             ctx.stage,
-            tally.prompts,
+            self.in_words(tally.prompts),
             tally.candidates,
             tally.judgements,
             drops.kept,
@@ -627,15 +684,15 @@ class PairMaker:
             drops.in_words(),
         )
         if drops.kept == 0:
-            raise self.nothing_made(tally.prompts, drops)
+            raise self.nothing_made(self.in_words(tally.prompts), drops)
         total = drops.kept + drops.prompts["surplus"]
         self.checker.see(
             "pairs_per_prompt",
             total / max(1, tally.prompts),
-            f"{tally.prompts} prompts gave {total} {noun}s; dropped: {drops.in_words()}. The most "
-            "frequent reason says what to change.",
+            f"{self.in_words(tally.prompts)} gave {total} {noun}s; dropped: {drops.in_words()}. "
+            "The most frequent reason says what to change.",
         )
-        wanted = self.config.num_generated_preference_pairs
+        wanted = self.wanted
         if wanted is not None:
             self.checker.see(
                 "few_pairs",
@@ -645,14 +702,35 @@ class PairMaker:
                 "what the most frequent reason says; training goes on with these by default.",
             )
 
-    def nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
-        """The error of a stage in which no prompt gave a record."""
+    def in_words(self, prompts: int) -> str:
+        """So many prompts that were worked, and how many of them are different rows."""
+        different = len(self.rows_asked)
+        return f"{prompts} prompts" + (f" ({different} different)" if different < prompts else "")
+
+    def nothing_made(self, prompts: str, drops: DropCounts) -> Exception:
+        """The error of a stage in which no prompt gave a record. prompts: such as "32 prompts"."""
         return NoPairError(
-            f"{self.ctx.stage}: no preference pair could be made from {prompts} prompts. "
+            f"{self.ctx.stage}: no preference pair could be made from {prompts}. "
             f"Dropped: {drops.in_words()}. 'unfinished' asks for more max_new_tokens; 'tie' "
             "and 'identical' for a higher temperature or more judgements, 'unscored' for a "
             f"judge that can be read. The records are in {self.out.path}."
         )
+
+
+REPEATED = (
+    "Answers to one prompt, and pairs of them, become alike. Give more prompts, lower "
+    "num_generated_preference_pairs, or set max_prompt_passes."
+)
+
+
+def block_size(place: int, most: int, prompts: int, wanted: int | None) -> int:
+    """How many prompts a block has that begins at a place, counted over all passes.
+
+    most: `prompts_per_block`. prompts: of one pass. wanted: in the first block the pairs that there
+    shall be.
+    """
+    to_end = prompts - place % prompts if prompts else most
+    return min(most, to_end, most if wanted is None else wanted)
 
 
 def prompt_id_of_judgement(judgement: Judgement) -> str:

@@ -126,6 +126,7 @@ def _rehearse(stage: FinetuneConfig, ctx: Context) -> str:
         raise failure from (None if failure is error else error)
     if not runtime.has_met:
         runtime.meet()
+    notes += stage.remarks(ctx)
     return f"{ctx.stage}: well" + "".join(f"; {note}" for note in notes)
 
 

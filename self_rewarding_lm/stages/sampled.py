@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import model_validator
 
+from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import SelfInstruct
 from self_rewarding_lm.context import Context, Need, Round
 from self_rewarding_lm.data.control_tokens import from_data
@@ -28,7 +29,7 @@ from self_rewarding_lm.runs.run import of_another_run
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
 from self_rewarding_lm.stages.lengths import Counted, Lengths, prompt_lengths
-from self_rewarding_lm.stages.pair_maker import PairMaker, PairSettings
+from self_rewarding_lm.stages.pair_maker import PairMaker, PairSettings, block_size
 from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 from self_rewarding_lm.stages.self_instruct.write import (
     CURRENT,
@@ -124,6 +125,7 @@ class SampledPreferenceConfig(PairSettings):
         if self.candidates_from is not None and of_another_run(self.candidates_from):
             source_of(ctx.stage, self.candidates_from)
         ctx.check_needs(self.needs(ctx))
+        self._check_repeats(ctx)
         if self.judge is not None and not hasattr(self.judge, "judge"):
             raise ConfigError(
                 f"{ctx.stage}: judge must have a method judge(ctx, prompts, candidates_PG); got "
@@ -298,16 +300,13 @@ class SampledPreferenceConfig(PairSettings):
         *,
         models: int = 1,
         texts: Sequence[str] = (),
-        rows_of_prompt: int | None = None,
         answers: int = 2,
     ) -> Work:
         """The work of a stage that samples responses and trains on them.
 
         models: the number of models that answer each prompt. texts: each candidate's prompt has one
-        of them added. rows_of_prompt: the most rows to train on that a prompt gives; None for
-        `pairing.pairs_per_prompt`. answers: the responses in each of these rows.
+        of them added. answers: the responses in each row to train on.
         """
-        rows_of_prompt = rows_of_prompt or self.pairing.pairs_per_prompt
         taken = taken_work(self.candidates_from, counting.works)
         new = new_tokens(self.generation) if taken is None else taken.candidates.new
         limit = counting.limit(self.max_seq_len)
@@ -317,9 +316,15 @@ class SampledPreferenceConfig(PairSettings):
             data, notes = Counted(Range.of(self.prompt_dataset.num_prompts)), (WRITING,)
         else:
             data = counting.data(self.prompt_dataset, prompt_lengths)
-        prompts_of_round = self._prompts_needed(data.rows, rows_of_prompt)
-        if taken is not None:
-            prompts_of_round = self._prompts_taken(taken.prompts, rows_of_prompt)
+        available = data.rows if taken is None else taken.prompts
+        wanted = self._wanted_of(available)
+        if taken is None:
+            prompts_of_round = self._prompts_needed(data.rows)
+            if prompts_known := data.rows.most:
+                said = self.one_pass_instead(prompts_known), self.asked_often(prompts_known)
+                notes = (*notes, *filter(None, said))
+        else:
+            prompts_of_round = self._prompts_taken(taken.prompts)
         prompts, prompt = prompts_of_round.times(self.rounds), prompt_tokens(data.lengths, limit)
         # 2. count the candidates
         each = self.num_candidate_responses * models
@@ -336,8 +341,7 @@ class SampledPreferenceConfig(PairSettings):
         # 3. count the judgements
         judgements, unknown = self.judging_work(counting, candidates, prompt)
         # 4. count the training of all rounds
-        wanted = self.num_generated_preference_pairs
-        most = prompts_of_round.times(rows_of_prompt).most
+        most = prompts_of_round.times(self.most_of_prompt).most
         records = Range.of(wanted) if wanted else Range(0, most)
         mixed = total(counting.made.get(name, UNKNOWN) for name in self.mix_pairs)
         row = sampled_row(data.lengths, new, answers).capped(limit)
@@ -359,30 +363,83 @@ class SampledPreferenceConfig(PairSettings):
             return Asking(UNKNOWN, NOTHING, NOTHING, here=False), (OBJECT,)
         return Asking(candidates.count, NOTHING, NOTHING, here=False), ()
 
-    def _prompts_needed(self, rows: Range, rows_of_prompt: int) -> Range:
+    def remarks(self, ctx: Context) -> list[str]:
+        prompts = self._prompts_known(ctx)
+        return [] if prompts is None else list(filter(None, [self.one_pass_instead(prompts)]))
+
+    def _prompts_known(self, ctx: Context) -> int | None:
+        """How many prompts the stage has; None if that is known only when it begins."""
+        if self.candidates_from is not None:
+            return None
+        if isinstance(self.prompt_dataset, SelfInstruct):
+            return self.prompt_dataset.num_prompts
+        return ctx.rows["prompt_dataset"].known_length()
+
+    def _check_repeats(self, ctx: Context) -> None:
+        """The check `repeated_prompts`, of what the settings ask for."""
+        prompts = self._prompts_known(ctx)
+        words = self.asked_often(prompts) if prompts else None
+        if prompts and words is not None:
+            asked = self._prompts_needed(Range.of(prompts)).least
+            checker = Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main)
+            checker.see("repeated_prompts", asked / prompts, f"{words}.")
+
+    def asked_often(self, prompts: int) -> str | None:
+        """Words if a round asks each of so many prompts more than twice, with what to change."""
+        asked = self._prompts_needed(Range.of(prompts)).least
+        if asked <= self.checks.of("repeated_prompts")[0] * prompts:
+            return None
+        setting = "num_generated_preference_pairs"
+        if self.prompts_per_round is not None:
+            setting = "prompts_per_round"
+        elif self.num_generated_preference_pairs is None:
+            setting = "max_prompt_passes"
+        return (
+            f"{prompts:,} prompts will be asked {math.ceil(asked / prompts):,} times each or more, "
+            f"as {setting} is {getattr(self, setting):,}; answers to one prompt become alike. Give "
+            f"more prompts, or lower {setting}"
+        )
+
+    def _wanted_of(self, prompts: Range) -> int | None:
+        """The pairs that a round makes of its prompts, as far as their number is known."""
+        if prompts.most is None:
+            return self.num_generated_preference_pairs
+        return self.pairs_wanted(prompts.most)
+
+    def _prompts_needed(self, rows: Range) -> Range:
         """The number of prompts that a round works on until it has the wanted pairs.
 
         rows: the number of rows in the dataset.
         """
-        wanted, block = self.num_generated_preference_pairs, self.prompts_per_block
+        wanted = self._wanted_of(rows)
         if self.prompts_per_round is not None:
             return Range(1 if wanted else self.prompts_per_round, self.prompts_per_round)
         if wanted is None:
             return rows.times(self.max_prompt_passes or 1)
-        least = block * math.ceil(wanted / rows_of_prompt / block)
+        least = self._least_prompts(wanted, rows.most or 0)
         if not rows.most:
             return Range(least)
         passes = self.max_prompt_passes or 4 * math.ceil(wanted / rows.most)
         return Range(least, passes * rows.most).capped(passes * rows.most)
 
-    def _prompts_taken(self, sampled: Range, rows_of_prompt: int) -> Range:
+    def _prompts_taken(self, sampled: Range) -> Range:
         """The number of prompts that are judged of those that another stage answered."""
-        capped = sampled.capped(self.prompts_per_round)
-        wanted, block = self.num_generated_preference_pairs, self.prompts_per_block
+        capped, wanted = sampled.capped(self.prompts_per_round), self._wanted_of(sampled)
         if wanted is None:
             return capped
-        least = block * math.ceil(wanted / rows_of_prompt / block)
+        least = self._least_prompts(wanted, sampled.most or 0)
         return Range(min(least, capped.least), capped.most)
+
+    def _least_prompts(self, wanted: int, prompts: int) -> int:
+        """How many prompts are worked if each gives as many pairs as it can.
+
+        prompts: of one pass, 0 if unknown.
+        """
+        place = 0
+        while place * self.most_of_prompt < wanted:
+            first = wanted if place == 0 else None
+            place += block_size(place, self.prompts_per_block, prompts, first)
+        return place
 
 
 def _share(taken: Work, prompts: Range) -> Range:

@@ -66,6 +66,11 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             raise ValueError(f"{', '.join(refused)}: a setting of pairs, and this stage makes none")
         return self
 
+    @property
+    def most_of_prompt(self) -> int:
+        """The most responses of a prompt that are learnt."""
+        return self.num_candidate_responses
+
     def weights_used(self) -> set[str]:
         return (super().weights_used() | {self.fit_from}) - {CURRENT}
 
@@ -105,8 +110,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         self.try_fit(ctx, out, SupervisedObjective(rows))
 
     def work(self, counting: Counting) -> Work:
-        each = self.num_candidate_responses
-        work = self.sampled_work(counting, rows_of_prompt=each, answers=1)
+        work = self.sampled_work(counting, answers=1)
         if self.train_dataset is None or work.training is None:
             return work
         data = counting.data(self.train_dataset, training_row_lengths)
@@ -171,9 +175,9 @@ class TopMaker(PairMaker):
         )
         return [_demonstration(judged.prompt, candidate) for candidate in top]
 
-    def nothing_made(self, prompts: int, drops: DropCounts) -> Exception:
+    def nothing_made(self, prompts: str, drops: DropCounts) -> Exception:
         return PairingError(
-            f"{self.ctx.stage}: no response to {prompts} prompts has the top score of "
+            f"{self.ctx.stage}: no response to {prompts} has the top score of "
             f"{self.config.least_score(self.ctx):g}. Dropped: {drops.in_words()}. Lower min_score, "
             "sample more candidates, or train the model on judge examples first. The records are "
             f"in {self.out.path}."

@@ -120,7 +120,7 @@ class NextMaker(AnchoredMaker):
         out.log({"step": 0, **metrics})
         out.summary["next_replaced"] = num_replaced
         if not kept_ids:
-            raise self.nothing_made(len(first_pairs), drops)
+            raise self.nothing_made(f"{len(first_pairs)} prompts", drops)
         return Groups(out.known(PreferencePair)).in_order(kept_ids)
 
 

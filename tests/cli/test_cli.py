@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 
-from self_rewarding_lm.cli import main
+from self_rewarding_lm.cli import main, make_parser
+from self_rewarding_lm.cli.recipe_flags import recipe_root
 from self_rewarding_lm.models import inference
+from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.records import (
     Demonstration,
     Judgement,
@@ -166,6 +168,13 @@ def test_flags_stand_above_the_recipe(folder, capsys):
     recipe = str(folder / "recipe.yaml")
     assert main(["run", recipe, "--check", "--iterations", "3", "--set", "paper.ranked=null"]) == 0
     assert "4 stages" in capsys.readouterr().out  # m1, m2, m3, m4: no ranked replies, no EFT
+    numbers = ["--pairs", "[5, 7]", "--max-new-tokens", "9", "--batch-size", "3"]
+    options = make_parser().parse_args(["run", recipe, "--iterations", "2", *numbers])
+    m2, m3 = read_recipe(recipe_root(options)).stages[-2:]
+    assert [m2.num_generated_preference_pairs, m3.num_generated_preference_pairs] == [5, 7]
+    assert (m2.generation.max_new_tokens, m2.optim.batch_size) == (9, 3)
+    options = make_parser().parse_args(["run", recipe, "--pairs", "6"])
+    assert read_recipe(recipe_root(options)).stages[-1].num_generated_preference_pairs == 6
 
 
 def test_check_tries_every_stage_and_begins_nothing(folder, capsys):

@@ -72,6 +72,25 @@ def test_the_numbers_are_those_of_the_paper():
         assert stage.early_stopper_eval_module is None
 
 
+def test_the_papers_numbers_of_pairs_give_way_to_few_prompts_and_given_numbers_do_not():
+    for stages in (recipe(), recipe(positive_only=True)):
+        m2, m3 = stages[-2:]
+        few = 3963 // m2.most_of_prompt
+        assert m2.pairs_wanted(few) is None and m2.pairs_wanted(few + 1) == 3964
+        assert m3.pairs_wanted(4000 // m3.most_of_prompt) is None
+    given = [
+        recipe(num_generated_preference_pairs=70)[-1],
+        recipe(num_generated_preference_pairs=(50, 70))[-1],
+        recipe(self_reward={"num_generated_preference_pairs": 70})[-1],
+    ]
+    assert [stage.pairs_wanted(2) for stage in given] == [70] * 3
+    data = dict(train_sft_dataset=IFT, self_reward_prompt_dataset=PROMPTS)
+    default = create_default_paper_config(**data)[-1]
+    assert default.pairs_wanted(2) is None and default.pairs_wanted(6942) == 6942
+    (own,) = create_default_paper_config(**data, num_generated_preference_pairs=(9,))[1:]
+    assert own.pairs_wanted(2) == 9
+
+
 def test_every_number_of_the_recipe_reaches_its_stages():
     def stop(model):
         return 0.0

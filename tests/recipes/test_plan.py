@@ -1047,3 +1047,20 @@ def test_several_pairs_of_a_prompt_need_fewer_prompts():
         for p in (PairingConfig(), several)
     )
     assert (one.prompts.least, two.prompts.least) == (64, 32)
+
+
+def test_a_plan_counts_blocks_that_end_with_the_dataset_and_says_of_few_prompts():
+    twelve = [f"tell {i}" for i in range(12)]
+    options = dict(prompt_dataset=twelve, num_generated_preference_pairs=25, prompts_per_block=4)
+    few, often, once, small = counted(
+        self_reward(**options, unless_few_prompts=True),
+        self_reward(**options),
+        self_reward(**{**options, "num_generated_preference_pairs": 13}),
+        self_reward(**{**options, "num_generated_preference_pairs": 4, "prompts_per_block": 32}),
+    )
+    assert few.prompts == Range.of(12) and few.made == Range(0, 12)
+    assert "12 prompts, which are each asked once" in few.notes[-1]
+    assert often.prompts.least == 28 and often.made == Range.of(25)  # 4 at a time
+    assert "asked 3 times each or more, as num_generated_preference_pairs is 25" in often.notes[-1]
+    assert once.prompts.least == 16 and not [n for n in once.notes if "asked" in n]
+    assert small.prompts.least == 4

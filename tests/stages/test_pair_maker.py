@@ -1,6 +1,7 @@
 """Stages that judge in all ways: resume per judgement, several prompts, comparisons, what judges see."""
 
 from collections import Counter
+from itertools import count
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from self_rewarding_lm import (
     SamplingConfig,
 )
 from self_rewarding_lm.config import ComparisonConfig
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, NoPairError, RunMismatchError
 from self_rewarding_lm.judges.self_judge import PairwiseJudge, SelfJudge, SeveralJudges
 from self_rewarding_lm.runs import resume
 from self_rewarding_lm.scores import candidate_scores
@@ -347,3 +348,134 @@ def test_a_picker_of_ones_own_is_refused_beside_another():
     with pytest.raises(ConfigError, match="pick_paired_rewards_fn picks a pair itself"):
         external(pick_paired_rewards_fn=lambda s: s[:2], pairing=PairingConfig(tie_break="shorter"))
     external(pick_paired_rewards_fn=lambda s: s[:2], pairing=PairingConfig(max_chosen_length=9))
+
+
+# Blocks, and few prompts
+
+
+TWELVE = [f"tell {i} {i % 3}" for i in range(12)]
+
+
+def rising():
+    """A reward function that gives each response a higher score than the one before."""
+    numbers = count()
+    return lambda completions, **_: [float(next(numbers)) for _ in completions]
+
+
+def rows_asked(run):
+    """The row and the pass of each prompt, in the order in which they were asked."""
+    places = [tuple(map(int, prompt.id.split("/")[1:])) for prompt in run.prompts(0)]
+    return sorted(places, key=lambda place: (place[1], place[0]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "asked"),
+    [
+        (4, 32, 4),  # as many as there shall be pairs
+        (12, 32, 12),
+        (20, 32, 24),  # a pass, and then up to the end of the next
+        (7, 5, 10),
+        (14, 8, 20),  # 8 and 4 of the first pass, 8 of the second
+    ],
+)
+def test_a_block_ends_with_the_dataset_and_the_first_is_as_large_as_what_is_missing(
+    tmp_path, wanted, size, asked
+):
+    options = dict(num_generated_preference_pairs=wanted, prompts_per_block=size)
+    stage = external(reward_model=rising(), prompt_dataset=TWELVE, **options)
+    run = trainer_of(tmp_path, [stage])(rehearse=False)
+    assert rows_asked(run) == [(place % 12, place // 12) for place in range(asked)]
+    assert len(run.pairs(0)) == wanted
+    assert Run.open(tmp_path).next_prompt(0, 12, skips=False) == asked
+
+
+def test_a_run_of_the_first_format_keeps_its_blocks_and_its_number_of_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "FORMAT", 1)
+    options = dict(prompt_dataset=TWELVE, num_generated_preference_pairs=30)
+    trainer_of(tmp_path, [external(reward_model=StopAt(40), **options)])  # it can be made
+    with pytest.raises(StopError):
+        trainer_of(tmp_path, [external(reward_model=StopAt(40), **options)])(rehearse=False)
+    rule = external(reward_model=StopAt(None), unless_few_prompts=True, **options)
+    run = trainer_of(tmp_path, [rule])(rehearse=False)
+    assert run.format == 1 and len(run.pairs(0)) == 30 and len(rows_asked(run)) == 32
+
+
+class StopAt:
+    """A reward that rises, of a function that is killed after some responses."""
+
+    __qualname__ = "StopAt"
+
+    def __init__(self, left):
+        self.left, self.given = left, rising()
+
+    def __call__(self, completions, **columns):
+        if self.left is not None:
+            self.left -= len(completions)
+            if self.left < 0:
+                raise StopError
+        return self.given(completions)
+
+
+def test_a_number_that_gives_way_is_one_pass_where_the_prompts_are_too_few(tmp_path, caplog):
+    options = dict(prompt_dataset=TWELVE, num_generated_preference_pairs=13)
+    for rule, asked in ((True, 12), (None, 24)):
+        stage = external(reward_model=rising(), unless_few_prompts=rule, **options)
+        folder = tmp_path / str(rule)
+        with caplog.at_level("INFO", logger="self_rewarding_lm"):
+            run = trainer_of(folder, [stage], quiet=False)(rehearse=False)
+        assert len(rows_asked(run)) == asked
+        assert ("12 prompts, which are each asked once" in caplog.text) == bool(rule)
+        assert ("24 prompts (12 different)" in caplog.text) == (rule is None)
+        caplog.clear()
+    enough = external(reward_model=rising(), unless_few_prompts=True, prompt_dataset=TWELVE)
+    assert [enough.pairs_wanted(n) for n in (3, 4, 5)] == [None, 4, 4]
+    both = PairingConfig(pick="top_bottom", pairs_per_prompt=2)
+    two = external(unless_few_prompts=True, pairing=both)
+    assert [two.pairs_wanted(n) for n in (1, 2)] == [None, 4]
+
+
+def test_the_rule_of_few_prompts_is_a_setting_of_a_run_that_begins_now(tmp_path):
+    options = dict(prompt_dataset=TWELVE, num_generated_preference_pairs=13)
+    trainer_of(tmp_path, [external(**options, unless_few_prompts=True)])(rehearse=False)
+    with pytest.raises(RunMismatchError, match="unless_few_prompts"):
+        trainer_of(tmp_path, [external(**options)])()
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (dict(num_generated_preference_pairs=25), "num_generated_preference_pairs is 25"),
+        (dict(num_generated_preference_pairs=24), None),
+        (dict(num_generated_preference_pairs=25, unless_few_prompts=True), None),
+        (dict(num_generated_preference_pairs=None, max_prompt_passes=3), "max_prompt_passes is 3"),
+        (dict(num_generated_preference_pairs=25, max_prompt_passes=2), None),
+        (dict(prompts_per_round=25), None),  # fewer may be enough for the pairs
+        (
+            dict(num_generated_preference_pairs=None, prompts_per_round=25),
+            "prompts_per_round is 25",
+        ),
+    ],
+)
+def test_prompts_that_will_be_asked_more_than_twice_are_warned_of(
+    tmp_path, caplog, options, setting
+):
+    stage = external(reward_model=rising(), prompt_dataset=TWELVE, **options)
+    trainer_of(tmp_path, [stage])
+    warned = [r.getMessage() for r in caplog.records if "repeated_prompts" in r.getMessage()]
+    assert len(warned) == (setting is not None)
+    assert (
+        setting is None
+        or f"12 prompts will be asked 3 times each or more, as {setting};" in (warned[0])
+    )
+
+
+def test_a_third_pass_over_the_prompts_is_warned_of_when_it_begins(tmp_path, caplog):
+    stage = external(
+        reward_model=lambda completions, **_: [1.0 for _ in completions],  # no pair
+        prompt_dataset=TWELVE,
+        num_generated_preference_pairs=12,
+    )
+    with pytest.raises(NoPairError, match=r"from 48 prompts \(12 different\)"):
+        trainer_of(tmp_path, [stage])(rehearse=False)
+    assert "pass 3 over the 12 prompts begins: those before gave 0 pairs" in caplog.text
+    assert "pass 4" not in caplog.text
