@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -113,6 +113,11 @@ def run_all(
         for job in jobs:  # each stands behind its `after`, so some worker always has work
             before = started.get((after[job.name], job.seed))
             started[job.name, job.seed] = pool.submit(work, job, before)
+        try:
+            wait(started.values())
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for future in started.values():
         future.result()
 
