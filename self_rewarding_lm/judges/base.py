@@ -27,6 +27,9 @@ class Judge:
     """Whether `judgement_ids` holds. If not, the judgements of each candidate are counted."""
     judges_blocks: bool = False
     """Whether `judge_block` has judgements to add."""
+    needs_all: bool = False
+    """Whether its judgement of a candidate needs the prompt's others, also those that can be in no
+    pair; they are not shown to judges that do not."""
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -124,6 +127,7 @@ class WrappedJudge(Judge):
         self.reads_weights = getattr(judge, "reads_weights", True)
         self.knows_ids = hasattr(judge, "judgement_ids")
         self.judges_blocks = getattr(judge, "judges_blocks", False)
+        self.needs_all = getattr(judge, "needs_all", False)
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]

@@ -71,7 +71,7 @@ class ComparingJudge(Judge):
             earlier = ImplicitJudge(weights=which, reference=reference)
             self.previous = Member(earlier, "previous")
         self.added.append(self.previous)
-        self.judges_blocks = judge.judges_blocks
+        self.judges_blocks, self.needs_all = judge.judges_blocks, judge.needs_all
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]

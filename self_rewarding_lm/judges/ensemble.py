@@ -28,6 +28,7 @@ class Member(Judge):
         self.inner, self.label = judge, label
         self.name = f"{label}:{judge.name}"
         self.reads_weights, self.judges_blocks = judge.reads_weights, judge.judges_blocks
+        self.needs_all = judge.needs_all
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -112,6 +113,7 @@ class EnsembleJudge(Judge):
         self.name = ", ".join(member.name for member in self.members)
         self.reads_weights = any(member.reads_weights for member in self.members)
         self.judges_blocks = any(member.judges_blocks for member in self.members)
+        self.needs_all = any(member.needs_all for member in self.members)
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]

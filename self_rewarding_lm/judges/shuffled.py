@@ -43,6 +43,7 @@ class ShuffledJudge(Judge):
         self.of = of
         self._member = None if of is None else Member(make_judge(of), UNMOVED)
         self.reads_weights = self._member is None or self._member.reads_weights
+        self.needs_all = self._member is not None and self._member.needs_all
 
     @property
     def member(self) -> Member:

@@ -107,6 +107,8 @@ class StageTally:
     prompts: int = 0
     candidates: int = 0
     judgements: int = 0
+    skipped: int = 0
+    """Responses that no judge was shown, for no pair could have them."""
     answered: int = 0
     tokens: int = 0
     clipped: int = 0
@@ -118,9 +120,12 @@ class StageTally:
         candidates: Sequence[Candidate],
         judgements: Sequence[Judgement],
         scores: Mapping[str, float | None] | None = None,
+        *,
+        skipped: int = 0,
     ) -> None:
-        """Count one prompt. scores: of its candidates, as in a JudgeTally."""
+        """Count one prompt. scores: of its candidates, as in a JudgeTally. skipped: of these."""
         self.prompts += 1
+        self.skipped += skipped
         self.candidates += len(candidates)
         self.judgements += len(judgements)
         lengths = [len(c.ids) for c in candidates if c.reason is None]
@@ -131,11 +136,12 @@ class StageTally:
         self.judge.add(candidates, judgements, scores)
 
     def metrics(self) -> dict[str, float]:
-        """`completions/...` and `judge/...`; completions/re_encoded only if there are any."""
+        """`completions/...` and `judge/...`; re_encoded and skipped only if there are any."""
         return {
             "completions/mean_length": self.tokens / max(1, self.answered),
             "completions/clipped_ratio": self.clipped / max(1, self.answered),
             **({"completions/re_encoded": self.encoded} if self.encoded else {}),
+            **({"judge/skipped": self.skipped} if self.skipped else {}),
             **self.judge.metrics(),
         }
 

@@ -106,6 +106,7 @@ class VoteJudge(Judge):
     """
 
     reads_weights = False
+    needs_all = True
 
     def __init__(self, extract: str | Callable[[str], Hashable | None] = "number") -> None:
         function = EXTRACTORS.get(extract) if isinstance(extract, str) else extract

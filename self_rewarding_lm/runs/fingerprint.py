@@ -21,8 +21,11 @@ NEW_RULES = ("unless_few_prompts",)
 """Rules that 0.1.0 did not have and that its runs go on without, whatever is set."""
 
 
-ADDED_SETTINGS = ("marks", "candidates_from", *NEW_RULES)
-"""Settings that 0.1.0 did not have: left out while they are None, so that its runs go on."""
+ADDED_SETTINGS = ("marks", "candidates_from", "judge_all", *NEW_RULES)
+"""Settings that 0.1.0 did not have: left out while they are UNSET, so that its runs go on."""
+
+
+UNSET = (None, False)
 
 
 def fingerprint_of(value: Any) -> Any:
@@ -36,7 +39,7 @@ def fingerprint_of(value: Any) -> Any:
         return value
     if isinstance(value, Config):
         fields = {n: getattr(value, n) for n in type(value).model_fields if n not in FREE_SETTINGS}
-        given = {n: v for n, v in fields.items() if v is not None or n not in ADDED_SETTINGS}
+        given = {n: v for n, v in fields.items() if n not in ADDED_SETTINGS or v not in UNSET}
         return {name: fingerprint_of(setting) for name, setting in given.items()}
     if isinstance(value, str | Path):
         return _fingerprint_of_text(value)

@@ -235,7 +235,6 @@ class ContrastMaker(PairMaker):
         super().__init__(config, ctx, out)
         self.contrasts = config.pairs()
         self.counts: Counter[str] = Counter()
-        self.is_rehearsal = False
 
     def sample(self, block: Sequence[JudgedPrompt]) -> None:
         """Sample one response on each side, and store both as candidates of the prompt."""
@@ -295,15 +294,10 @@ class ContrastMaker(PairMaker):
         self.out.append([p for p, records in zip(prompts, stored, strict=True) if not records])
         return prompts
 
-    def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
-        """The candidates that the judge is shown; none if the prompt can give no pair."""
-        can_be_pair = self.is_rehearsal or finished_and_differ(judged.answers)
-        return super().candidates_to_judge(judged) if can_be_pair else []
-
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[PreferencePair]:
         # 1. take the judge's scores if it was asked; else the positive side gets the higher one
         answers, is_judged = judged.answers, self.config.is_judged
-        if is_judged and finished_and_differ(answers):
+        if is_judged and self.shown_to_judge(judged):
             scores = self.judge.scores(answers, judged.judgements)
         else:
             scores = {c.id: 1.0 - place for place, c in enumerate(answers)}
@@ -323,7 +317,6 @@ class ContrastMaker(PairMaker):
         return [replace(pair, chosen_score=None, rejected_score=None) for pair in pairs]
 
     def rehearse(self) -> tuple[JudgedPrompt, list[PreferencePair]]:
-        self.is_rehearsal = True  # responses of two tokens are never whole
         judged, pairs = super().rehearse()
         if any(c.reason == NO_ROOM for c in judged.candidates):
             raise DataError(
@@ -349,12 +342,6 @@ class ContrastMaker(PairMaker):
                 "contrasts. Raise generation.temperature, make the texts differ more, or try "
                 "kind='prefix' where the model was not trained with system messages.",
             )
-
-
-def finished_and_differ(answers: Sequence[Candidate]) -> bool:
-    """Whether both sides have a finished response, and these differ."""
-    finished = len(answers) == len(SIDES) and all(c.finished is not False for c in answers)
-    return finished and not same_text(*answers)
 
 
 def _disagrees(positive: float | None, negative: float | None) -> bool:
@@ -427,7 +414,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
     maker: ClassVar[type[PairMaker]] = ContrastMaker
     unused: ClassVar[tuple[str, ...]] = (
         *("num_candidate_responses", "pick_paired_rewards_fn", "pairing", "consistency"),
-        *("candidates_from",),
+        *("candidates_from", "judge_all"),
     )
     of_judges: ClassVar[tuple[str, ...]] = (
         *("judge", "rewarding_model", "comparison", "postprocess_response"),
@@ -488,6 +475,10 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
         """All contrasts of the stage, with each group replaced by the contrasts in it."""
         groups = [GROUPS[it] if isinstance(it, str) else (it,) for it in self.contrasts]
         return tuple(contrast for group in groups for contrast in group)
+
+    def judges_all(self, run_format: int) -> bool:
+        """Never, as in runs of format 1 too."""
+        return False
 
     def given_judge(self) -> Any:
         """The judge that SelfRewardDPOConfig would ask, or NoJudge if `confirm` is "none"."""

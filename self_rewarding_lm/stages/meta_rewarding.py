@@ -162,6 +162,10 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
         empty = render(judge.render("", ""), "", "")
         meta_asker(settings).check(empty, ctx.tokens, ctx.model.max_len)
 
+    def judges_all(self, run_format: int) -> bool:
+        """Also if judgements are trained on, which may be those of any response."""
+        return self.train_judge or super().judges_all(run_format)
+
     def needs(self, ctx: Context) -> list[Need]:
         needs, settings = super().needs(ctx), self.meta_judging
         if self.train_judge:

@@ -42,6 +42,7 @@ from self_rewarding_lm.stages.pairing import (
     Picker,
     Rated,
     make_pairs,
+    pairable,
     score_variances,
 )
 from self_rewarding_lm.stages.preference import PreferenceConfig
@@ -73,6 +74,10 @@ class PairSettings(PreferenceConfig):
     """A function str -> str: what judges see of a response in place of its text; what is trained
     stays as it was sampled. Without thoughts, for example:
     `lambda text: re.sub(r"(?s)<think>.*?</think>\\s*", "", text)`."""
+    judge_all: bool = False
+    """Judge candidates too that can be in no pair, whatever they are scored (docs/pairs.md): those
+    that were cut off, and all of a prompt with fewer than two others. It costs judgements and
+    makes no more pairs; measures of the judge are then of all responses."""
     judge: Object = None
     """A Judge of your own in place of the stage's, or a class of judges that needs no settings,
     such as VoteJudge; ShuffledJudge moves the scores of the stage's own (docs/controls.md)."""
@@ -172,6 +177,10 @@ class PairSettings(PreferenceConfig):
         judge = make_judge(self.build_judge(ctx))
         return ShuffledJudge(judge) if isinstance(self.judge, ShuffledJudge) else judge
 
+    def judges_all(self, run_format: int) -> bool:
+        """Whether candidates are judged that can be in no pair, as in runs of format 1."""
+        return self.judge_all or run_format == 1
+
     def score_scale(self, ctx: Context) -> tuple[float, float] | None:
         """The lowest and the highest score that the judge may give; None if they are not known."""
         return None
@@ -219,10 +228,10 @@ class JudgedPrompt:
 class PairMaker:
     """Samples, judges and pairs a stage's prompts block by block; uses records on disk again.
 
-    Only counts and ids of a finished block stay in memory. Subclasses change what is made by four
-    hooks: `sample` (the candidates of a block), `candidates_to_judge` (the candidates of a prompt
-    that the judge is shown), `judged_together` (those of the judgements of a whole block) and
-    `pair` (the records that a prompt gives).
+    Only counts and ids of a finished block stay in memory. Subclasses change what is made by five
+    hooks: `sample` (the candidates of a block), `learnable` (those that may be learnt from),
+    `candidates_to_judge` (the candidates of a prompt that the judge is shown), `judged_together`
+    (those of the judgements of a whole block) and `pair` (the records that a prompt gives).
     """
 
     record_type: ClassVar[type[Any]] = PreferencePair
@@ -232,6 +241,7 @@ class PairMaker:
     def __init__(self, config: PairSettings, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
         self.judge = config.scoring_judge(ctx)
+        self.judges_all = config.judges_all(ctx.format)
         if config.consistency is not None:
             self.judge = ComparingJudge(self.judge, config.consistency)
         self.known_prompts = Groups(out.known(Prompt))
@@ -256,7 +266,7 @@ class PairMaker:
         self.bad_rows = BadRows(config.on_bad_row)
         self.tally = StageTally()
 
-    # The four hooks
+    # The five hooks
 
     def sample(self, block: Sequence[JudgedPrompt]) -> None:
         """Sample the candidates that are missing, store them and add them to their prompts.
@@ -266,16 +276,21 @@ class PairMaker:
         if self.taken is None:
             self.sample_missing(self.ctx, self.without_all_candidates(block))
 
+    def learnable(self, judged: JudgedPrompt, drops: DropCounts) -> list[Candidate]:
+        """The candidates that can be learnt from, whatever they are scored; [] if the prompt can
+        give no record. `drops` counts the others by reason."""
+        longest = self.config.pairing.max_chosen_length
+        return pairable(judged.candidates, drops, max_chosen_length=longest)
+
     def candidates_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
         """The candidates of a prompt that the judge is shown together, to make what judgements are
         missing; [] if none is missing."""
-        answers = judged.answers
-        has_judged = self.judge.has_judged(answers, judged.judgements, self.ctx.format)
-        return [] if has_judged else answers
+        shown = self.shown_to_judge(judged)
+        return [] if not shown or self.has_judged(judged, shown) else shown
 
     def judged_together(self, judged: JudgedPrompt) -> list[Candidate]:
         """The candidates of a prompt for `Judge.judge_block`, the same whenever it is asked."""
-        return judged.answers
+        return self.shown_to_judge(judged)
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[Any]:
         """The records that a prompt gives; `drops` counts what was left out, by reason."""
@@ -284,6 +299,20 @@ class PairMaker:
             return []
         scores = self.judge.scores(candidates, judged.judgements)
         return self.pairs_of(judged, candidates, scores, drops)
+
+    def shown_to_judge(self, judged: JudgedPrompt) -> list[Candidate]:
+        """The candidates of a prompt that are judged: those whose score can matter.
+
+        All that have a response if the judge needs all, or the settings say so.
+        """
+        if self.judges_all:
+            return judged.answers
+        learnable = self.learnable(judged, DropCounts())
+        return judged.answers if learnable and self.judge.needs_all else learnable
+
+    def has_judged(self, judged: JudgedPrompt, candidates: Sequence[Candidate]) -> bool:
+        """Whether a prompt has all judgements of these of its candidates."""
+        return self.judge.has_judged(candidates, judged.judgements, self.ctx.format)
 
     # The loop over all prompts
 
@@ -349,7 +378,11 @@ class PairMaker:
         for judged in block:
             judgements = self.judge.own(judged.judgements)
             scores = self.judge.scores(judged.candidates, judgements)
-            self.tally.add(judged.candidates, made_by_judging(judgements), scores)
+            skipped = 0
+            if not self.has_judged(judged, judged.answers):
+                skipped = len(judged.answers) - len(self.shown_to_judge(judged))
+            made = made_by_judging(judgements)
+            self.tally.add(judged.candidates, made, scores, skipped=skipped)
         failure = failure or self.watcher.see_scores(self.tally.judge)
         failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
@@ -372,6 +405,7 @@ class PairMaker:
         Judgements that cannot be read get scores of the judge's scale if that is known. Raises
         JudgeError if the judge cannot be used or has no room to answer.
         """
+        self.judges_all = True  # responses of two tokens are never whole
         # 1. find the shortest prompt; seeds of new prompts may all be too long for a prompt
         prompts = self.read_prompts(range(len(self.ctx.rows["prompt_dataset"])))
         if not prompts:
@@ -612,16 +646,21 @@ class PairMaker:
     def usable_candidates(
         self, judged: JudgedPrompt, drops: DropCounts, *, least: int
     ) -> list[Candidate]:
-        """Candidates that have a response and that the judge does not filter out.
+        """Candidates that can be learnt from and that the judge does not filter out.
 
         Counts the others by reason; returns [] if fewer than `least` remain.
         """
-        answers = judged.answers
-        left_out = Counter(c.reason for c in judged.candidates if c.reason is not None)
-        filtered = self.judge.filtered(answers, judged.judgements)
+        left, left_out = judged.answers, Counter[str]()
+        if self.judges_all:
+            left_out += Counter(c.reason for c in judged.candidates if c.reason is not None)
+        else:
+            left = self.learnable(judged, drops)
+            if not left:
+                return []
+        filtered = self.judge.filtered(left, judged.judgements)
         left_out += Counter(filtered=len(filtered))
         drops.candidates.update(left_out)
-        usable = [candidate for candidate in answers if candidate.id not in filtered]
+        usable = [candidate for candidate in left if candidate.id not in filtered]
         if left_out and len(usable) < least:
             drops.prompts[left_out.most_common(1)[0][0]] += 1
             return []
@@ -674,10 +713,11 @@ class PairMaker:
         out.log({"step": self.ctx.round.first_step, **metrics})
         out.summary["metrics"] = metrics
         logger.info(
-            "%s: %s, %d candidates, %d judgements, %d %ss; dropped: %s",
+            "%s: %s, %d candidates%s, %d judgements, %d %ss; dropped: %s",
             ctx.stage,
             self.in_words(tally.prompts),
             tally.candidates,
+            f" ({tally.skipped} that no pair could have were not judged)" if tally.skipped else "",
             tally.judgements,
             drops.kept,
             noun,

@@ -254,13 +254,55 @@ def score_variances(judgements: Iterable[Judgement]) -> dict[str, Number]:
 Filters = dict[str, Callable[[Candidate], bool]]
 """By the reason that is counted for a candidate that does not pass."""
 
+WHOLE: Filters = {"unfinished": lambda c: c.finished is not False}
+"""What a response must be to be learnt from, whatever it is scored."""
+
+
+def learnable(candidates: Sequence[Candidate], drops: DropCounts, *, least: int) -> list[Candidate]:
+    """The candidates that can be learnt from, whatever they are scored; [] if fewer than `least`.
+
+    They have a response, and it was not cut off. Counts as `passing` does.
+    """
+    reasons = dict.fromkeys(c.reason for c in candidates if c.reason is not None)
+    responses = {reason: lambda c, given=reason: c.reason != given for reason in reasons}
+    return passing(candidates, {**responses, **WHOLE}, drops, least=least)
+
+
+def pairable(
+    candidates: Sequence[Candidate],
+    drops: DropCounts,
+    *,
+    may_win: Callable[[Candidate], bool] | None = None,
+    max_chosen_length: int | None = None,
+) -> list[Candidate]:
+    """The candidates of a prompt that can be in a pair, whatever they are scored; [] if none can.
+
+    They are `learnable`, two of them differ, and one may win: it is no longer than
+    `max_chosen_length`, and `may_win` says so. Else the prompt is dropped as `identical`,
+    `unpaired` (none may win) or `too_long_chosen`, or as `learnable` says.
+    """
+    left = learnable(candidates, drops, least=2)
+    winners = [c for c in left if may_win is None or may_win(c)]
+    problems = {
+        "identical": lambda: all(same_text(left[0], c) for c in left[1:]),
+        "unpaired": lambda: not winners,
+        "too_long_chosen": lambda: (
+            max_chosen_length is not None and min(map(length_of, winners)) > max_chosen_length
+        ),
+    }
+    problem = next((name for name, holds in problems.items() if left and holds()), None)
+    if problem is None:
+        return left
+    drops.prompts[problem] += 1
+    return []
+
 
 def score_filters(
     scores: Mapping[str, float | None], is_valid_score: Callable[[float], bool] | None
 ) -> Filters:
     """What a candidate must be to be learnt from: finished, and with a score that is valid."""
     return {
-        "unfinished": lambda c: c.finished is not False,
+        **WHOLE,
         "unscored": lambda c: scores.get(c.id) is not None,
         "invalid_score": lambda c: is_valid_score is None or bool(is_valid_score(scores[c.id])),  # type: ignore[arg-type]
     }

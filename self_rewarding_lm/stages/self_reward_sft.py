@@ -20,7 +20,7 @@ from self_rewarding_lm.runs.lines import Joined
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.lengths import training_row_lengths
 from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
-from self_rewarding_lm.stages.pairing import DropCounts, passing, score_filters
+from self_rewarding_lm.stages.pairing import DropCounts, learnable, passing, score_filters
 from self_rewarding_lm.stages.ranges import total
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
@@ -161,6 +161,9 @@ class TopMaker(PairMaker):
     record_type: ClassVar[type[Any]] = Demonstration
     noun: ClassVar[str] = "top-scored response"
     config: SelfRewardSFTConfig
+
+    def learnable(self, judged: JudgedPrompt, drops: DropCounts) -> list[Candidate]:
+        return learnable(judged.candidates, drops, least=1)
 
     def pair(self, judged: JudgedPrompt, drops: DropCounts) -> list[Demonstration]:
         candidates = self.usable_candidates(judged, drops, least=1)

@@ -25,7 +25,7 @@ from self_rewarding_lm.runs.run import INITIAL
 from self_rewarding_lm.runs.stage_folder import AHEAD, StageDir
 from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
-from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, ranked
+from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, pairable, ranked
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.work import Counting, Work
 
@@ -47,6 +47,14 @@ class AnchoredMaker(PairMaker):
         super().sample(block)
         if self.config.rejected_from is not None and self.ctx.run is not None:  # no rehearsal
             self.sample_from(self.config.rejected_from, ANCHOR, block)
+
+    def learnable(self, judged: JudgedPrompt, drops: DropCounts) -> list[Candidate]:
+        return pairable(
+            judged.candidates,
+            drops,
+            may_win=lambda candidate: part_of(candidate.id) != ANCHOR,
+            max_chosen_length=self.config.pairing.max_chosen_length,
+        )
 
     def sample_from(self, which: str | Path, part: str, block: Sequence[JudgedPrompt]) -> None:
         """Sample missing candidates from the weights `which`; `part` names them in ids.

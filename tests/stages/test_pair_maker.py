@@ -246,7 +246,9 @@ def test_end_tokens_of_a_postprocessed_response_stay(tmp_path):
         rows.extend(ids.tolist())
         return ids.double().sum(dim=-1)
 
-    stages = [external(reward_model=of_ids, postprocess_response=lambda text: "x" + text)]
+    stages = [
+        external(reward_model=of_ids, postprocess_response=lambda text: "x" + text, judge_all=True)
+    ]
     run = trainer_of(tmp_path, stages, numerate(), eos_id=end)()
     prompts = {p.id: p for p in run.prompts(0)}
     as_text = [c for c in run.candidates(0) if END not in c.ids]  # which is read as a space

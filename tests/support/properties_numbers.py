@@ -5,7 +5,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, permutations
 from unittest.mock import patch
 
 import numpy as np
@@ -158,6 +158,57 @@ def pairs_are_ordered_have_parents_and_all_else_is_counted(pairing, case):
     assert drops.kept == len(pairs) and drops.kept + drops.prompts.total() == asked
     assert +drops.candidates == +lost
     assert sum(n for name, n in drops.metrics().items() if name.startswith("pairs/")) == asked
+
+
+WRITTEN = st.tuples(
+    st.sampled_from(["a", "a ", "bbb", "cc"]),
+    st.sampled_from([True, True, True, None, False]),
+    st.sampled_from([None, None, None, "busy"]),
+)
+
+
+@over(
+    "stages.pairing",
+    st.tuples(st.lists(WRITTEN, max_size=4), st.none() | st.integers(1, 3), st.integers(0, 4)),
+    mutants={
+        "all(same_text(left[0], c) for c in left[1:])": "same_text(left[0], left[1])",
+        "not winners": "not left",
+        "min(map(length_of, winners)) > max_chosen_length": "max(map(length_of, winners)) > max_chosen_length",
+        "{**responses, **WHOLE}": "WHOLE",
+    },
+    examples=300,
+)
+def only_candidates_that_some_scores_would_pair_are_judged(pairing, case):
+    """Oracle: the pairs of all scores that a judge could give."""
+    written, longest, first_winner = case
+    prompt = Prompt("sr/0/0", 0, (7,), "say")
+    made = [
+        Candidate(f"sr/0/0/{k}", prompt.id, (k,), text, ended, 8, reason=reason)
+        for k, (text, ended, reason) in enumerate(written)
+    ]
+
+    def may_win(candidate):
+        return int(candidate.id[-1]) >= first_winner
+
+    drops = pairing.DropCounts()
+    found = pairing.pairable(made, drops, may_win=may_win, max_chosen_length=longest)
+    rules, paired = PairingConfig(max_chosen_length=longest), set[str]()
+    responses = [c for c in made if c.reason is None]
+    for order in permutations(range(len(responses))):
+        scores = {c.id: float(place) for c, place in zip(responses, order, strict=True)}
+        for pair in pairing.make_pairs(
+            prompt,
+            responses,
+            scores,
+            pairing.DropCounts(),
+            pairing=rules.model_copy(update={"pick": "all_margins", "pairs_per_prompt": 99}),
+        ):
+            if int(pair.chosen_id[-1]) >= first_winner:
+                paired |= {pair.chosen_id, pair.rejected_id}
+    assert {c.id for c in found} == paired
+    assert drops.prompts.total() == (not found) and drops.kept == 0
+    if found:
+        assert drops.candidates.total() == len(made) - len(found)
 
 
 PICKING = st.fixed_dictionaries(
