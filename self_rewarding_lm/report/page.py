@@ -94,7 +94,12 @@ def write_report(
 
 
 def report_at_end(run: Run) -> None:
-    """Write a run's report; whatever fails is a warning, for the run itself is done."""
+    """Write a run's report, unless nothing changed since it was written.
+
+    Whatever fails is a warning, for the run itself is done.
+    """
+    if _is_up_to_date(run):
+        return
     try:
         logger.info("report: %s", write_report([run]))
     except Exception as error:
@@ -106,6 +111,16 @@ def report_at_end(run: Run) -> None:
             error,
             run.folder,
         )
+
+
+def _is_up_to_date(run: Run) -> bool:
+    """Whether the report is younger than all records and numbers of the run's stages."""
+    path = run.folder / REPORT
+    if not path.exists():
+        return False
+    written = path.stat().st_mtime_ns
+    files = (f for name in run.stages for f in run.stage(name).path.glob("*.json*"))
+    return all(file.stat().st_mtime_ns < written for file in files)
 
 
 def _pieces(runs: Sequence[Run], at_most: int) -> Iterator[str]:

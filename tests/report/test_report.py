@@ -27,12 +27,14 @@ from self_rewarding_lm.records import (
     TrainingRow,
     to_json,
 )
+from self_rewarding_lm.report import page
 from self_rewarding_lm.report.charts import ticks
 from self_rewarding_lm.report.examples import parts_of
 from self_rewarding_lm.report.figures import histogram, run_figures, thinned
 from self_rewarding_lm.report.markup import safe, tag
 from self_rewarding_lm.report.page import report_at_end, write_report
 from self_rewarding_lm.report.terminal import stage_table
+from self_rewarding_lm.runs import stored
 from self_rewarding_lm.runs.run import REPORT
 from self_rewarding_lm.runs.stage_folder import FORMAT
 from self_rewarding_lm.runtime import LogHandler
@@ -458,6 +460,30 @@ def test_a_run_writes_its_report_events_and_warnings(tmp_path):
     off = tmp_path / "off"
     trainer_of(off, [sft()], report=False)()
     assert not (off / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [None, REPORT, "01-sft/metrics.jsonl", "02-self_reward/pairs.jsonl"]
+)
+def test_a_report_is_written_again_only_if_something_changed(tmp_path, monkeypatch, name):
+    """name: the file that changed between two calls, or the report that is gone."""
+    stages = [sft(), self_reward()]
+    run = trainer_of(tmp_path, stages)()
+    written = []
+    monkeypatch.setattr(page, "write_report", lambda runs: written.append(runs[0].folder))
+    if name == REPORT:
+        (tmp_path / name).unlink()
+    elif name is not None:
+        os.utime(tmp_path / name)
+    trainer_of(tmp_path, stages)()
+    assert written == ([] if name is None else [run.folder])
+
+
+def test_a_finished_run_reads_no_record_again(tmp_path, monkeypatch):
+    stages = [sft(), self_reward()]
+    trainer_of(tmp_path, stages)()
+    monkeypatch.setattr(stored.Stored, "_opened", lambda self: pytest.fail("records are read"))
+    trainer_of(tmp_path, stages)()
 
 
 def test_a_stage_that_ends_in_an_error_tells_it(tmp_path):
