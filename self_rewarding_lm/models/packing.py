@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from self_rewarding_lm.models.attention import causal_attention, causal_mask
+from self_rewarding_lm.models.dropped import dropped_attention
 
 LEAST_SHARED = 8
 """Tokens that rows must begin with alike to share them: fewer are not worth a mask."""
@@ -123,15 +124,16 @@ class Packing:
         scale: float | None,
         dropout: float,
     ) -> Float[Tensor, "h n e"]:
-        """Attention of a part, in the type that is fastest with its gradient."""
-        narrow = _narrow_type(q)
-        if narrow is None or k.shape[1] > SHORT:
+        """Attention of a part, by the way that is fastest with its gradient."""
+        narrow, drops_by_block = _narrow_type(q), bool(dropout) and q.device.type == "cpu"
+        attends = dropped_attention if drops_by_block else causal_attention
+        if narrow is None or not (drops_by_block or k.shape[1] <= SHORT):
             mask = self._mask(part, window, q)
-            return causal_attention(q, k, v, mask, scale=scale, dropout=dropout)
+            return attends(q, k, v, mask, scale=scale, dropout=dropout)
         with torch.autocast("cpu", enabled=False):
             q, k, v = (t.float() for t in (q, k, v))
             mask = self._mask(part, window, q)
-            return causal_attention(q, k, v, mask, scale=scale, dropout=dropout).to(narrow)
+            return attends(q, k, v, mask, scale=scale, dropout=dropout).to(narrow)
 
     def _mask(self, part: _Part, window: int | None, like: Tensor) -> Tensor | None:
         """What is added to a part's scores: -inf at what a token must not see.

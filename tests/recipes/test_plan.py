@@ -253,14 +253,6 @@ def test_a_layer_of_a_llama_keeps_what_the_derivation_says():
     assert layer_bytes(LLAMA_BLOCK, MIXED, Micro(1)) == 4 * 4 * 8 + 5 * 2 * 8 + inner + 4 * 4
 
 
-def test_scores_that_are_kept_are_counted():
-    micro = Micro(1, dropout=0.1, keys=10)
-    # instead of q, k, v, result and sums: q, k, v with four heads each, and 3 x 10 a head
-    difference = 4 * (3 * 8 + 3 * 4 * 10) - 4 * (2 * 8 + 2 * 4) - 4 * 4
-    plain = layer_bytes(LLAMA_BLOCK, FP32, Micro(1))
-    assert layer_bytes(LLAMA_BLOCK, FP32, micro) == plain + difference
-
-
 def test_checkpointed_layers_keep_their_inputs():
     last = 4 * 3 * 8 + 2 * 2 * 4  # the last norm and the head's input; cosine and sine
     kept = activation_bytes(LLAMA_BLOCK, 3, FP32, Micro(5), checkpointing=True)
@@ -361,7 +353,7 @@ def test_a_forward_keeps_as_many_bytes_as_estimated(name, dropout):
     ids = torch.randint(0, 40, (3, 64))
     shape = read_shape(module)
     assert shape.block is not None
-    micro = Micro(ids.numel(), dropout, 64 if dropout else 0)
+    micro = Micro(ids.numel(), dropout)
     estimate = activation_bytes(shape.block, shape.layers, FP32, micro)
     assert estimate == pytest.approx(kept_bytes(module, ids, dropout, None), rel=0.1)
 
@@ -376,8 +368,8 @@ def test_a_forward_in_bfloat16_keeps_as_many_bytes_as_estimated(name, kind):
     ids = torch.randint(0, 40, (3, 64))
     shape = read_shape(module)
     assert shape.block is not None
-    types = MIXED if kind == "mixed" else BF16
-    estimate = activation_bytes(shape.block, shape.layers, types, Micro(ids.numel()))
+    types, micro = MIXED if kind == "mixed" else BF16, Micro(ids.numel(), attention=4)
+    estimate = activation_bytes(shape.block, shape.layers, types, micro)
     assert estimate == pytest.approx(kept_bytes(module, ids, 0.0, narrow), rel=0.1)
 
 
@@ -392,9 +384,8 @@ def test_a_forward_with_an_adapter_keeps_as_many_bytes_as_estimated(dtype, narro
     product = dtype if narrow is None else narrow
     types = Types(dtype.itemsize, product.itemsize, autocast=narrow is not None)
     ids = torch.randint(0, 40, (3, 64))
-    estimate = activation_bytes(
-        shape.block, shape.layers, types, Micro(ids.numel()), adapter=shape.adapter
-    )
+    micro = Micro(ids.numel(), attention=4)
+    estimate = activation_bytes(shape.block, shape.layers, types, micro, adapter=shape.adapter)
     assert estimate == pytest.approx(kept_bytes(module, ids, 0.0, narrow), rel=0.15)
 
 

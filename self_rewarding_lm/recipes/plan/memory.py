@@ -17,9 +17,8 @@ head size, g: key-value heads x head size, i: inner size of the feed-forward par
                             product of both: 4 i
     plain feed-forward      what the activation function keeps
 
-The sum for Llama is 6 d + 3 a + 2 g + 4 i. This assumes attention that does not keep its scores. If
-it keeps them (dropout on a CPU), each token adds three numbers for each head and each token that it
-attends to. A narrow type shrinks all of these except what norms keep, since norms compute in
+The sum for Llama is 6 d + 3 a + 2 g + 4 i. This assumes attention that does not keep its scores, as
+ours does not. A narrow type shrinks all of these except what norms keep, since norms compute in
 float32. In mixed precision each linear layer keeps a cast copy of its input. The optimiser's state
 is measured: the optimiser takes one step on weights without memory.
 """
@@ -62,7 +61,7 @@ class Block:
     activation_kept: how many tensors the activation function keeps, including its result.
     rms_norms: norms of the hidden state that keep two tensors. norms: those that keep one.
     head_norms: norms of the heads of queries or keys.
-    dropouts: dropout layers of the hidden state. attention_dropout: whether attention drops scores.
+    dropouts: dropout layers of the hidden state.
     """
 
     hidden: int
@@ -78,7 +77,6 @@ class Block:
     norms: int
     head_norms: int = 0
     dropouts: int = 0
-    attention_dropout: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,14 @@ class Adapter:
 class Micro:
     """A micro-batch: the tokens that go through the model at once.
 
-    dropout: the rate. keys: how many tokens each token attends to if attention keeps its scores,
-    else 0. mask: bytes of each number in a dropout mask.
+    dropout: the rate. mask: bytes of each number in a dropout mask. attention: of each number that
+    attention keeps, by default as in products.
     """
 
     tokens: int
     dropout: float = 0.0
-    keys: int = 0
     mask: int = EXACT
+    attention: int | None = None
 
 
 def layer_bytes(
@@ -154,11 +152,7 @@ def layer_bytes(
     # 2. attention
     if block.head_norms:
         kept += (attended + grouped) * (EXACT + product * trains_norms)
-    if micro.keys:  # keys and values are repeated to as many heads as queries have
-        kept += 3 * attended * types.exact + layer_scores(block, types, micro)
-        kept += 2 * attended * product * (block.attention_inputs == 1)  # one tensor holds all three
-    else:
-        kept += (2 * attended + 2 * grouped) * product + block.heads * types.exact
+    kept += (2 * attended + 2 * grouped) * (micro.attention or product) + block.heads * types.exact
     # 3. the feed-forward part
     inner = block.inner * product
     kept += inputs(block.inner_inputs, hidden)
@@ -169,12 +163,6 @@ def layer_bytes(
     if micro.dropout:
         kept += block.dropouts * hidden * micro.mask
     return kept
-
-
-def layer_scores(block: Block, types: Types, micro: Micro) -> int:
-    """Bytes that the attention of one layer keeps of one token: scores before and after dropout,
-    and the mask."""
-    return 3 * block.heads * micro.keys * types.exact
 
 
 def activation_bytes(

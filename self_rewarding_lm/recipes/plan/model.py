@@ -326,7 +326,6 @@ def block_of(layers: nn.ModuleList, config: Any) -> Block:
         norms=norms,
         head_norms=head_norms,
         dropouts=_dropouts(layer),
-        attention_dropout=_attention_dropout(layer),
     )
 
 
@@ -365,12 +364,6 @@ def _dropouts(layer: nn.Module) -> int:
     """How many dropout layers act on the hidden state."""
     names = [name for name, part in layer.named_modules() if isinstance(part, nn.Dropout)]
     return sum("attn_dropout" not in name and "attention_dropout" not in name for name in names)
-
-
-def _attention_dropout(layer: nn.Module) -> bool:
-    """Whether the attention drops out its scores."""
-    names = ("attn_dropout", "attention_dropout")
-    return any(hasattr(part, name) for part in layer.modules() for name in names)
 
 
 def _activation(layer: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -8,13 +8,13 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.interface import SHARE_OF_FREE
 from self_rewarding_lm.models.interface import Plan as Rows
+from self_rewarding_lm.models.packing import SHORT
 from self_rewarding_lm.recipes.plan.memory import (
     EXACT,
     Micro,
     Types,
     activation_bytes,
     key_value_bytes,
-    layer_scores,
     logits_bytes,
     prefill_bytes,
     recomputed_bytes,
@@ -53,9 +53,8 @@ class Device:
 class Phase:
     """The memory of one phase, in bytes; None if unknown, 0 if there are none.
 
-    peak: the most at any one time; less than the sum if some parts never exist together. scores:
-    the part of `activations` that attention adds because it keeps its scores. tokens: of a
-    micro-batch while training, rows in flight while sampling. is_used: False for the way to train
+    peak: the most at any one time; less than the sum if some parts never exist together. tokens: of
+    a micro-batch while training, rows in flight while sampling. is_used: False for the way to train
     that the stage does not use, planned to show what gradient_checkpointing would change.
     """
 
@@ -67,7 +66,6 @@ class Phase:
     logits: int | None = 0
     cache: int | None = 0
     peak: int | None = None
-    scores: int = 0
     tokens: int | None = None
     is_used: bool = True
 
@@ -198,10 +196,11 @@ def _training_phase(
     if block is None:
         return Phase(name, weights, activations=None, logits=None, **fixed)
     # 2. what the forward pass keeps, and what the backward pass recomputes
-    drops = stage.dropout if block.attention_dropout else 0.0
-    keys = min(training.row.sequence or tokens, tokens) if drops and device.kind == "cpu" else 0
     mask = types.stream if device.kind == "cpu" else 1
-    micro = Micro(tokens, stage.dropout, keys, mask)
+    is_short = training.row.longest is not None and training.row.longest <= SHORT
+    widens = device.kind == "cpu" and (is_short or stage.dropout > 0)
+    attention = max(EXACT, types.product) if widens else None
+    micro = Micro(tokens, stage.dropout, mask, attention)
     kept = activation_bytes(
         block, shape.layers, types, micro, adapter=shape.adapter, checkpointing=checkpointing
     )
@@ -213,6 +212,4 @@ def _training_phase(
     peak = None
     if optimizer is not None:
         peak = weights + shape.gradient_bytes + optimizer + kept + max(logits, recomputed)
-    scores = layer_scores(block, types, micro) * tokens * (1 if checkpointing else shape.layers)
-    fixed |= {"peak": peak, "scores": scores}
-    return Phase(name, weights, activations=kept + recomputed, logits=logits, **fixed)
+    return Phase(name, weights, activations=kept + recomputed, logits=logits, peak=peak, **fixed)

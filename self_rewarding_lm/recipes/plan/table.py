@@ -107,12 +107,6 @@ def _stage_lines(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
     if stage.phases:
         yield from _memory_table(stage.phases)
     yield from _work_lines(stage)
-    for phase in stage.phases:
-        if phase.is_used and phase.scores:
-            yield from _wrapped(
-                f"attention keeps its scores, {_size(phase.scores)} of the activations, because it "
-                "has dropout on a CPU (dropout: 0 needs none)"
-            )
     for note in stage.work.notes:
         yield from _wrapped(f"not counted: {note}")
     if stage.seconds:
