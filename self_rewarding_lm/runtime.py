@@ -43,16 +43,29 @@ EVERY = 60.0
 """Seconds between two lines in a file."""
 
 
+T = TypeVar("T")
+
+
+def in_notebook() -> bool:
+    """Whether this is a Jupyter kernel, whose output takes a line that rewrites itself."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 class Progress(tqdm):
     """Counts what is done of `total`, and shows it if `shows`. total: None if unknown.
 
-    done: how much of it an earlier attempt did.
+    done: how much of it an earlier attempt did. A terminal and a notebook get a bar, a file a line
+    a minute, also while nothing is done. What is counted within a step (`part`) is shown with it.
     """
 
     def __init__(
         self, total: int | None, label: str, unit: str, *, shows: bool, done: int = 0
     ) -> None:
-        self.is_live = sys.stderr.isatty()
+        self.is_live = sys.stderr.isatty() or in_notebook()
+        self._part: tuple[int, int, str, float] | None = None  # done, of how many, unit, since when
+        self.told_at = math.inf
+        self._closed, self._telling = threading.Event(), threading.Lock()
         super().__init__(
             total=total,
             desc=label,
@@ -64,34 +77,118 @@ class Progress(tqdm):
             mininterval=0.5 if self.is_live else EVERY,
             maxinterval=10.0 if self.is_live else EVERY,
         )
-        self.told_at: float = getattr(self, "start_t", 0.0)
+        self.told_at = getattr(self, "start_t", 0.0)
+        self._counted_at = self.told_at
+        if shows and not self.is_live:
+            threading.Thread(target=self._tell_now_and_then, daemon=True).start()
+
+    def part(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+        """The items as they come, counted beside what is done of the whole.
+
+        total: how many there will be.
+        """
+        if self.disable:
+            yield from items
+            return
+        began = drawn_at = self._now()
+        self._part = (0, total, unit, began)
+        try:
+            for number, item in enumerate(items, 1):
+                yield item
+                self._part = (number, max(number, total), unit, began)
+                if self._now() - drawn_at >= self.mininterval:
+                    drawn_at = self._now()
+                    self.refresh()
+        finally:
+            self._part = None
+            self.set_postfix_str("", refresh=False)
+
+    def counting(self, items: Iterable[T]) -> Iterator[T]:
+        """The items as they come, each counted as one that is done."""
+        for item in items:
+            yield item
+            self.update()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        if not self.disable:
+            self._counted_at = self._now()
+        return super().update(n)
+
+    def refresh(self, *args: Any, **options: Any) -> Any:
+        if self._part is not None:
+            self.postfix = self._part_words(with_time=True)
+        return super().refresh(*args, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Draw the bar, or log a line in its place; tqdm calls it when it is time."""
         if self.is_live:
             return super().display(msg, pos)
-        if msg is None and self.initial < self.n != self.total:
-            since = self._time() - self.told_at  # type: ignore[attr-defined]
-            if since >= EVERY:  # tqdm's watching thread asks out of turn
-                self.told_at += since
-                logger.info("%s after %s", self._words(), self._took())
+        if msg is None and self.n != self.total:
+            with self._telling:
+                since = self._now() - self.told_at
+                is_time = since >= EVERY  # threads that watch ask out of turn
+                self.told_at += since if is_time else 0.0
+            if is_time:
+                logger.info("%s after %s", self._words(is_running=True), self._took())
         return None
 
     def close(self) -> None:
         """Take the bar away and log in a line what was done."""
         was_open = not self.disable
+        self._closed.set()
         super().close()
         if was_open and self.n:
             logger.info("%s in %s", self._words(), self._took())
 
-    def _words(self) -> str:
+    def _tell_now_and_then(self) -> None:
+        """Have a line written also if nothing is done for long."""
+        while not self._closed.wait(EVERY):
+            self.display()
+
+    def _now(self) -> float:
+        return self._time()  # type: ignore[attr-defined]
+
+    def _words(self, *, is_running: bool = False) -> str:
         whole = f" of {self.total:,}" if self.total is not None and self.n != self.total else ""
         unit = self.unit if self.n == 1 and not whole else f"{self.unit}s"
-        earlier = f" ({self.initial:,} of them earlier)" if self.initial else ""
-        return f"{self.desc.removesuffix(': ')}: {self.n:,}{whole} {unit}{earlier}"
+        notes = [f"{self.n / self.total:.0%}"] if is_running and whole and self.total else []
+        notes += [f"{self.initial:,} of them earlier"] if self.initial else []
+        said = f"{self.desc.removesuffix(': ')}: {self.n:,}{whole} {unit}"
+        said += f" ({', '.join(notes)})" if notes else ""
+        if not is_running:
+            return said
+        left, part = self._left(), self._part_words(with_time=self._left() is None)
+        return said + ("" if left is None else f", {left}") + (part and f"; {part}")
+
+    def _left(self) -> str | None:
+        """How long the rest takes at the speed until now; None if nothing can be said."""
+        if self.total is None or not self.initial < self.n < self.total:
+            return None
+        taken = self._counted_at - self.start_t
+        rest = taken / (self.n - self.initial) * (self.total - self.n)
+        return time_left(rest - (self._now() - self._counted_at))
+
+    def _part_words(self, *, with_time: bool) -> str:
+        if self._part is None:
+            return ""
+        done, total, unit, began = self._part
+        said = f"{done:,} of {total:,} {unit}s ({done / max(1, total):.0%})"
+        if not with_time or not 0 < done < total:
+            return said
+        return f"{said}, {time_left((self._now() - began) / done * (total - done))}"
 
     def _took(self) -> str:
         return self.format_interval(self.format_dict["elapsed"])
+
+
+def time_left(seconds: float) -> str:
+    """A guess of how long something takes, in words."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute left"
+    if minutes < 90:
+        return f"about {minutes} min left"
+    return f"about {round(seconds / 3600)} h left"
 
 
 class LogHandler(logging.StreamHandler):
@@ -122,9 +219,6 @@ ONE = 1.0  # seconds within which signals are one: launchers hand on what the te
 
 OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 """In torch's errors that have no type of their own: those of the CPU, of MPS, of libraries."""
-
-
-T = TypeVar("T")
 
 
 class Stopping:
@@ -214,6 +308,7 @@ class Runtime:
         self.is_main: bool = self.accelerator.is_main_process
         self.shards = _asks_for_fsdp(accelerate_kwargs, self.world)
         self._sharded: Sharded | None = None
+        self._bars: list[Progress] = []
         self.stopping = Stopping()
         _check_processes(self.world)
         self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
@@ -474,7 +569,14 @@ class Runtime:
 
     def progress(self, total: int | None, label: str, unit: str, done: int = 0) -> Progress:
         """A bar and then a line on the main process, silent elsewhere."""
-        return Progress(total, label, unit, shows=self.shows, done=done)
+        bar = Progress(total, label, unit, shows=self.shows, done=done)
+        self._bars = [*(b for b in self._bars if not b.disable), bar]
+        return bar
+
+    def counted(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+        """The items, counted as they come beside what the progress around them shows."""
+        bar = next((b for b in reversed(self._bars) if not b.disable), None)
+        return iter(items) if bar is None else bar.part(items, total, unit)
 
 
 _AT_WORK: ContextVar[Runtime | None] = ContextVar("the runtime of the run at work", default=None)

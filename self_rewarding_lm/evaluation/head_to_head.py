@@ -326,11 +326,10 @@ def _kept(
     """The records that all processes make, behind a progress bar; on disk if there is a folder."""
     made: list[T] = []
     with ctx.runtime.progress(total, f"compare: {label}", unit) as bar:
-        between = ctx.runtime.stopping.between
-        lists = batched(between(records), RECORDS_AT_ONCE) if out is None else out.keep(records)
+        between, counted = ctx.runtime.stopping.between, bar.counting(records)
+        lists = batched(between(counted), RECORDS_AT_ONCE) if out is None else out.keep(counted)
         for some in lists:
             made += some
-            bar.update(len(some))
     if out is not None:
         out.merge(record_type)
     return ctx.runtime.gather(made)

@@ -119,7 +119,11 @@ class HeldOutReward:
             limit=ctx.limit(None),
         )
         responses: dict[str, list[Candidate]] = {prompt.id: [] for prompt in self._prompts}
-        for candidate in ctx.runtime.autocasted(sampled):
+        total = len(self._prompts) * self.num_samples
+        candidates = ctx.runtime.counted(
+            ctx.runtime.autocasted(sampled), total, "held-out response"
+        )
+        for candidate in candidates:
             responses[candidate.prompt_id].append(candidate)
         return [(p, sorted(responses[p.id], key=lambda c: id_order(c.id))) for p in self._prompts]
 
@@ -140,7 +144,9 @@ class HeldOutReward:
         if not answered:
             return {}
         prompts, candidates_PG = zip(*answered, strict=True)
-        judgements = self._judge.judge(ctx, prompts, candidates_PG)
+        total = sum(len(self._judge.judgement_ids(group)) for group in candidates_PG)
+        asked = self._judge.judge(ctx, prompts, candidates_PG)
+        judgements = ctx.runtime.counted(asked, total, "held-out judgement")
         if ctx.format == 1:
             return candidate_scores([c for group in candidates_PG for c in group], judgements)
         return self._judge.scores_of_all(candidates_PG, judgements)

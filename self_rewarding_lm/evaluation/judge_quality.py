@@ -375,9 +375,7 @@ def _judge_groups(ctx: Context, groups: Sequence[Asked], judge: Judge) -> list[J
     total = sum(len(judge.judgement_ids(candidates)) for candidates in candidates_PG)
     judgements: list[Judgement] = []
     with ctx.runtime.progress(total, f"{ctx.stage}: judging", "judgement") as bar:
-        for judgement in judge.judge(ctx, prompts, candidates_PG):
-            judgements.append(judgement)
-            bar.update()
+        judgements += bar.counting(judge.judge(ctx, prompts, candidates_PG))
     return judgements
 
 

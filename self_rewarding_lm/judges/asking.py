@@ -149,7 +149,8 @@ class Asker:
         completions = ctx.runtime.autocasted(
             ctx.engine_of(model).generate(model, requests, decoding)
         )
-        while some := list(islice(completions, FIRST_LOOK)):
+        scores_later = self.score_mode == "expected" or self.forced_ending
+        while some := list(islice(completions, FIRST_LOOK if scores_later else 1)):
             yield [(asked[index], completion) for index, completion in some]
 
     def _read(
@@ -211,6 +212,8 @@ class Asker:
             else:
                 places += reading.places
                 owners += [reading] * len(reading.places)
+        if not places:
+            return
         parts: dict[str, dict[int, Expected]] = {}  # of readings, by the id of their question
         computed = expected_scores(model, places, reader, ctx.engine_of(model))
         for index, part in ctx.runtime.autocasted(computed):

@@ -649,8 +649,8 @@ def ask(
     missing = [[q for q in group if q.id in missing_ids] for group in questions]
     share = [q for group in ctx.runtime.share([g for g in missing if g]) for q in group]
     with ctx.runtime.progress(len(share), f"{ctx.stage}: judging", "judgement") as bar:
-        for judgements in out.keep(asker.ask(ctx, share)):
-            bar.update(len(judgements))
+        for _ in out.keep(bar.counting(asker.ask(ctx, share))):
+            pass
     out.merge(Judgement)
     return {judgement.id: judgement for judgement in out.read(Judgement)}
 

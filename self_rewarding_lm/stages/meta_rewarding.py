@@ -312,7 +312,8 @@ class JudgePairMaker:
             known_ids = {comparison.id for comparison in known}
             if compared is not None:
                 questions += [q for q in self._questions(compared) if q.id not in known_ids]
-        answers = self.asker.ask(self.ctx, questions) if questions else ()
+        asked = self.asker.ask(self.ctx, questions) if questions else ()
+        answers = self.ctx.runtime.counted(asked, len(questions), "comparison")
         for comparisons in self.out.keep(map(_as_comparison, answers)):
             watcher.count(comparisons)
             if (failure := self._parse_failure()) is not None:

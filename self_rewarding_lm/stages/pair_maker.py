@@ -546,8 +546,11 @@ class PairMaker:
             max_seq_len=self.config.max_seq_len,
             known=known_ids,
         )
+        numbers = range(self.config.num_candidate_responses)
+        total = sum(f"{name}/{n}" not in known_ids for name in missing for n in numbers)
         named = (replace(c, prompt_id=missing[c.prompt_id].prompt.id) for c in sampled)
-        self.keep_candidates(named, missing.values())
+        counted = ctx.runtime.counted(named, total, "candidate")
+        self.keep_candidates(counted, missing.values())
 
     def keep_candidates(
         self, candidates: Iterable[Candidate], block: Collection[JudgedPrompt]
@@ -581,7 +584,10 @@ class PairMaker:
         by_id = {judged.prompt.id: judged for judged in block}
         known_ids = {j.id for judged, _ in to_judge for j in judged.judgements}
         prompts = [judged.prompt for judged, _ in to_judge]
-        judgements = self.judge.judge(self.ctx, prompts, candidates_PG)
+        ids = {i for candidates in candidates_PG for i in self.judge.judgement_ids(candidates)}
+        judgements = self.ctx.runtime.counted(
+            self.judge.judge(self.ctx, prompts, candidates_PG), len(ids - known_ids), "judgement"
+        )
         for batch in batched(self.ctx.runtime.stopping.between(judgements), FIRST_LOOK):
             new = [without_infinite_score(j) for j in batch if j.id not in known_ids]
             self.watcher.count(new)

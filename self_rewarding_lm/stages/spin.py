@@ -160,9 +160,9 @@ class SelfPlayConfig(PreferenceConfig):
         mine = Picked(humans, ctx.runtime.share(missing), asked)
         with ctx.runtime.progress(len(mine), f"{ctx.stage}: own answers", "row") as bar:
             limit = self.max_seq_len
-            for candidate in ctx.sample(mine, self.generation, 1, max_seq_len=limit):
+            sampled = ctx.sample(mine, self.generation, 1, max_seq_len=limit)
+            for candidate in bar.counting(sampled):
                 out.append([candidate])
-                bar.update()
         out.merge(Prompt)
         out.merge(Candidate)
         own = Groups(out.known(Candidate)).in_order(_own_id(n, iteration) for n in humans.ids())

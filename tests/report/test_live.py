@@ -3,18 +3,33 @@
 import io
 import logging
 import re
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
-from self_rewarding_lm import Run
+from self_rewarding_lm import (
+    EnsembleJudge,
+    HeldOutReward,
+    Run,
+    ShuffledJudge,
+    TemporalDPOConfig,
+    runtime,
+)
 from self_rewarding_lm.report.examples import SAMPLE
 from self_rewarding_lm.report.terminal import stage_table
-from self_rewarding_lm.runtime import LogHandler, Progress
+from self_rewarding_lm.runtime import LogHandler, Progress, Runtime
 from self_rewarding_lm.scores import candidate_scores
 from self_rewarding_lm.trainer import Callback
-from tests.test_trainer import external, self_reward, sft, trainer_of
+from tests.stages.test_pair_maker import COMPARISON, numerate
+from tests.test_trainer import PROMPTS, QUICK, SHORT, external, self_reward, sft, trainer_of
+
+
+def letters(completions, **columns):
+    return [float(len(set(text))) for text in completions]
 
 
 class Book(GeneralTracker):
@@ -94,9 +109,125 @@ def test_a_file_gets_a_line_a_minute_and_no_bar(monkeypatch, caplog):
     bar.close()
     lines = shown(caplog)
     assert file.getvalue() == ""
-    times = [f"0{minute}:00" for minute in range(1, 6)]
-    assert [re.sub(r"x: \d+ of 30 pairs after ", "", line) for line in lines[:-1]] == times
+    left = [f"about {minutes} min left" for minutes in (4, 3, 2, 1)] + ["less than a minute left"]
+    shares = zip((5, 11, 17, 23, 29), (17, 37, 57, 77, 97), left, range(1, 6), strict=True)
+    assert lines[:-1] == [
+        f"x: {done} of 30 pairs ({share}%), {words} after 0{minute}:00"
+        for done, share, words, minute in shares
+    ]
     assert lines[-1] == "x: 30 pairs in 05:00"
+
+
+def test_candidates_are_counted_within_a_block_and_its_pairs_once_it_is_done(monkeypatch, caplog):
+    """Time is ours: a candidate takes ten seconds, a block of 12 of them two minutes."""
+    now = [1000.0]
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    caplog.set_level(logging.INFO, "self_rewarding_lm")
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
+    bar = Progress(8, "m2", "pair", shows=True)
+    bar._time = lambda: now[0]
+    bar.start_t = bar.last_print_t = bar.told_at = now[0]
+
+    def sampled():
+        for _ in range(12):
+            now[0] += 10
+            yield
+
+    for _ in range(2):
+        assert len(list(bar.part(sampled(), 12, "candidate"))) == 12
+        bar.update(2)
+    bar.close()
+    assert shown(caplog) == [
+        "m2: 0 of 8 pairs (0%); 6 of 12 candidates (50%), about 1 min left after 01:00",
+        "m2: 0 of 8 pairs (0%); 12 of 12 candidates (100%) after 02:00",
+        "m2: 2 of 8 pairs (25%), about 5 min left; 6 of 12 candidates (50%) after 03:00",
+        "m2: 2 of 8 pairs (25%), about 4 min left; 12 of 12 candidates (100%) after 04:00",
+        "m2: 4 of 8 pairs in 04:00",
+    ]
+
+
+def test_a_file_gets_lines_also_while_nothing_is_done(monkeypatch, caplog):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr(runtime, "EVERY", 0.02)
+    caplog.set_level(logging.INFO, "self_rewarding_lm")
+    with Progress(4, "x", "step", shows=True):
+        deadline = time.monotonic() + 20
+        while len(shown(caplog)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(shown(caplog)) >= 2
+    assert {line.split(" after ")[0] for line in shown(caplog)} == {"x: 0 of 4 steps (0%)"}
+
+
+def test_a_notebook_gets_a_line_that_rewrites_itself_and_no_warning(monkeypatch, recwarn):
+    class ZMQInteractiveShell:
+        """What get_ipython gives in a Jupyter kernel."""
+
+    kernel = SimpleNamespace(get_ipython=ZMQInteractiveShell)
+    monkeypatch.setitem(sys.modules, "IPython", kernel)
+    monkeypatch.setattr("sys.stderr", cell := io.StringIO())
+    with Progress(4, "x", "step", shows=True) as bar:
+        bar.update(2)
+        list(bar.part(range(3), 3, "candidate"))
+        bar.refresh()
+    drawn = cell.getvalue()
+    assert "2/4" in drawn and drawn.count("\r") >= 3 and "\n" not in drawn
+    assert not [w for w in recwarn if "IProgress" in str(w.message)]
+    kernel.get_ipython = lambda: None
+    assert not Progress(4, "x", "step", shows=False).is_live
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (5, "less than a minute left"),
+        (250, "about 4 min left"),
+        (5300, "about 88 min left"),
+        (5400, "about 2 h left"),
+        (36000, "about 10 h left"),
+    ],
+)
+def test_the_time_left_is_told_in_words(seconds, words):
+    assert runtime.time_left(seconds) == words
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        lambda: self_reward(num_sampled_reward_responses=2),
+        lambda: self_reward(comparison=COMPARISON),
+        lambda: self_reward(judge=EnsembleJudge([(letters, 1.0), (letters, 2.0)])),
+        lambda: external(reward_model=letters, judge=ShuffledJudge()),
+        lambda: TemporalDPOConfig(
+            prompt_dataset=PROMPTS,
+            num_generated_preference_pairs=3,
+            num_candidate_responses=2,
+            generation=SHORT,
+            judging=SHORT,
+            dropout=0.0,
+            optim=QUICK,
+        ),
+        lambda: external(
+            reward_model=letters,
+            early_stopper_eval_module=HeldOutReward(["tell 1"], letters, sampling=SHORT),
+        ),
+    ],
+    ids=["scores", "comparisons", "ensemble", "shuffled", "temporal", "held out"],
+)
+def test_so_many_candidates_and_judgements_come_as_were_announced(stage, tmp_path, monkeypatch):
+    told = []
+
+    def counted(self, items, total, unit):
+        items = list(items)
+        told.append((unit, total, len(items)))
+        return iter(items)
+
+    monkeypatch.setattr(Runtime, "counted", counted)
+    run = trainer_of(tmp_path, [stage()], numerate())(rehearse=False)
+    assert all(total == number for _, total, number in told)
+    sampled = sum(number for unit, _, number in told if unit == "candidate")
+    judged = sum(number for unit, _, number in told if unit == "judgement")
+    assert sampled == len(run.candidates(0))
+    assert judged == len([j for j in run.judgements(0) if not j.is_moved])
 
 
 def test_what_is_logged_beside_a_bar_in_a_file_is_one_line(monkeypatch):
@@ -111,8 +242,8 @@ def test_what_is_logged_beside_a_bar_in_a_file_is_one_line(monkeypatch):
         bar.update(2)
         bar.refresh()
         logger.warning("look here")
-    lines = [line.split(" in ")[0].split(" after ")[0] for line in file.getvalue().splitlines()]
-    assert lines == ["x: 2 of 4 steps", "look here", "x: 2 of 4 steps"]
+    lines = [line.split(" in ")[0].split(",")[0] for line in file.getvalue().splitlines()]
+    assert lines == ["x: 2 of 4 steps (50%)", "look here", "x: 2 of 4 steps"]
 
 
 def test_a_line_of_the_log_stands_above_the_bar(monkeypatch):

@@ -236,7 +236,7 @@ class _Rounds:
         # `finished` is None if no token is known to end a text: then only the limit ended it
         answers = [
             (candidate.prompt_id, candidate.text or "", candidate.finished is True)
-            for candidate in runtime.autocasted(candidates)
+            for candidate in runtime.counted(runtime.autocasted(candidates), len(prompts), "list")
         ]
         return {name: (text, finished) for name, text, finished in runtime.gather(answers)}
 
