@@ -88,11 +88,13 @@ def _prompts(flags: Flags, options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _chosen_judge(flags: Flags, options: argparse.Namespace) -> Any:
     """The judge that the flags name; None leaves it to `compare`."""
-    from self_rewarding_lm.config import ComparisonConfig
-
     given = (options.judge, options.reward, options.pairwise or None)
     if sum(value is not None for value in given) > 1:
         raise ConfigError("give one of --judge, --reward and --pairwise.")
     if options.judge is not None:
+        if flags.ways:
+            raise ConfigError("--score and --at-once say how --judge-model judges; --judge is set.")
         return flags.read("--judge", "object")
-    return ComparisonConfig() if options.pairwise else flags.reward()
+    if options.pairwise or (flags.ways and options.reward is None):
+        return flags.comparison()
+    return flags.reward()

@@ -2,10 +2,17 @@
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from self_rewarding_lm.cli.judging_flags import Flags, add_judging_flags, loaded_tokenizer
+from self_rewarding_lm.errors import ConfigError, JudgeError
 from self_rewarding_lm.text import printable
+
+if TYPE_CHECKING:
+    from self_rewarding_lm.records import Judgement
 
 SUMMARY = "measure a judge on replies that people ranked"
 
@@ -15,10 +22,12 @@ How well a model judges replies that people ranked:
 
   self-rewarding-lm judge --model M --ranked ranked.jsonl
   self-rewarding-lm judge --model M --ranked trees.jsonl.gz --reward paper --judgements 3
+  self-rewarding-lm judge --model SMALL --ranked ranked.jsonl --score expected --at-once
 
 Ranked rows are Open Assistant trees, {prompt, chosen, rejected}, {prompt, replies}, {input,
 output_1, output_2, label}, or module:attribute. Intervals are 95 %, resampling whole trees or
-prompts; they say nothing of models that lie inside them.
+prompts; they say nothing of models that lie inside them. If no judgement has a score, some of the
+judge's texts are shown and the exit status is 1.
 """
 
 
@@ -29,17 +38,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from self_rewarding_lm.config import ComparisonConfig, SamplingConfig
+    from self_rewarding_lm.config import SamplingConfig
     from self_rewarding_lm.evaluation.judge_quality import evaluate_judge
     from self_rewarding_lm.evaluation.tables import judge_table
 
+    if options.pairwise and options.reward is not None:
+        raise ConfigError("give one of --reward and --pairwise, not both.")
     flags = Flags(options)
     evaluation = evaluate_judge(
         flags.read("--model", "model"),
         flags.read("--ranked", "dataset"),
         tokenizer=loaded_tokenizer(flags.read("--tokenizer", "tokenizer")),
-        reward=flags.reward(),
-        comparison=ComparisonConfig() if options.pairwise else None,
+        reward=None if options.pairwise else flags.reward(),
+        comparison=flags.comparison() if options.pairwise else None,
         judging=flags.settings("--judging", SamplingConfig),
         num_judgements=options.judgements,
         chat_template=options.chat_template,
@@ -51,6 +62,24 @@ def run(options: argparse.Namespace) -> int:
         calibration = None if evaluation.calibration is None else asdict(evaluation.calibration)
         words |= {"histogram": dict(evaluation.histogram), "calibration": calibration}
         print(json.dumps(words, indent=2))
-    else:
+    elif evaluation.parse_rate:
         print(printable(judge_table(evaluation)))
+    if not evaluation.parse_rate:
+        raise JudgeError(_nothing_read(evaluation.judgements))
     return 0
+
+
+def _nothing_read(judgements: "Sequence[Judgement]") -> str:
+    """The error of a judge of whose judgements none could be read, with what to do."""
+    from self_rewarding_lm.judges.tally import unread_texts
+
+    reasons = Counter(str(j.reason) for j in judgements).most_common()
+    said = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    return (
+        f"none of {len(judgements)} judgements has a score: {said}. What the judge wrote:\n"
+        f"{unread_texts(judgements)}\n"
+        "Take the score from the probabilities of the numbers (--score expected), and without a "
+        "review before it (--score expected --at-once); or give its texts more room (--judging "
+        "'{max_new_tokens: 512}') if they are cut off; or name a --reward whose template says how "
+        "it writes a score; a shorter one if the reason is too_long."
+    )

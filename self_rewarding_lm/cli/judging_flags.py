@@ -13,6 +13,14 @@ def add_judging_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the judge, of sampling and of what is printed."""
     parser.add_argument("--reward", metavar="PROMPT", help=REWARD)
     parser.add_argument("--pairwise", action="store_true", help="show two, in both orders")
+    parser.add_argument(
+        "--score",
+        choices=("sampled", "expected"),
+        help="read what the judge wrote, or take the mean of the numbers by their probabilities",
+    )
+    parser.add_argument(
+        "--at-once", action="store_true", help="ask for the score alone, without a review"
+    )
     parser.add_argument("--judgements", type=int, default=1, metavar="N", help="averaged (1)")
     parser.add_argument("--judging", metavar="YAML", help="as '{temperature: 0}'")
     parser.add_argument("--tokenizer", metavar="T", help="default: the model's own")
@@ -54,7 +62,33 @@ class Flags:
         self._raise_problems()
         return settings
 
+    @property
+    def ways(self) -> dict[str, Any]:
+        """The settings of --score and --at-once; empty if neither is given."""
+        ways: dict[str, Any] = {}
+        if self.options.score is not None:
+            ways["score_mode"] = self.options.score
+        if self.options.at_once:
+            ways["forced_ending"] = "at_once"
+        return ways
+
+    def comparison(self) -> Any:
+        """The prompt of --pairwise."""
+        from self_rewarding_lm.config import ComparisonConfig
+
+        return ComparisonConfig(**self.ways)
+
     def reward(self) -> Any:
+        """The reward prompt of --reward, scored as --score and --at-once say; None if no flag says
+        anything of it."""
+        from self_rewarding_lm.config import DEFAULT_REWARD_CONFIG
+
+        named = self._named_reward()
+        if not self.ways:
+            return named
+        return (named or DEFAULT_REWARD_CONFIG).model_copy(update=self.ways)
+
+    def _named_reward(self) -> Any:
         """The reward prompt of --reward, or None."""
         from self_rewarding_lm.recipes.reader import OBJECT_NAME
         from self_rewarding_lm.recipes.settings import RUBRICS

@@ -31,6 +31,7 @@ from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.make import check_judge, make_judge
+from self_rewarding_lm.judges.tally import unread_texts
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
 from self_rewarding_lm.runs.fingerprint import as_named_now, fingerprint_of
 from self_rewarding_lm.runs.lines import batched
@@ -391,9 +392,11 @@ def _comparison(
     scores = judge.scores_of_all([candidates for _, candidates in groups], judgements)
     outcomes = [outcome(scores[one.id], scores[other.id]) for _, (one, other) in groups]
     if not any(known is not None for known in outcomes):
+        wrote = f" What it wrote:\n{unread_texts(judgements)}\n" if judgements else " "
         raise JudgeError(
-            f"the judge gave no verdict on any of {len(groups)} pairs of responses. Make its "
-            "prompt fit what it writes, or raise judging.max_new_tokens."
+            f"the judge gave no verdict on any of {len(groups)} pairs of responses.{wrote}Make its "
+            "prompt fit what it writes, raise judging.max_new_tokens, or take the labels' "
+            "probabilities (score_mode='expected', forced_ending='at_once')."
         )
     rates = win_rates(
         outcomes,

@@ -6,10 +6,10 @@ number of processes changes a measure. The checks look at the counts while they 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 from self_rewarding_lm.checks import PAGE, Checker
@@ -189,6 +189,12 @@ ADVICE = (
 )
 
 
+def unread_texts(judgements: Iterable[Judgement | MetaJudgement]) -> str:
+    """The first judgements without a score in lines: the reason, and what the judge wrote."""
+    unread = islice((j for j in judgements if j.score is None), SHOWN)
+    return "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in unread)
+
+
 class JudgeWatcher:
     """Checks the judgements of a stage on one of `world` processes.
 
@@ -231,7 +237,7 @@ class JudgeWatcher:
         """The check `min_parse_rate`. where: the stage's folder. noun: names what was counted."""
         if self.judged < self.look or self.scored >= self.min_parse_rate * self.judged:
             return None
-        texts = "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in self.unread)
+        texts = unread_texts(self.unread)
         return (
             f"{stage}: only {self.scored} of {self.judged} {noun} "
             f"({self.scored / self.judged:.0%}) gave a score; at least "

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from self_rewarding_lm import MarkedRubric, RewardConfig, SamplingConfig, evaluate_judge
-from self_rewarding_lm.cli import main
+from self_rewarding_lm.cli import main, make_parser
+from self_rewarding_lm.cli.judging_flags import Flags
 from self_rewarding_lm.evaluation.judge_quality import read_ranked
 from tests.cli.test_cli import write_lines
 from tests.support.hf_models import tiny, word_tokenizer
@@ -88,7 +89,7 @@ def test_the_same_numbers_come_as_json(folder, capsys):
 
 
 def test_a_pairwise_judge_says_what_position_does(folder, capsys):
-    assert main([*JUDGE, "--pairwise", "--json"]) == 0
+    assert main([*JUDGE, "--pairwise", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["metrics"]["parse_rate"] == 0.0  # it is random
 
 
@@ -161,7 +162,9 @@ def test_a_file_of_trees_gives_all_its_ranked_replies(tmp_path):
 def test_a_judge_is_read_by_marks_that_a_yaml_file_names(folder, capsys):
     marks = 'prompt_template: "{{ prompt }} {{ response }}"\nmarks: {items: 1, yes: is, no: not}\n'
     (folder / "reward.yaml").write_text(marks)
-    assert main([*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw", "--json"]) == 0
+    assert (
+        main([*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw", "--json"]) == 1
+    )  # it is random
     told = json.loads(capsys.readouterr().out)
     reward = RewardConfig(
         prompt_template="{{ prompt }} {{ response }}",
@@ -176,7 +179,9 @@ def test_a_judge_is_read_by_marks_that_a_yaml_file_names(folder, capsys):
 
 
 def test_the_command_says_what_the_function_says(folder, capsys):
-    assert main([*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw", "--json"]) == 0
+    assert (
+        main([*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw", "--json"]) == 1
+    )  # it is random
     told = json.loads(capsys.readouterr().out)["metrics"]
     reward = RewardConfig(
         prompt_template="{{ prompt }} {{ response }}",
@@ -186,3 +191,54 @@ def test_the_command_says_what_the_function_says(folder, capsys):
     judging = SamplingConfig(max_new_tokens=16, temperature=1.0)
     options = dict(reward=reward, judging=judging, chat_template="raw", quiet=True)
     assert told == evaluate_judge("m0", RANKED, **options).metrics()
+
+
+def test_a_judge_of_which_nothing_can_be_read_shows_its_texts_and_what_to_do(folder, capsys):
+    asked = [*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw"]
+    assert main(asked) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    words = "self-rewarding-lm: error: none of 6 judgements has a score: 6 no_score. "
+    lines = told.err[told.err.index(words) :].splitlines()
+    texts = [j.text for j in evaluate_judge("m0", RANKED, **read_as()).judgements]
+    assert [line.split(": ", 1)[1] for line in lines[1:4]] == [repr(text) for text in texts[:3]]
+    assert "--score expected --at-once" in lines[4] and "max_new_tokens: 512" in lines[4]
+    assert main([*asked, "--json"]) == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out)["metrics"]["parse_rate"] == 0 and "none of 6" in told.err
+
+
+def read_as():
+    reward = RewardConfig(
+        prompt_template="{{ prompt }} {{ response }}",
+        reward_regex_template="Score: {{ reward }}",
+        score_range=(0, 5),
+    )
+    sampling = SamplingConfig(max_new_tokens=16, temperature=1.0)
+    return dict(reward=reward, judging=sampling, chat_template="raw", quiet=True)
+
+
+@pytest.mark.parametrize("given", [[], ["--reward", "reward.yaml"], ["--pairwise"]])
+def test_scores_from_probabilities_are_asked_for_by_flags(folder, capsys, given):
+    options = make_parser().parse_args([*JUDGE, *given, "--score", "expected", "--at-once"])
+    flags = Flags(options)
+    prompt = flags.comparison() if options.pairwise else flags.reward()
+    assert (prompt.score_mode, prompt.forced_ending) == ("expected", "at_once")
+    plain = Flags(make_parser().parse_args([*JUDGE, *given]))
+    before = plain.comparison() if options.pairwise else plain.reward()
+    assert before is None or (before.score_mode, before.forced_ending) == ("sampled", False)
+    assert before is None or before.prompt_template == prompt.prompt_template
+
+
+def test_a_score_at_once_needs_no_text(folder, capsys):
+    asked = [*JUDGE, "--reward", "reward.yaml", "--chat-template", "raw", "--json"]
+    main([*asked, "--score", "expected", "--at-once"])
+    told = capsys.readouterr()
+    reasons = {"low_mass"} if "none of 6" in told.err else set()
+    assert not reasons or "low_mass" in told.err
+    assert "no_score" not in told.err
+    both = ["--judge", "objects_of_it:longer", "--score", "expected"]
+    assert main([*COMPARE, *both]) == 1
+    assert "--judge is set" in capsys.readouterr().err
+    assert main([*JUDGE, "--pairwise", "--reward", "paper"]) == 1
+    assert "give one of --reward and --pairwise" in capsys.readouterr().err

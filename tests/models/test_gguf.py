@@ -128,8 +128,8 @@ def test_the_merged_folder_needs_neither_file_nor_peft(trained):
 
 def test_it_judges(trained, at, capsys):
     judge = ["judge", "--model", str(adapter_of(trained)), "--ranked", "ranked.jsonl", "--json"]
-    assert main([*judge, "--judging", SHORT, "--quiet", "--reward", "short"]) == 0
-    assert "parse_rate" in json.loads(capsys.readouterr().out)["metrics"]
+    assert main([*judge, "--judging", SHORT, "--quiet", "--reward", "short"]) == 1
+    assert json.loads(capsys.readouterr().out)["metrics"]["parse_rate"] == 0  # it is random
 
 
 def test_it_is_compared_with_its_base(trained, at, capsys):
