@@ -188,8 +188,10 @@ class Context:
             if shares:
                 self._join_main_server()
             yield
-            if shares:
-                runtime.barrier()
+            if shares and isinstance(engine, ServerEngine):
+                runtime.barrier()  # all are through
+                engine.rest()
+                runtime.barrier()  # before weights come back to where the server was
 
     def check_needs(self, needs: Sequence[Need]) -> None:
         """Before a run: raise ConfigError for what a server that is running already cannot do."""
@@ -218,9 +220,12 @@ class Context:
         """All processes use the server that the main one starts; all raise its error."""
         engine, runtime, address = self.engine, self.runtime, None
         assert isinstance(engine, ServerEngine)
+        if not runtime.is_main:
+            engine.make_room(self.model)
+        runtime.barrier()
         if runtime.is_main:
             try:
-                address = engine.address()
+                address = engine.address(self.model)
             except SelfRewardingError as error:
                 address = error
         address = runtime.from_main(address)

@@ -31,6 +31,7 @@ from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, StoreError, typed
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.inference import products_unused_by
 from self_rewarding_lm.models.interface import TokenModel, device_of
@@ -223,8 +224,9 @@ class SelfRewardingTrainer:
         """
         if overwrite_checkpoints is None:
             overwrite_checkpoints = os.environ.get(OVERWRITE_VARIABLE, "") not in ("", "0")
-        runtime = self.runtime
-        with alone(self.folder, runtime), runtime.stopping.listening(), runtime.at_work():
+        runtime, engine = self.runtime, self.engine
+        keeping = engine.kept() if isinstance(engine, ServerEngine) else nullcontext()
+        with alone(self.folder, runtime), runtime.stopping.listening(), runtime.at_work(), keeping:
             return self._run_all(overwrite_checkpoints, rehearse)
 
     def _run_all(self, overwrite_checkpoints: bool, rehearse: bool) -> Run:

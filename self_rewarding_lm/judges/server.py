@@ -27,6 +27,7 @@ from self_rewarding_lm.generation.server.completions import (
     refused_settings,
     text_of,
 )
+from self_rewarding_lm.generation.server.window import Window
 from self_rewarding_lm.judges.asking import Question
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.parsing import VerdictForm
@@ -88,7 +89,7 @@ class ServerJudge(Judge):
         num_judgements: int = 1,
         name: str | None = None,
         api_key: str | None = None,
-        max_in_flight: int = 64,
+        max_in_flight: int | None = None,
         timeout: float = 600.0,
         max_retries: int = 8,
         extra: Mapping[str, Any] = {},
@@ -98,7 +99,7 @@ class ServerJudge(Judge):
         self.client = HttpClient(
             url,
             api_key=api_key,
-            max_in_flight=max_in_flight,
+            window=Window(max_in_flight),
             timeout=timeout,
             max_retries=max_retries,
         )

@@ -1310,6 +1310,17 @@ def launch_without_weights(folder):
     return lambda: ServerEngine(launch="vllm serve model --port 8000")
 
 
+@mistake("environment", "A server that is to stay for the whole run and cannot sleep")
+def launch_without_sleep(folder):
+    launch = "vllm serve {checkpoint} --port {port}"
+    return lambda: ServerEngine(launch=launch, reload="vllm")
+
+
+@mistake("environment", "A running server that is to take weights")
+def reload_of_a_running_server(folder):
+    return lambda: ServerEngine(url="http://localhost:1", reload="vllm")
+
+
 @mistake("environment", "A server that is not there")
 def no_server(folder):
     engine = ServerEngine(url="http://127.0.0.1:9", max_retries=0, timeout=1.0)

@@ -1,13 +1,22 @@
 """The fake server's vLLM against vLLM's own code: its fields, its limits, what ends an answer.
 
+And our commands to a server that is kept, against vLLM's own paths in front of an engine that notes
+what it is asked.
+
 It needs the vllm wheel, without its CUDA packages: what is imported runs on a CPU.
 """
 
+import threading
+import time
+from contextlib import contextmanager
 from itertools import cycle, product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from self_rewarding_lm.generation.server.process import LaunchedServer
+from self_rewarding_lm.generation.server.reloading import VllmReload
 from tests.support.fake_server import END, letters_of, refusal, text_of, worked
 
 pytestmark = pytest.mark.slow
@@ -79,3 +88,82 @@ def test_the_fake_server_ends_answers_where_vllm_does():
             assert (theirs[0], theirs[1], theirs[2]) == (new, finish, by), body
         compared += 1
     assert compared == 5 * 4 * 5 * 5 * 2 * 3
+
+
+class NotingEngine:
+    """What stands behind vLLM's paths: it does nothing and notes what it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        async def note(*args, **named):
+            self.asked.append((name, args, named))
+            return [None] if name == "collective_rpc" else name != "is_sleeping"
+
+        return note
+
+
+@contextmanager
+def vllm_paths(engine):
+    """vLLM's own paths of sleeping, reloading and adapters, served on a port."""
+    uvicorn, fastapi = pytest.importorskip("uvicorn"), pytest.importorskip("fastapi")
+    from importlib import import_module
+
+    app = fastapi.FastAPI()
+    app.state.engine_client = engine
+    for part in ("sleep", "cache", "rpc"):
+        import_module(f"vllm.entrypoints.serve.dev.{part}.api_router").attach_router(app)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    launched = LaunchedServer(
+        "x {checkpoint} {port}", Path("unused"), start_timeout=30, stop_timeout=1
+    )
+    launched.port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield lambda path, body: launched.order(path, body, None)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_the_commands_to_a_kept_server_are_those_that_vllm_knows():
+    pytest.importorskip("vllm")
+    pytest.importorskip("vllm.entrypoints.serve.dev.sleep.api_router")
+    engine, reload = NotingEngine(), VllmReload()
+    with vllm_paths(engine) as order:
+        reload.sleep(order, is_adapter=False)
+        reload.wake(order, Path("/weights"), None)
+        reload.sleep(order, is_adapter=True)
+    assert engine.asked == [
+        ("sleep", (2, "abort"), {}),
+        ("wake_up", (["weights"],), {}),
+        (
+            "collective_rpc",
+            (),
+            {"method": "reload_weights", "timeout": None, "args": (), "kwargs": {}},
+        ),
+        ("wake_up", (["kv_cache"],), {}),
+        ("reset_prefix_cache", (False, False), {}),
+        ("sleep", (1, "abort"), {}),
+    ]
+
+
+def test_an_adapter_is_loaded_in_place_by_a_request_that_vllm_reads():
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+    sent = {}
+
+    def order(path, body):
+        sent[path] = body
+
+    VllmReload().wake(order, Path("/weights"), "policy")
+    read = LoadLoRAAdapterRequest(**sent["/v1/load_lora_adapter"])
+    assert (read.lora_name, read.lora_path, read.load_inplace) == ("policy", "/weights", True)
+    assert set(sent["/v1/load_lora_adapter"]) <= set(LoadLoRAAdapterRequest.model_fields)
+    assert list(sent) == ["/wake_up", "/v1/load_lora_adapter", "/reset_prefix_cache"]

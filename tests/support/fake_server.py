@@ -2,9 +2,14 @@
 
 Its "model" is known by hand: behind ids that end in x it writes the letters x+1, x+2, ... of the
 alphabet, 1 + seed % 5 of them, then its end token. As a program it serves a folder:
-`python tests/support/fake_server.py FOLDER PORT [slow] [stubborn] [broken]`.
+`python tests/support/fake_server.py FOLDER PORT [slow] [stubborn] [broken]`. With
+--enable-sleep-mode (as vLLM) or --enable-memory-saver (as SGLang) it keeps the weights in FOLDER, a
+table of logits by the last token, until it is given others, and refuses commands out of order.
+`stale`: it takes those that it began with again. `remembers`: it keeps its prefix cache. `spoils`: it takes
+them wrongly.
 """
 
+import array
 import hashlib
 import itertools
 import json
@@ -18,6 +23,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 ALPHABET = string.ascii_lowercase + string.digits + " :.<>?S\n"
 """Of tests.support.models, whose import takes seconds."""
@@ -90,6 +96,132 @@ def distribution(ids):
     return [w / sum(weights) for w in weights]
 
 
+class RefusedError(Exception):
+    """A command that comes when it must not."""
+
+
+class Kept:
+    """Weights of a server that goes on running, its cache, and what of it is on the device.
+
+    kind: whose commands it knows. folder: what it was started on. how: what it does wrong. Each
+    command is appended to orders.jsonl.
+    """
+
+    def __init__(self, kind, folder, how):
+        self.kind, self.folder, self.how = kind, Path(folder), how
+        self.log = self.folder.parent.parent / "orders.jsonl"
+        self.on_device = {"weights", "kv_cache"}
+        self.is_adapter = (self.folder / "adapter_model.safetensors").exists()
+        self.adapters = {"policy"} if self.is_adapter else set()
+        self.cache = {}
+        self.first = self.table = table_of(self.folder)
+
+    def distribution(self, ids):
+        """Of the next token; what the cache has of these ids is not computed again."""
+        key = tuple(ids)
+        if key not in self.cache:
+            row = [0.0] * VOCAB if self.table is None else self.table[ids[-1]]
+            most = max(row)
+            weights = [math.exp(x - most) for x in row]
+            self.cache[key] = [w / sum(weights) for w in weights]
+        return self.cache[key]
+
+    def take(self, folder):
+        self.table = self.first if "stale" in self.how else table_of(Path(folder))
+        if "spoils" in self.how:
+            self.table = [[3.0 * x for x in reversed(row)] for row in self.table]
+
+    def forget(self):
+        if "remembers" not in self.how:
+            self.cache = {}
+
+    def must(self, holds, words):
+        if not holds:
+            raise RefusedError(words)
+
+    def order(self, path, query, body):
+        """What a command is answered with; None if there is no such path."""
+        known = self.of_vllm if self.kind == "vllm" else self.of_sglang
+        with self.log.open("a") as file:
+            file.write(json.dumps([path, query, body]) + "\n")
+        return known(path, query, body)
+
+    def of_vllm(self, path, query, body):
+        is_dev = os.environ.get("VLLM_SERVER_DEV_MODE") == "1"
+        if path == "/v1/load_lora_adapter" and os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+            self.must("weights" in self.on_device, "the engine sleeps")
+            is_known = body["lora_name"] in self.adapters
+            self.must(body["load_inplace"] or not is_known, "has already been loaded")
+            self.take(body["lora_path"])
+            return f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+        if not is_dev:
+            return None
+        if path == "/sleep":
+            self.must(len(self.on_device) == 2, "it sleeps already")
+            if query["level"] == "2":
+                self.table = None
+            self.on_device = set()
+            self.forget()
+            return {"status": "sleeping"}
+        if path == "/wake_up":
+            tags = {query["tags"]} if "tags" in query else {"weights", "kv_cache"}
+            self.must(not tags & self.on_device, "it is awake")
+            self.on_device |= tags
+            return {"status": "awake" if len(self.on_device) == 2 else "sleeping"}
+        if path == "/collective_rpc":
+            self.must("weights" in self.on_device, "CUDA error: an illegal memory access")
+            self.must(body["method"] == "reload_weights", "no such method")
+            self.take(self.folder)
+            return {"results": [None]}
+        if path == "/reset_prefix_cache":
+            self.forget()
+            return {"success": len(self.on_device) == 2}
+        return None
+
+    def of_sglang(self, path, query, body):
+        if path == "/release_memory_occupation":
+            self.must({*body["tags"]} <= self.on_device, "it is released already")
+            self.on_device -= {*body["tags"]}
+            if "weights" in body["tags"]:
+                self.table = None
+            self.forget()
+            return "null"
+        if path == "/resume_memory_occupation":
+            self.must(not {*body["tags"]} & self.on_device, "KeyError")
+            self.on_device |= {*body["tags"]}
+            return "null"
+        if path == "/update_weights_from_disk":
+            self.must("weights" in self.on_device and not self.is_adapter, "no memory for weights")
+            self.take(body["model_path"])
+            return {"success": True, "message": "", "num_paused_requests": 0}
+        if path == "/unload_lora_adapter":
+            self.must(body["lora_name"] in self.adapters, "no such adapter")
+            self.adapters.remove(body["lora_name"])
+            return {"success": True}
+        if path == "/load_lora_adapter":
+            self.must(body["lora_name"] not in self.adapters, "already loaded")
+            self.adapters.add(body["lora_name"])
+            self.take(body["lora_path"])
+            return {"success": True}
+        if path == "/flush_cache":
+            self.forget()
+            return "Cache flushed."
+        return None
+
+
+def table_of(folder):
+    """The numbers of the tensor `table` in a folder of weights, by rows."""
+    names = ("adapter_model.safetensors", "model.safetensors")
+    [file] = [folder / name for name in names if (folder / name).exists()]
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    [entry] = [entry for name, entry in header.items() if name.endswith("table")]
+    begin, end = entry["data_offsets"]
+    numbers = array.array("f", data[8 + length :][begin:end])
+    return [list(numbers[n : n + VOCAB]) for n in range(0, len(numbers), VOCAB)]
+
+
 class FakeServer(ThreadingHTTPServer):
     """kind: "vllm" and "sglang" take and give ids and know all fields; "transformers" takes text and
     its own fields; "ids" and "text" take OpenAI's fields alone; "llama.cpp" takes text,
@@ -113,6 +245,7 @@ class FakeServer(ThreadingHTTPServer):
         self.listed = None  # bytes in place of the list of models
         self.refusal_words = "told to say"
         self.prompt_scores = True
+        self.kept = None
         self.seen, self.answered, self.tries = [], Counter(), Counter()
         self.in_flight = self.most_in_flight = 0
         self.says, self.ends = lambda body: "Score: 3", lambda body: "stop"
@@ -156,6 +289,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if server.kept is not None and self.ordered(server.kept, body):
+            return
         key = json.dumps(body, sort_keys=True)
         with server.lock:
             server.seen.append(body)
@@ -168,6 +303,33 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.in_flight -= 1
+
+    def ordered(self, kept, body):
+        """Answer a command; whether it was one. Whoever asks one that sleeps waits in vain."""
+        parts = urlsplit(self.path)
+        if parts.path == "/generate":
+            chances = kept.distribution(body["input_ids"])
+            said = [[math.log(chances[t]), t, None] for t in body["token_ids_logprob"]]
+            self.send(200, {"meta_info": {"output_token_ids_logprobs": [said]}})
+            return True
+        if parts.path.endswith("completions"):
+            if len(kept.on_device) < 2:
+                self.send(400, {"error": {"message": "the engine sleeps"}})
+            return len(kept.on_device) < 2
+        with self.server.lock:
+            query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+            try:
+                answer = kept.order(parts.path, query, body)
+            except RefusedError as error:
+                self.send(500, {"error": {"message": str(error)}})
+                return True
+        if answer is None:
+            self.send(404, {"detail": "Not Found"})
+        elif isinstance(answer, str):
+            self.send_bytes(200, answer.encode(), {"Content-Type": "text/plain"})
+        else:
+            self.send(200, answer)
+        return True
 
     def answer(self, fault, body, key):
         server = self.server
@@ -269,7 +431,8 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         named = body.get("return_tokens_as_token_ids") and server.gives != "text"
         named = named and server.kind == "vllm"
-        chances = distribution(ids)
+        kept = server.kept
+        chances = distribution(ids) if kept is None else kept.distribution(ids)
         shown = sorted(range(VOCAB), key=lambda t: -chances[t])[: min(body["logprobs"], 20)]
         shown = shown[: server.most_top]
         if server.scores == "exact" and "logprob_token_ids" in body:
@@ -313,7 +476,11 @@ def main():
     record = {"folder": folder, "pid": os.getpid(), "weights": said}
     with (Path(folder).parent.parent / "served.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
-    FakeServer(int(port), model=folder).serve_forever()
+    server = FakeServer(int(port), model="policy" if "adapter" in how else folder)
+    for flag, kind in (("--enable-sleep-mode", "vllm"), ("--enable-memory-saver", "sglang")):
+        if flag in how:
+            server.kind, server.kept = kind, Kept(kind, folder, how)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -119,3 +119,61 @@ def log_probs_are_those_of_probabilities_or_malformed(completions, case):
         if isinstance(found, dict):
             assert all(0 <= token < 10**9 for token in found)
             assert math.fsum(map(math.exp, values)) <= 1.01
+
+
+PAYS = 1.1
+LIMIT = 1024
+
+
+@over(
+    "generation.server.window",
+    st.tuples(st.integers(1, 3000), st.none() | st.integers(1, 300)),
+    mutants={
+        "if self._rate and rate < GAIN * self._rate:": "if rate < GAIN * self._rate / 3:",
+        "self._stay(self.size // 2)": "self._stay(self.size)",
+        "min(self._most, 2 * self.size)": "2 * self.size",
+        "self._climbs = given is None": "self._climbs = True",
+        "if self._began is None:": "if False:",
+    },
+    examples=60,
+)
+def a_window_doubles_as_long_as_the_server_answers_more_by_a_tenth(window, case):
+    """A server that works on `capacity` requests at once, each for a second."""
+    capacity, given = case
+    wanted = given or 64
+    while given is None and wanted < LIMIT:
+        if min(2 * wanted, capacity) < PAYS * min(wanted, capacity):
+            break
+        wanted *= 2
+    found, now = window.Window(given), 0.0
+    for _ in range(12_000):
+        now += 1 / min(found.size, capacity)
+        found.answered(now)
+        assert found.size <= (given or LIMIT)
+    assert found.size == wanted
+
+
+@over(
+    "generation.server.window",
+    st.tuples(st.integers(1, 500), st.none() | st.integers(1, 300)),
+    mutants={
+        "self.size = max(1, self.size // 2)": "self.size = self.size // 2",
+        "max(1, self.size // 8)": "self.size // 8",
+        "if self._refusals == 0:": "if True:",
+        "self._refusals = self.size": "self._refusals = 10**9",
+    },
+    examples=60,
+)
+def a_window_that_a_busy_server_halved_comes_back_to_what_it_takes(window, case):
+    """A server that refuses all that is beyond `capacity`; each windowful is refused at once."""
+    capacity, given = case
+    found, now, sizes = window.Window(given), 0.0, []
+    for step in range(12_000):
+        for _ in range(found.size if found.size > capacity else 0):
+            found.refused()
+        now += 1 / min(found.size, capacity)
+        found.answered(now)
+        if step > 9_000:
+            sizes.append(found.size)
+    most = min(given or LIMIT, capacity)
+    assert max(sizes) <= max(1.25 * most, most + 2) and min(sizes) >= most // 3

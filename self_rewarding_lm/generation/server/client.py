@@ -21,6 +21,7 @@ from threading import Thread
 from typing import Any
 
 from self_rewarding_lm.errors import ConfigError, ServerError
+from self_rewarding_lm.generation.server.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,10 @@ CONNECT_SECONDS = 10.0
 
 
 POLL_SECONDS = 0.5
+
+
+TURN_SECONDS = 0.05
+"""How often a request looks whether it may be sent, after the server was found busy."""
 
 
 LONGEST_NAMED_WAIT = 300.0
@@ -148,8 +153,9 @@ class HttpClient:
     timeout: seconds for one whole try, from the connection to the answer's last byte. A try that
     may succeed later (no connection, timeout, status 408, 409, 425, 429, 5xx) is repeated
     `max_retries` times; the waits are first_wait, twice that and so on up to longest_wait, or what
-    the server's Retry-After says. A redirect is followed to the same host only. An answer that is
-    compressed, which is not asked for, or has more than MOST_BYTES is not read.
+    the server's Retry-After says. window: how many requests may be in flight at once. A redirect is
+    followed to the same host only. An answer that is compressed, which is not asked for, or has
+    more than MOST_BYTES is not read.
     """
 
     def __init__(
@@ -157,7 +163,7 @@ class HttpClient:
         url: str,
         *,
         api_key: str | None = None,
-        max_in_flight: int = 64,
+        window: Window | None = None,
         timeout: float = 600.0,
         max_retries: int = 8,
         first_wait: float = 0.5,
@@ -168,9 +174,10 @@ class HttpClient:
         if not re.match(r"https?://", self.url):
             raise ConfigError(f"url must begin with http:// or https://; got {url!r}.")
         self.api_key = api_key
-        self.max_in_flight, self.timeout, self.max_retries = max_in_flight, timeout, max_retries
+        self.window = window or Window()
+        self.timeout, self.max_retries = timeout, max_retries
         self.first_wait, self.longest_wait = first_wait, longest_wait
-        self._answered = 0
+        self._answered = self._in_flight = 0
         self._logged_reasons: set[str] = set()
         self._retries_logged_at = -RETRIES_LOGGED_SECONDS
 
@@ -240,21 +247,38 @@ class HttpClient:
     ) -> None:
         async with _open_client(self.url, self.api_key, self.timeout) as client:
 
-            async def work() -> None:
-                for index, body in bodies:  # shared by all: each body goes to one of them
-                    content = dict(body)
-                    answer = await self._answer(
-                        lambda content=content: client.post(path, body=content, cast_to=object)
-                    )
-                    put((index, self.logged(answer) if isinstance(answer, Refusal) else answer))
+            async def work(index: int, body: Body) -> None:
+                send = partial(client.post, path, body=dict(body), cast_to=object)
+                answer = await self._answer(send)
+                put((index, self.logged(answer) if isinstance(answer, Refusal) else answer))
 
-            workers = [asyncio.create_task(work()) for _ in range(self.max_in_flight)]
+            def end(task: asyncio.Task[None]) -> None:
+                running.discard(task)
+                ended.append(task)
+                some_ended.set()
+
+            window, running = self.window, set[asyncio.Task[None]]()
+            ended, some_ended = list[asyncio.Task[None]](), asyncio.Event()
+            window.begin()
             try:
-                await asyncio.gather(*workers)
+                waiting = next(bodies, None)
+                while waiting is not None or running or ended:
+                    while waiting is not None and len(running) < window.size:
+                        task = asyncio.create_task(work(*waiting))
+                        running.add(task)
+                        task.add_done_callback(end)
+                        waiting = next(bodies, None)
+                    await some_ended.wait()
+                    some_ended.clear()
+                    while ended:
+                        ended.pop().result()  # raises its error
+                        if waiting is not None:
+                            window.answered(time.monotonic())
             finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+                left = list(running)
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
 
     async def _answer(
         self,
@@ -269,7 +293,7 @@ class HttpClient:
         """
         answered_before, attempt = self._answered, 0
         while True:
-            result = await _try_once(send, self.timeout)
+            result = await self._in_turn(send)
             if not isinstance(result, _Problem):
                 self._answered += 1
                 return result
@@ -283,6 +307,8 @@ class HttpClient:
             retries = min(self.max_retries, TRIAL_RETRIES) if is_quick else self.max_retries
             if attempt >= retries:
                 break
+            if status in BUSY:
+                self.window.refused()
             wait = self._wait(attempt, result)
             attempt += 1
             self._log_retry(result, wait, attempt, retries)
@@ -291,6 +317,18 @@ class HttpClient:
         if is_lost:  # there is no server, or no other request was answered meanwhile
             raise ServerError(self._message(result, f"gave no answer in {attempt + 1} tries"))
         return Refusal(f"gave_up_{status or result.word}", result.message)
+
+    async def _in_turn(
+        self, send: Callable[[], Coroutine[Any, Any, Any]]
+    ) -> Body | Refusal | _Problem:
+        """One try, once fewer requests are in flight than the window has room for."""
+        while self._in_flight >= self.window.size:
+            await asyncio.sleep(TURN_SECONDS)
+        self._in_flight += 1
+        try:
+            return await _try_once(send, self.timeout)
+        finally:
+            self._in_flight -= 1
 
     def _log_retry(self, problem: _Problem, wait: float, retry: int, retries: int) -> None:
         now = time.monotonic()

@@ -349,6 +349,22 @@ def answered_logprobs(answer: Body) -> dict[int, float] | None:
     return logprobs
 
 
+def named_logprobs(answer: Body) -> dict[int, float]:
+    """The log-probs of the ids that were asked for at the first new token, as SGLang gives them.
+
+    Raises MalformedAnswerError if they cannot be log-probs.
+    """
+    meta = mapping_of(answer.get("meta_info"))
+    first = next(iter(_list_of(meta.get("output_token_ids_logprobs") or [])), None) or []
+    found = {}
+    for entry in _list_of(first):
+        value, token, *_ = [*_list_of(entry), None, None]
+        if type(token) is not int or token < 0:
+            raise MalformedAnswerError(f"{token!r:.40} is no id")
+        found[token] = _logprob_of(value)
+    return found
+
+
 def prompt_logprob(answer: Body, token: int) -> float | None:
     """The log-prob of the prompt's last token, which is `token`; None if the server gives none.
 

@@ -1,16 +1,17 @@
 """Generation by an inference server with OpenAI's completions API, which runs or is started here.
 
 The Engine protocol over HTTP: token ids in, token ids out. Knows nothing of stages and records. A
-server that is started here serves one folder of weights, saved for it, and is stopped afterwards.
+server that is started here serves a folder of weights, saved for it, and is stopped afterwards, or
+sleeps until it gets others.
 """
 
 import logging
-import shutil
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from types import TracebackType
 from typing import Any
 
 from self_rewarding_lm.data.tokens import Tokens
@@ -19,6 +20,7 @@ from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.generation.server.chances import NodeAsker, check_chances
 from self_rewarding_lm.generation.server.client import (
+    API_KEY_VARIABLE,
     MALFORMED,
     Body,
     HttpClient,
@@ -34,8 +36,12 @@ from self_rewarding_lm.generation.server.completions import (
     find_abilities,
     try_settings,
 )
-from self_rewarding_lm.generation.server.process import LaunchedServer, check_command
+from self_rewarding_lm.generation.server.folder import FolderServer
+from self_rewarding_lm.generation.server.proof import own_logprobs, rows_of, tokens_of
+from self_rewarding_lm.generation.server.reloading import RELOADS, ReloadName
+from self_rewarding_lm.generation.server.window import Window
 from self_rewarding_lm.models.interface import TokenModel
+from self_rewarding_lm.models.offloading import off_device
 from self_rewarding_lm.records import Ids
 
 logger = logging.getLogger(__name__)
@@ -49,13 +55,17 @@ class ServerEngine:
     it. launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint} --port
     {port} --host 127.0.0.1 --gpu-memory-utilization 0.5". Then each stage starts a server on its
     own weights, saved into `folder` (by default a temporary one), for its generating and judging,
-    and stops it before training. max_in_flight: requests at once. timeout: seconds for one whole
-    try of a request. max_retries: how often a try that may succeed later is repeated.
-    start_timeout: seconds within which a started server must be healthy. stop_timeout: seconds that
-    it has to end before it is killed. top_logprobs: how many of the likeliest tokens are asked for
-    if a server cannot give the probabilities of named ones. max_unknown: how much of a probability
-    may be unknown then, see `chances`. extra: fields that are put into every request. api_key: by
-    default OPENAI_API_KEY.
+    and stops it before training. reload: "vllm" or "sglang", whose server then stays for the whole
+    run: it sleeps while the stage trains, and takes the stage's weights before it answers, which is
+    proved by its log-probs of a few tokens beside the model's own. offload: whether the model's own
+    weights leave their device while a server that was started here has it. max_in_flight: requests
+    at once at most; by default as many as the server makes use of, from 64 on. timeout: seconds for
+    one whole try of a request. max_retries: how often a try that may succeed later is repeated.
+    start_timeout: seconds within which a started server must be healthy, and carry out each command
+    of `reload`. stop_timeout: seconds that it has to end before it is killed. top_logprobs: how
+    many of the likeliest tokens are asked for if a server cannot give the probabilities of named
+    ones. max_unknown: how much of a probability may be unknown then, see `chances`. extra: fields
+    that are put into every request. api_key: by default OPENAI_API_KEY.
 
     Raises ConfigError unless exactly one of url and launch is given.
     """
@@ -67,8 +77,10 @@ class ServerEngine:
         url: str | None = None,
         model: str | None = None,
         launch: str | None = None,
+        reload: ReloadName | None = None,
+        offload: bool = False,
         api_key: str | None = None,
-        max_in_flight: int = 64,
+        max_in_flight: int | None = None,
         timeout: float = 600.0,
         max_retries: int = 8,
         start_timeout: float = 600.0,
@@ -83,16 +95,31 @@ class ServerEngine:
                 "ServerEngine takes url=, the address of a running server, or launch=, the command "
                 f"that starts one; {'neither' if url is None else 'both'} came."
             )
-        if max_in_flight < 1 or max_retries < 0 or top_logprobs < 1:
+        if (max_in_flight is not None and max_in_flight < 1) or max_retries < 0 or top_logprobs < 1:
             raise ConfigError("max_in_flight and top_logprobs must be >= 1, max_retries >= 0.")
+        if launch is None and (reload is not None or offload):
+            raise ConfigError(
+                "reload and offload are for a server that is started here: give launch= in place "
+                "of url=, or leave them out."
+            )
         check_openai()
-        if launch is not None:
-            check_command(launch)
         self.url, self.model, self.launch, self.folder = url, model, launch, folder
-        self.max_in_flight, self.extra = max_in_flight, dict(extra)
-        self.start_timeout, self.stop_timeout = start_timeout, stop_timeout
+        self.reload, self.offload = reload, offload
+        self.window, self.extra = Window(max_in_flight), dict(extra)
         self.top_logprobs, self.max_unknown = top_logprobs, max_unknown
         self._api_key, self._timeout, self._max_retries = api_key, timeout, max_retries
+        self._started: FolderServer | None = None
+        if launch is not None:
+            self._started = FolderServer(
+                launch,
+                folder=folder,
+                model=model,
+                api_key=api_key or os.environ.get(API_KEY_VARIABLE),
+                reload=None if reload is None else RELOADS[reload],
+                start_timeout=start_timeout,
+                stop_timeout=stop_timeout,
+            )
+        self._keeps = False
         self._serving: _Serving | None = None
         self._logged: set[str] = set()
         if url is not None:
@@ -102,9 +129,9 @@ class ServerEngine:
     def serving(self, save: Callable[[Path], None], tokens: Tokens) -> Iterator[None]:
         """Around all work that is done with one set of weights.
 
-        The server is started, or asked what it can do, at the first request, so that a stage that
-        has all its records starts none. save: writes the weights and the tokenizer as a folder for
-        from_pretrained. Within another `serving` it changes nothing.
+        The server is started, woken or asked what it can do at the first request, so that a stage
+        that has all its records needs none. save: writes the weights and the tokenizer as a folder
+        for from_pretrained. Within another `serving` it changes nothing.
         """
         if self._serving is not None:
             yield
@@ -115,6 +142,22 @@ class ServerEngine:
                 yield
             finally:
                 self._serving = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around a whole run: with `reload` one server stays from each `serving` to the next.
+
+        It ends when this is left. Without `reload`, or within another `kept`, it changes nothing.
+        """
+        if self._started is None or self.reload is None or self._keeps:
+            yield
+            return
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps = False
+            self._started.stop()
 
     @property
     def is_serving(self) -> bool:
@@ -132,9 +175,14 @@ class ServerEngine:
         if self._serving is not None:
             self._serving.require(decoding, chances)
 
-    def address(self) -> tuple[str, str]:
+    def make_room(self, model: TokenModel) -> None:
+        """With `offload`, take the model's weights off its device until `serving` is left."""
+        assert self._serving is not None
+        self._serving.make_room(model)
+
+    def address(self, model: TokenModel) -> tuple[str, str]:
         """The server's url and the model's name there, for other processes; starts the server."""
-        client, served = self._server()
+        client, served = self._server(model)
         return client.url, served.model
 
     def join(self, url: str, model: str) -> None:
@@ -142,11 +190,20 @@ class ServerEngine:
         assert self._serving is not None
         self._serving.connect(url, model)
 
+    def rest(self) -> None:
+        """Within `serving`, when all is asked: the server that this process started lets go.
+
+        It ends, or sleeps if it is kept. Else that happens when `serving` is left.
+        """
+        assert self._serving is not None
+        self._serving.rest()
+
     def generate(
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]:
-        """Completions as they come, each with the index of its request; `model` is not used.
+        """Completions as they come, each with the index of its request.
 
+        model: whose weights are served; only its log-probs are used, as `reload` says.
         The seed of a request is its key's lowest 31 bits. If the server gives no token ids, the
         text is encoded once (`tokens` is "re-encoded"). A request that it will never answer, or
         with something that is no answer, gives a completion without ids that names the reason. A
@@ -155,7 +212,7 @@ class ServerEngine:
         check_sampling(decoding)
         if not requests:
             return
-        client, served = self._server()
+        client, served = self._server(model)
         served.check(decoding)
         places: list[int] = []
         unasked: list[tuple[int, Refusal]] = []
@@ -204,25 +261,25 @@ class ServerEngine:
         """
         if not rows:
             return
-        client, served = self._server()
+        client, served = self._server(model)
         check_chances(served.abilities)
         asker = NodeAsker(client, served, trie, longer, self.top_logprobs, self.max_unknown)
         yield from asker.ask(rows)
 
-    def _server(self) -> tuple[HttpClient, ServedModel]:
-        """The server, started if need be; ServerError outside of `serving`."""
+    def _server(self, model: TokenModel) -> tuple[HttpClient, ServedModel]:
+        """The server of a model's weights, started if need be; ServerError outside of `serving`."""
         if self._serving is None:
             raise ServerError(
                 "ServerEngine was asked outside of `with engine.serving(save, tokens):`, which "
                 "says whose weights are served."
             )
-        return self._serving.ready()
+        return self._serving.ready(model)
 
     def _client(self, url: str) -> HttpClient:
         return HttpClient(
             url,
             api_key=self._api_key,
-            max_in_flight=self.max_in_flight,
+            window=self.window,
             timeout=self._timeout,
             max_retries=self._max_retries,
         )
@@ -248,21 +305,29 @@ class _Serving:
         self._connection: tuple[HttpClient, ServedModel] | None = None
         self._needs: list[tuple[Decoding, bool]] = []
         self._tried: list[Decoding] = []
+        self._has_room = self._is_ours = False
 
     def require(self, decoding: Decoding, chances: bool) -> None:
         """Check what will be asked: now if a server is running, else once it is."""
         self._needs.append((decoding, chances))
-        if self.engine.launch is None or self._connection is not None:
-            self._check(*self.ready(), [(decoding, chances)])
+        if self._connection is not None:
+            self._check(*self._connection, [(decoding, chances)])
+        elif self.engine.url is not None:
+            self.connect(self.engine.url, self.engine.model)
 
-    def ready(self) -> tuple[HttpClient, ServedModel]:
+    def ready(self, model: TokenModel) -> tuple[HttpClient, ServedModel]:
         """The server and its model, after starting it or finding out what it can do."""
-        if self._connection is None:
-            engine = self.engine
-            url, model = (engine.url, engine.model) if engine.launch is None else self._launch()
-            assert url is not None
-            return self.connect(url, model)
-        return self._connection
+        if self._connection is not None:
+            return self._connection
+        if self.engine.url is not None:
+            return self.connect(self.engine.url, self.engine.model)
+        return self._begin(model)
+
+    def make_room(self, model: TokenModel) -> None:
+        """With `offload`, the model's weights leave its device."""
+        if self.engine.offload and not self._has_room:
+            self.stack.enter_context(off_device(model.module))
+            self._has_room = True
 
     def connect(self, url: str, model: str | None) -> tuple[HttpClient, ServedModel]:
         """The server at an address and its model, after finding out what they can do."""
@@ -277,6 +342,50 @@ class _Serving:
         self._connection = client, served
         return self._connection
 
+    def rest(self) -> None:
+        """The server that this process has begun to use ends, or sleeps until the next weights."""
+        started = self.engine._started
+        if not self._is_ours or started is None:
+            return
+        self._is_ours = False
+        if self.engine._keeps:
+            started.sleep()
+        else:
+            started.stop()
+
+    def _begin(self, model: TokenModel) -> tuple[HttpClient, ServedModel]:
+        """Have the model's present weights served, and prove that they are."""
+        engine, started = self.engine, self.engine._started
+        assert started is not None
+        # 1. the model's own log-probs, while it is on its device; then the device is the server's
+        own = None if engine.reload is None else own_logprobs(model)
+        self.make_room(model)
+        self.stack.push(self._end)
+        # 2. the server with these weights
+        self._is_ours = True
+        try:
+            client, served = self.connect(*started.give(self.save))
+            # 3. what it says with them
+            if own is not None and started.reload is not None:
+                rows, tokens = rows_of(model), tokens_of(model)
+                started.proof.check(own, started.reload.logprobs(client, served, rows, tokens))
+        except BaseException:
+            self._connection = None
+            raise
+        return client, served
+
+    def _end(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """At the end of `serving`; after an error nothing more is asked of the server."""
+        if error is None:
+            self.rest()
+        elif self._is_ours and self.engine._started is not None:
+            self.engine._started.stop()
+
     def _check(
         self, client: HttpClient, served: ServedModel, needs: Sequence[tuple[Decoding, bool]]
     ) -> None:
@@ -289,24 +398,3 @@ class _Serving:
             if settings not in self._tried:
                 try_settings(client, served, settings)
                 self._tried.append(settings)
-
-    def _launch(self) -> tuple[str, str]:
-        """Start a server on the present weights; its address and the model's name there."""
-        engine = self.engine
-        assert engine.launch is not None
-        if engine.folder is not None:
-            Path(engine.folder).mkdir(parents=True, exist_ok=True)
-        work = Path(mkdtemp(prefix="served-", dir=engine.folder))
-        checkpoint = work / "model"
-        self.stack.callback(shutil.rmtree, checkpoint, ignore_errors=True)
-        checkpoint.mkdir()
-        self.save(checkpoint)
-        server = LaunchedServer(
-            engine.launch,
-            checkpoint.absolute(),
-            start_timeout=engine.start_timeout,
-            stop_timeout=engine.stop_timeout,
-        )
-        self.stack.callback(server.stop)
-        server.start()
-        return server.url, engine.model or str(server.checkpoint)

@@ -4,6 +4,7 @@ Knows processes, ports and whether a server is healthy; nothing of what is asked
 """
 
 import atexit
+import json
 import logging
 import os
 import shlex
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -44,6 +46,10 @@ POLL_TIMEOUT = 5.0
 AFTER_KILL_SECONDS = 10.0
 
 
+MOST_ANSWER = 2**20
+"""Bytes of the answer to a command that are read."""
+
+
 def check_command(command: str) -> None:
     """Raise ConfigError if a command has no place for the checkpoint or the port."""
     missing = [place for place in PLACES if place not in command]
@@ -58,13 +64,20 @@ class LaunchedServer:
     """One server process, in a process group of its own. Its log is a file beside the checkpoint.
 
     start_timeout: seconds within which it must be healthy. stop_timeout: seconds that it has to end
-    before it is killed.
+    before it is killed. environment: variables of its process besides those of this one.
     """
 
     def __init__(
-        self, command: str, checkpoint: Path, *, start_timeout: float, stop_timeout: float
+        self,
+        command: str,
+        checkpoint: Path,
+        *,
+        start_timeout: float,
+        stop_timeout: float,
+        environment: Mapping[str, str] = {},
     ) -> None:
         check_command(command)
+        self.environment = environment
         self.command, self.checkpoint = command, checkpoint
         self.start_timeout, self.stop_timeout = start_timeout, stop_timeout
         self.port = _free_port()
@@ -94,6 +107,7 @@ class LaunchedServer:
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={**os.environ, **self.environment},
             )
             self._wait_until_healthy()
         except OSError as error:
@@ -102,6 +116,33 @@ class LaunchedServer:
         except BaseException:
             self.stop()
             raise
+
+    def order(self, path: str, body: Mapping[str, Any], api_key: str | None) -> Any:
+        """Post a command, which has start_timeout seconds; what comes back, None if it is no JSON.
+
+        Raises ServerError with the server's words, and the end of its log, if it is not done.
+        """
+        headers = {"Content-Type": "application/json"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        began = time.monotonic()
+        connection = HTTPConnection(HOST, self.port, timeout=self.start_timeout)
+        with closing(connection):
+            try:
+                connection.request("POST", path, json.dumps(body), headers)
+                response = connection.getresponse()
+                status, content = response.status, response.read(MOST_ANSWER)
+            except (OSError, HTTPException) as error:
+                raise ServerError(
+                    self._failure(f"did not answer POST {path} ({error!r})")
+                ) from error
+        if status != 200:
+            words = content.decode(errors="replace")[:500]
+            raise ServerError(self._failure(f"answers POST {path} with status {status}: {words}"))
+        logger.info("POST %s: %.1f s", path, time.monotonic() - began)
+        with suppress(ValueError):
+            return json.loads(content)
+        return None
 
     def stop(self) -> None:
         """Stop it and all its children, and wait until they are gone."""
@@ -143,7 +184,7 @@ class LaunchedServer:
         lines = self.log.read().decode(errors="replace").splitlines()
         shown = "\n".join(f"  {line}" for line in lines[-SHOWN_LINES:]) or "  (nothing)"
         return (
-            f"the server of launch={self.command!r} {how}. The last lines of its log "
+            f"the server of launch={self.command!r} {how.rstrip('.')}. The last lines of its log "
             f"({self.log.name}):\n{shown}"
         )
 
