@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from machine import OthersClock
 from torch import nn
 
@@ -94,6 +95,28 @@ class Meter:
             "above": peak - self.base - STATES * self.parameters,
             "peak_by": "kernel" if self._peak.exact else "samples",
         }
+
+
+class DeviceMeter(Meter):
+    """The same of a CUDA device: its clock waits for it, and memory is that of its tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.base = torch.cuda.memory_allocated()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self.on and self._clock is None:
+            torch.cuda.reset_peak_memory_stats()
+        with super().phase(name):
+            torch.cuda.synchronize()
+            yield
+            torch.cuda.synchronize()
+
+    def report(self) -> dict:
+        peak = torch.cuda.max_memory_allocated()
+        above = peak - self.base - STATES * self.parameters
+        return {**super().report(), "peak": peak, "above": above, "peak_by": "the device's tensors"}
 
 
 class Peak:

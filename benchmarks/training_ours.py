@@ -41,7 +41,8 @@ class Ours:
         self.request, self.pairs, self.folder, self.meter = request, pairs, folder, meter
         model = adapt(module)
         meter.watch(module)
-        runtime = Runtime({"cpu": True}, quiet=True)
+        settings = {"cpu": request.device == "cpu", "mixed_precision": request.precision}
+        runtime = Runtime(settings, quiet=True)
         self.context = Context(
             stage=request.kind,
             seed=0,

@@ -47,7 +47,8 @@ class Request:
 
     side: "ours", or the name of a setting of TRL. kind: "dpo" or "sft". model, rows: a folder and a
     file. pairs: of the file's, the first so many. batch_size: pairs or rows an optimiser step, all
-    of which go through the model at once.
+    of which go through the model at once. model without weights: they are drawn, the same ones on
+    all sides. precision: of products, as Accelerate names it.
     """
 
     side: str
@@ -60,6 +61,8 @@ class Request:
     learning_rate: float
     checkpointing: bool
     threads: int
+    device: str = "cpu"
+    precision: str = "no"
 
     @property
     def batch_tokens(self) -> int:

@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_meter import Meter
+from training_meter import DeviceMeter, Meter
 from training_request import OURS, Request, read_request
 from training_rows import load_pairs
 
 
-def load_model(folder: str) -> Any:
-    """A model in float32, each parameter in memory of its own, not in that of the file."""
-    from transformers import AutoModelForCausalLM
+def load_model(folder: str, device: str) -> Any:
+    """A model in float32, each parameter in memory of its own, not in that of the file.
 
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    Without weights in the folder they are drawn.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not any(Path(folder).glob("*.safetensors")):
+        torch.manual_seed(0)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float()
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
     return module
@@ -33,8 +40,8 @@ def run(request: Request, folder: Path) -> dict:
     else:
         from trl_side import Trl as Side
     pairs = load_pairs(Path(request.rows))[: request.pairs]
-    module = load_model(request.model)
-    meter = Meter(module)
+    module = load_model(request.model, request.device)
+    meter = Meter(module) if request.device == "cpu" else DeviceMeter(module)
     side = Side(module, request, pairs=pairs, folder=folder, meter=meter)
     warm_loss = side.warm()
     meter.start()

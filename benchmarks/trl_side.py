@@ -115,8 +115,8 @@ class Trl:
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "gradient_checkpointing": request.checkpointing,
-            "bf16": False,
-            "use_cpu": True,
+            "bf16": request.precision == "bf16",
+            "use_cpu": request.device == "cpu",
             "seed": 0,
             "train_sampling_strategy": "group_by_length" if grouped else "random",
             "remove_unused_columns": False,  # else the column of lengths is gone before it is read
