@@ -245,7 +245,9 @@ class SelfRewardingTrainer:
             seed=self.seed,
             overwrite=overwrite_checkpoints,
         )
-        self.tokens.follow(run.format, run.begun)
+        if self.tokens.follow(run.format, run.begun):
+            for rows in (rows for ctx in self.contexts for rows in ctx.rows.values()):
+                rows.forget_prompts()
         if any(INITIAL in stage.weights_used() for stage in self.stages):
             save_initial(run, self.token_model, self.model, self.runtime)
         self._run = run

@@ -9,8 +9,10 @@ row may look like is in `rows`.
 """
 
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -27,7 +29,7 @@ from self_rewarding_lm.data.files import (
     read_rows,
 )
 from self_rewarding_lm.data.forms import is_conversation
-from self_rewarding_lm.data.rows import check_prompt, prompt_of
+from self_rewarding_lm.data.rows import PromptRow, check_prompt, prompt_of
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError, TokenizerError
 from self_rewarding_lm.records import Demonstration, PreferencePair, Prompt, RankedReplies
@@ -89,6 +91,7 @@ class Rows:
         self._resolve = resolve
         self._parts: list[Indexed] | None = None
         self._first: list[Any] = []  # the first row, between `peek` and `read`
+        self._prompts: dict[int, PromptRow] = {}  # that a check made; ids in eight bytes each
         self._datasets = dataset if is_concatenation(dataset) else [dataset]
         for part in self._datasets:
             _check_dataset(part, name)
@@ -141,6 +144,22 @@ class Rows:
         if not self._first:
             self._first.append(self.read(0))
         return self._first[0]
+
+    def keep_prompt(self, index: int, prompt: PromptRow) -> None:
+        """Keep what a row is as a prompt until it is read for the run."""
+        self._prompts[index] = replace(prompt, ids=array("q", prompt.ids))  # type: ignore[arg-type]
+
+    def kept_prompt(self, index: int) -> PromptRow | None:
+        """The prompt that was kept of a row, or None."""
+        kept = self._prompts.get(index)
+        return None if kept is None else replace(kept, ids=tuple(kept.ids))
+
+    def forget_prompt(self, index: int) -> None:
+        self._prompts.pop(index, None)
+
+    def forget_prompts(self) -> None:
+        """They are rendered in another way now."""
+        self._prompts.clear()
 
     def forget_stages(self) -> None:
         """Read the rows of earlier stages anew, since those stages may have run again."""
@@ -250,10 +269,12 @@ def read_prompt(
 ) -> Prompt:
     """The prompt at a row, with the id `prompt_id`.
 
-    Raises DataError if the row is no prompt, or leaves no room for a response in `limit` tokens.
+    What a check made of the row is taken, once. Raises DataError if the row is no prompt, or leaves
+    no room for a response in `limit` tokens.
     """
-    where = rows.where(index)
-    row = prompt_of(rows.read(index), where, tokens)
+    where, given = rows.where(index), rows.read(index)
+    row = rows.kept_prompt(index) or prompt_of(given, where, tokens)
+    rows.forget_prompt(index)
     check_prompt(row.ids, where, limit)
     return Prompt(prompt_id, index, row.ids, row.text, row.columns, messages=row.messages)
 

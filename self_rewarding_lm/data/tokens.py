@@ -128,12 +128,18 @@ class Tokens:
                     f"got {end}."
                 )
 
-    def follow(self, rules: int, date: datetime) -> None:
-        """Render as a run that goes on: by the rules that it began with, as of the date of then."""
+    def follow(self, rules: int, date: datetime) -> bool:
+        """Render as a run that goes on: by the rules that it began with, as of the date of then.
+
+        Returns whether a prompt may have other ids now.
+        """
+        template = self.template or getattr(self.source, "chat_template", None)
+        differs = rules != self.rules or "strftime_now" in str(template)
         self.date = date
         if rules != self.rules:
             options = {**self._options, "rules": rules, "date": date}
             self.__init__(self.source, vocab=self.vocab, **options)
+        return differs
 
     def prompt(self, value: str | Sequence[Message], where: str = "the prompt") -> Rendered:
         """A prompt's ids; with a chat template, up to where the assistant begins to answer.

@@ -12,6 +12,7 @@ from self_rewarding_lm.checks import Checker, ChecksConfig
 from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import BadRows, OnBadRow, Rows
+from self_rewarding_lm.data.rows import PromptRow
 from self_rewarding_lm.errors import ConfigError, DataError, SelfRewardingError, TokenizerError
 from self_rewarding_lm.records import Candidate, Record
 from self_rewarding_lm.runs.stage_folder import StageDir
@@ -96,8 +97,11 @@ class TrainingConfig(FinetuneConfig):
         for rows in ctx.rows.values():
             check_rows(rows, self.on_bad_row, lambda row, where: self.check_row(row, where, ctx))
 
-    def check_row(self, row: Any, where: str, ctx: Context) -> None:
-        """Raise DataError or TokenizerError if the stage could not use a row."""
+    def check_row(self, row: Any, where: str, ctx: Context) -> PromptRow | None:
+        """Raise DataError or TokenizerError if the stage could not use a row.
+
+        Returns the prompt that it made of it, if it makes one.
+        """
 
     def planned_steps(self, rows: int) -> int:
         """Optimiser steps on so many rows, unless early stopping ends them."""
@@ -175,18 +179,23 @@ class TrainingConfig(FinetuneConfig):
         return 0
 
 
-def check_rows(rows: Rows, on_bad_row: OnBadRow, check: Callable[[Any, str], Any]) -> None:
+def check_rows(
+    rows: Rows, on_bad_row: OnBadRow, check: Callable[[Any, str], PromptRow | None]
+) -> None:
     """Check all rows that can be looked at before the run. check: takes a row and its place.
 
-    Raises DataError or TokenizerError for a bad row (with "skip": if all are bad), and DataError
-    with the row's place if the dataset or the tokenizer itself raises something else.
+    A prompt that it returns is kept for whoever reads the row. Raises DataError or TokenizerError
+    for a bad row (with "skip": if all are bad), and DataError with the row's place if the dataset
+    or the tokenizer itself raises something else.
     """
     bad = BadRows(on_bad_row)
     for place in rows.preview():
         where = rows.where(place)
         try:
             with bad.tolerated(where):
-                check(rows.peek(place), where)
+                prompt = check(rows.peek(place), where)
+                if prompt is not None:
+                    rows.keep_prompt(place, prompt)
         except SelfRewardingError:
             raise
         except Exception as error:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from self_rewarding_lm.config import Config, SamplingConfig, SelfInstruct
+from self_rewarding_lm.config import Config, SamplingConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.chat import Message
 from self_rewarding_lm.data.control_tokens import fill
-from self_rewarding_lm.data.rows import prompt_of
+from self_rewarding_lm.data.rows import PromptRow
 from self_rewarding_lm.data.tokens import Rendered, Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, did_you_mean
 from self_rewarding_lm.judges.asking import FIRST_LOOK
@@ -492,13 +492,11 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
             )
         super().check(ctx)
 
-    def check_row(self, row: Any, where: str, ctx: Context) -> None:
-        super().check_row(row, where, ctx)
-        if isinstance(self.prompt_dataset, SelfInstruct):
-            return
-        prompt = prompt_of(row, where, ctx.tokens)
-        if prompt.messages is None:
+    def check_row(self, row: Any, where: str, ctx: Context) -> PromptRow | None:
+        prompt = super().check_row(row, where, ctx)
+        if prompt is not None and prompt.messages is None:
             comes_from_data(Prompt(where, 0, prompt.ids, prompt.text), ctx.tokens)
+        return prompt
 
     def work(self, counting: Counting) -> Work:
         texts = [text for c in self.pairs() for text in (c.positive, c.negative)]

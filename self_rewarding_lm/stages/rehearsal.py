@@ -22,6 +22,7 @@ from self_rewarding_lm.checks import OFF
 from self_rewarding_lm.config import FinetuneConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
+from self_rewarding_lm.data.rows import PromptRow
 from self_rewarding_lm.errors import DataError, RehearsalError, SelfRewardingError, TokenizerError
 from self_rewarding_lm.models.inference import modes_kept
 from self_rewarding_lm.records import PreferencePair
@@ -91,11 +92,17 @@ class _Alone(Runtime):
 
 
 class _FewRows(Rows):
-    """A few rows, each with the place where it stands in its dataset."""
+    """A few rows, each with the place where it stands in its dataset, and what it is as a prompt.
 
-    def __init__(self, name: str, placed: Sequence[tuple[str, Any]]) -> None:
-        super().__init__(tuple(row for _, row in placed), name)
-        self._places = [where for where, _ in placed]
+    That is None if no check made one of it.
+    """
+
+    def __init__(self, name: str, placed: Sequence[tuple[str, Any, PromptRow | None]]) -> None:
+        super().__init__(tuple(row for _, row, _ in placed), name)
+        self._places = [where for where, _, _ in placed]
+        for index, (_, _, prompt) in enumerate(placed):
+            if prompt is not None:
+                self.keep_prompt(index, prompt)
 
     def where(self, index: int) -> str:
         return self._places[index]
@@ -149,20 +156,23 @@ def _few(stage: FinetuneConfig, ctx: Context, rows: Rows, notes: list[str]) -> R
     """The first rows that can be used; if there is none, a stand-in, which `notes` tell of."""
     placed = list(islice(_usable(stage, ctx, rows), FEW))
     if not placed:
-        placed = [(f"{rows.name}, a stand-in", stand_in(ctx))]
+        placed = [(f"{rows.name}, a stand-in", stand_in(ctx), None)]
         notes.append(f"{rows.name}: a stand-in")
     return _FewRows(rows.name, placed)
 
 
-def _usable(stage: FinetuneConfig, ctx: Context, rows: Rows) -> Iterator[tuple[str, Any]]:
-    """Rows that the stage can use, each with its place."""
+def _usable(
+    stage: FinetuneConfig, ctx: Context, rows: Rows
+) -> Iterator[tuple[str, Any, PromptRow | None]]:
+    """Rows that the stage can use, each with its place and with the prompt that a check made."""
     check = getattr(stage, "check_row", None)
     for place in rows.preview():
         with suppress(DataError, TokenizerError):
             where, row = rows.where(place), rows.peek(place)
-            if check is not None:
-                check(row, where, ctx)
-            yield where, row
+            prompt = rows.kept_prompt(place)  # what has one was checked when the trainer was made
+            if check is not None and prompt is None:
+                prompt = check(row, where, ctx)
+            yield where, row, prompt
 
 
 @contextmanager

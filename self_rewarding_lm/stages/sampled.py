@@ -18,7 +18,7 @@ from self_rewarding_lm.config import SelfInstruct
 from self_rewarding_lm.context import Context, Need, Round
 from self_rewarding_lm.data.control_tokens import from_data
 from self_rewarding_lm.data.datasets import Rows
-from self_rewarding_lm.data.rows import check_prompt, prompt_of
+from self_rewarding_lm.data.rows import PromptRow, check_prompt, prompt_of
 from self_rewarding_lm.errors import ConfigError, NoPairError
 from self_rewarding_lm.generation.candidates import decoding_of
 from self_rewarding_lm.judges.consistency import check_consistency, smoothed
@@ -150,11 +150,13 @@ class SampledPreferenceConfig(PairSettings):
                     "tokenizer_encode and tokenizer_decode, or tokenizer."
                 )
 
-    def check_row(self, row: Any, where: str, ctx: Context) -> None:
+    def check_row(self, row: Any, where: str, ctx: Context) -> PromptRow | None:
         if isinstance(self.prompt_dataset, SelfInstruct):
             seed_text(row, where, ctx.tokens)
-            return
-        check_prompt(prompt_of(row, where, ctx.tokens).ids, where, ctx.limit(self.max_seq_len))
+            return None
+        prompt = prompt_of(row, where, ctx.tokens)
+        check_prompt(prompt.ids, where, ctx.limit(self.max_seq_len))
+        return prompt
 
     def run(self, ctx: Context, out: StageDir) -> None:
         """Make pairs and train on them, once or in rounds.
