@@ -45,9 +45,10 @@ MEASURED = (
 )
 COMPARISON = ComparisonConfig(
     prompt_template=(
-        "Compare two answers. Which one meets more of the demands?\n\n"
-        "Task: {{ prompt }}\nA: {{ response_a }}\nB: {{ response_b }}"
+        "Compare two answers. Which one meets more of the demands, answer A or answer B?\n\n"
+        "Task: {{ prompt }}\nAnswer A: {{ response_a }}\nAnswer B: {{ response_b }}"
     ),
+    verdict_prefix="Answer ",
     score_mode="expected",
     forced_ending="at_once",
 )
@@ -235,7 +236,7 @@ SETTINGS = (
     ),
     Setting(
         "pairwise",
-        "two answers compared at once, both orders; M1 was not taught to compare",
+        "A or B for any two answers, in both orders; M1 was not taught to compare",
         lambda lab: [lab.round(comparison=COMPARISON)],
     ),
     Setting("three_rounds", "two more rounds behind `base`", later_rounds, BASE),
