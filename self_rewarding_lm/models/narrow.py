@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from self_rewarding_lm.models.inference import evaluating, is_slow
 from self_rewarding_lm.models.interface import SHARE_OF_FREE, device_of, free_bytes
 from self_rewarding_lm.models.policy import without_adapters
+from self_rewarding_lm.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +56,21 @@ class NarrowMatrices:
     """Copies of a module's matrices in the type in which `torch.autocast` multiplies.
 
     Linear layers in float32 have one, those of an adapter left out. The copies follow the weights:
-    what was changed or replaced is copied anew.
+    what was changed or replaced is copied anew, by the next `prepare`. trains: the forwards are
+    trained on, so only matrices that are frozen have a copy, and no adapter is merged.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.device = module, device_of(module)
-        self.layers: list[Any] = [part for part in without_adapters(module) if _is_linear(part)]
+    def __init__(self, module: nn.Module, *, trains: bool = False) -> None:
+        self.module, self.device, self.trains = module, device_of(module), trains
+        self.layers: list[Any] = [
+            part
+            for part in without_adapters(module)
+            if _is_linear(part) and not (trains and part.weight.requires_grad)
+        ]
         self._adapted: dict[int, Any] = {  # by layer: what peft puts around it
             id(part.base_layer): part
             for part in module.modules()
-            if hasattr(part, "merged_adapters") and hasattr(part, "base_layer")
+            if not trains and hasattr(part, "merged_adapters") and hasattr(part, "base_layer")
         }
         self._of_adapter = {
             layer: [p for name, p in part.named_parameters() if not name.startswith("base_layer")]
@@ -116,8 +122,11 @@ class NarrowMatrices:
     def _use(self, stack: ExitStack, layer: Any, copy: _Copy) -> None:
         """Have a layer's forwards use its copy until the stack is closed."""
         kind, wide, narrow = self.device.type, layer.weight, copy.narrow
+        made_of = _numbers(wide)
 
         def put(layer: Any, _: Any) -> None:
+            if self.trains and _numbers(wide) != made_of:
+                return  # a callback has put other weights in
             casts = torch.is_autocast_enabled(kind)
             if casts and torch.get_autocast_dtype(kind) == narrow.dtype:
                 layer._parameters["weight"] = narrow
@@ -152,8 +161,7 @@ class NarrowMatrices:
         if adapted is not None:
             tensors += self._of_adapter[id(layer)]
             uses = (adapted.disable_adapters, adapted.merged, *adapted.active_adapters)
-        versions = ((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-        return (dtype, *uses, *versions)
+        return (dtype, *uses, *((id(t), *_numbers(t)) for t in tensors))
 
     def _tell(self, dtype: torch.dtype) -> None:
         """Log, if it is news, whether the adapter was merged, and how much of it survives that."""
@@ -172,6 +180,24 @@ class NarrowMatrices:
         if said != self._told:
             logger.info("sampling: %s", said)
             self._told = said
+
+
+@contextmanager
+def cast_once(module: nn.Module, runtime: Runtime) -> Iterator[None]:
+    """Within, mixed precision casts the matrices that are not trained once for all forwards.
+
+    Under FSDP each forward casts them, as they are whole within it alone.
+    """
+    with ExitStack() as stack:
+        if not runtime.shards:
+            with runtime.accelerator.autocast():
+                stack.enter_context(NarrowMatrices(module, trains=True).used())
+        yield
+
+
+def _numbers(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor's numbers do: where they are, and how often they were written."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _is_linear(part: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import Interrupted, StoreError
 from self_rewarding_lm.models.inference import modes_kept
+from self_rewarding_lm.models.narrow import cast_once
 from self_rewarding_lm.models.policy import dropout_set
 from self_rewarding_lm.records import stable_hash
 from self_rewarding_lm.runs.stage_folder import StageDir
@@ -114,6 +115,7 @@ class Fit:
             self.to_training_mode = restored.enter_context(
                 dropout_set(self.module, self.dropout, adapters=adapters, warns=warns)
             )
+            restored.enter_context(cast_once(self.module, runtime))
             if self.optim.gradient_checkpointing:
                 restored.enter_context(self._policy.token_model.checkpointing())
             # 3. make the optimisers

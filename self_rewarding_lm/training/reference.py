@@ -24,6 +24,7 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import TrainingError
 from self_rewarding_lm.models.batching import grouped
 from self_rewarding_lm.models.inference import evaluating
+from self_rewarding_lm.models.narrow import cast_once
 from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.runs.lines import Picked
@@ -112,8 +113,9 @@ class StoredReference:
         # 2. compute the missing ones of this process's share, with the reference's weights
         bar = self.ctx.runtime.progress(len(mine), "reference log-probs", "pair")
         weights = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
+        casting = cast_once(self.ctx.policy, self.ctx.runtime) if mine else nullcontext()
         bad: list[str] = []
-        with bar, weights:
+        with bar, weights, casting:
             for start in range(0, len(mine), PAIRS_AT_ONCE):
                 block = [(ids[i], pairs[i]) for i in mine[start : start + PAIRS_AT_ONCE]]
                 for count in self._compute(block, known, bad):

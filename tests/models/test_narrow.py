@@ -19,7 +19,9 @@ from self_rewarding_lm.generation.score_trie import ScoreTrie
 from self_rewarding_lm.models import narrow
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.loading import with_adapter
-from self_rewarding_lm.models.narrow import SURVIVES, NarrowMatrices
+from self_rewarding_lm.models.narrow import SURVIVES, NarrowMatrices, cast_once
+from self_rewarding_lm.models.policy import Policy, dropout_set
+from self_rewarding_lm.runtime import Runtime
 from tests.support.hf_models import tiny
 from tests.support.models import TEXT_VOCAB, Recurrent, text_tokens, transformer
 from tests.test_trainer import JUDGE, self_reward, trainer_of
@@ -356,3 +358,52 @@ def test_a_run_gives_the_same_stopped_while_it_samples_and_without_copies(tmp_pa
     assert records_of(tmp_path / "stopped", stop_after=5) == records
     monkeypatch.setattr(NarrowMatrices, "_dtype", lambda self: None)
     assert records_of(tmp_path / "cast each time") == records
+
+
+# training
+
+
+def gradients_of(module, policy):
+    """Log-probs of two forwards with gradients, and the gradients."""
+    with torch.autocast("cpu", BF16):
+        found = [policy(IDS), policy(IDS.flip(0))]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [*found, *torch.autograd.grad(torch.stack(found).sum(), trained)]
+
+
+def test_training_casts_each_frozen_matrix_once_and_gives_what_autocast_gives():
+    module = adapted(LARGE, "gpt2", fan_in_fan_out=True, lora_dropout=0.0).train()
+    policy = Policy(adapt(module))
+    with dropout_set(policy, 0.0) as train:
+        train()
+        wanted = gradients_of(module, policy)
+        runtime = Runtime({"cpu": True, "mixed_precision": "bf16"}, quiet=True)
+        with Casts(bases_of(module)) as casts, cast_once(policy, runtime):
+            found = gradients_of(module, policy)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert {casts.counts[base.data_ptr()] for base in bases_of(module)} == {1}
+    assert not any(part.merged for part in layers_of(module))
+    assert not any(p._forward_hooks or p._forward_pre_hooks for p in module.modules())
+
+
+def test_weights_that_a_callback_puts_in_while_a_model_trains_are_used():
+    module = adapted(SMALL)
+    policy, base = Policy(adapt(module)), bases_of(module)[0]
+    runtime = Runtime({"cpu": True, "mixed_precision": "bf16"}, quiet=True)
+    with cast_once(policy, runtime), torch.no_grad(), torch.autocast("cpu", BF16):
+        before = policy(IDS)
+        base.mul_(1.5)
+        written = policy(IDS)
+        base.data = base.data / 1.5
+        replaced = policy(IDS)
+    assert not torch.equal(before, written)
+    assert torch.allclose(before, replaced, atol=0.1) and not torch.equal(written, replaced)
+
+
+def test_matrices_that_are_trained_have_no_copy():
+    module = tiny("llama")
+    module.model.layers[0].requires_grad_(False)
+    copies = NarrowMatrices(module, trains=True)
+    with torch.autocast("cpu", BF16), copies.used():
+        frozen = sum(p.numel() for p in module.model.layers[0].parameters() if p.ndim == 2)
+        assert copies.nbytes == 2 * frozen
