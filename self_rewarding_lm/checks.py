@@ -65,6 +65,8 @@ class ChecksConfig(Config):
     """Pairs per pair that was asked for (num_generated_preference_pairs), under the limit."""
     pairs_per_prompt: Check = Check(limit=0.1, action="warn")
     """Pairs per prompt that was worked, under the limit."""
+    cut_off: Check = Check(limit=0.3, action="warn")
+    """Share of responses that were cut off (completions/clipped_ratio), over the limit."""
     repeated_prompts: Check = Check(limit=2.0, action="warn")
     """Times that a round asks each prompt, over the limit."""
     identical_pairs: Check = Check(limit=0.5, action="warn")
@@ -74,6 +76,8 @@ class ChecksConfig(Config):
     """Share of pairs whose two responses are equal once cut to max_seq_len, over the limit."""
     rows_truncated: Check = Check(limit=0.0, action="warn")
     """Share of sequences that max_seq_len cut, over the limit."""
+    few_steps: Check = Check(limit=10, action="warn")
+    """Optimiser steps of the stage, under the limit."""
     lost_updates: Check = Check(limit=0.5, action="warn")
     """Share of weights that a step of the learning rate leaves as they are, over the limit."""
     accuracy_at_start: Check = Check(limit=0.99, action="warn")
@@ -98,10 +102,10 @@ class ChecksConfig(Config):
         return limit, check.action or default.action
 
 
-_MAY_EXCEED_ONE = ("pairs_per_prompt", "repeated_prompts", "loss_stuck", "both_fall")
+_MAY_EXCEED_ONE = ("pairs_per_prompt", "repeated_prompts", "few_steps", "loss_stuck", "both_fall")
 
 
-_UNDER = ("few_pairs", "pairs_per_prompt")
+_UNDER = ("few_pairs", "pairs_per_prompt", "few_steps")
 """Checks whose limit is a least value; that of all others is a greatest."""
 
 
@@ -110,7 +114,7 @@ _ERRORS: dict[str, type[SelfRewardingError]] = {
     **dict.fromkeys(
         (
             *("few_pairs", "pairs_per_prompt", "repeated_prompts"),
-            *("identical_pairs", "equal_after_cut"),
+            *("identical_pairs", "equal_after_cut", "cut_off"),
         ),
         PairingError,
     ),

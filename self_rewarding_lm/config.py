@@ -476,6 +476,9 @@ class FinetuneConfig(Config):
     def run(self, ctx: Any, out: Any) -> None:
         """Do the stage's work. ctx: Context, out: StageDir."""
 
+    def see_result(self, ctx: Any, out: Any) -> None:
+        """Check what the stage did, when `run` is over. ctx, out: as of `run`. Default: nothing."""
+
     def check(self, ctx: Any) -> None:
         """Raise an error for what is wrong and can be known before stage 1 begins."""
 

@@ -49,6 +49,7 @@ from self_rewarding_lm.recipes.paper import paper_config_of
 from self_rewarding_lm.report.card import with_card
 from self_rewarding_lm.report.page import report_at_end
 from self_rewarding_lm.report.terminal import show_stage
+from self_rewarding_lm.report.verdict import verdict
 from self_rewarding_lm.runs.fingerprint import fingerprint_of
 from self_rewarding_lm.runs.lock import alone
 from self_rewarding_lm.runs.resume import begin_run, save_initial
@@ -262,6 +263,8 @@ class SelfRewardingTrainer:
         for place in range(first, total):
             self._run_stage(run, place)
             self._drop_old_weights(run, place)
+        if first < total and self.runtime.is_main and (said := verdict(run)):
+            logger.info("%s", " ".join(said))
         # 4. write the report and the merged adapter
         if self.report and self.runtime.is_main:
             report_at_end(run)
@@ -305,6 +308,7 @@ class SelfRewardingTrainer:
         rules = rounding_each_step() if ctx.format == 1 else nullcontext()
         with ends_told(out.tell), rules:
             stage.run(ctx, out)
+            stage.see_result(ctx, out)
         # 4. its weights, its end, and the callbacks
         out.save_weights(self.token_model)
         of_trained = [c for c in self.callbacks if isinstance(c, StageCallback)]

@@ -94,7 +94,7 @@ def test_checks_that_do_not_exist_or_cannot_be_are_refused(given, words):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_check_warns_once_stops_or_is_off_beyond_its_limit_alone(name, said):
-    under = name in ("few_pairs", "pairs_per_prompt")
+    under = name in ("few_pairs", "pairs_per_prompt", "few_steps")
     limit = 0.5
     good, bad = (0.5, 0.4) if under else (0.5, 0.6)
     Checker(only(name, limit=limit, action="error"), "dpo").see(name, good, "well.")
@@ -588,6 +588,6 @@ def test_a_run_goes_on_with_other_checks_and_with_settings_as_they_were_written_
 
 
 def test_a_healthy_run_is_silent(tmp_path, said):
-    fast = OptimConfig(batch_size=4, learning_rate=1e-3, epochs=3)
-    trainer_of(tmp_path, [sft(), external(optim=fast), dpo(optim=fast)])()
+    fast = OptimConfig(batch_size=4, learning_rate=1e-3, epochs=10)
+    trainer_of(tmp_path, [sft(optim=fast), external(optim=fast), dpo(optim=fast)])()
     assert said() == []

@@ -39,6 +39,7 @@ from self_rewarding_lm.report.figures import (
     thinned,
 )
 from self_rewarding_lm.report.markup import Safe, visible
+from self_rewarding_lm.report.verdict import verdict
 from self_rewarding_lm.report.words import (
     COUNTS,
     CURVES,
@@ -127,6 +128,7 @@ def _pieces(runs: Sequence[Run], at_most: int) -> Iterator[str]:
     """The page in pieces. The template calls a function when it comes to its section."""
     labels = _labels(runs)
     figures = [run_figures(run, label) for run, label in zip(runs, labels, strict=True)]
+    verdicts = {label: " ".join(verdict(run)) for run, label in zip(runs, labels, strict=True)}
     parts = parts_of(runs, at_most)
     style, script = _file("report.css"), _file("report.js")
     return _template().generate(
@@ -137,6 +139,7 @@ def _pieces(runs: Sequence[Run], at_most: int) -> Iterator[str]:
         sections=SECTIONS,
         runs=figures,
         about=_about,
+        verdicts=verdicts,
         way=_way,
         loop_table=_loop_table,
         warnings=list(_warnings(figures)),

@@ -22,6 +22,7 @@ from self_rewarding_lm.report.examples import (
     score_said_of,
 )
 from self_rewarding_lm.report.figures import StageFigures, is_metric, stage_figures
+from self_rewarding_lm.report.verdict import verdict
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runtime import Runtime
@@ -55,7 +56,8 @@ def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
     """
     names = run.stages if stage is None else [run.stages[_place(run, stage)]]
     table = [COLUMNS, *(_row(run, name) for name in names)]
-    lines = [*_heading(run), "", *aligned(table, "<<>")]
+    said = verdict(run) if stage is None else []
+    lines = [*_heading(run), *_wrapped(" ".join(said), ""), "", *aligned(table, "<<>")]
     for name in names:
         lines += _remarks(run, name)
     of_examples = _last_sampled(run) if stage is None else names[0]
@@ -148,15 +150,51 @@ def _last_sampled(run: Run) -> str | None:
 def _examples(run: Run, name: str, count: int) -> list[str]:
     """So many examples of a stage, those with a pair first, and as many demonstrations."""
     of_stage, has_pairs = examples(run, name), len(run.pairs(name)) > 0
+    settings = run.settings(name).get("settings") or {}
+    makes_pairs = has_pairs or ("pairing" in settings and "fit_from" not in settings)
     picked = list(islice((e for e in of_stage.worked if e.is_paired), count)) if has_pairs else []
     others = (example for example in of_stage.worked if not (has_pairs and example.is_paired))
     picked += islice(others, count - len(picked))
     lines = []
     for example in (*picked, *of_stage.demonstrations[:count]):
         lines += _example(example)
-        if has_pairs and not example.is_paired and example.responses[0].candidate is not None:
-            lines.append("no pair")
+        sampled = [r for r in example.responses if r.candidate is not None]
+        if makes_pairs and sampled and not example.is_paired:
+            lines += _wrapped(f"no pair: {_why_no_pair(sampled, settings)}", "    ")
     return lines
+
+
+def _why_no_pair(responses: Sequence[Response], settings: dict[str, Any]) -> str:
+    """Why a prompt with these responses gave no pair. settings: of the stage."""
+    candidates = [response.candidate for response in responses if response.candidate is not None]
+    reasons = [candidate.reason for candidate in candidates if candidate.reason is not None]
+    cut = sum(candidate.finished is False for candidate in candidates)
+    whole = [
+        r
+        for r in responses
+        if r.candidate is not None
+        and r.candidate.reason is None
+        and r.candidate.finished is not False
+    ]
+    scored = [response for response in whole if response.score is not None]
+    scores = [response.score for response in scored if response.score is not None]
+    needs = "and a pair needs two that are whole"
+    if len(whole) < 2 and reasons:
+        return f"{len(reasons)} of {len(candidates)} have no response ({reasons[0]}), {needs}"
+    if len(whole) < 2:
+        return f"{cut} of {len(candidates)} were cut off, {needs}: raise max_new_tokens"
+    if len({response.text or response.ids for response in whole}) == 1:
+        return "all responses are the same (identical)"
+    if any(response.has_parts for response in whole):
+        return "what the parts of its scores come to made none"
+    if len(scored) < 2:
+        return f"{len(whole) - len(scored)} of {len(whole)} have no score, and a pair needs two"
+    if min(scores) == max(scores):
+        return f"the best and the worst have one score, {number(scores[0])} (tie)"
+    margin = settings.get("min_margin") or 0.0
+    if max(scores) - min(scores) < margin:
+        return f"the scores differ by less than min_margin, {number(margin)}"
+    return "there were enough pairs already (surplus), or a setting of the stage left it out"
 
 
 def _example(example: Example) -> list[str]:

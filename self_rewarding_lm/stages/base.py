@@ -143,6 +143,18 @@ class TrainingConfig(FinetuneConfig):
         logger.info("%s: %d rows, %d steps", ctx.stage, len(objective), training.total)
         return training.run()
 
+    def see_result(self, ctx: Context, out: StageDir) -> None:
+        """The check `few_steps`, of all that the stage did."""
+        steps = out.summary.get("steps")
+        if steps is not None:
+            Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell).see(
+                "few_steps",
+                steps,
+                f"{steps} optimiser step{'s were' if steps != 1 else ' was'} taken, which hardly "
+                "make another model: nothing can be concluded from it. More rows, pairs or epochs "
+                "(optim.epochs) and a smaller optim.batch_size give more steps.",
+            )
+
     def try_fit(self, ctx: Context, out: StageDir, objective: Objective) -> None:
         """Compute the loss of an objective's first row and its gradient, and take no step."""
         optim = self.optim.completed(*self.default_learning_rates, self.default_epochs)

@@ -731,6 +731,14 @@ class PairMaker:
         )
         if drops.kept == 0:
             raise self.nothing_made(self.in_words(tally.prompts), drops)
+        if tally.answered:
+            self.checker.see(
+                "cut_off",
+                tally.clipped / tally.answered,
+                f"{tally.clipped} of {tally.answered} responses were cut off before their end, and "
+                "no pair can have them. Raise generation.max_new_tokens (or max_seq_len), or train "
+                "the model to end first.",
+            )
         total = drops.kept + drops.prompts["surplus"]
         self.checker.see(
             "pairs_per_prompt",

@@ -447,7 +447,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys):
 def test_a_run_writes_its_report_events_and_warnings(tmp_path):
     checks = ChecksConfig(few_pairs=Check(limit=1.0))
     stages = [
-        sft(),
+        sft(num_train_steps=10),
         self_reward(num_generated_preference_pairs=99, max_prompt_passes=1, checks=checks),
     ]
     run = trainer_of(tmp_path, stages)()

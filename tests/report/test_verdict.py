@@ -1,0 +1,114 @@
+"""What is said of a run in a few sentences, and of a prompt that gave no pair."""
+
+import logging
+
+import pytest
+import torch
+
+from self_rewarding_lm import OptimConfig, Run
+from self_rewarding_lm.checks import Check, ChecksConfig
+from self_rewarding_lm.errors import NoPairError, PairingError, TrainingError
+from self_rewarding_lm.report.page import write_report
+from self_rewarding_lm.report.terminal import show_run
+from self_rewarding_lm.report.verdict import percent, verdict
+from tests.stages.test_pair_maker import rising
+from tests.support.models import END
+from tests.test_trainer import external, model64, sft, trainer_of
+
+TOO_LITTLE = "give more prompts, pairs or epochs for more steps"
+
+
+def warned(run, stage=0):
+    return {e["check"] for e in run.events(stage) if e.get("event") == "warning"}
+
+
+def test_a_run_of_one_step_shows_nothing_and_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.delenv("SELF_REWARDING_LM_QUIET", raising=False)
+    caplog.set_level(logging.INFO, "self_rewarding_lm")
+    stage = external(reward_model=rising(), prompts_per_block=4)
+    run = trainer_of(tmp_path, [stage], quiet=False)(rehearse=False)
+    said = verdict(run)
+    assert said == [
+        "external_reward: 4 pairs from 4 prompts, 0 % of the answers were cut off, 1 step.",
+        "The judge tells answers apart: 100 % of its judgements have a score, its commonest is 6.2 "
+        "% of all, best and worst tie in 0 %.",
+        f"Nothing can be concluded from external_reward: {TOO_LITTLE}.",
+    ]
+    assert " ".join(said) in [record.getMessage() for record in caplog.records]
+    assert " ".join(said) in " ".join(show_run(run).split())
+    assert " ".join(said) in " ".join(write_report([run]).read_text(encoding="utf-8").split())
+    assert warned(run) == {"few_steps"}
+    caplog.clear()
+    trainer_of(tmp_path, [stage], quiet=False)(rehearse=False)
+    assert "pairs from" not in caplog.text  # it was done
+
+
+def test_ten_steps_are_enough_to_speak_of(tmp_path):
+    run = trainer_of(tmp_path, [external(reward_model=rising(), num_train_steps=10)])()
+    assert warned(run) == set()
+    assert verdict(run)[0].endswith(", 10 steps.") and "concluded" not in " ".join(verdict(run))
+    strict = ChecksConfig(few_steps=Check(limit=11, action="error"))
+    with pytest.raises(TrainingError, match="10 optimiser steps were taken"):
+        trainer_of(tmp_path / "strict", [sft(num_train_steps=10, checks=strict)])(rehearse=False)
+
+
+def test_answers_that_are_cut_off_are_told_with_what_to_do(tmp_path):
+    stage = external(reward_model=rising(), num_generated_preference_pairs=None, num_train_steps=12)
+    run = trainer_of(tmp_path, [stage], ending(), eos_id=END)(rehearse=False)
+    candidates = run.candidates(0)
+    cut = sum(c.finished is False for c in candidates) / len(candidates)
+    assert 0.3 < cut < 1 and "cut_off" in warned(run)
+    first, *_, last = verdict(run)
+    assert f"{percent(cut)} of the answers were cut off" in first and "from 10 prompts" in first
+    assert last == "This can be better: raise max_new_tokens, so that answers end."
+    # a prompt with fewer than two whole answers has no pair, and the text says so
+    whole = {
+        prompt.id: sum(c.finished for c in candidates if c.prompt_id == prompt.id)
+        for prompt in run.prompts(0)
+    }
+    poor = [name for name, number in whole.items() if number < 2]
+    assert poor and not {pair.id for pair in run.pairs(0)} & set(poor)
+    parts = show_run(run, prompts=10).split("\n\n")
+    for name in poor:
+        [part] = [part for part in parts if part.startswith(f"{name}\n")]
+        told = f"no pair: {4 - whole[name]} of 4 were cut off, and a pair needs two that are whole"
+        assert told in " ".join(part.split())
+    strict = ChecksConfig(cut_off=Check(action="error"))
+    stage = external(reward_model=rising(), checks=strict)
+    with pytest.raises(PairingError, match="responses were cut off before their end"):
+        trainer_of(tmp_path / "strict", [stage], ending(), eos_id=END)(rehearse=False)
+
+
+def ending():
+    """A model of which about half of the answers end within six tokens."""
+    module = model64()
+    with torch.no_grad():
+        module.head.bias[END] += 1.5
+    return module
+
+
+def test_a_run_that_stopped_without_a_pair_says_why(tmp_path):
+    stage = external(reward_model=lambda completions, **_: [1.0 for _ in completions])
+    with pytest.raises(NoPairError):
+        trainer_of(tmp_path, [stage])(rehearse=False)
+    run = Run.open(tmp_path)
+    text = " ".join(show_run(run).split())
+    assert "no pair: the best and the worst have one score, 1 (tie)" in text
+    assert "external_reward: 0 pairs from 40 prompts (10 different)" in text
+    assert "The judge gave one score to 100 % of the answers." in text
+    assert "use score_mode: expected or another judge" in text
+    assert "external_reward stopped: no preference pair could be made from 40 prompts" in text
+
+
+def test_a_run_without_pairs_of_its_own_tells_its_loss(tmp_path):
+    run = trainer_of(tmp_path, [sft(optim=OptimConfig(batch_size=2, learning_rate=1e-2))])()
+    losses = [line["loss"] for line in run.metrics(0) if "loss" in line]
+    assert verdict(run) == [f"sft: 9 steps, loss {losses[0]:.3g} -> {losses[-1]:.3g}."]
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.0, "0 %"), (0.5, "50 %"), (0.0625, "6.2 %"), (0.208, "20.8 %"), (1, "100 %")],
+)
+def test_shares_are_told_in_percent(share, words):
+    assert percent(share) == words
