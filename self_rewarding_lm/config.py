@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
 
-from self_rewarding_lm.errors import ConfigError, did_you_mean
+from self_rewarding_lm.errors import ConfigError, did_you_mean, setting
 from self_rewarding_lm.rubrics import (
     COMPARISON_PROMPT,
     DEFAULT_JUDGE_PROMPT,
@@ -53,7 +53,7 @@ def _in_words(cls: type[Config], error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             hint = did_you_mean(where, names)
-            lines.append(f"{where!r} is no setting; {hint}It has: {', '.join(names)}.")
+            lines.append(f"{where!r} is no setting{hint} It has: {', '.join(names)}.")
         elif item["type"] == "missing":
             lines.append(f"{where!r} is required.")
         else:
@@ -306,6 +306,8 @@ class RewardConfig(Config):
     Every judgement records the way its score came (`source`).
     """
 
+    template_variables: ClassVar[tuple[str, ...]] = ("prompt", "response")
+
     prompt_template: str
     """jinja2 text with {{ prompt }} and {{ response }}."""
     reward_regex_template: str | None = None
@@ -384,7 +386,8 @@ class RewardConfig(Config):
         if self.forced_ending:
             raise ValueError(
                 "forced_ending puts words behind a text that lead to one number, and marks stand "
-                "within a review; leave one of them out. score_mode='expected' takes the "
+                f"within a review; leave one of them out. {setting('score_mode', 'expected')} "
+                "takes the "
                 "probabilities of the marks in the review that was written"
             )
         if self.score_range not in (None, marks.score_range):
@@ -395,7 +398,7 @@ class RewardConfig(Config):
         object.__setattr__(self, "score_range", marks.score_range)  # the model is frozen
 
     def _check_numbers(self) -> None:
-        ways = "score_mode='expected' and forced_ending"
+        ways = f"{setting('score_mode', 'expected')} and forced_ending"
         if self.parse_reward is not None:
             raise ValueError(
                 f"{ways} read probabilities where reward_regex_template has its number, and "
@@ -413,6 +416,8 @@ class ComparisonConfig(Config):
 
     Each two candidates are shown in both orders; judges that disagree with themselves say a tie.
     """
+
+    template_variables: ClassVar[tuple[str, ...]] = ("prompt", "response_a", "response_b")
 
     prompt_template: str = COMPARISON_PROMPT
     """jinja2 text with {{ prompt }}, {{ response_a }} and {{ response_b }}."""

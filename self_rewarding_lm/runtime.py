@@ -32,7 +32,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from self_rewarding_lm.errors import ConfigError, Interrupted
+from self_rewarding_lm.errors import ConfigError, Interrupted, said
 from self_rewarding_lm.sharding import Sharded, send_from_main, sum_gradients, whole
 from self_rewarding_lm.text import markdown_table, printable
 
@@ -654,9 +654,14 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
         return Accelerator(**kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"accelerate.Accelerator refused accelerate_kwargs={kwargs}: {error} They are its "
+            f"accelerate.Accelerator refused {_arguments()} {kwargs}: {error} They are its "
             "arguments; with several processes all trainers of a process share them."
         ) from error
+
+
+def _arguments() -> str:
+    """The setting that holds arguments of Accelerate."""
+    return said("accelerate_kwargs", "`accelerate`")
 
 
 def _refused(kwargs: Mapping[str, Any]) -> Iterator[str]:
@@ -665,7 +670,7 @@ def _refused(kwargs: Mapping[str, Any]) -> Iterator[str]:
     steps = kwargs.get("gradient_accumulation_steps", 1 if plugin is None else plugin.num_steps)
     if steps != 1:
         yield (
-            f"accelerate_kwargs asks for gradient_accumulation_steps={steps}, which would divide "
+            f"{_arguments()} asks for gradient_accumulation_steps={steps}, which would divide "
             "every gradient by it. Leave it out: a step is optim.batch_size rows, and their "
             "micro-batches (optim.micro_batch_size, optim.micro_batch_tokens) add up by themselves."
         )
@@ -682,6 +687,9 @@ WORLD_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_W
 """Where launchers say how many processes there are: torchrun and accelerate, and those of MPI."""
 
 
+_ON_CPUS = ('accelerate_kwargs={"cpu": True}', "`accelerate: {cpu: true}`")
+
+
 def _check_processes(world: int) -> None:
     """ConfigError if this is one of several processes that know nothing of each other."""
     for variable in WORLD_VARIABLES:
@@ -690,9 +698,9 @@ def _check_processes(world: int) -> None:
             raise ConfigError(
                 f"{variable}={number} says that this is one of {number} processes, but Accelerate "
                 "has joined no others, so each would begin a run of its own. On CPUs set "
-                'accelerate_kwargs={"cpu": True} (`accelerate: {cpu: true}` in a recipe) or the '
-                "environment variable ACCELERATE_USE_CPU=true; on GPUs start them with `torchrun` "
-                f"or `accelerate launch`. For one process alone unset {variable}."
+                f"{said(*_ON_CPUS)} or the environment variable ACCELERATE_USE_CPU=true; on GPUs "
+                "start them with `torchrun` or `accelerate launch`. For one process alone unset "
+                f"{variable}."
             )
 
 

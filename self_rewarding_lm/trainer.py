@@ -26,7 +26,7 @@ from self_rewarding_lm.config import (
 )
 from self_rewarding_lm.context import Context, wrong_names
 from self_rewarding_lm.data.datasets import Rows
-from self_rewarding_lm.data.tokenizers import CallableTokenizer, Tokenizer
+from self_rewarding_lm.data.tokenizers import Tokenizer, tokenizer_of
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, StoreError, typed
 from self_rewarding_lm.generation.engine import Engine
@@ -176,7 +176,7 @@ class SelfRewardingTrainer:
         self.callbacks, self.report = tuple(callbacks), report
         self.rewards = _rewards_by_name(self_reward_prompt_config)
         # 3. the model, on its device, and the module that is trained
-        given_tokenizer = _tokenizer_of(tokenizer, tokenizer_encode, tokenizer_decode)
+        given_tokenizer = tokenizer_of(tokenizer, tokenizer_encode, tokenizer_decode)
         check_placement(model, device_map, self.runtime.world)
         loading = Loading(torch_dtype, device_map, load_in_4bit, peft_config, merge_adapter, seed)
         self.model, models_tokenizer = open_model(model, loading)
@@ -405,21 +405,6 @@ def _rewards_by_name(
     if config is None:
         return {"default": DEFAULT_REWARD_CONFIG}
     return {"default": config} if isinstance(config, RewardConfig) else dict(config)
-
-
-def _tokenizer_of(
-    tokenizer: Tokenizer | None,
-    encode: Callable[[str], Any] | None,
-    decode: Callable[[Tensor], str] | None,
-) -> Tokenizer | None:
-    """The tokenizer, or the two functions as one; None if neither is given."""
-    if tokenizer is not None and (encode is not None or decode is not None):
-        raise ConfigError("give tokenizer, or tokenizer_encode and tokenizer_decode, not both.")
-    if (encode is None) != (decode is None):
-        raise ConfigError("tokenizer_encode and tokenizer_decode go together; one is missing.")
-    if encode is not None and decode is not None:
-        return CallableTokenizer(encode, decode)
-    return tokenizer
 
 
 def _is_same_dataset(first: Any, second: Any) -> bool:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from self_rewarding_lm.cli import check, compare, export, judge, plan, report, run, show
-from self_rewarding_lm.errors import SelfRewardingError
+from self_rewarding_lm.errors import SelfRewardingError, at_the_command, did_you_mean
 from self_rewarding_lm.text import printable
 
 COMMANDS = {
@@ -37,9 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Wrong usage ends with SystemExit(2), as argparse does it.
     """
-    options = make_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = make_parser()
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        hint = did_you_mean(given[0], COMMANDS)
+        parser.error(f"{given[0]!r} is no command{hint} There are: {', '.join(COMMANDS)}.")
+    options, unknown = parser.parse_known_args(given)
+    if unknown:
+        options.parser.error(_no_flag(options.parser, unknown))
     try:
-        return options.command.run(options)
+        with at_the_command():
+            return options.command.run(options)
     except SelfRewardingError as error:
         print(f"self-rewarding-lm: error: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -53,6 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `show ... | head`; what is left to flush goes to a pipe of our own
         os.dup2(os.pipe()[1], sys.stdout.fileno())
         return 0
+
+
+def _no_flag(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """Words for arguments that a command does not know."""
+    first = next((word for word in unknown if word.startswith("-")), unknown[0])
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    if not first.startswith("-"):
+        return f"{first!r} is one argument too many. {parser.prog} --help says which there are."
+    name = first.partition("=")[0]
+    return f"there is no flag {name}{did_you_mean(name, flags)} {parser.prog} --help lists all."
 
 
 def make_parser() -> argparse.ArgumentParser:

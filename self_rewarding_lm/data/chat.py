@@ -15,7 +15,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.errors import ConfigError, DataError, did_you_mean, setting
 from self_rewarding_lm.records import VARIABLES
 
 Message = Mapping[str, Any]
@@ -199,7 +199,8 @@ def template_text(template: str | None) -> str | None:
     if "{" not in template:
         raise ConfigError(
             f"chat_template must be one of {', '.join(TEMPLATES)}, {RAW} (texts as they are) or "
-            f"jinja text with the variable messages; got {template!r}."
+            f"jinja text with the variable messages; got {template!r}"
+            f"{did_you_mean(template, (*TEMPLATES, RAW))}"
         )
     return template
 
@@ -302,7 +303,7 @@ def _checked_message(item: Any, where: str) -> Message:
         raise DataError(
             f"{where}: a message has {' and '.join(map(repr, media))}, which the model does not "
             "read, so the text alone would mean something else. Leave such rows out, for example "
-            "by on_bad_row='skip'."
+            f"by {setting('on_bad_row', 'skip')}."
         )
     if content is None and role == "assistant" and len(said) > 1:
         content = ""  # it calls a tool, or only thinks

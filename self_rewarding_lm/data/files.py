@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.runs.lines import Lazy, LineFile
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ def _parquet_rows(path: Path, name: str) -> ParquetRows:
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError(
-            f"{name}: {path} needs the package pyarrow: "
-            'pip install "self-rewarding-lm[data]", or give the rows as .jsonl.'
+            f"{name}: {path} needs the package pyarrow: {install('data')}, or give the rows as "
+            ".jsonl."
         ) from error
     try:
         return ParquetRows(parquet.ParquetFile(path).read())

@@ -17,7 +17,7 @@ from self_rewarding_lm.data.chat import (
     messages_of,
     without_nones,
 )
-from self_rewarding_lm.errors import DataError
+from self_rewarding_lm.errors import DataError, setting
 from self_rewarding_lm.records import VARIABLES
 
 Row = Mapping[str, Any]
@@ -268,7 +268,7 @@ def _answer(message: Message, where: str) -> Any:
     if weight != 1:
         raise DataError(
             f"{where}: the last message, which would be learnt, has the weight {weight!r}. Leave "
-            "such rows out (on_bad_row='skip'); a weight of 1 is taken."
+            f"such rows out ({setting('on_bad_row', 'skip')}); a weight of 1 is taken."
         )
     message = {key: value for key, value in message.items() if key != "weight"}
     return message if len(message) > 2 else message["content"]

@@ -29,7 +29,7 @@ from self_rewarding_lm.data.forms import (
     unread_columns,
 )
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import DataError
+from self_rewarding_lm.errors import DataError, said, setting
 from self_rewarding_lm.records import (
     VARIABLES,
     Demonstration,
@@ -218,10 +218,18 @@ def truncated(ids: Ids, prompt_len: int, limit: int | None, where: str) -> tuple
         return ids, False
     if prompt_len >= limit:
         raise DataError(
-            f"{where}: the prompt alone has {prompt_len} tokens, and max_seq_len is {limit}: no "
-            "room for a response. Shorten the prompt or raise max_seq_len."
+            f"{where}: the prompt alone has {prompt_len} tokens, and prompt and response together "
+            f"may have {limit}: no room for a response. {_shorter(limit)}"
         )
     return ids[:limit], True
+
+
+def _shorter(limit: int) -> str:
+    """What can be done about a prompt that takes all room."""
+    return (
+        f"Shorten it; or leave such rows out ({setting('on_bad_row', 'skip')}); or raise "
+        f"max_seq_len, if the model takes more than {limit}."
+    )
 
 
 def check_prompt(ids: Ids, where: str, limit: int | None) -> None:
@@ -229,7 +237,7 @@ def check_prompt(ids: Ids, where: str, limit: int | None) -> None:
     if limit is not None and len(ids) >= limit:
         raise DataError(
             f"{where}: the prompt has {len(ids)} tokens, and prompt and response together may "
-            f"have {limit}. Shorten it or raise max_seq_len."
+            f"have {limit}. {_shorter(limit)}"
         )
 
 
@@ -270,7 +278,7 @@ def _seen(row: Mapping[str, Any], where: str, tokens: Tokens) -> Mapping[str, An
         raise DataError(
             f"{where}: the row has {' and '.join(map(repr, media))}, which the model does not "
             "read, so its text alone would mean something else. Leave such rows out, for example "
-            "by on_bad_row='skip'."
+            f"by {setting('on_bad_row', 'skip')}."
         )
     unread = {"tools", "documents", VARIABLES} & row.keys() if not tokens.renders else set()
     tokens.name_unread((name for name in unread if not is_empty(row[name])), where)
@@ -293,7 +301,10 @@ def _check_wanted(row: Mapping[str, Any], where: str) -> None:
     elif is_number(weight) and weight != 1:
         problem = f"the weight {weight:g}: supervised rows all count alike"
     if problem is not None:
-        raise DataError(f"{where}: the row has {problem}. Leave such rows out (on_bad_row='skip').")
+        raise DataError(
+            f"{where}: the row has {problem}. Leave such rows out "
+            f"({setting('on_bad_row', 'skip')})."
+        )
 
 
 def _text_of(response: Any, ids: Ids, tokens: Tokens) -> str | None:
@@ -323,12 +334,14 @@ def _prompt(value: Any, where: str, tokens: Tokens) -> PromptRow:
         prompt = value if isinstance(value, str) else open_messages(value, where)
         rendered = tokens.prompt(prompt, f"{where}: the prompt")
         return PromptRow(rendered.ids, rendered.text, rendered.messages)
+    _check_there(value, f"{where}: the prompt")
     ids = tokens.checked(value, f"({where}: the prompt)")
     return PromptRow(ids, tokens.decode(ids))
 
 
 def _response_ids(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
     """The ids of a response: a text gets the end token behind it, ids are taken as they are."""
+    _check_there(value, whose)
     if not isinstance(value, str | Mapping):
         ids = tokens.checked(value, f"({whose})")
     elif isinstance(prompt, str) or is_messages(prompt):
@@ -339,6 +352,15 @@ def _response_ids(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
         raise DataError(f"{whose}: a message needs a prompt of texts or messages; this one is ids.")
     _check_not_empty(ids, whose)
     return ids
+
+
+def _check_there(value: Any, whose: str) -> None:
+    """Raise DataError for a value that a row does not have."""
+    if value is None:
+        raise DataError(
+            f"{whose} must be a text, messages or token ids; it is {said('None', 'null')}. Give "
+            f"one, or leave such rows out ({setting('on_bad_row', 'skip')})."
+        )
 
 
 def _check_not_empty(ids: Ids, whose: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from self_rewarding_lm.data.control_tokens import THOUGHT, Controls, Piece, Span
+from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.records import Ids
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
@@ -55,6 +56,24 @@ class CallableTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_fn(torch.tensor(list(ids), dtype=torch.long))
+
+
+def tokenizer_of(
+    tokenizer: Tokenizer | None,
+    encode: Callable[[str], Any] | None,
+    decode: Callable[[Tensor], str] | None,
+) -> Tokenizer | None:
+    """The tokenizer, or the two functions as one; None if neither is given.
+
+    Raises ConfigError if both are, or one function alone.
+    """
+    if tokenizer is not None and (encode is not None or decode is not None):
+        raise ConfigError("give tokenizer, or tokenizer_encode and tokenizer_decode, not both.")
+    if (encode is None) != (decode is None):
+        raise ConfigError("tokenizer_encode and tokenizer_decode go together; one is missing.")
+    if encode is not None and decode is not None:
+        return CallableTokenizer(encode, decode)
+    return tokenizer
 
 
 class HuggingFaceTokenizer:

@@ -29,7 +29,14 @@ from self_rewarding_lm.data.chat import (
 from self_rewarding_lm.data.chat import transcript as transcript_of
 from self_rewarding_lm.data.control_tokens import Controls, Filled, FindSpans, Mask
 from self_rewarding_lm.data.tokenizers import HuggingFaceTokenizer, Tokenizer
-from self_rewarding_lm.errors import ConfigError, DataError, TokenizerError
+from self_rewarding_lm.errors import (
+    ConfigError,
+    DataError,
+    TokenizerError,
+    give_tokenizer,
+    said,
+    setting,
+)
 from self_rewarding_lm.records import VARIABLES, Ids
 from self_rewarding_lm.runs.pretrained import name_ends, name_eos
 from self_rewarding_lm.runs.stage_folder import FORMAT
@@ -191,7 +198,8 @@ class Tokens:
                 raise DataError(
                     f"{where}: its content is empty, and the chat template does not read its "
                     f"{', '.join(map(repr, sorted(keys)))}, so an empty answer would be learnt. "
-                    "Give chat_template= one that does, or leave the row out (on_bad_row='skip')."
+                    f"Give {_template_setting()} one that does, or leave the row out "
+                    f"({setting('on_bad_row', 'skip')})."
                 )
         return self._with_controls_hidden(encode, [messages, answer], where)
 
@@ -311,7 +319,7 @@ class Tokens:
         if isinstance(ids, str | bytes) or not isinstance(ids, Sequence):
             raise TokenizerError(
                 f"token ids {whose} must be a list or 1-D tensor of numbers; got "
-                f"{type(ids).__name__}. Does tokenizer_encode return ids?"
+                f"{type(ids).__name__} {str(ids)[:80]!r}."
             )
         return tuple(self._checked_id(i, whose) for i in ids)
 
@@ -364,8 +372,8 @@ class Tokens:
             return render  # it refuses the samples: rows will show
         raise ConfigError(
             f"the chat template does not show what messages say: of {QUESTION['content']!r}, "
-            f"answered by {ANSWER!r}, it makes {answered!r}. Give chat_template= a name or jinja "
-            "text, or 'raw' for texts as they are."
+            f"answered by {ANSWER!r}, it makes {answered!r}. Give {_template_setting()} a "
+            "name or jinja text, or 'raw' for texts as they are."
         )
 
     def _remedy(self, asked: Sequence[Message], before: str, full: str) -> str:
@@ -377,14 +385,14 @@ class Tokens:
         if lead and begun.endswith(lead):
             words = (
                 f"The template puts {lead!r} before an answer that is to be written, and not "
-                "before one that is there. Give chat_template= its own text "
+                f"before one that is there. Give {_template_setting()} its own text "
                 f"(tokenizer.chat_template), changed so that {lead!r} stands before the last "
                 "answer too and all of that answer behind it, its thought included"
             )
         else:
             words = (
-                "Give chat_template= another name or text, such as its own changed so that a "
-                "prompt stays as it is once it is answered"
+                f"Give {_template_setting()} another name or text, such as its own changed so "
+                "that a prompt stays as it is once it is answered"
             )
         words += "; or give such rows as token ids, {'prompt': ids, 'completion': ids}."
         switches = sorted(name for name in self._variables if "think" in name)
@@ -516,10 +524,7 @@ class Tokens:
 
     def _encode_checked(self, text: str, method: str) -> Ids:
         if self.tokenizer is None:
-            raise ConfigError(
-                f"a text needs a tokenizer: {text[:60]!r}. Give the trainer tokenizer_encode and "
-                "tokenizer_decode, or tokenizer."
-            )
+            raise ConfigError(f"a text needs a tokenizer: {text[:60]!r}. {give_tokenizer()}")
         return self.checked(getattr(self.tokenizer, method)(text), f"of the text {text[:60]!r}")
 
     def _checked_id(self, value: Any, whose: str) -> int:
@@ -536,6 +541,10 @@ class Tokens:
                 "The tokenizer does not fit the model's vocabulary."
             )
         return number
+
+
+def _template_setting() -> str:
+    return said("chat_template=", "--chat-template (`chat_template` of the recipe)")
 
 
 def _render_sample(render: Render, more: Sequence[str] = ()) -> str:

@@ -14,6 +14,7 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.evaluation.responses import pass_at_k
 from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
+from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.stats import Rate, ratio_interval
 
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -83,8 +84,7 @@ def reasoning_task(
     except ImportError as error:
         raise ConfigError(
             f"the task {name!r} needs the package reasoning-gym and what it imports; there is no "
-            f"{error.name or 'reasoning_gym'} here: "
-            'pip install "self-rewarding-lm[examples]"'
+            f"{error.name or 'reasoning_gym'} here: {install('examples')}"
         ) from error
     try:
         problems = reasoning_gym.create_dataset(name, size=size, seed=seed)

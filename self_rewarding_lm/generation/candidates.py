@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.data.chat import is_messages
-from self_rewarding_lm.data.tokenizers import Tokenizer
+from self_rewarding_lm.data.tokenizers import Tokenizer, tokenizer_of
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import ConfigError, DataError, typed
+from self_rewarding_lm.errors import ConfigError, DataError, give_tokenizer, typed
 from self_rewarding_lm.generation.engine import Decoding, Engine, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.server.engine import ServerEngine
@@ -104,6 +104,8 @@ def generate(
     sampling: SamplingConfig | None = None,
     num_samples: int = 1,
     tokenizer: Tokenizer | None = None,
+    tokenizer_encode: Callable[[str], Any] | None = None,
+    tokenizer_decode: Callable[[Tensor], str] | None = None,
     chat_template: str | None = None,
     eos_id: int | None = None,
     seed: int = 0,
@@ -113,7 +115,8 @@ def generate(
     """Sample from a model: for each prompt a list of `num_samples` candidates.
 
     prompts: 1-D id tensors; or, with a tokenizer, texts or message lists; or a padded batch (b, t)
-    of ids with its boolean `mask` (b, t), True on tokens, padded on either side. Texts and messages
+    of ids with its boolean `mask` (b, t), True on tokens, padded on either side. tokenizer, or
+    tokenizer_encode and tokenizer_decode: as the trainer takes them. Texts and messages
     are rendered as the trainer does it: chat_template is a name, jinja text or "raw", by default
     the Hugging Face tokenizer's own. eos_id: the end token, by default all that the tokenizer, its
     template and a Hugging Face model's generation config name. The same seed gives the same
@@ -133,7 +136,7 @@ def generate(
         )
     token_model = adapt(model)
     tokens = Tokens(
-        tokenizer,
+        tokenizer_of(tokenizer, tokenizer_encode, tokenizer_decode),
         eos_id=eos_id,
         vocab=token_model.vocab,
         chat_template=chat_template,
@@ -198,7 +201,10 @@ def _stop_check(stop: Sequence[str], tokens: Tokens) -> Callable[[Sequence[int]]
     if not stop:
         return None
     if tokens.tokenizer is None:
-        raise ConfigError(f"stop texts {list(stop)} need a tokenizer, to see them in the tokens.")
+        raise ConfigError(
+            f"stop texts {list(stop)} need a tokenizer, to see them in the tokens. "
+            f"{give_tokenizer()}"
+        )
 
     window = BYTES_PER_CHARACTER * max(map(len, stop))
 

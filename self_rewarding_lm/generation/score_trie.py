@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, setting
 from self_rewarding_lm.models.sessions import common_beginning
 from self_rewarding_lm.records import Ids
 from self_rewarding_lm.scores import number_text
@@ -101,7 +101,8 @@ def build_trie(
             alike = f"like {like}" if path else "as nothing"
             raise ConfigError(
                 f"the tokenizer encodes {text} {alike}, so a judge's probabilities "
-                "cannot tell the scores apart. Use score_mode='sampled' without forced_ending, or "
+                f"cannot tell the scores apart. Use {setting('score_mode', 'sampled')} without "
+                "forced_ending, or "
                 "other scores."
             )
         seen[path] = score

@@ -15,7 +15,7 @@ from typing import Literal
 
 from self_rewarding_lm.config import Config
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, setting
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.ensemble import Member
 from self_rewarding_lm.judges.implicit import CURRENT, ImplicitJudge, implicit_judgements
@@ -182,15 +182,17 @@ def check_consistency(stage: str, config: ConsistencyConfig, judge: Judge) -> No
     """Raise ConfigError if both rankings would be the same, or the scores of one all equal."""
     if config.by == "judge" and not judge.reads_weights:
         raise ConfigError(
-            f"{stage}: consistency by='judge' asks the stage's judge with earlier weights in the "
+            f"{stage}: consistency {setting('by', 'judge')} asks the stage's judge with earlier "
+            "weights in the "
             f"model, and {judge.name!r} does not ask the model: "
-            "both rankings would be the same. Take by='implicit'."
+            f"both rankings would be the same. Take {setting('by', 'implicit')}."
         )
     if config.by == "judge" and isinstance(judge, ImplicitJudge):
         if judge.reference == str(config.previous) and judge.weights == CURRENT:
             raise ConfigError(
                 f"{stage}: with the weights {judge.reference!r} in the model an ImplicitJudge that "
-                "refers to them gives all candidates 0. Take consistency by='implicit'."
+                "refers to them gives all candidates 0. Take consistency "
+                f"{setting('by', 'implicit')}."
             )
 
 
@@ -214,8 +216,9 @@ def smoothed(
         logger.warning(
             "%s: of no prompt with a pair do the present and the earlier model (%s) both rank "
             "the candidates: one of them gives all the same score, or none. The pairs are trained "
-            "without a label smoothing; a judge with finer scores (score_mode='expected') or "
-            "by='implicit' would tell.",
+            "without a label smoothing; a judge with finer scores "
+            f"({setting('score_mode', 'expected')}) or "
+            f"{setting('by', 'implicit')} would tell.",
             ctx.stage,
             config.previous,
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.errors import JudgeError, give_tokenizer
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.functions import RewardOutputs
 from self_rewarding_lm.models.batching import micro_batches, pad_rows
@@ -94,8 +94,7 @@ class RewardModelJudge(Judge):
         """The ids that the reward model reads: the prompt's messages and the response."""
         if prompt.text is None or candidate.text is None:
             raise JudgeError(
-                "a RewardModelJudge reads texts, so the trainer needs tokenizer_encode and "
-                "tokenizer_decode, or tokenizer."
+                f"a RewardModelJudge reads texts, which need a tokenizer. {give_tokenizer()}"
             )
         messages = prompt.messages or ({"role": "user", "content": prompt.text},)
         response = {"role": "assistant", "content": candidate.text}

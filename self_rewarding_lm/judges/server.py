@@ -14,7 +14,7 @@ from self_rewarding_lm.config import (
     SamplingConfig,
 )
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.errors import ConfigError, typed
+from self_rewarding_lm.errors import ConfigError, setting, typed
 from self_rewarding_lm.generation.server.client import MALFORMED, Body, HttpClient, Refusal
 from self_rewarding_lm.generation.server.completions import (
     ENDED_BY,
@@ -267,7 +267,8 @@ def _check(prompt: RewardConfig | ComparisonConfig, sampling: SamplingConfig) ->
     if prompt.score_mode == "expected" or prompt.forced_ending:
         raise ConfigError(
             "a ServerJudge reads what the model says; its tokens are not the policy's, so expected "
-            "and forced scores are not to be had. Use score_mode='sampled' without forced_ending "
+            f"and forced scores are not to be had. Use {setting('score_mode', 'sampled')} without "
+            "forced_ending "
             "(several judgements make a mean), or ServerEngine for the policy's own judging."
         )
     if sampling.filter_fn is not None:

@@ -13,6 +13,8 @@ from itertools import combinations, islice
 from typing import Any
 
 from self_rewarding_lm.checks import PAGE, Checker
+from self_rewarding_lm.errors import setting
+from self_rewarding_lm.generation.score_trie import MIN_SCORE_MASS
 from self_rewarding_lm.judges.asking import FIRST_LOOK
 from self_rewarding_lm.records import Candidate, Judgement, MetaJudgement
 from self_rewarding_lm.scores import both_orders, candidate_scores
@@ -195,6 +197,16 @@ def unread_texts(judgements: Iterable[Judgement | MetaJudgement]) -> str:
     return "\n".join(f"  {j.reason}: {(j.text or '')[:300]!r}" for j in unread)
 
 
+AT_ONCE_ADVICE = (
+    "Change one of these: end the prompt_template so that a number is what must follow (it is "
+    "asked "
+    "behind the words before {{{{ reward }}}} of reward_regex_template); train the model on judge "
+    "examples first (an SFT stage); {}, by which it writes a review before its score; use another "
+    "rewarding_model; or lower min_parse_rate."
+)
+"""What can be done where a score is asked for at once and none is likely."""
+
+
 class JudgeWatcher:
     """Checks the judgements of a stage on one of `world` processes.
 
@@ -237,11 +249,20 @@ class JudgeWatcher:
         """The check `min_parse_rate`. where: the stage's folder. noun: names what was counted."""
         if self.judged < self.look or self.scored >= self.min_parse_rate * self.judged:
             return None
-        texts = unread_texts(self.unread)
+        if all(j.reason == "low_mass" and not j.text for j in self.unread):
+            masses = ", ".join(f"{j.score_mass:.2g}" for j in self.unread)
+            shown = (
+                "The judge is asked for its score at once and writes no text. There all the scores "
+                f"that it may give had so little probability together: {masses}; at least "
+                f"{MIN_SCORE_MASS:g} counts.\n"
+            )
+            advice = AT_ONCE_ADVICE.format(setting("forced_ending", True))
+        else:
+            shown = f"Three of the judge's texts:\n{unread_texts(self.unread)}\n"
         return (
             f"{stage}: only {self.scored} of {self.judged} {noun} "
             f"({self.scored / self.judged:.0%}) gave a score; at least "
-            f"{self.min_parse_rate:.0%} must. Three of the judge's texts:\n{texts}\n"
+            f"{self.min_parse_rate:.0%} must. {shown}"
             f"{advice} All records made so far are kept in {where}. "
             f"(check min_parse_rate, told in {PAGE}.)"
         )
@@ -256,7 +277,8 @@ class JudgeWatcher:
                 metrics["judge/modal_share"],
                 f"{count} of {tally.score.whole} scores are {commonest:g} (rounded to one decimal; "
                 "judge/modal_share): the judge does not tell responses apart, and what is left are "
-                "ties and noise. Take score_mode='expected', a comparison, another reward prompt "
+                "ties and noise. "
+                f"Take {setting('score_mode', 'expected')}, a comparison, another reward prompt "
                 "or rewarding_model, train it on judge examples first, or, if it marks the items "
                 "of a rubric and adds them up badly, count its marks (`marks` of the reward "
                 "prompt). Where scores differ by "
@@ -268,7 +290,7 @@ class JudgeWatcher:
                 metrics["judge/tie_rate"],
                 f"of {tally.tie.whole} prompts {metrics['judge/tie_rate']:.0%} have the same score "
                 "for their best and their worst response (judge/tie_rate) and give no pair. Take "
-                "score_mode='expected', more num_sampled_reward_responses, a higher "
+                f"{setting('score_mode', 'expected')}, more num_sampled_reward_responses, a higher "
                 "generation.temperature or another judge.",
             )
         return failure

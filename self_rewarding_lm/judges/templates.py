@@ -1,8 +1,9 @@
 """Templates of judge prompts, compiled and checked: of one response, of two, of two judgements."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from textwrap import dedent
+from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -66,13 +67,35 @@ def template_parts(template: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
+def template_errors(settings: Any) -> Iterator[tuple[str, ConfigError]]:
+    """What is wrong with the templates of a judge's settings, each error with its field's name.
+
+    settings: a RewardConfig, a ComparisonConfig or the like; of others there are no errors.
+    """
+    wanted = getattr(settings, "template_variables", None)
+    if wanted is None:
+        return
+    try:
+        _compiled(settings.prompt_template, wanted, settings.auto_dedent)
+    except ConfigError as error:
+        yield "prompt_template", error
+    read_by = getattr(settings, "reward_regex_template", None)
+    if read_by is not None:
+        try:
+            template_parts(read_by)
+        except ConfigError as error:
+            yield "reward_regex_template", error
+
+
 def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Callable[..., Filled]:
     names = _variables(template, "prompt_template")
     if names != set(wanted):
-        braced = [f"{{{{ {name} }}}}" for name in wanted]
+        missing, unknown = set(wanted) - names, names - set(wanted)
+        found = [f"it has no {_braced(missing)}"] if missing else []
+        found += [f"nothing is put in for {_braced(unknown)}"] if unknown else []
         raise ConfigError(
-            f"a judge's prompt_template needs exactly the variables {', '.join(braced[:-1])} and "
-            f"{braced[-1]}; it has {_braced(names)}."
+            f"a judge's prompt_template has the variables {_braced(wanted)} and no others; "
+            f"{', and '.join(found)}. It has: {_braced(names)}."
         )
     text = dedent(template).strip("\n") if auto_dedent else template
 
@@ -115,5 +138,6 @@ def _variables(template: str, name: str) -> set[str]:
         raise ConfigError(f"{name} is no valid jinja2 template: {error}") from error
 
 
-def _braced(names: set[str]) -> str:
-    return ", ".join(f"{{{{ {name} }}}}" for name in sorted(names)) or "none"
+def _braced(names: Collection[str]) -> str:
+    in_order = sorted(names) if isinstance(names, set) else names
+    return ", ".join(f"{{{{ {name} }}}}" for name in in_order) or "none"

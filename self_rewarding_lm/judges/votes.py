@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.errors import JudgeError
+from self_rewarding_lm.errors import JudgeError, give_tokenizer
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 
@@ -138,10 +138,7 @@ class VoteJudge(Judge):
     def _answer(self, candidate: Candidate) -> Hashable | None:
         """A candidate's answer; JudgeError if it has no text or its answer cannot be hashed."""
         if candidate.text is None:
-            raise JudgeError(
-                "a VoteJudge reads texts, so the trainer needs tokenizer_encode and "
-                "tokenizer_decode, or tokenizer."
-            )
+            raise JudgeError(f"a VoteJudge reads texts, which need a tokenizer. {give_tokenizer()}")
         answer = self.extract(candidate.text)
         try:
             hash(answer)

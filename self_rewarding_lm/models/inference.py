@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from self_rewarding_lm.errors import mixed_precision
+
 WIDENED_AT_ONCE = 4_194_304  # numbers: 16 MiB in float32
 
 
@@ -82,8 +84,8 @@ def products_unused(kind: str, dtype: torch.dtype, numbers: int, *, mixed: bool)
         return None
     return (
         "This CPU has instructions for products in bfloat16 that are not used: "
-        'accelerate_kwargs={"mixed_precision": "bf16"} (`accelerate: {mixed_precision: bf16}` in a '
-        "recipe) trains and generates faster, with weights in float32 (docs/training.md)."
+        f"{mixed_precision('bf16')} trains and generates faster, with weights in float32 "
+        "(docs/training.md)."
     )
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from self_rewarding_lm.errors import ConfigError, StoreError
+from self_rewarding_lm.errors import ConfigError, StoreError, an_adapter, mixed_precision
 from self_rewarding_lm.models.compiled import uncompiled
 from self_rewarding_lm.models.gguf import GgufOpener
+from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.runs.pretrained import GENERATION, has_adapter, is_hugging_face
 from self_rewarding_lm.runtime import random_numbers_kept
 
@@ -80,7 +81,7 @@ def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Modu
     if options.peft_config is not None:
         model = with_adapter(model, options.peft_config, seed=options.seed)
     if options.merge_adapter and not has_adapter(model):
-        raise ConfigError("merge_adapter needs a model with an adapter; give peft_config.")
+        raise ConfigError(f"merge_adapter needs a model with an adapter; give {an_adapter()}.")
     warn_of_low_precision(model)
     return model, tokenizer
 
@@ -167,7 +168,7 @@ def with_adapter(model: nn.Module, peft_config: Any, *, seed: int = 0) -> nn.Mod
             torch.manual_seed(seed)
             return get_peft_model(model, peft_config)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ConfigError(f"peft_config does not fit the model: {error}") from error
+        raise ConfigError(f"{an_adapter()} does not fit the model: {error}") from error
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -196,12 +197,12 @@ def check_trainable(model: nn.Module) -> None:
         raise ConfigError(
             f"the weights of the {type(model).__name__} are marked as quantised, in a form that "
             'transformers cannot save. Give the .gguf file by its path (model="folder/some.gguf"), '
-            "which the library unpacks to plain weights; or train an adapter with peft_config."
+            f"which the library unpacks to plain weights; or train an adapter with {an_adapter()}."
         )
     if getattr(model, "is_loaded_in_4bit", False) and not has_adapter(model):
         raise ConfigError(
-            "weights in 4 bit cannot be trained themselves; give peft_config, so that an adapter "
-            "is trained on them."
+            f"weights in 4 bit cannot be trained themselves; give {an_adapter()}, so that an "
+            "adapter is trained on them."
         )
 
 
@@ -220,7 +221,7 @@ def _check_new_adapter(config: Any) -> None:
         raise ConfigError(
             f"the adapter names {base!r} as its base, which holds no config.json, so nothing could "
             'open it again. Give a .gguf file by its path (model="folder/some.gguf") with '
-            "peft_config; another model by the folder that its save_pretrained wrote."
+            f"{an_adapter()}; another model by the folder that its save_pretrained wrote."
         )
 
 
@@ -284,9 +285,10 @@ def warn_of_low_precision(model: nn.Module) -> None:
     if low:
         logger.warning(
             "the trained weights are %s: updates of a learning rate such as 1e-6 are rounded "
-            "away. Load the model in float32 (and set accelerate_kwargs=dict(mixed_precision="
-            "'bf16') for speed), or train an adapter with peft_config.",
+            "away. Load the model in float32 (and set %s for speed), or train an adapter with %s.",
             low[0].dtype,
+            mixed_precision("bf16"),
+            an_adapter(),
         )
 
 
@@ -311,8 +313,7 @@ def require(package: str, what: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"{what} needs the package {package}, which is not installed: "
-            'pip install "self-rewarding-lm[hf]"'
+            f"{what} needs the package {package}, which is not installed: {install('hf')}"
         )
 
 
@@ -377,10 +378,10 @@ def _check_adapter(model: nn.Module, peft_config: Any) -> None:
         )
     if not is_hugging_face(model):
         raise ConfigError(
-            f"peft_config needs a Hugging Face causal LM; the model is a {type(model).__name__}."
+            f"{an_adapter()} needs a Hugging Face causal LM; the model is a {type(model).__name__}."
         )
     if has_adapter(model):
-        raise ConfigError("the model has an adapter already; leave peft_config out.")
+        raise ConfigError(f"the model has an adapter already; leave {an_adapter()} out.")
     if peft_config.is_prompt_learning or peft_config.task_type not in (None, "CAUSAL_LM"):
         raise ConfigError(
             "peft_config must be of a kind that changes layers, such as LoraConfig, with "
@@ -394,7 +395,7 @@ def _four_bit() -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "load_in_4bit needs the package bitsandbytes, which is not installed: "
-            "pip install bitsandbytes"
+            f"{install('bitsandbytes')}"
         )
     from transformers import BitsAndBytesConfig
 

@@ -83,7 +83,9 @@ def check_merge(model: nn.Module) -> None:
         )
 
 
-_REMEDY = "Leave merge_adapter out (the adapter is saved all the same), or change peft_config."
+_REMEDY = (
+    "Leave merge_adapter out (the adapter is saved all the same), or change the adapter's settings."
+)
 
 
 def _is_of_peft(part: nn.Module) -> bool:

@@ -10,11 +10,13 @@ from contextlib import AbstractContextManager
 from copy import copy
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models.attention import KeyValues
 from self_rewarding_lm.models.batching import by_side, pad_rows
 from self_rewarding_lm.models.interface import (
@@ -32,6 +34,7 @@ from self_rewarding_lm.models.interface import (
 from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
 from self_rewarding_lm.models.trial import check_causal, probe_vocab, session_error
 from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
+from self_rewarding_lm.runtime import OUT_OF_MEMORY
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ class PlainModel:
         self.refresh()
 
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
-        return logits_of(self.module(ids), *ids.shape)
+        return logits_of(self._forward(ids), *ids.shape)
 
     def side(self, length: int, *, padded: bool = True) -> int:
         return 0
@@ -92,8 +95,21 @@ class PlainModel:
             return AttendingSession(self._attending, plan, device)
         return recomputing(self, plan)
 
+    def _forward(self, ids: Tensor, **more: Any) -> Any:
+        """The module's output. Raises AdapterError if it fails, as beyond its last position."""
+        try:
+            return self.module(ids, **more)
+        except (IndexError, RuntimeError, ValueError, AssertionError) as error:
+            if OUT_OF_MEMORY.search(str(error)):
+                raise  # the engine says what to do
+            raise AdapterError(
+                f"model(ids) failed on ids of shape {tuple(ids.shape)}: {type(error).__name__}: "
+                f"{error}. A model that takes fewer tokens says so by an attribute max_seq_len, "
+                "the most tokens of a row; rows are then kept within it."
+            ) from error
+
     def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:
-        output = self.module(ids, positions=positions, cache=cache)
+        output = self._forward(ids, positions=positions, cache=cache)
         self.bytes_per_token = cache.bytes_per_token
         count = ids.shape[1] if cache.wanted is None else len(cache.wanted)
         return logits_of(output, 1, count)

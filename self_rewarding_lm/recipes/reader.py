@@ -28,6 +28,7 @@ from self_rewarding_lm.data.files import SUFFIXES_IN_WORDS, suffix_of
 from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
 from self_rewarding_lm.describe import config_in, model_of
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError, did_you_mean
+from self_rewarding_lm.judges.templates import template_errors
 from self_rewarding_lm.models.loading import load_tokenizer, lora_config
 from self_rewarding_lm.recipes.paper import paper_recipe
 from self_rewarding_lm.recipes.settings import (
@@ -348,7 +349,9 @@ class Reader:
                 values[key] = self._value(key, fields[key], child, (*keys, key))
             else:
                 hint = did_you_mean(key, fields)
-                words = f"this is no setting; {hint}There are: {', '.join(fields)}."
+                if not keys and key in model_of(paper_recipe).model_fields:
+                    hint = "; it stands below `paper`."
+                words = f"this is no setting{hint} There are: {', '.join(fields)}."
                 self.refuse(child, (*keys, key), words)
         return values
 
@@ -376,7 +379,10 @@ class Reader:
         refused = {name for name, value in values.items() if value is WRONG}
         try:
             config = cls(**{name: value for name, value in values.items() if name not in refused})
-            return WRONG if refused else config
+            errors = [] if refused else list(template_errors(config))
+            for name, error in errors:
+                self.refuse(node.at((name,)), (*keys, name), str(error))
+            return WRONG if refused or errors else config
         except ConfigError as error:
             cause = error.__context__
             if not isinstance(cause, ValidationError):

@@ -15,6 +15,7 @@ from self_rewarding_lm.config import FinetuneConfig
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.report.figures import StageFigures, stage_figures
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order, words_of
+from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_folder import read_json
 from self_rewarding_lm.runs.weights import CARD
@@ -123,7 +124,7 @@ def upload_folder(folder: Path, repo_id: str, private: bool) -> str:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise AdapterError(
-            "uploading needs huggingface_hub: pip install 'self-rewarding-lm[hf]'."
+            f"uploading needs the package huggingface_hub: {install('hf')}"
         ) from error
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 from self_rewarding_lm.errors import ConfigError, StoreError
 from self_rewarding_lm.records import Demonstration, TrainingRow, is_trained, prompt_columns
 from self_rewarding_lm.runs.atomic import OTHER_PLACE, system_errors, writing
+from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.run import Run
 
@@ -47,8 +48,7 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         from pyarrow import Table, parquet, unify_schemas
     except ImportError as error:
         raise ConfigError(
-            f"{path} needs the package pyarrow: "
-            'pip install "self-rewarding-lm[data]", or write .jsonl.'
+            f"{path} needs the package pyarrow: {install('data')}, or write .jsonl."
         ) from error
 
     columns = {name: None for row in rows for name in row}  # some have tools, and others none

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.errors import StoreError, other_folder
 from self_rewarding_lm.runs.atomic import system_errors
 from self_rewarding_lm.runtime import Runtime
 
@@ -82,7 +82,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
         raise StoreError(
             f"another run is at work in {folder} ({owner or 'its process is not known'}). "
-            "Wait for it, stop it, or give this one another checkpoints_folder."
+            f"Wait for it, stop it, or give this one {other_folder()}."
         )
     if fcntl is not None:
         os.ftruncate(descriptor, 0)

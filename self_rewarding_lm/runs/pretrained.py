@@ -92,7 +92,7 @@ def load_pretrained(module: nn.Module, file: Path) -> None:
         raise StoreError(f"the adapter in {file} cannot be loaded: {error}") from error
     if result.unexpected_keys:
         raise StoreError(
-            f"the adapter in {file} belongs to another model or another peft_config; not known "
+            f"the adapter in {file} belongs to another model, or to another adapter; not known "
             f"here: {', '.join(result.unexpected_keys[:3])}."
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from self_rewarding_lm.errors import RunMismatchError, StoreError
+from self_rewarding_lm.errors import RunMismatchError, StoreError, other_folder, said, setting
 from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, NEW_RULES, as_named_now
 from self_rewarding_lm.runs.run import INITIAL, REPORT, Run
 from self_rewarding_lm.runs.stage_folder import (
@@ -77,9 +77,9 @@ def save_initial(run: Run, model: Savable, module: nn.Module, runtime: Runtime) 
     if runtime.is_main and weights_file(run.folder / INITIAL) is None:
         if weights_hash(module) != run.info["model"]["hash"]:
             raise StoreError(
-                "a stage has init_from='initial', but the weights before the first stage were not "
-                "kept and the model has others now. Begin in another checkpoints_folder, or start "
-                "anew with overwrite_checkpoints=True."
+                f"a stage has {setting('init_from', 'initial')}, but the weights before the first "
+                "stage were not kept and the model has others now. Begin in "
+                f"{other_folder()}, or {_anew()}."
             )
         save_folder(model, run.folder / INITIAL, listed=True)
     runtime.barrier()
@@ -141,9 +141,14 @@ def _check_nothing_in_the_way(folder: Path, stages: Sequence[str], ours: Sequenc
         if stage not in ours and path.exists() and any(path.iterdir()):
             raise StoreError(
                 f"{path} holds files, but no run of this library is recorded in "
-                f"{folder}: there is no run.json. Nothing was changed; choose another "
-                "checkpoints_folder, move the files, or put run.json back."
+                f"{folder}: there is no run.json. Nothing was changed; choose {other_folder()}, "
+                "move the files, or put run.json back."
             )
+
+
+def _anew() -> str:
+    """How a run is started anew in its folder."""
+    return "start anew with " + said("trainer(overwrite_checkpoints=True)", "--overwrite")
 
 
 def _check_settings(
@@ -171,9 +176,9 @@ def _check_settings(
         raise RunMismatchError(
             f"the run in {folder} has begun stage {name!r} with other settings than now:\n"
             f"{difference}\n"
-            "Use the earlier settings to go on; or another checkpoints_folder; or delete the "
+            f"Use the earlier settings to go on; or {other_folder()}; or delete the "
             f"folder {folder / name} (and those of later stages) to do it again from there; or "
-            "call the trainer with overwrite_checkpoints=True to start anew."
+            f"{_anew()}."
         )
 
 
@@ -194,7 +199,7 @@ def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any
         raise RunMismatchError(
             f"{words}, and holds what those weights gave. Start with the same weights (for a "
             "random model: the same torch.manual_seed; after an interruption: a fresh model), or "
-            "call the trainer with overwrite_checkpoints=True."
+            f"{_anew()}."
         )
     logger.warning("%s; it is trained again from those of now.", words)
 

@@ -19,7 +19,7 @@ from self_rewarding_lm.data.chat import Message
 from self_rewarding_lm.data.control_tokens import fill
 from self_rewarding_lm.data.rows import PromptRow
 from self_rewarding_lm.data.tokens import Rendered, Tokens
-from self_rewarding_lm.errors import ConfigError, DataError, did_you_mean
+from self_rewarding_lm.errors import ConfigError, DataError, did_you_mean, give_tokenizer, setting
 from self_rewarding_lm.judges.asking import FIRST_LOOK
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.records import (
@@ -175,7 +175,8 @@ def comes_from_data(prompt: Prompt, tokens: Tokens) -> bool:
                 return is_data
     raise DataError(
         f"prompt {prompt.id}: a contrast is a text, so it can be put to a text or to messages; "
-        "this prompt is token ids. Give it as a text, or leave it out (on_bad_row='skip')."
+        "this prompt is token ids. Give it as a text, or leave it out "
+        f"({setting('on_bad_row', 'skip')})."
     )
 
 
@@ -340,7 +341,8 @@ class ContrastMaker(PairMaker):
                 f"{counts['identical']} of {counts['finished']} prompts got the same response on "
                 "both sides of their contrast and give no pair: the model does not heed the "
                 "contrasts. Raise generation.temperature, make the texts differ more, or try "
-                "kind='prefix' where the model was not trained with system messages.",
+                f"{setting('kind', 'prefix')} where the model was not trained with system "
+                "messages.",
             )
 
 
@@ -440,7 +442,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
             if isinstance(name, str) and name not in GROUPS:
                 hint = did_you_mean(name, GROUPS)
                 raise ValueError(
-                    f"{name!r} is no group of contrasts; {hint}there are {', '.join(GROUPS)}, and "
+                    f"{name!r} is no group of contrasts{hint} There are {', '.join(GROUPS)}, and "
                     "Contrast(positive=..., negative=...) for your own"
                 )
         return contrasts
@@ -461,8 +463,9 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
         for_judges += ["min_margin"] if self.min_margin else []
         if for_judges and not self.is_judged:
             raise ValueError(
-                f"{', '.join(for_judges)}: no judge is asked with confirm='none'; set "
-                "confirm='drop' or 'reorder'"
+                f"{', '.join(for_judges)}: no judge is asked with {setting('confirm', 'none')}; "
+                "set "
+                f"{setting('confirm', 'drop')} or 'reorder'"
             )
         return self
 
@@ -487,8 +490,7 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
     def check(self, ctx: Context) -> None:
         if ctx.tokens.tokenizer is None:
             raise ConfigError(
-                f"{ctx.stage}: contrasts are texts, so the trainer needs tokenizer_encode and "
-                "tokenizer_decode, or tokenizer."
+                f"{ctx.stage}: contrasts are texts, which need a tokenizer. {give_tokenizer()}"
             )
         super().check(ctx)
 

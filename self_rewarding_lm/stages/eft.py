@@ -25,7 +25,7 @@ from self_rewarding_lm.config import (
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import OnBadRow
 from self_rewarding_lm.data.ranked import as_candidates, ranked_row
-from self_rewarding_lm.errors import ConfigError, DataError, JudgeError
+from self_rewarding_lm.errors import ConfigError, DataError, JudgeError, setting
 from self_rewarding_lm.evaluation.agreement import agreeing, orders_agree
 from self_rewarding_lm.judges.asking import MIN_ANSWER_TOKENS, Asks, Question
 from self_rewarding_lm.judges.self_judge import (
@@ -153,7 +153,8 @@ def score_targets(reward: RewardConfig, stage: str) -> dict[float, str]:
     allowed = reward.allowed_numbers()
     if template is None or len(allowed) < 2:
         raise ConfigError(
-            f"{stage}: method='ranks' writes scores in the form of the reward prompt, which needs "
+            f"{stage}: {setting('method', 'ranks')} writes scores in the form of the reward "
+            "prompt, which needs "
             "reward_regex_template (for example 'Score: {{ reward }}') and at least two scores, by "
             "allowed_scores or score_range."
         )
@@ -163,7 +164,8 @@ def score_targets(reward: RewardConfig, stage: str) -> dict[float, str]:
     for score, text in targets.items():
         if parse(text).score != score:
             raise ConfigError(
-                f"{stage}: method='ranks' would teach {text!r} for the score {score:g}, but the "
+                f"{stage}: {setting('method', 'ranks')} would teach {text!r} for the score "
+                f"{score:g}, but the "
                 f"reward prompt reads {parse(text).score} in it."
             )
     return targets
@@ -481,9 +483,11 @@ def examples_of_judgements(
     )
     advice = (
         f"\n{unread_texts(judgements)}"
-        "Change one of these: method='ranks', which makes scores of the ranks and needs no "
-        "judge, for a model that cannot judge yet; more num_judgements; accept='reply', which "
-        "asks less; judging.max_new_tokens, if the texts are cut off; or the reward prompt's "
+        f"Change one of these: {setting('method', 'ranks')}, which makes scores of the ranks and "
+        "needs no "
+        "judge, for a model that cannot judge yet; more num_judgements; "
+        f"{setting('accept', 'reply')}, which asks less; judging.max_new_tokens, if the texts are "
+        "cut off; or the reward prompt's "
         "reward_regex_template, if they state their scores in another form."
     )
     metrics = {"eft/parsed": len(readable), "eft/agreed": len(examples)}
@@ -600,9 +604,10 @@ def examples_of_comparisons(
         f"\n{unread_texts(judgements)}"
         "Change one of these: more num_judgements; a higher judging.temperature; "
         "judging.max_new_tokens, if the texts are cut off; comparison.verdict_prefix, if they "
-        "state their verdicts in another form; max_score_share=None, which keeps all, if the "
+        f"state their verdicts in another form; {setting('max_score_share', None)}, which keeps "
+        "all, if the "
         "judge names one place alone; or train the model on judge examples first "
-        "(method='ranks' needs no judge)."
+        f"({setting('method', 'ranks')} needs no judge)."
     )
     return Examples(
         examples,

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, give_tokenizer
 from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.judges.make import make_judge
@@ -44,6 +44,5 @@ class ExternalRewardDPOConfig(SampledPreferenceConfig):
             )
         if isinstance(self.build_judge(ctx), FunctionJudge) and ctx.tokens.tokenizer is None:
             raise ConfigError(
-                f"{ctx.stage}: reward_model reads texts, so the trainer needs tokenizer_encode and "
-                "tokenizer_decode, or tokenizer."
+                f"{ctx.stage}: reward_model reads texts, which need a tokenizer. {give_tokenizer()}"
             )

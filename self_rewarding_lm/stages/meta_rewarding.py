@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from self_rewarding_lm.config import ComparisonConfig, SamplingConfig
 from self_rewarding_lm.context import Context, Need
 from self_rewarding_lm.data.control_tokens import Filled
-from self_rewarding_lm.errors import ConfigError, JudgeError
+from self_rewarding_lm.errors import ConfigError, JudgeError, setting
 from self_rewarding_lm.generation.candidates import decoding_of
 from self_rewarding_lm.judges.asking import FIRST_LOOK, MIN_ANSWER_TOKENS, Asker, Question
 from self_rewarding_lm.judges.self_judge import SelfJudge, form_of_comparison
@@ -54,12 +54,18 @@ SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
 COMPARING = "comparing judgements is not counted, nor are their pairs; see docs/meta_rewarding.md"
 """The note in a plan that has a stage of this kind."""
 
-ADVICE = (
-    "Change one of these: train the model on examples of comparing first; make meta_judging's "
-    "prompt_template, labels or verdict_prefix fit what it writes, or set its forced_ending; raise "
-    "meta_judging.sampling.max_new_tokens if its texts are cut off; lower min_parse_rate; or set "
-    "train_judge=False."
-)
+
+def _advice() -> str:
+    return (
+        "Change one of these: train the model on examples of comparing first; make meta_judging's "
+        "prompt_template, labels or verdict_prefix fit what it writes, or set its forced_ending; "
+        "raise "
+        "meta_judging.sampling.max_new_tokens if its texts are cut off; lower min_parse_rate; or "
+        "set "
+        f"{setting('train_judge', False)}."
+    )
+
+
 """What to do if too few comparisons can be read."""
 
 EQUAL = 1e-9
@@ -128,13 +134,14 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
         if refused:
             raise ValueError(
                 f"{', '.join(refused)}: train_judge compares what the trained model itself wrote "
-                "as a judge with a reward prompt; leave it out, or set train_judge=False"
+                "as a judge with a reward prompt; leave it out, or set "
+                f"{setting('train_judge', False)}"
             )
         if len(self.reward_names()) > 1 or self.num_sampled_reward_responses < 2:
             raise ValueError(
                 "train_judge compares judgements of one candidate by one reward prompt: give one "
                 "self_reward_config_keyname and num_sampled_reward_responses of 2 or more, or set "
-                "train_judge=False"
+                f"{setting('train_judge', False)}"
             )
         if self.rounds > 1:
             raise ValueError(
@@ -152,9 +159,11 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
         if reward.score_mode != "sampled" or reward.forced_ending:
             raise ConfigError(
                 f"{ctx.stage}: train_judge trains on judgements as the model wrote them, and the "
-                f"reward prompt {name!r} has score_mode={reward.score_mode!r} and forced_ending="
-                f"{reward.forced_ending!r}, whose scores are not (all) in the texts. Use "
-                "score_mode='sampled' without forced_ending, or set train_judge=False."
+                f"reward prompt {name!r} has {setting('score_mode', reward.score_mode)} and "
+                f"{setting('forced_ending', reward.forced_ending)}, whose scores are not (all) in "
+                "the texts. Use "
+                f"{setting('score_mode', 'sampled')} without forced_ending, or set "
+                f"{setting('train_judge', False)}."
             )
         settings, judge = self.meta_judging, self.build_judge(ctx)
         assert isinstance(judge, SelfJudge)
@@ -323,7 +332,7 @@ class JudgePairMaker:
     def _parse_failure(self) -> str | None:
         """The text of an error if too few verdicts could be read so far, else None."""
         return self.pair_maker.watcher.see_parsed(
-            self.ctx.stage, self.out.path, noun="comparisons of judgements", advice=ADVICE
+            self.ctx.stage, self.out.path, noun="comparisons of judgements", advice=_advice()
         )
 
     def _pick_judgements(self, prompt_id: str) -> ComparedJudgements | None:
@@ -477,7 +486,8 @@ class JudgePairMaker:
                 f"of {self.followed.whole} comparisons of judgements with different scores "
                 f"{metrics['meta/prefers_higher_score']:.0%} were won by the higher score: the "
                 "meta-judge reads the score and not the judgement, so training on it only makes "
-                "the judge generous. Train the judge no further (train_judge=False).",
+                "the judge generous. Train the judge no further "
+                f"({setting('train_judge', False)}).",
             )
 
 

@@ -23,16 +23,19 @@ from self_rewarding_lm.config import FinetuneConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import PromptRow
-from self_rewarding_lm.errors import DataError, RehearsalError, SelfRewardingError, TokenizerError
+from self_rewarding_lm.errors import (
+    DataError,
+    RehearsalError,
+    SelfRewardingError,
+    TokenizerError,
+    said,
+)
 from self_rewarding_lm.models.inference import modes_kept
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.runs.stage_folder import StageDir, StageFiles
 from self_rewarding_lm.runtime import Runtime, random_numbers_kept
 
 FEW = 8  # rows of each dataset
-
-
-END = "nothing was begun. rehearse=False leaves it out.)"
 
 
 def rehearse_stages(trainer: Any, begun: Sequence[str] = ()) -> list[str]:
@@ -140,10 +143,11 @@ def _rehearse(stage: FinetuneConfig, ctx: Context) -> str:
 def _in_words(error: Exception, stage: str, folder: str) -> SelfRewardingError:
     """The error with its stage. folder: the temporary one, which is gone."""
     words = str(error).replace(folder, "a temporary folder") if folder else str(error)
-    if END in str(error):  # another process's
+    if "(Rehearsal of stage" in str(error):  # another process's
         assert isinstance(error, SelfRewardingError)
         return error
-    end = f"(Rehearsal of stage {stage!r}: {END}"
+    without = said("rehearse=False", "--no-rehearsal of `run`")
+    end = f"(Rehearsal of stage {stage!r}: nothing was begun. {without} leaves it out.)"
     if isinstance(error, SelfRewardingError):
         return type(error)(f"{words}\n{end}")
     return RehearsalError(

@@ -19,7 +19,7 @@ from self_rewarding_lm.context import Context, Need, Round
 from self_rewarding_lm.data.control_tokens import from_data
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import PromptRow, check_prompt, prompt_of
-from self_rewarding_lm.errors import ConfigError, NoPairError
+from self_rewarding_lm.errors import ConfigError, NoPairError, give_tokenizer
 from self_rewarding_lm.generation.candidates import decoding_of
 from self_rewarding_lm.judges.consistency import check_consistency, smoothed
 from self_rewarding_lm.judges.make import make_judge
@@ -146,8 +146,8 @@ class SampledPreferenceConfig(PairSettings):
                 )
             if ctx.tokens.tokenizer is None:
                 raise ConfigError(
-                    f"{ctx.stage}: postprocess_response reads texts, so the trainer needs "
-                    "tokenizer_encode and tokenizer_decode, or tokenizer."
+                    f"{ctx.stage}: postprocess_response reads texts, which need a tokenizer. "
+                    f"{give_tokenizer()}"
                 )
 
     def check_row(self, row: Any, where: str, ctx: Context) -> PromptRow | None:

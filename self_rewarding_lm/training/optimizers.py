@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.config import OptimConfig
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, an_adapter, mixed_precision, setting
+from self_rewarding_lm.runs.installed import install
 
 SAMPLED_NUMBERS = 65_536
 """Numbers of a parameter that `updates_vanish` looks at, at most, evenly spread over it."""
@@ -80,13 +81,13 @@ def check_optimizer(
     half = any(p.dtype == torch.float16 for p in trained)
     sharded = sharded or any(hasattr(p, "to_local") for p in trained)
     advice = (
-        "Load the model in float32 (and set accelerate_kwargs=dict(mixed_precision='fp16') for "
-        "speed), or train an adapter with peft_config, whose weights are float32."
+        f"Load the model in float32 (and set {mixed_precision('fp16')} for speed), or train an "
+        f"adapter with {an_adapter()}, whose weights are float32."
     )
     if half and scaled:
         raise ConfigError(
-            "mixed_precision='fp16' scales the loss so that small gradients are kept, which "
-            f"needs trained weights in float32; some are float16. {advice}"
+            f"{setting('mixed_precision', 'fp16')} scales the loss so that small gradients are "
+            f"kept, which needs trained weights in float32; some are float16. {advice}"
         )
     if half and optim.optimizer in ("adamw", "muon"):
         raise ConfigError(
@@ -96,14 +97,14 @@ def check_optimizer(
         )
     if sharded and optim.optimizer in _UNSHARDED_ONLY:
         raise ConfigError(
-            f"optimizer={optim.optimizer!r} cannot step weights that FSDP2 spreads over processes: "
-            "torch's Adafactor and bitsandbytes compute on whole tensors. Take 'adamw', 'muon' or "
-            "'sgd', or train without FSDP."
+            f"{setting('optimizer', optim.optimizer)} cannot step weights that FSDP2 spreads over "
+            "processes: torch's Adafactor and bitsandbytes compute on whole tensors. Take 'adamw', "
+            "'muon' or 'sgd', or train without FSDP."
         )
     if optim.optimizer in _EIGHT_BIT and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"optimizer={optim.optimizer!r} needs the package bitsandbytes, which is not "
-            'installed: pip install "self-rewarding-lm[bitsandbytes]"'
+            f"{setting('optimizer', optim.optimizer)} needs the package bitsandbytes, which is not "
+            f"installed: {install('bitsandbytes')}"
         )
 
 
@@ -172,8 +173,8 @@ def warn_of_lost_updates(
         f"a step of learning rate {optim.learning_rate:.3g} leaves {share:.0%} of the weights as "
         "they are: it is less than half of the distance to the next number of their type "
         f"({', '.join(sorted(dtypes))}), so they learn nothing. Load the model in float32 (and set "
-        "accelerate_kwargs=dict(mixed_precision='bf16') for speed), train an adapter with "
-        "peft_config, or take a higher learning rate.",
+        f"{mixed_precision('bf16')} for speed), train an adapter with {an_adapter()}, or take "
+        "a higher learning rate.",
     )
 
 

@@ -172,7 +172,7 @@ def test_a_parquet_file_without_pyarrow_is_an_error_with_the_pip_line(tmp_path, 
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r'pip install "self-rewarding-lm\[data\]"'):
+    with pytest.raises(ConfigError, match=r'pip install .*\[data\]"'):
         len(opened(path))
 
 
@@ -680,7 +680,7 @@ def test_ids_of_a_row_outside_the_vocabulary_name_the_row():
 
 
 def test_a_text_without_a_tokenizer_is_an_error_that_says_what_to_give():
-    with pytest.raises(ConfigError, match="tokenizer_encode"):
+    with pytest.raises(ConfigError, match="Give tokenizer="):
         prompt_of("ab", "row", WITHOUT_TEXT)
 
 

@@ -279,7 +279,10 @@ def test_a_row_that_fits_is_left_alone():
 
 def test_a_prompt_that_leaves_no_room_for_a_response_is_an_error():
     assert truncated((1, 2, 3, 4), 2, 3, "row") == ((1, 2, 3), True)
-    with pytest.raises(DataError, match=r"row 17.*3 tokens.*max_seq_len is 3"):
+    with pytest.raises(
+        DataError,
+        match=r"row 17.*3 tokens.*together may have 3: no room.*on_bad_row='skip'.*max_seq_len",
+    ):
         truncated((1, 2, 3, 4), 3, 3, "train_dataset, row 17")
 
 

@@ -327,7 +327,7 @@ def test_a_text_without_a_tokenizer_is_an_error_that_says_what_to_give():
     tokens = Tokens(None, eos_id=3, vocab=9)
     assert tokens.decode((1, 2)) is None and tokens.end_ids == (3,)
     for ask in (tokens.prompt, tokens.encode):
-        with pytest.raises(ConfigError, match="tokenizer_encode and tokenizer_decode"):
+        with pytest.raises(ConfigError, match="Give tokenizer="):
             ask("Who?")
 
 

@@ -157,7 +157,7 @@ class Watched(nn.Module):
 
     forwards = 0
 
-    def __init__(self, vocab: int = TEXT_VOCAB, max_seq_len: int = 128) -> None:
+    def __init__(self, vocab: int = TEXT_VOCAB, max_seq_len: int | None = 128) -> None:
         super().__init__()
         self.net = lively(Recurrent(vocab))
         self.max_seq_len = max_seq_len
@@ -408,6 +408,18 @@ def recipe_key(folder):
     return lambda: recipe(folder, "model: m0\nsed: 3\nstages:\n  - stage: sft\n")
 
 
+@mistake("configuration", "A recipe with another library's word for a setting")
+def recipe_synonym(folder):
+    return lambda: recipe(folder, "model: m0\nlora: {r: 8}\nstages:\n  - stage: sft\n")
+
+
+@mistake("configuration", "A recipe whose judge prompt asks for another variable")
+def recipe_template(folder):
+    prompt = "prompt_template: '{{ prompt }} {{ score }}', reward_regex_template: 'S: {{ reward }}'"
+    text = f"model: org/m0\nreward_prompts:\n  default: {{{prompt}}}\npaper: {{}}\n"
+    return lambda: recipe(folder, text)
+
+
 @mistake("configuration", "A recipe whose aliases stand for too much")
 def recipe_aliases(folder):
     lines = ["l0: &l0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"]
@@ -555,6 +567,11 @@ def number_as_text(folder):
     return lambda: trainer(folder, sft(train_dataset=[{"prompt": "say 0", "completion": 0}]))
 
 
+@mistake("data", "A completion that is null")
+def null_completion(folder):
+    return lambda: trainer(folder, sft(train_dataset=[{"prompt": "say 0", "completion": None}]))
+
+
 @mistake("data", "A prompt without a text")
 def empty_prompt(folder):
     return lambda: trainer(folder, external(len_of, prompt_dataset=["tell 0", ""]))
@@ -667,6 +684,19 @@ class Bidirectional(Watched):
         return found + found.mean(dim=1, keepdim=True)
 
 
+class Positioned(Watched):
+    """Has positions for 16 tokens and no max_seq_len."""
+
+    max_seq_len = None
+
+    def __init__(self):
+        super().__init__(max_seq_len=None)
+        self.positions = nn.Embedding(16, 1)
+
+    def forward(self, ids):
+        return super().forward(ids) + self.positions(torch.arange(ids.shape[1]))
+
+
 class TwoArguments(Watched):
     def forward(self, ids, mask):
         return self.net(ids)
@@ -685,6 +715,11 @@ class NoNumbers(Watched):
 @mistake("model", "A bidirectional model")
 def bidirectional(folder):
     return lambda: trainer(folder, sft(), model=Bidirectional())
+
+
+@mistake("model", "Positions that end, of which the model does not say so")
+def positions_end(folder):
+    return lambda: trainer(folder, sft(), model=Positioned())
 
 
 @mistake("model", "A forward that wants a mask too")
@@ -863,6 +898,11 @@ def decode_gives_a_list(folder):
 @mistake("tokenizer", "A decode function that raises (rehearsal)")
 def decode_raises(folder):
     return trainer(folder, external(len_of), tokenizer_decode=lambda ids: ids.item())
+
+
+@mistake("tokenizer", "A chat template's name that there is not")
+def unknown_template(folder):
+    return lambda: trainer(folder, sft(), chat_template="lama3")
 
 
 @mistake("tokenizer", "A chat template that is no template")
@@ -1453,6 +1493,7 @@ def made(found: Mistake, folder: Path) -> Made:
 def words_of(error: Exception | None, folder: Path) -> str:
     """An error's words, the same on every machine."""
     words = str(error).replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
+    words = re.sub(r'pip install (-e )?"[^"\[]*(\[\w+\])[^"]*"', r'pip install ".\2"', words)
     words = re.sub(r"process \d+ on \S+\)", "process 1234 on HOST)", words)
     return re.sub(r"\b[0-9a-f]{16}\b", "...", words)  # hashes of weights
 

@@ -209,7 +209,7 @@ def test_weights_in_bfloat16_do_round_such_updates_away():
 
 @pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
 def test_4_bit_without_bitsandbytes_is_an_error_with_the_pip_line(folder):
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match=r"pip install .*\[bitsandbytes\]"):
         load_causal_lm(folder, load_in_4bit=True)
 
 
@@ -264,7 +264,7 @@ def test_a_missing_package_is_named_with_the_pip_line(package, folder, tmp_path,
     present = importlib.util.find_spec
     stub = SimpleNamespace(find_spec=lambda name: None if name == package else present(name))
     monkeypatch.setattr(loading, "importlib", SimpleNamespace(util=stub))
-    with pytest.raises(ConfigError, match=rf'{package}, .*pip install "self-rewarding-lm\[hf\]"'):
+    with pytest.raises(ConfigError, match=rf'{package}, .*pip install .*\[hf\]"'):
         load_causal_lm(tmp_path / "some.gguf")
 
 

@@ -361,5 +361,5 @@ def test_an_adapter_and_a_whole_model_are_not_taken_for_each_other(tmp_path):
     with pytest.raises(StoreError, match="the adapter in"):
         load_into(larger, tmp_path / "adapter" / ADAPTER_FILE)
     deeper = with_adapter(tiny("llama", num_hidden_layers=1), lora())
-    with pytest.raises(StoreError, match="another model or another peft_config"):
+    with pytest.raises(StoreError, match="another model, or to another adapter"):
         load_into(deeper, tmp_path / "adapter" / ADAPTER_FILE)

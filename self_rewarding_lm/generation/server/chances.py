@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, setting
 from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.generation.server.client import MALFORMED, Body, HttpClient, Refusal
 from self_rewarding_lm.generation.server.completions import (
@@ -36,7 +36,8 @@ def check_chances(abilities: Abilities) -> None:
         raise ConfigError(
             "expected and forced scores need the probabilities of tokens, and the server gives no "
             "log-probs that name tokens by id (vLLM does: prompt as ids, logprobs with "
-            "return_tokens_as_token_ids). Use score_mode='sampled' without forced_ending, another "
+            f"return_tokens_as_token_ids). Use {setting('score_mode', 'sampled')} without "
+            "forced_ending, another "
             "server, or the local engine."
         )
 

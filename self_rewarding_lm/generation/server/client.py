@@ -22,6 +22,7 @@ from typing import Any
 
 from self_rewarding_lm.errors import ConfigError, ServerError
 from self_rewarding_lm.generation.server.window import Window
+from self_rewarding_lm.runs.installed import install
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,9 @@ TOO_LONG = re.compile(
 )
 
 
-MISSING = (
-    "a server engine and a server judge need the openai package: "
-    "pip install 'self-rewarding-lm[server]'"
-)
+def missing() -> str:
+    """What is said where the package openai is not installed."""
+    return f"a server engine and a server judge need the openai package: {install('server')}"
 
 
 Body = Mapping[str, Any]
@@ -495,14 +495,14 @@ async def _bounded(response: Any) -> bytes:
 def check_openai() -> None:
     """Raise ConfigError if the openai package is not installed, without importing it."""
     if find_spec("openai") is None:
-        raise ConfigError(MISSING)
+        raise ConfigError(missing())
 
 
 def _openai() -> Any:
     try:
         import openai
     except ImportError as error:
-        raise ConfigError(MISSING) from error
+        raise ConfigError(missing()) from error
     return openai
 
 

@@ -21,7 +21,7 @@ from self_rewarding_lm.data.datasets import BadRows, OnBadRow
 from self_rewarding_lm.data.rows import prompt_of
 from self_rewarding_lm.data.tokenizers import Tokenizer
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.errors import ConfigError, DataError, give_tokenizer, other_folder
 from self_rewarding_lm.generation.candidates import sample_candidates
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.models.loading import end_ids_of
@@ -115,7 +115,7 @@ def write_prompts(
             f"{out.path / 'instructions.jsonl'}. Try another model= (a larger or an instruction-"
             "tuned one), a higher sampling temperature or max_new_tokens, more seeds, a higher "
             "max_rouge_l or max_samples, or fewer num_prompts. A stage that has begun keeps its "
-            f"settings: for others delete {out.path} or take another checkpoints_folder."
+            f"settings: for others delete {out.path} or take {other_folder()}."
         )
     return kept
 
@@ -141,7 +141,7 @@ def check_self_instruct(ctx: Context, settings: SelfInstruct, on_bad_row: OnBadR
     no usable model or tokenizer, DataError if no list of examples fits into the model.
     """
     if ctx.tokens.tokenizer is None:
-        raise ConfigError(f"{ctx.stage}: new prompts are texts; give the trainer a tokenizer.")
+        raise ConfigError(f"{ctx.stage}: new prompts are texts. {give_tokenizer()}")
     author = _author(ctx, settings)
     rows, bad, seeds = ctx.rows["seed_dataset"], BadRows(on_bad_row), []
     for row in islice(rows.preview(), TRIED_SEEDS):
