@@ -21,6 +21,7 @@ NAMES = {
         "RewardConfig SamplingConfig SelfInstruct TEN_POINT_REWARD_CONFIG from_stage"
     ),
     "data.datasets": "create_mock_dataset",
+    "data.hub": "from_hub",
     "data.oasst": "OpenAssistant open_assistant",
     "data.tokenizers": "CallableTokenizer",
     "errors": "Interrupted JudgeError PairingError SelfRewardingError",
@@ -44,6 +45,7 @@ NAMES = {
     ),
     "report.card": "push_to_hub",
     "report.page": "write_report",
+    "runs.callbacks": "Callback",
     "runs.run": "Run",
     "runs.weights": "import_checkpoint",
     "stages.contrastive": "Contrast",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.records import Candidate, Prompt
+from self_rewarding_lm.runs.callbacks import Callbacks
 from self_rewarding_lm.runs.run import INITIAL, Run, of_another_run
 from self_rewarding_lm.runs.stage_folder import FORMAT
 from self_rewarding_lm.runs.weights import save_folder, weights_file
@@ -65,7 +67,7 @@ class Context:
     module, such as a judge's. rows: the stage's opened datasets by field. first_prompt: the place
     of the stage's first prompt, counted over all passes. round: which of the stage's rounds this
     is. run: None in a rehearsal. start: the weights that a stage of several rounds began with, if
-    its reference asks for them. earlier: names of the stages before it.
+    its reference asks for them. earlier: names of the stages before it. callbacks: the run's.
     """
 
     stage: str
@@ -83,6 +85,12 @@ class Context:
     run: Run | None = None
     start: Mapping[str, Tensor] | None = None
     earlier: Sequence[str] = ()
+    callbacks: Callbacks = field(default_factory=Callbacks)
+
+    def told(self, method: str, *what: Any) -> None:
+        """Call a method of all callbacks with this context; none in a rehearsal."""
+        for call in self.callbacks.of(method) if self.run is not None else ():
+            call(self, *what)
 
     @property
     def format(self) -> int:

@@ -33,7 +33,7 @@ MODULES = {
     "answering": "evaluation.head_to_head",
     "asking": "judges.asking",
     "batching": "models.batching",
-    "callbacks": "trainer",
+    "callbacks": "runs.callbacks",
     "card": "report.card",
     "chat": "data.chat",
     "checkpoints": "evaluation.head_to_head",

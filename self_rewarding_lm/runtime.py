@@ -301,6 +301,7 @@ class Runtime:
 
     def __init__(self, accelerate_kwargs: Mapping[str, Any], *, quiet: bool = False) -> None:
         self.accelerator = _accelerator(dict(accelerate_kwargs))
+        _check_trackers(accelerate_kwargs.get("log_with"), self.accelerator)
         _scale_on_cpu(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -657,6 +658,18 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
             f"accelerate.Accelerator refused {_arguments()} {kwargs}: {error} They are its "
             "arguments; with several processes all trainers of a process share them."
         ) from error
+
+
+def _check_trackers(asked: Any, accelerator: Accelerator) -> None:
+    """ConfigError if a tracker that is asked for is not installed: Accelerate leaves it out."""
+    names = [asked] if isinstance(asked, str) else asked if isinstance(asked, list | tuple) else []
+    held = [str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with]
+    for name in names:
+        if isinstance(name, str) and name not in ("all", *held):
+            raise ConfigError(
+                f"the tracker {name!r} needs its package, which is not installed: pip install "
+                f"{name}"
+            )
 
 
 def _arguments() -> str:

@@ -1,8 +1,7 @@
 """The trainer: it runs stages on a model one after the other, and goes on where it was stopped.
 
-It asks no stage what kind it is. In the order of this file: the callbacks that it calls, the
-trainer (set up in `__init__`, run by `__call__`), and `SPINTrainer`, which has one stage of
-self-play.
+It asks no stage what kind it is. In the order of this file: the trainer (set up in `__init__`, run
+by `__call__`), and `SPINTrainer`, which has one stage of self-play.
 """
 
 import logging
@@ -11,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +49,7 @@ from self_rewarding_lm.report.card import with_card
 from self_rewarding_lm.report.page import report_at_end
 from self_rewarding_lm.report.terminal import show_stage
 from self_rewarding_lm.report.verdict import verdict
+from self_rewarding_lm.runs.callbacks import Callbacks
 from self_rewarding_lm.runs.fingerprint import fingerprint_of
 from self_rewarding_lm.runs.lock import alone
 from self_rewarding_lm.runs.resume import begin_run, save_initial
@@ -71,34 +71,6 @@ OVERWRITE_VARIABLE = "SELF_REWARDING_LM_OVERWRITE"
 MERGED = "merged"  # the folder of a merged adapter, within the run
 
 
-@runtime_checkable
-class Callback(Protocol):
-    """Called on the main process when a stage is done."""
-
-    def on_stage_end(self, run: Run, stage: str, model: nn.Module) -> None:
-        """The stage's weights are in `model` and on disk."""
-        ...
-
-
-@runtime_checkable
-class StageCallback(Protocol):
-    """Called on all processes, with the context of the stage."""
-
-    def check(self, ctx: Context) -> None:
-        """Raise an error for whatever can be known to be wrong before the first stage.
-
-        Called once for each stage.
-        """
-        ...
-
-    def on_stage_trained(self, ctx: Context, out: StageDir) -> None:
-        """The stage's weights are in the model and on disk, and the stage is not yet done.
-
-        Metrics and `out.summary` can still be added to. Called again if a run is stopped in it.
-        """
-        ...
-
-
 class SelfRewardingTrainer:
     """Runs stages on a model, one after the other, each with its records and weights on disk.
 
@@ -118,9 +90,10 @@ class SelfRewardingTrainer:
     checkpoints_folder: the run directory. keep_stages: how many finished stages keep their weights
     on disk: the last ones, and those that a later stage uses; default all. accelerate_kwargs: for
     accelerate.Accelerator. engine: default LocalEngine(); ServerEngine(...) generates with an
-    inference server. callbacks: called when a stage is trained or done. quiet: no progress,
-    warnings only (as SELF_REWARDING_LM_QUIET=1). report: write report.html into the run when it is
-    done.
+    inference server. callbacks: objects that are told of pairs, steps and stages, see Callback.
+    report_to: trackers that get all metrics, by Accelerate's names ("wandb", "tensorboard", ...);
+    those that write files write to <checkpoints_folder>/trackers. quiet: no progress, warnings only
+    (as SELF_REWARDING_LM_QUIET=1). report: write report.html into the run when it is done.
 
     Raises an error for whatever can be known to be wrong before the first stage: ConfigError,
     DataError, TokenizerError, AdapterError, JudgeError, ArgumentTypeError.
@@ -149,7 +122,8 @@ class SelfRewardingTrainer:
         accelerate_kwargs: Mapping[str, Any] = {},
         keep_stages: int | None = None,
         engine: Engine | None = None,
-        callbacks: Sequence[Callback | StageCallback] = (),
+        callbacks: Sequence[Any] = (),
+        report_to: str | Sequence[Any] = (),
         quiet: bool = False,
         report: bool = True,
     ) -> None:
@@ -170,10 +144,11 @@ class SelfRewardingTrainer:
         self.names = stage_names(self.stages)
         # 2. the run's folder, processes and settings
         self.folder = Path(checkpoints_folder)
-        self.runtime = Runtime(accelerate_kwargs, quiet=quiet)
+        settings = _with_trackers(accelerate_kwargs, report_to, self.folder / "trackers")
+        self.runtime = Runtime(settings, quiet=quiet)
         self.seed, self.keep_stages = seed, keep_stages
         self.engine = engine or LocalEngine()
-        self.callbacks, self.report = tuple(callbacks), report
+        self.callbacks, self.report = Callbacks(callbacks), report
         self.rewards = _rewards_by_name(self_reward_prompt_config)
         # 3. the model, on its device, and the module that is trained
         given_tokenizer = tokenizer_of(tokenizer, tokenizer_encode, tokenizer_decode)
@@ -203,9 +178,8 @@ class SelfRewardingTrainer:
         self.contexts = [self._context(place) for place in range(len(self.stages))]
         for stage, ctx in zip(self.stages, self.contexts, strict=True):
             stage.check(ctx)
-            for callback in self.callbacks:
-                if isinstance(callback, StageCallback):
-                    callback.check(ctx)
+            for check in self.callbacks.of("check"):
+                check(ctx)
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -251,6 +225,8 @@ class SelfRewardingTrainer:
                 rows.forget_prompts()
         if any(INITIAL in stage.weights_used() for stage in self.stages):
             save_initial(run, self.token_model, self.model, self.runtime)
+        for rows in (rows for ctx in self.contexts for rows in ctx.rows.values()):
+            rows.follow(run.format)
         self._run = run
         # 2. load the weights of the last stage that is done
         total = len(self.stages)
@@ -311,18 +287,15 @@ class SelfRewardingTrainer:
             stage.see_result(ctx, out)
         # 4. its weights, its end, and the callbacks
         out.save_weights(self.token_model)
-        of_trained = [c for c in self.callbacks if isinstance(c, StageCallback)]
-        if of_trained:
+        if self.callbacks.of("on_stage_trained"):
             with self.runtime.working_together():
-                for callback in of_trained:
-                    callback.on_stage_trained(ctx, out)
+                ctx.told("on_stage_trained", out)
         out.finish()
         if self.runtime.is_main:
             show_stage(run, name, self.runtime, steps_before + out.summary.get("steps", 0))
         with self.runtime.working_together():
-            for callback in self.callbacks if self.runtime.is_main else ():
-                if isinstance(callback, Callback):
-                    callback.on_stage_end(run, name, self.model)
+            for on_stage_end in self.callbacks.of("on_stage_end") if self.runtime.is_main else ():
+                on_stage_end(run, name, self.model)
 
     def _drop_old_weights(self, run: Run, place: int) -> None:
         """Delete weights beyond the last `keep_stages`, unless a stage after `place` uses them."""
@@ -358,6 +331,7 @@ class SelfRewardingTrainer:
             adapt=self._adapt_on_device,
             rows={field: Rows(data, field, resolve) for field, data in stage.datasets().items()},
             earlier=earlier,
+            callbacks=self.callbacks,
         )
 
     def _adapt_on_device(self, module: nn.Module) -> TokenModel:
@@ -405,6 +379,20 @@ def _rewards_by_name(
     if config is None:
         return {"default": DEFAULT_REWARD_CONFIG}
     return {"default": config} if isinstance(config, RewardConfig) else dict(config)
+
+
+def _with_trackers(
+    accelerate_kwargs: Mapping[str, Any], report_to: str | Sequence[Any], folder: Path
+) -> Mapping[str, Any]:
+    """The arguments of Accelerate with trackers, which write their files into a folder."""
+    trackers = [report_to] if isinstance(report_to, str) else list(report_to)
+    if not trackers:
+        return accelerate_kwargs
+    if "log_with" in accelerate_kwargs:
+        raise ConfigError(
+            "report_to and the log_with of accelerate_kwargs both name trackers; give one of them."
+        )
+    return {"project_dir": str(folder), **accelerate_kwargs, "log_with": trackers}
 
 
 def _is_same_dataset(first: Any, second: Any) -> bool:

@@ -60,7 +60,7 @@ def test_every_stage_refuses_unknown_settings(config, needed):
 
 
 def test_an_unknown_setting_like_no_known_one_is_answered_with_the_list():
-    with pytest.raises(ConfigError, match="'xyzzy' is no setting. It has: temperature, top_p"):
+    with pytest.raises(ConfigError, match=r"'xyzzy' is no setting\. It has: temperature, top_p"):
         SamplingConfig(xyzzy=1)
 
 

@@ -38,6 +38,7 @@ HOMES = {
     "jinja2": {"data/chat", "judges/templates", "report"},
     "safetensors": {"runs"},
     "pyarrow": {"data/files", "report/export"},
+    "datasets": {"data/hub"},
     "rapidfuzz": {"stages/self_instruct"},
     "openai": {"generation/server"},
     "bitsandbytes": {"training/optimizers"},

@@ -40,12 +40,15 @@ class Flags:
 
     def read(self, flag: str, kind: str) -> Any:
         """The model, tokenizer, object or dataset that a flag names; None if it is not given."""
-        from self_rewarding_lm.recipes.yaml_nodes import Node
+        from self_rewarding_lm.recipes.yaml_nodes import Node, parse_yaml
 
         value = getattr(self.options, flag.lstrip("-").replace("-", "_"))
         if value is None:
             return None
-        named = getattr(self.reader, kind)(Node(value, flag, Path.cwd()), ())
+        node = Node(value, flag, Path.cwd())
+        if kind == "dataset" and value[:1] in ("{", "["):
+            node = parse_yaml(value, flag, Path.cwd(), lines=False)
+        named = getattr(self.reader, kind)(node, ())
         self._raise_problems()
         if kind == "model" and not isinstance(named, str) and not hasattr(named, "forward"):
             return named()  # type: ignore[operator]

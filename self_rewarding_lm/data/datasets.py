@@ -1,11 +1,11 @@
 """Datasets: what counts as one, and how a stage opens it.
 
 A dataset is a torch Dataset or `datasets.Dataset` (or anything with `len` and `[i]`), a list, an
-iterable, a .jsonl, .json (both also .gz) or .parquet file, `from_stage(...)`, or a list of those,
-which stands for them one after the other. Rows of a .jsonl file and of an earlier stage are read
-when they are needed. Iterables are read once, into memory, and may not be endless. Rows are checked
-as they are read: a DataError names the dataset or file, the row or line, and what is wrong. What a
-row may look like is in `rows`.
+iterable, a DataFrame of pandas or polars, a .jsonl, .json (both also .gz), .csv or .parquet file,
+`from_hub(...)`, `from_stage(...)`, or a list of those, which stands for them one after the other.
+Rows of a .jsonl file and of an earlier stage are read when they are needed. Iterables are read
+once, into memory, and may not be endless. Rows are checked as they are read: a DataError names the
+dataset or file, the row or line, and what is wrong. What a row may look like is in `rows`.
 """
 
 import logging
@@ -30,6 +30,7 @@ from self_rewarding_lm.data.files import (
 )
 from self_rewarding_lm.data.forms import is_conversation
 from self_rewarding_lm.data.rows import PromptRow, check_prompt, prompt_of
+from self_rewarding_lm.data.tables import is_table, table_rows
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError, TokenizerError
 from self_rewarding_lm.records import Demonstration, PreferencePair, Prompt, RankedReplies
@@ -90,6 +91,7 @@ class Rows:
         self.name = name
         self._resolve = resolve
         self._parts: list[Indexed] | None = None
+        self._blank_lines = False
         self._first: list[Any] = []  # the first row, between `peek` and `read`
         self._prompts: dict[int, PromptRow] = {}  # that a check made; ids in eight bytes each
         self._datasets = dataset if is_concatenation(dataset) else [dataset]
@@ -161,6 +163,12 @@ class Rows:
         """They are rendered in another way now."""
         self._prompts.clear()
 
+    def follow(self, rules: int) -> None:
+        """Count rows by the rules of a run's format: by those of 0.1.0 an empty line is one."""
+        if (rules == 1) != self._blank_lines:
+            self._blank_lines, self._parts = rules == 1, None
+            self._prompts.clear()
+
     def forget_stages(self) -> None:
         """Read the rows of earlier stages anew, since those stages may have run again."""
         if any(isinstance(part, FromStage) for part in self._datasets):
@@ -171,7 +179,7 @@ class Rows:
         part, place = self._locate(index)
         dataset = self._datasets[part]
         if isinstance(dataset, str | Path):
-            return place_in(dataset, place)
+            return place_in(dataset, self._opened()[part], place)
         if len(self._datasets) == 1:
             return f"{self.name}, row {place}"
         source = f" (from_stage({dataset.stage!r}))" if isinstance(dataset, FromStage) else ""
@@ -203,7 +211,9 @@ class Rows:
             assert self._resolve is not None, f"{self.name} names a stage: {dataset}"
             return self._resolve(dataset)
         if isinstance(dataset, str | Path):
-            return read_rows(dataset, self.name)
+            return read_rows(dataset, self.name, blank_lines=self._blank_lines)
+        if is_table(dataset):
+            return table_rows(dataset)
         by_place = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         return list(dataset) if isinstance(dataset, IterableDataset) or not by_place else dataset
 
@@ -282,8 +292,8 @@ def read_prompt(
 def _check_dataset(dataset: Any, name: str) -> None:
     """Raise DataError if something cannot be read as a dataset."""
     kinds = (
-        f"a torch Dataset, a datasets.Dataset, a list, an iterable, a {SUFFIXES_IN_WORDS} file or "
-        "from_stage(...)"
+        "a torch Dataset, a datasets.Dataset, a list, an iterable, a DataFrame, a "
+        f"{SUFFIXES_IN_WORDS} file, from_hub(...) or from_stage(...)"
     )
     if isinstance(dataset, str | Path):
         check_file(dataset, name)
@@ -318,7 +328,7 @@ def _is_dataset(item: Any) -> bool:
     if isinstance(item, list):
         is_row = is_conversation(item)
         return bool(item) and not is_row and isinstance(item[0], ROWS)
-    return isinstance(item, FromStage | Dataset | Path) or _is_hugging_face(item)
+    return isinstance(item, FromStage | Dataset | Path) or _is_hugging_face(item) or is_table(item)
 
 
 def _is_hugging_face(dataset: Any) -> bool:

@@ -1,12 +1,15 @@
-"""Files of rows: JSON lines, JSON and parquet. Knows nothing of what a row may look like.
+"""Files of rows: JSON lines, JSON, CSV and parquet. Knows nothing of what a row may look like.
 
 Rows of a .jsonl file are read from disk when they are asked for. In memory are the unpacked bytes
-of a .jsonl.gz file, a .parquet file's columns as Arrow holds them, and a .json file's rows.
+of a .jsonl.gz file, a .parquet file's columns as Arrow holds them, and the rows of a .json or .csv
+file.
 """
 
+import csv
 import gzip
 import json
 import os
+import re
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.errors import ConfigError, DataError, said
 from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.runs.lines import Lazy, LineFile
 
@@ -23,10 +26,13 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".csv", ".parquet")
 
 
 SUFFIXES_IN_WORDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+LONGEST_FIELD = 2**31 - 1  # characters of a field of a .csv file
 
 
 ROWS_AT_ONCE = 1024  # of a parquet file that are Python objects
@@ -46,23 +52,31 @@ class FileRows(Lazy[Any]):
 class JsonLines(FileRows):
     """The rows of a .jsonl file, each read from its line; an UnreadableLine if it is no JSON.
 
-    Raises DataError if the file was changed since it was opened.
+    blank_lines: whether an empty line between others is a row that cannot be read, as version 0.1.0
+    had it; else it is none. Raises DataError if the file was changed since it was opened.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, *, blank_lines: bool = False) -> None:
         self.name = name
         file = BytesIO(_unpacked(path, name)) if path.suffix == ".gz" else path.open("rb")
         self._lines = LineFile(file, path)
-        self._starts, rows = array("q"), 0
-        for start, line in self._lines:
-            self._starts.append(start)
-            if not line.isspace():
+        self._starts, self._numbers, rows = array("q"), array("q"), 0
+        for number, (start, line) in enumerate(self._lines, 1):
+            is_blank = line.isspace()
+            if blank_lines or not is_blank:
+                self._starts.append(start)
+                self._numbers.append(number)
+            if not is_blank:
                 rows = len(self._starts)
-        del self._starts[rows:]
+        del self._starts[rows:], self._numbers[rows:]
         self._opened_as = self._file_state()
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def line(self, place: int) -> int:
+        """The number of a row's line, from 1."""
+        return self._numbers[place]
 
     def _at(self, place: int) -> Any:
         if self._file_state() != self._opened_as:
@@ -106,25 +120,40 @@ def suffix_of(path: str | Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if str(path).endswith(suffix)), None)
 
 
-def place_in(path: str | Path, index: int) -> str:
+HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+
+
+def place_in(path: str | Path, rows: Sequence[Any], index: int) -> str:
     """Words for the row at `index` (from 0) of a file: its line, or its row, counted from 1."""
     by_line = (suffix_of(path) or "").startswith(".jsonl")
-    return f"{path}, {'line' if by_line else 'row'} {index + 1}"
+    number = rows.line(index) if isinstance(rows, JsonLines) else index + 1
+    return f"{path}, {'line' if by_line else 'row'} {number}"
+
+
+def hub_hint(path: str | Path) -> str:
+    """How a dataset of the hub is named, if a path looks like one; else ""."""
+    if suffix_of(path) is not None or not HUB_NAME.fullmatch(str(path)):
+        return ""
+    named = said(f"from_hub({str(path)!r})", f"'{{hub: {path}}}'")
+    return f" A dataset of the Hugging Face hub is named {named}."
 
 
 def check_file(path: str | Path, name: str) -> None:
     """Raise DataError if a path names no file of rows. name: the dataset, for the error."""
     if suffix_of(path) is None:
-        raise DataError(f"{name}: a file must be {SUFFIXES_IN_WORDS}; got {str(path)!r}.")
+        raise DataError(
+            f"{name}: a file must be {SUFFIXES_IN_WORDS}; got {str(path)!r}.{hub_hint(path)}"
+        )
     if not Path(path).is_file():
         raise DataError(f"{name}: there is no file {str(path)!r}.")
 
 
-def read_rows(path: str | Path, name: str) -> Sequence[Any]:
+def read_rows(path: str | Path, name: str, *, blank_lines: bool = False) -> Sequence[Any]:
     """All rows of a file, in their order; an UnreadableLine for each line that is no JSON.
 
-    Each line of a .jsonl file is a row, so that no line in the middle may be empty. A .json file
-    holds one list. Raises DataError if the file as a whole cannot be read, ConfigError if a parquet
+    Each line of a .jsonl file is a row; empty lines are none (blank_lines: see JsonLines). A .json
+    file holds one list. The first line of a .csv file names its columns, and all values are texts.
+    Raises DataError if the file as a whole cannot be read, ConfigError if a parquet
     file is read without pyarrow.
     """
     check_file(path, name)
@@ -132,7 +161,9 @@ def read_rows(path: str | Path, name: str) -> Sequence[Any]:
     if suffix == ".parquet":
         return _parquet_rows(path, name)
     if suffix.startswith(".jsonl"):
-        return JsonLines(path, name)
+        return JsonLines(path, name, blank_lines=blank_lines)
+    if suffix == ".csv":
+        return _csv_rows(path, name)
     try:
         rows = json.loads(_unpacked(path, name) if path.suffix == ".gz" else path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -144,6 +175,33 @@ def read_rows(path: str | Path, name: str) -> Sequence[Any]:
             f"{name}: {path} must hold a list of rows; it holds {type(rows).__name__} "
             f"{str(rows)[:60]!r}."
         )
+    return rows
+
+
+def _csv_rows(path: Path, name: str) -> list[dict[str, str]]:
+    rows, most = [], csv.field_size_limit(LONGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            head = next(reader, [])
+            if not head or len(set(head)) < len(head):
+                raise DataError(
+                    f"{name}: the first line of {path} must name its columns, each once; it is "
+                    f"{','.join(head)!r:.100}."
+                )
+            for fields in filter(None, reader):  # an empty line is no row
+                if len(fields) != len(head):
+                    raise DataError(
+                        f"{name}: {path}, line {reader.line_num}: the row has {len(fields)} "
+                        "fields, "
+                        f"and the first line names {len(head)}. A field with commas or line ends "
+                        'stands in "...".'
+                    )
+                rows.append(dict(zip(head, fields, strict=True)))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: {path} is no CSV in UTF-8: {error}.") from error
+    finally:
+        csv.field_size_limit(most)
     return rows
 
 

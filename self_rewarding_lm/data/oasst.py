@@ -186,7 +186,7 @@ def _read_trees(path: str | Path, lines: Sequence[int] | None, keep: _Filter) ->
             f"trees must name lines of {path}, from 0 to {len(rows) - 1}; got {missing[0]}."
         )
     for line in range(len(rows)) if lines is None else lines:
-        tree = _checked_tree(rows[line], place_in(path, line))
+        tree = _checked_tree(rows[line], place_in(path, rows, line))
         root = tree["prompt"]
         name = str(tree.get("message_tree_id") or root["message_id"])
         if (tree.get("tree_state") or READY) != READY:

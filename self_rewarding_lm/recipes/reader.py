@@ -24,7 +24,8 @@ from self_rewarding_lm.config import (
     from_stage,
 )
 from self_rewarding_lm.context import no_reward_prompt, wrong_names
-from self_rewarding_lm.data.files import SUFFIXES_IN_WORDS, suffix_of
+from self_rewarding_lm.data.files import SUFFIXES_IN_WORDS, hub_hint, suffix_of
+from self_rewarding_lm.data.hub import from_hub
 from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
 from self_rewarding_lm.describe import config_in, model_of
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError, did_you_mean
@@ -59,13 +60,15 @@ DATASETS = ("ift", "valid_ift", "ranked", "prompts", "seeds")
 """Arguments that are datasets, as are all whose name ends in _dataset."""
 
 
-SOURCES = ("from_stage", "open_assistant", "self_instruct")
+SOURCES = ("from_stage", "hub", "open_assistant", "self_instruct")
 """Keys of a mapping that is a dataset."""
 
 
 DATASET_IN_WORDS = (
     f"a {SUFFIXES_IN_WORDS} file, package.module:attribute, {{from_stage: name}}, "
-    "{open_assistant: file, part: ift}, {self_instruct: {...}}, or a list of those"
+    "{hub: owner/name, split: train}, {open_assistant: file, part: ift}, {self_instruct: {...}}, "
+    "or "
+    "a list of those"
 )
 
 
@@ -439,7 +442,8 @@ class Reader:
         if OBJECT_NAME.fullmatch(value) and not node.path.exists():
             return self.object(node, keys)
         if not node.path.is_file():
-            return self.refuse(node, keys, f"there is no file {str(node.path)!r}.")
+            words = f"there is no file {str(node.path)!r}.{hub_hint(value)}"
+            return self.refuse(node, keys, words)
         if suffix_of(node.path) is None:
             words = f"a dataset's file must be {SUFFIXES_IN_WORDS}; got {value!r}."
             return self.refuse(node, keys, words)
@@ -453,6 +457,8 @@ class Reader:
         rest = {name: child for name, child in node.value.items() if name != kind}
         if kind == "open_assistant":
             return self._trees(node, rest, keys)
+        if kind == "hub":
+            return self.call(from_hub, node, keys)
         for name, child in rest.items():
             words = f"{name!r} does not go with {kind!r}; it stands alone."
             self.refuse(child, (*keys, name), words)

@@ -74,6 +74,9 @@ class RecipeSettings(Config):
     """How many of the stages that are done keep their weights on disk, the last ones. null: all."""
     report: bool = True
     """Write report.html into the run's folder when the run is done."""
+    report_to: str | tuple[str, ...] = ()
+    """Trackers that get all metrics: wandb, tensorboard, mlflow, trackio, comet_ml, aim, ... as
+    Accelerate names them; one, or a list. Their files are in <out>/trackers."""
     eos_id: int | None = Field(default=None, ge=0)
     """The token that ends a response. null: the tokenizer's and the model's own."""
     seed: int = 0

@@ -141,6 +141,8 @@ class TrainingConfig(FinetuneConfig):
             round_state=kept,
         )
         logger.info("%s: %d rows, %d steps", ctx.stage, len(objective), training.total)
+        if (pairs := getattr(objective, "pairs", None)) is not None:
+            ctx.told("on_pairs", pairs)
         return training.run()
 
     def see_result(self, ctx: Context, out: StageDir) -> None:

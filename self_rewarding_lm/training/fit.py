@@ -162,6 +162,7 @@ class Fit:
                     metrics = self._step(rows, step - 1)
                 # 2. log it and check it
                 self._log(metrics, step)
+                self.ctx.told("on_step_end", metrics, self.first_step + step)
                 watcher.see(metrics, step=step, rows=len(rows))
                 bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
                 bar.update()

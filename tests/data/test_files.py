@@ -1,12 +1,13 @@
 """Files of rows are read as far as they are asked for; rows are written a piece at a time."""
 
+import csv
 import gzip
 import json
 import os
 
 import pytest
 
-from self_rewarding_lm.data.files import UnreadableLine, read_rows
+from self_rewarding_lm.data.files import UnreadableLine, place_in, read_rows
 from self_rewarding_lm.errors import DataError
 from self_rewarding_lm.report.export import write_rows
 
@@ -47,13 +48,58 @@ def test_a_line_is_parsed_when_it_is_asked_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n \n\t\r\n"], ids=repr)
-def test_blank_lines_end_a_file_and_are_rows_that_cannot_be_read_within_it(end, tmp_path):
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(suffix, end, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    text = b'\n1\n\n{"a"\n \t\n2' + end.encode()
+    path.write_bytes(gzip.compress(text) if suffix.endswith(".gz") else text)
+    rows = read_rows(path, "data")
+    one, broken, two = rows
+    assert (one, two) == (1, 2)
+    assert isinstance(broken, UnreadableLine) and "':'" in broken.reason
+    assert [place_in(path, rows, i) for i in range(3)] == [f"{path}, line {n}" for n in (2, 4, 6)]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \n\t\r\n"], ids=repr)
+def test_in_a_run_of_the_first_version_a_blank_line_between_others_is_a_row(end, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'1\n\n{"a"\n2' + end.encode())
-    one, blank, broken, two = read_rows(path, "data")
+    one, blank, broken, two = read_rows(path, "data", blank_lines=True)
     assert (one, two) == (1, 2)
     assert isinstance(blank, UnreadableLine) and "Expecting value" in blank.reason
     assert isinstance(broken, UnreadableLine) and "':'" in broken.reason
+
+
+def test_a_csv_file_has_texts_by_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    text = 'prompt,completion\n"say ""a"", please","a\nb"\n\nü,\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_rows(path, "data") == [
+        {"prompt": 'say "a", please', "completion": "a\r\nb"},
+        {"prompt": "ü", "completion": ""},
+    ]
+    path.write_text("prompt\n" + "x" * 300_000 + "\n")  # longer than csv's own limit
+    limit = csv.field_size_limit()
+    assert len(read_rows(path, "data")[0]["prompt"]) == 300_000
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "must name its columns"),
+        (b"a,a\n1,2\n", "each once; it is 'a,a'"),
+        (b"a,b\n1,2\n3\n", "line 3: the row has 1 fields, and the first line names 2"),
+        (b"a,b\n1,2,3\n", "line 2: the row has 3 fields"),
+        (b"a\n\xff\n", "no CSV in UTF-8"),
+        (b'a\n"b\n', "no CSV in UTF-8: unexpected end of data"),
+    ],
+)
+def test_a_csv_file_that_is_none_is_an_error(content, words, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_rows(path, "data")
 
 
 @pytest.mark.parametrize("content", ["", " \n \n"], ids=repr)

@@ -55,6 +55,7 @@ from self_rewarding_lm import (
     VerifierAccuracy,
     VoteJudge,
     compare,
+    from_hub,
     from_stage,
     generate,
     load_causal_lm,
@@ -362,6 +363,24 @@ def wrong_type(folder):
     return lambda: trainer(folder, sft(), seed="zero")
 
 
+@mistake("configuration", "A function as a callback")
+def function_as_callback(folder):
+    def told(run, stage, model):
+        print(stage)
+
+    return lambda: trainer(folder, sft(), callbacks=[told])
+
+
+@mistake("configuration", "A tracker that is not installed")
+def missing_tracker(folder):
+    return lambda: trainer(folder, sft(), report_to="aim")
+
+
+@mistake("configuration", "A tracker that there is not")
+def unknown_tracker(folder):
+    return lambda: trainer(folder, sft(), report_to=["weights"])
+
+
 @mistake("configuration", "keep_stages of zero")
 def keep_nothing(folder):
     return lambda: trainer(folder, sft(), keep_stages=0)
@@ -457,7 +476,27 @@ def no_file(folder):
 
 @mistake("data", "A file of an unknown kind")
 def unknown_suffix(folder):
-    path = file(folder, "rows.csv", "prompt,completion\n")
+    path = file(folder, "rows.txt", "say 0")
+    return lambda: trainer(folder, sft(train_dataset=path))
+
+
+@mistake("data", "The name of a dataset of the hub as a file")
+def hub_name(folder):
+    return lambda: trainer(folder, sft(train_dataset="tatsu-lab/alpaca"))
+
+
+@mistake("data", "A dataset of the hub that cannot be reached")
+def unreached_hub(folder):
+    def call():
+        with patch("datasets.load_dataset", side_effect=ConnectionError("Network is unreachable")):
+            from_hub("tatsu-lab/alpaca")
+
+    return call
+
+
+@mistake("data", "A .csv file with a comma too many")
+def ragged_csv(folder):
+    path = file(folder, "rows.csv", "prompt,completion\nsay 0, please,0\n")
     return lambda: trainer(folder, sft(train_dataset=path))
 
 
@@ -1494,6 +1533,7 @@ def words_of(error: Exception | None, folder: Path) -> str:
     """An error's words, the same on every machine."""
     words = str(error).replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
     words = re.sub(r'pip install (-e )?"[^"\[]*(\[\w+\])[^"]*"', r'pip install ".\2"', words)
+    words = re.sub(r"<function .*?>", "<function ...>", words)
     words = re.sub(r"process \d+ on \S+\)", "process 1234 on HOST)", words)
     return re.sub(r"\b[0-9a-f]{16}\b", "...", words)  # hashes of weights
 

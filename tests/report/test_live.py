@@ -12,6 +12,7 @@ from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
 
 from self_rewarding_lm import (
+    Callback,
     EnsembleJudge,
     HeldOutReward,
     Run,
@@ -23,7 +24,6 @@ from self_rewarding_lm.report.examples import SAMPLE
 from self_rewarding_lm.report.terminal import stage_table
 from self_rewarding_lm.runtime import LogHandler, Progress, Runtime
 from self_rewarding_lm.scores import candidate_scores
-from self_rewarding_lm.trainer import Callback
 from tests.stages.test_pair_maker import COMPARISON, numerate
 from tests.test_trainer import PROMPTS, QUICK, SHORT, external, self_reward, sft, trainer_of
 
