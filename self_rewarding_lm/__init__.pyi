@@ -3,6 +3,7 @@
 from self_rewarding_lm.checks import Check, ChecksConfig
 from self_rewarding_lm.config import ComparisonConfig, FinetuneConfig, MarkedRubric, OptimConfig, PAPER_REWARD_CONFIG, RewardConfig, SamplingConfig, SelfInstruct, TEN_POINT_REWARD_CONFIG, from_stage
 from self_rewarding_lm.data.datasets import create_mock_dataset
+from self_rewarding_lm.data.hub import from_hub
 from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
 from self_rewarding_lm.data.tokenizers import CallableTokenizer
 from self_rewarding_lm.errors import Interrupted, JudgeError, PairingError, SelfRewardingError
@@ -32,6 +33,7 @@ from self_rewarding_lm.recipes.yaml_nodes import read_yaml
 from self_rewarding_lm.records import Candidate, Demonstration, Judgement, MetaJudgement, PreferencePair, Prompt, RankedReplies
 from self_rewarding_lm.report.card import push_to_hub
 from self_rewarding_lm.report.page import write_report
+from self_rewarding_lm.runs.callbacks import Callback
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.weights import import_checkpoint
 from self_rewarding_lm.stages.contrastive import Contrast, ContrastiveDPOConfig
@@ -55,6 +57,7 @@ __version__: str
 __all__ = [
     "BuildEFTConfig",
     "CallableTokenizer",
+    "Callback",
     "Candidate",
     "Check",
     "ChecksConfig",
@@ -121,6 +124,7 @@ __all__ = [
     "create_default_paper_config",
     "create_mock_dataset",
     "evaluate_judge",
+    "from_hub",
     "from_stage",
     "generate",
     "import_checkpoint",

@@ -23,6 +23,7 @@ from self_rewarding_lm.rubrics import (
     TEN_POINT_JUDGE_PROMPT,
 )
 from self_rewarding_lm.scores import exact, exact_sum
+from self_rewarding_lm.text import html_table
 
 
 class Config(BaseModel):
@@ -43,6 +44,19 @@ class Config(BaseModel):
 
     def __hash__(self) -> int:
         return id(self)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """What must be given stands first in the signature, so `help` begins with it."""
+        parameters = cls.__signature__.parameters.values()
+        by_need = sorted(parameters, key=lambda it: (it.kind, it.default is not it.empty))
+        cls.__signature__ = cls.__signature__.replace(parameters=by_need)
+
+    def _repr_html_(self) -> str:
+        """The settings that were given, as a table."""
+        given = [[name, repr(getattr(self, name))] for name in sorted(self.model_fields_set)]
+        rest = len(type(self).model_fields) - len(given)
+        return html_table(["setting", "given"], given, f"{type(self).__name__}, {rest} by default")
 
 
 def _in_words(cls: type[Config], error: ValidationError) -> str:

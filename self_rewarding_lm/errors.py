@@ -129,6 +129,7 @@ ELSEWHERE = {
     "output_dir": "out",
     "peft_config": "peft",
     "per_device_train_batch_size": "batch_size",
+    "rank": "r",
     "self_reward_prompt_config": "reward_prompts",
     "template": "chat_template",
     "trackers": "report_to",

@@ -5,6 +5,8 @@ Pure: no files, no torch, nothing of runs.
 
 import math
 from collections.abc import Sequence
+from html import escape
+from typing import Any
 
 
 def number(value: float | None, unknown: str = "unknown") -> str:
@@ -42,6 +44,22 @@ def printable(text: str, keep: str = "\n\t") -> str:
         c if c.isprintable() or c in keep else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
         for c in text
     )
+
+
+SHOWN_CHARACTERS = 120  # of a value in a table of a notebook
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
+    """A small table for a notebook; values are shortened, and nothing in them is taken for HTML."""
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        texts = ("" if cell is None else str(cell) for cell in cells)
+        short = (t if len(t) <= SHOWN_CHARACTERS else f"{t[:SHOWN_CHARACTERS]}…" for t in texts)
+        inner = "".join(f'<{tag} style="text-align:left">{escape(t)}</{tag}>' for t in short)
+        return f"<tr>{inner}</tr>"
+
+    lines = [line(head, "th"), *(line(row, "td") for row in rows)]
+    return f"<table><caption>{escape(caption)}</caption>{''.join(lines)}</table>"
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:

@@ -11,13 +11,15 @@ import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from io import BufferedIOBase
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.runs.atomic import system_errors
+from self_rewarding_lm.text import html_table
 
 T = TypeVar("T")
 
@@ -33,6 +35,9 @@ SEAL_SIZE = len(SEAL) + 2 * SEAL_BYTES + len(SEAL_END)
 
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+SHOWN_ITEMS = 5  # in a notebook
 
 
 class Lazy(Sequence[T]):
@@ -67,6 +72,21 @@ class Lazy(Sequence[T]):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {len(self)}>"
+
+    def _repr_html_(self) -> str:
+        """The first items as a table, without token ids and what none of them has."""
+        first = [_columns(item) for item in self[:SHOWN_ITEMS]]
+        names = [n for n in dict.fromkeys(chain(*first)) if any(row.get(n) for row in first)]
+        rows = [[row.get(name) for name in names] for row in first]
+        return html_table(names, rows, f"{len(rows)} of {len(self):,}")
+
+
+def _columns(item: Any) -> dict[str, Any]:
+    """A record or a row by its columns; anything else as one."""
+    if is_dataclass(item):
+        item = {it.name: getattr(item, it.name) for it in fields(item)}
+    columns = item if isinstance(item, dict) else {"": item}
+    return {str(name): v for name, v in columns.items() if not str(name).endswith("ids")}
 
 
 def _same(one: Any, other: Any) -> bool:

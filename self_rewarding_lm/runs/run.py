@@ -25,6 +25,7 @@ from self_rewarding_lm.runs.atomic import ledger
 from self_rewarding_lm.runs.lines import Picked, read_lines
 from self_rewarding_lm.runs.pretrained import load_into
 from self_rewarding_lm.runs.stage_folder import DONE, EVENTS, StageFiles, check_ours, read_json
+from self_rewarding_lm.text import html_table
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ INITIAL = "initial"  # weights before the first stage
 
 
 REPORT = "report.html"
+
+
+NUMBERS = ("pairs", "steps")  # that a notebook shows of each stage
 
 
 COUNTS = ("steps", "next_prompt")
@@ -72,6 +76,15 @@ class Run:
     def __repr__(self) -> str:
         done = sum(self.is_done(name) for name in self.stages)
         return f"Run({str(self.folder)!r}, {done} of {len(self.stages)} stages done)"
+
+    def _repr_html_(self) -> str:
+        """The stages as a table."""
+        rows = [
+            [name, "done" if self.is_done(name) else "not done"]
+            + [self.summary(name).get(number) for number in NUMBERS]
+            for name in self.stages
+        ]
+        return html_table(["stage", "", *NUMBERS], rows, str(self.folder))
 
     @property
     def stages(self) -> list[str]:

@@ -80,6 +80,8 @@ Verdicts = Mapping[tuple[int, int], int]
 class MetaJudgingConfig(ComparisonConfig):
     """How the model compares two of its judgements; each two are shown in both orders."""
 
+    template_variables: ClassVar[tuple[str, ...]] = ("judge_prompt", "judgement_a", "judgement_b")
+
     prompt_template: str = META_JUDGE_PROMPT
     """jinja2 text with {{ judge_prompt }} (what the judge was asked, with the rubric, the request
     and the response in it), {{ judgement_a }} and {{ judgement_b }}."""

@@ -174,7 +174,7 @@ def test_scores_at_once_that_are_all_unlikely_are_told_with_their_probability():
     watcher.count(
         [
             Judgement(f"p/{i}/j0", (f"p/{i}",), "default", None, reason="low_mass", score_mass=0.02)
-            for i in range(32)
+            for i in range(64)
         ]
     )
     words = watcher.see_parsed("m2", "runs/m2")

@@ -235,8 +235,25 @@ def test_a_row_without_a_prompt_is_an_error_that_names_it(row, words):
 
 @pytest.mark.parametrize("row", [None, 3, 2.5, {"prompt": None}], ids=str)
 def test_a_prompt_that_is_neither_text_nor_ids_is_an_error_that_names_its_row(row):
-    with pytest.raises(TokenizerError, match="row 17"):
+    with pytest.raises((TokenizerError, DataError), match="row 17"):
         prompt_of(row, "prompt_dataset, row 17", TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "whose"),
+    [
+        (prompt_of, None, "the prompt"),
+        (prompt_of, {"prompt": None}, "the prompt"),
+        (training_row, {"prompt": "ab", "completion": None}, "the completion"),
+        (preference_row, {"prompt": "ab", "chosen": None, "rejected": "b"}, "chosen"),
+        (preference_row, {"prompt": "ab", "chosen": "b", "rejected": None}, "rejected"),
+    ],
+)
+def test_what_is_null_is_told_so_with_its_row(read, row, whose):
+    with pytest.raises(
+        DataError, match=rf"row 17: {whose} must be .*it is None\. .*on_bad_row='skip'"
+    ):
+        read(row, "train_dataset, row 17", TOKENS)
 
 
 # A prompt and its completion

@@ -519,7 +519,7 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
         ),
         (
             PAPER + "reward_prompts:\n  default:\n    prompt_template: x\n    rubric: paper\n",
-            "line 8: reward_prompts.default.rubric: this is no setting;",
+            "line 8: reward_prompts.default.rubric: this is no setting.",
         ),
         (
             PAPER + "  positive_only: true\n  self_reward: {dpo_beta: 0.2}\n",
