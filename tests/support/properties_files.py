@@ -192,29 +192,34 @@ def _row(line: bytes):
         st.lists(st.tuples(LINE, ENDING), max_size=5).map(
             lambda lines: b"".join(a + b for a, b in lines)
         ),
-        st.sampled_from([".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"]),
+        st.sampled_from([".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet"]),
         st.sampled_from(["plain", "packed", "cut", "damaged"]),
+        st.booleans(),
     ),
     mutants={
         "except (ValueError, RecursionError) as error:  # brackets": "except ValueError as error:  # brackets",
         "        except (ValueError, RecursionError) as error:  # brackets within brackets without end\n            return UnreadableLine(str(error))": "        except KeyError as error:\n            return UnreadableLine(str(error))",
         "except (OSError, EOFError, zlib.error)": "except OSError",
         "if not isinstance(rows, list):": "if False:",
-        "if not line.isspace():": "if True:",
+        "if blank_lines or not is_blank:": "if True:",
+        "            if not is_blank:\n                rows": "            if True:\n                rows",
+        "enumerate(self._lines, 1)": "enumerate(self._lines)",
+        "except (csv.Error, UnicodeDecodeError)": "except csv.Error",
+        "if len(fields) != len(head):": "if False:",
         "except (OSError, ValueError) as error:  # pyarrow": "except KeyError as error:  # pyarrow",
-        "del self._starts[rows:]": "pass",
+        "del self._starts[rows:], self._numbers[rows:]": "pass",
     },
     examples=600,
 )
 def any_file_of_rows_is_read_or_refused(files, case):
     """A line that is no JSON stands in its place; a file that cannot be read is named."""
-    content, suffix, how = case
+    content, suffix, how, blank_lines = case
     content = expanded(content)
     with folder() as where:
         path = where / f"rows{suffix}"
         path.write_bytes(packed(content, how) if suffix.endswith(".gz") else content)
         try:
-            rows = files.read_rows(path, "the data")
+            rows = files.read_rows(path, "the data", blank_lines=blank_lines)
         except DataError as error:
             assert str(path) in str(error) and "the data" in str(error)
             assert suffix not in (".jsonl",) and (suffix, how) != (".jsonl.gz", "packed")
@@ -225,8 +230,9 @@ def any_file_of_rows_is_read_or_refused(files, case):
             lines = content.split(b"\n")
             while lines and not lines[-1].strip():
                 lines.pop()
-            assert len(found) == len(lines)
-            for row, line in zip(found, lines, strict=True):
+            numbered = [(n, it) for n, it in enumerate(lines, 1) if blank_lines or it.strip()]
+            assert [rows.line(place) for place in range(len(rows))] == [n for n, _ in numbered]
+            for row, (_, line) in zip(found, numbered, strict=True):
                 assert isinstance(row, files.UnreadableLine) or repr(row) == repr(
                     _row(line.rstrip())
                 )
