@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, model_validator
 
-from self_rewarding_lm.errors import ConfigError, did_you_mean, setting
+from self_rewarding_lm.errors import ConfigError, did_you_mean, setting, typed
 from self_rewarding_lm.rubrics import (
     COMPARISON_PROMPT,
     DEFAULT_JUDGE_PROMPT,
@@ -537,6 +537,7 @@ class FromStage:
     stage: str
 
 
+@typed
 def from_stage(stage: str) -> FromStage:
     """What the stage of that name made, as a dataset of a later stage.
 

@@ -27,7 +27,7 @@ from self_rewarding_lm.context import Context, wrong_names
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.tokenizers import Tokenizer, tokenizer_of
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import ConfigError, StoreError, typed
+from self_rewarding_lm.errors import ConfigError, StoreError, said, typed
 from self_rewarding_lm.generation.engine import Engine
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.server.engine import ServerEngine
@@ -390,7 +390,8 @@ def _with_trackers(
         return accelerate_kwargs
     if "log_with" in accelerate_kwargs:
         raise ConfigError(
-            "report_to and the log_with of accelerate_kwargs both name trackers; give one of them."
+            f"report_to and the log_with of {said('accelerate_kwargs', '`accelerate`')} both name "
+            "trackers; give one of them."
         )
     return {"project_dir": str(folder), **accelerate_kwargs, "log_with": trackers}
 

@@ -15,7 +15,14 @@ from self_rewarding_lm.config import ComparisonConfig, RewardConfig, SamplingCon
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.tokenizers import Tokenizer
-from self_rewarding_lm.errors import ConfigError, JudgeError, RunMismatchError, typed
+from self_rewarding_lm.errors import (
+    ConfigError,
+    JudgeError,
+    RunMismatchError,
+    give_tokenizer,
+    said,
+    typed,
+)
 from self_rewarding_lm.evaluation.contexts import Opening, opened
 from self_rewarding_lm.evaluation.held_out import open_prompts, read_prompts
 from self_rewarding_lm.evaluation.judge_quality import PositionBias, position_bias
@@ -199,7 +206,7 @@ class _Contest:
         if ctx.tokens.tokenizer is None:
             raise ConfigError(
                 "responses are compared as texts, so a tokenizer is needed; the model came without "
-                "one. Give tokenizer=..."
+                f"one. {give_tokenizer()}"
             )
         prompts = read_prompts(ctx, self.rows)
         settings = {
@@ -344,14 +351,18 @@ def _judge_or_verifier(judge: Any, judge_model: Any, verifier: Any) -> Any:
     if judge is None and verifier is not None:
         return Verifier(verifier)
     if judge is None or (asks and judge_model is None):
-        raise ConfigError(
-            "who judges? Give judge_model (with judge=ComparisonConfig(...) or RewardConfig(...)), "
-            "or judge= a judge object, a text function or a reward module, or a verifier."
+        ways = said(
+            "judge_model (with judge=ComparisonConfig(...) or RewardConfig(...)), or judge= a "
+            "judge "
+            "object, a text function or a reward module, or a verifier",
+            "--judge-model (with --pairwise or --reward), --judge or --verifier",
         )
+        raise ConfigError(f"who judges? Give {ways}.")
     if judge_model is not None and not asks:
         raise ConfigError(
-            "judge_model is asked with a prompt, so that judge must be a RewardConfig or a "
-            f"ComparisonConfig; got {type(judge).__name__}. Leave judge_model out."
+            f"{said('judge_model', '--judge-model')} is asked with a prompt, so that "
+            f"{said('judge', '--judge')} must be a RewardConfig or a ComparisonConfig; got "
+            f"{type(judge).__name__}. Leave one of them out."
         )
     return judge
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from self_rewarding_lm.context import Context
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, typed
 from self_rewarding_lm.evaluation.responses import pass_at_k
 from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
@@ -69,6 +69,7 @@ def pass_at(counts: Sequence[tuple[int, int]], most: int) -> dict[int, float]:
     return {k: sum(values) / len(values) for k, values in known.items() if values}
 
 
+@typed
 def reasoning_task(
     name: str, *, size: int = 100, seed: int = 0
 ) -> tuple[list[dict[str, Any]], Callable[..., list[float]]]:

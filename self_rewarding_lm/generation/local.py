@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, said, typed
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.flight import Flight
 from self_rewarding_lm.generation.schedule import Group, plan_sessions
@@ -92,6 +92,7 @@ class LocalEngine:
     go through the model at once; a longer prompt goes alone. Raises ConfigError for sizes under 1.
     """
 
+    @typed
     def __init__(
         self,
         *,
@@ -158,13 +159,14 @@ class LocalEngine:
                 self._narrow.pop(module, None)
 
     def _memory_told(self, what: str, rows: int) -> AbstractContextManager[None]:
+        from_python = said("", ", from Python,")
         held = "half of what is free" if self.cache_bytes is None else f"{self.cache_bytes:,}"
         return memory_told(
             what,
-            f"{rows} sequences ran at once: lower LocalEngine(max_rows=...) (now {self.max_rows}), "
-            f"cache_bytes=... (now {held}) or max_prefill_tokens=... (now "
-            f"{self.max_prefill_tokens:,}), or allow fewer max_new_tokens. A run goes on with "
-            "another engine; what it has finished is on disk.",
+            f"{rows} sequences ran at once: allow fewer max_new_tokens, or{from_python} lower "
+            f"LocalEngine(max_rows=...) (now {self.max_rows}), cache_bytes=... (now {held}) or "
+            f"max_prefill_tokens=... (now {self.max_prefill_tokens:,}). A run goes on with another "
+            "engine; what it has finished is on disk.",
         )
 
     @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from self_rewarding_lm.errors import ConfigError, StoreError, an_adapter, mixed_precision
+from self_rewarding_lm.errors import ConfigError, StoreError, an_adapter, mixed_precision, typed
 from self_rewarding_lm.models.compiled import uncompiled
 from self_rewarding_lm.models.gguf import GgufOpener
 from self_rewarding_lm.runs.installed import install
@@ -86,6 +86,7 @@ def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Modu
     return model, tokenizer
 
 
+@typed
 def load_causal_lm(
     source: str | Path,
     *,

@@ -28,7 +28,7 @@ from self_rewarding_lm.data.files import SUFFIXES_IN_WORDS, hub_hint, suffix_of
 from self_rewarding_lm.data.hub import from_hub
 from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
 from self_rewarding_lm.describe import config_in, model_of
-from self_rewarding_lm.errors import ConfigError, SelfRewardingError, did_you_mean
+from self_rewarding_lm.errors import ConfigError, SelfRewardingError, did_you_mean, typed
 from self_rewarding_lm.judges.templates import template_errors
 from self_rewarding_lm.models.loading import load_tokenizer, lora_config
 from self_rewarding_lm.recipes.paper import paper_recipe
@@ -42,7 +42,7 @@ from self_rewarding_lm.recipes.settings import (
     RecipeSettings,
     RubricSettings,
 )
-from self_rewarding_lm.recipes.yaml_nodes import Node
+from self_rewarding_lm.recipes.yaml_nodes import Node, read_yaml
 from self_rewarding_lm.stages.base import stage_names
 
 if TYPE_CHECKING:
@@ -115,14 +115,15 @@ class Recipe:
         )
 
 
-def read_recipe(root: Node) -> Recipe:
-    """The recipe of the mapping at the top of a file.
+@typed
+def read_recipe(root: Node | str | Path) -> Recipe:
+    """The recipe of a file, or of the mapping at the top of one (`read_yaml`).
 
     Reads the data and imports the modules that the recipe names; loads no model. Raises ConfigError
     that names every wrong value.
     """
     reader = Reader()
-    recipe = reader.recipe(root)
+    recipe = reader.recipe(root if isinstance(root, Node) else read_yaml(root))
     if reader.problems:
         count = len(reader.problems)
         words = "one value is" if count == 1 else f"{count} values are"

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, typed
 
 MERGE = "<<"
 
@@ -69,11 +69,13 @@ class Node:
         return node
 
 
-def read_yaml(path: Path) -> Node:
+@typed
+def read_yaml(path: str | Path) -> Node:
     """The nodes of a YAML file; relative paths in it start at its folder.
 
     Raises ConfigError, with the line, if the text is no YAML or has a key twice.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from self_rewarding_lm.config import FinetuneConfig
-from self_rewarding_lm.errors import AdapterError
+from self_rewarding_lm.errors import AdapterError, typed
 from self_rewarding_lm.report.figures import StageFigures, stage_figures
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order, words_of
 from self_rewarding_lm.runs.installed import install
@@ -131,6 +131,7 @@ def upload_folder(folder: Path, repo_id: str, private: bool) -> str:
     return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
 
 
+@typed
 def push_to_hub(
     run: Run,
     stage: str | int,

@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from self_rewarding_lm.checks import PAGE, ChecksConfig
 from self_rewarding_lm.describe import settings_of
-from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.errors import ConfigError, typed
 from self_rewarding_lm.report.charts import (
     STYLES,
     Chart,
@@ -70,8 +70,12 @@ EXAMPLES = 2000
 """Prompts that a page holds at most."""
 
 
+@typed
 def write_report(
-    runs: Sequence[str | Path | Run], out: str | Path | None = None, *, examples: int = EXAMPLES
+    runs: Sequence[str | Path | Run] | str | Path | Run,
+    out: str | Path | None = None,
+    *,
+    examples: int = EXAMPLES,
 ) -> Path:
     """Write the page of one or several runs, which may still be going on; its path.
 
@@ -80,6 +84,7 @@ def write_report(
     a run, StoreError if a folder holds none, a record's file was changed, or the page cannot be
     written.
     """
+    runs = [runs] if isinstance(runs, str | Path | Run) else runs
     if not runs:
         raise ConfigError("write_report needs at least one run.")
     if examples < 0:

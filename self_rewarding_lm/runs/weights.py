@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from self_rewarding_lm.errors import StoreError
+from self_rewarding_lm.errors import StoreError, typed
 from self_rewarding_lm.runs.atomic import (
     delist,
     digest_of,
@@ -229,6 +229,7 @@ def _add_tensors(digest: Any, tensors: Mapping[str, Any]) -> None:
             digest.update(flat.view(torch.uint8).numpy().tobytes())
 
 
+@typed
 def import_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load a `.pt` checkpoint of self-rewarding-lm-pytorch into a model of its shape, in place.
 

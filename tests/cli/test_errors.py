@@ -8,6 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from self_rewarding_lm import (
+    LocalEngine,
+    SFTConfig,
+    from_stage,
+    load_causal_lm,
+    push_to_hub,
+    read_recipe,
+    write_report,
+)
 from self_rewarding_lm.cli import main
 from self_rewarding_lm.errors import ArgumentTypeError, at_the_command, said, setting, typed
 from self_rewarding_lm.judges.tally import JudgeWatcher
@@ -181,3 +190,30 @@ def test_scores_at_once_that_are_all_unlikely_are_told_with_their_probability():
     assert "asked for its score at once and writes no text" in words
     assert "0.02, 0.02, 0.02; at least 0.1 counts" in words
     assert "{{ reward }}" in words and "texts are cut off" not in words
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: LocalEngine(max_rows="many"), "LocalEngine: max_rows must be int; got 'many'."),
+        (lambda: load_causal_lm(3), "load_causal_lm: source must be str | Path; got 3."),
+        (lambda: read_recipe({"model": "m0"}), "read_recipe: root must be Node | str | Path; got"),
+        (lambda: from_stage(SFTConfig), "from_stage: stage must be str; got"),
+        (lambda: write_report(3), "write_report: runs must be Sequence[str | Path | Run] | str"),
+        (lambda: push_to_hub("runs/a", "m1", "a/b"), "push_to_hub: run must be Run; got 'runs/a'."),
+    ],
+)
+def test_public_functions_tell_what_they_take(call, words):
+    with pytest.raises(ArgumentTypeError) as error:
+        call()
+    assert str(error.value).startswith(words)
+
+
+def test_a_recipe_is_read_by_the_name_of_its_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "recipe.yaml").write_text(
+        "model: org/m0\nstages:\n  - stage: sft\n    train_dataset: rows.jsonl\n"
+    )
+    for path in (tmp_path / "recipe.yaml", str(tmp_path / "recipe.yaml")):
+        recipe = read_recipe(path)
+        assert recipe.model == "org/m0" and recipe.folder == tmp_path / "checkpoints"

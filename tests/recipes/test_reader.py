@@ -497,7 +497,7 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
             "model: m0\nstages:\n  - stage: self_reward\n    prompt_dataset: prompts.jsonl\n"
             "    self_reward_config_keyname: mine\n",
             "line 5: stages[0].self_reward_config_keyname: self_reward: self_reward_config_keyname "
-            "'mine' is none of the trainer's reward prompts: 'default'.",
+            "'mine' is none of the reward prompts: 'default'.",
         ),
         (
             "model: m0\nstages:\n  - {stage: sft, name: a, train_dataset: ift.jsonl}\n"
