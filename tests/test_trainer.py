@@ -909,7 +909,10 @@ for _ in range(8):  # the type checker looks at one item by chance
         assert isinstance(error, SelfRewardingError)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "seed='one'" in done.stdout and "model" in done.stdout and "int 7" in done.stdout
+    assert done.stdout.splitlines() == [
+        "SelfRewardingTrainer: seed must be int; got 'one'.",
+        "SelfRewardingTrainer: model must be Module | str | Path; got 7.",
+    ]
 
 
 class Flat(torch.nn.Module):

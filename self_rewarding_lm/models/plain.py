@@ -5,6 +5,7 @@ forward(ids, positions=None, cache=None), see docs/adapters.md.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from copy import copy
@@ -34,9 +35,12 @@ from self_rewarding_lm.models.interface import (
 from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
 from self_rewarding_lm.models.trial import check_causal, probe_vocab, session_error
 from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
-from self_rewarding_lm.runtime import OUT_OF_MEMORY
 
 logger = logging.getLogger(__name__)
+
+
+UNEQUAL = re.compile(r"size of tensor a \(\d+\) must match the size of tensor b")
+"""What torch says of tensors of unlike sizes, such as rows that are longer than their positions."""
 
 
 class PlainModel:
@@ -96,12 +100,12 @@ class PlainModel:
         return recomputing(self, plan)
 
     def _forward(self, ids: Tensor, **more: Any) -> Any:
-        """The module's output. Raises AdapterError if it fails, as beyond its last position."""
+        """The module's output. Raises AdapterError if it fails as beyond its last position."""
         try:
             return self.module(ids, **more)
-        except (IndexError, RuntimeError, ValueError, AssertionError) as error:
-            if OUT_OF_MEMORY.search(str(error)):
-                raise  # the engine says what to do
+        except (IndexError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not UNEQUAL.search(str(error)):
+                raise
             raise AdapterError(
                 f"model(ids) failed on ids of shape {tuple(ids.shape)}: {type(error).__name__}: "
                 f"{error}. A model that takes fewer tokens says so by an attribute max_seq_len, "

@@ -317,8 +317,9 @@ class Reader:
 
     def call(self, function: Any, node: Node, keys: Keys, *, others: Mapping[str, Any] = {}) -> Any:
         """The result of a function whose arguments are the node's settings and `others`."""
+        before = len(self.problems)
         settings = self.settings(model_of(function), node, keys, others=others)
-        if settings is WRONG:
+        if settings is WRONG or len(self.problems) > before:
             return WRONG
         try:
             return function(**{name: getattr(settings, name) for name in settings.model_fields_set})

@@ -3,20 +3,14 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from self_rewarding_lm import (
-    LocalEngine,
-    SFTConfig,
-    from_stage,
-    load_causal_lm,
-    push_to_hub,
-    read_recipe,
-    write_report,
-)
+from self_rewarding_lm import read_recipe
 from self_rewarding_lm.cli import main
 from self_rewarding_lm.errors import ArgumentTypeError, at_the_command, said, setting, typed
 from self_rewarding_lm.judges.tally import JudgeWatcher
@@ -192,21 +186,35 @@ def test_scores_at_once_that_are_all_unlikely_are_told_with_their_probability():
     assert "{{ reward }}" in words and "texts are cut off" not in words
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: LocalEngine(max_rows="many"), "LocalEngine: max_rows must be int; got 'many'."),
-        (lambda: load_causal_lm(3), "load_causal_lm: source must be str | Path; got 3."),
-        (lambda: read_recipe({"model": "m0"}), "read_recipe: root must be Node | str | Path; got"),
-        (lambda: from_stage(SFTConfig), "from_stage: stage must be str; got"),
-        (lambda: write_report(3), "write_report: runs must be Sequence[str | Path | Run] | str"),
-        (lambda: push_to_hub("runs/a", "m1", "a/b"), "push_to_hub: run must be Run; got 'runs/a'."),
-    ],
-)
-def test_public_functions_tell_what_they_take(call, words):
-    with pytest.raises(ArgumentTypeError) as error:
+CALLS = """
+from self_rewarding_lm import *
+from self_rewarding_lm.errors import ArgumentTypeError
+for call in (
+    lambda: LocalEngine(max_rows="many"),
+    lambda: load_causal_lm(3),
+    lambda: read_recipe({"model": "m0"}),
+    lambda: from_stage(7),
+    lambda: write_report(3),
+    lambda: push_to_hub("runs/a", "m1", "a/b"),
+):
+    try:
         call()
-    assert str(error.value).startswith(words)
+    except ArgumentTypeError as error:
+        print(error)
+"""
+
+
+def test_public_functions_tell_what_they_take():
+    """In a process of its own, without the type hook of the tests, which would speak first."""
+    told = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == [
+        "LocalEngine: max_rows must be int; got 'many'.",
+        "load_causal_lm: source must be str | Path; got 3.",
+        "read_recipe: root must be Node | str | Path; got {'model': 'm0'}.",
+        "from_stage: stage must be str; got 7.",
+        "write_report: runs must be Sequence[str | Path | Run] | str | Path | Run; got 3.",
+        "push_to_hub: run must be Run; got 'runs/a'.",
+    ]
 
 
 def test_a_recipe_is_read_by_the_name_of_its_file(tmp_path):
