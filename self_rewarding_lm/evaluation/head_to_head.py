@@ -21,6 +21,7 @@ from self_rewarding_lm.errors import (
     RunMismatchError,
     give_tokenizer,
     said,
+    setting,
     typed,
 )
 from self_rewarding_lm.evaluation.contexts import Opening, opened
@@ -407,7 +408,8 @@ def _comparison(
         raise JudgeError(
             f"the judge gave no verdict on any of {len(groups)} pairs of responses.{wrote}Make its "
             "prompt fit what it writes, raise judging.max_new_tokens, or take the labels' "
-            "probabilities (score_mode='expected', forced_ending='at_once')."
+            f"probabilities ({setting('score_mode', 'expected')}, "
+            f"{setting('forced_ending', 'at_once')})."
         )
     rates = win_rates(
         outcomes,

@@ -279,7 +279,7 @@ def test_an_empty_dataset_is_an_error(dataset):
     [
         (3, "got int"),
         (None, "got NoneType"),
-        ("rows.csv", r"must be \.jsonl, \.json, \.jsonl\.gz, \.json\.gz or \.parquet; got"),
+        ("rows.txt", r"must be \.jsonl, \.json, \.jsonl\.gz, \.json\.gz, \.csv or \.parquet; got"),
         ("missing.jsonl", r"no file 'missing\.jsonl'"),
         (
             {"prompt": "a", "completion": "b"},

@@ -407,9 +407,8 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
             "line 5: paper.iterations: Input should be a valid integer",
         ),
         (
-            PAPER + "  num_generated_preference_pairs: 3\n",
-            "line 5: paper.num_generated_preference_pairs: Input should be a valid tuple or a valid "
-            "list; got 3.",
+            PAPER + "  num_generated_preference_pairs: many\n",
+            "line 5: paper.num_generated_preference_pairs: Input should be a valid integer",
         ),
         (PAPER + "seed: [1]\n", "line 5: seed: Input should be a valid integer; got [1]."),
         (PAPER + "torch_dtype: fp12\n", "line 5: torch_dtype: torch_dtype must be auto, float32"),
