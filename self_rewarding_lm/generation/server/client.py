@@ -181,14 +181,17 @@ class HttpClient:
         self._logged_reasons: set[str] = set()
         self._retries_logged_at = -RETRIES_LOGGED_SECONDS
 
-    def ask(self, path: str, bodies: Iterable[Body]) -> Iterator[tuple[int, Body | Refusal]]:
+    def ask(
+        self, path: str, bodies: Iterable[Body], *, at_once: int | None = None
+    ) -> Iterator[tuple[int, Body | Refusal]]:
         """Post bodies; the answer to each with its place, in the order in which they come.
 
-        Bodies are read as they are sent. Closing the iterator cancels what is in flight. Raises
-        ServerError if the server refuses all requests (401, 403, 404, 405), or answers none of them
-        however often they are repeated.
+        at_once: how many; by default as many as the window has room for. path: an absolute one is
+        not below /v1. Bodies are read as they are sent. Closing the iterator cancels what is in
+        flight. Raises ServerError if the server refuses all requests (401, 403, 404, 405), or
+        answers none of them however often they are repeated.
         """
-        yield from _results(lambda put: self._post_all(path, enumerate(bodies), put))
+        yield from _results(lambda put: self._post_all(path, enumerate(bodies), put, at_once))
 
     def try_out(self, path: str, body: Body) -> Body | Refusal:
         """The answer to one body that finds out what the server takes.
@@ -243,7 +246,11 @@ class HttpClient:
             put(await self._answer(send, is_trial=True, spared=spared))
 
     async def _post_all(
-        self, path: str, bodies: Iterator[tuple[int, Body]], put: Callable[[Any], None]
+        self,
+        path: str,
+        bodies: Iterator[tuple[int, Body]],
+        put: Callable[[Any], None],
+        at_once: int | None,
     ) -> None:
         async with _open_client(self.url, self.api_key, self.timeout) as client:
 
@@ -263,7 +270,7 @@ class HttpClient:
             try:
                 waiting = next(bodies, None)
                 while waiting is not None or running or ended:
-                    while waiting is not None and len(running) < window.size:
+                    while waiting is not None and len(running) < (at_once or window.size):
                         task = asyncio.create_task(work(*waiting))
                         running.add(task)
                         task.add_done_callback(end)
@@ -272,7 +279,7 @@ class HttpClient:
                     some_ended.clear()
                     while ended:
                         ended.pop().result()  # raises its error
-                        if waiting is not None:
+                        if waiting is not None and at_once is None:
                             window.answered(time.monotonic())
             finally:
                 left = list(running)

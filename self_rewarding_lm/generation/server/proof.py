@@ -22,8 +22,8 @@ TOKENS = 16
 
 
 MOST_APART = 0.5
-"""How far log-probs of the server and the model may be apart (root of the mean square): rounding in
-narrow types makes a tenth of it, other weights of the same model several times as much."""
+"""How far log-probs of the server and the model may be apart (root of the mean square). bfloat16
+beside float32 makes 0.09 in SmolLM2; even chances for all tokens would be 3 off there."""
 
 
 LEAST = -30.0

@@ -161,8 +161,9 @@ def _after_colon(model: str) -> str:
 def _asked(
     client: HttpClient, path: str, bodies: Sequence[Body], read: Callable[[Body], Logprobs]
 ) -> list[Logprobs]:
+    """What comes of bodies that are sent one by one: in other batches other numbers would come."""
     found: list[Logprobs] = [{} for _ in bodies]
-    for place, answer in client.ask(path, bodies):
+    for place, answer in client.ask(path, bodies, at_once=1):
         if isinstance(answer, Refusal):
             raise ServerError(
                 f"the server {client.url} gives no log-probs, by which it would be known whose "

@@ -4,7 +4,7 @@ Arithmetic on answers, refusals and the clock; nothing of connections.
 """
 
 FIRST, MOST = 64, 1024
-"""Requests at once to begin with, and at most."""
+"""Requests at once to begin with, and at most, which doubling reaches."""
 
 
 GAIN = 1.1
@@ -15,14 +15,14 @@ class Window:
     """How many requests may be in flight, given what came of those that were.
 
     given: at most so many; None lets the window follow the server. Then it is doubled as long as
-    that pays: if as many answers a second come as before, it goes back and stays. In either case a
-    server that says it is busy halves it, and every windowful of answers adds an eighth again.
+    that pays: where no more answers a second come than before, it goes back and stays. In either
+    case a server that says it is busy halves it, and every windowful of answers adds an eighth.
     """
 
     def __init__(self, given: int | None = None) -> None:
         self.size = given or FIRST
         self._most = given or MOST
-        self._climbs = given is None
+        self._climbs = True
         self._rate = 0.0  # answers a second, before the last doubling
         self._refusals = 0  # that are still those of one window
         self.begin()
@@ -51,7 +51,7 @@ class Window:
         elif self.size == self._most:
             self._stay(self.size)
         else:
-            self._rate, self.size = rate, min(self._most, 2 * self.size)
+            self._rate, self.size = rate, 2 * self.size
         self.begin()
 
     def refused(self) -> None:
