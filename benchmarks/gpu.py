@@ -10,7 +10,8 @@ model's own forward on the device is an error at the end. `decoding`: tokens a s
 Llama of 1.24 B parameters in bfloat16 at 1, 16 and 128 rows, and of transformers' generate, as a
 share of the memory's bandwidth. `training`: DPO of the same model with its reference pass against
 TRL's: pairs a second, the share of the product rate that useful tokens reached (MFU), and the most
-memory. `compiled` (not by default): decoding with the model's forward compiled, beside not.
+memory. `compiled` (not by default): decoding once more, beside transformers' generate over a static
+cache, whose step it compiles on a GPU: what a compiled step would bring.
 
 The parts are run in this order as long as --seconds (480) last; what is left out is said. --tiny
 runs all of it at small sizes on any device, the CPU included, in a minute or two: its rates mean
@@ -35,6 +36,8 @@ BY_DEFAULT = PARTS[:3]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = (1, 16, 128)
 TINY_ROWS = (1, 3)
+GROWING: dict = {}  # transformers' own default, a cache that grows
+STATIC = {"cache_implementation": "static"}
 LEAST_SECONDS = 20.0  # that must be left for a part to begin
 
 
@@ -98,16 +101,17 @@ def paths(run: Run) -> Iterator[dict]:
 
 def decoding(run: Run, *, compiled: bool = False) -> Iterator[dict]:
     module = random_llama(run.device, torch.bfloat16, tiny=run.tiny)
-    prompt = 8 if run.tiny else 128
+    peer = STATIC if compiled else GROWING
     for rows in TINY_ROWS if run.tiny else ROWS:
-        decoded = partial(decode, module, rows, run.floors, run.device, prompt=prompt)
-        yield decoded(new=run.new_tokens, peer=not compiled)
-    if compiled:
-        module.forward = torch.compile(module.forward, dynamic=True)
-        for rows in TINY_ROWS if run.tiny else ROWS:
-            decoded = partial(decode, module, rows, run.floors, run.device, prompt=prompt)
-            entry = decoded(new=run.new_tokens, peer=False)
-            yield {**entry, "name": f"{entry['name']}, compiled"}
+        yield decode(
+            module,
+            rows,
+            run.floors,
+            run.device,
+            prompt=8 if run.tiny else 128,
+            new=run.new_tokens,
+            peer=peer,
+        )
 
 
 def training(run: Run) -> Iterator[dict]:

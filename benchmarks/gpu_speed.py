@@ -88,7 +88,9 @@ def random_llama(device: torch.device, dtype: torch.dtype, *, tiny: bool) -> Any
 
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM(LlamaConfig(**(TINY if tiny else LARGE))).to(dtype).eval()  # type: ignore[arg-type]
+        sizes: dict[str, Any] = TINY if tiny else LARGE
+        config = LlamaConfig(**sizes, eos_token_id=None)  # nothing ends a row
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def sizes_of(module: Any) -> Sizes:
@@ -107,12 +109,12 @@ def decode(
     *,
     prompt: int,
     new: int,
-    peer: bool,
+    peer: dict[str, Any],
 ) -> dict:
     """Tokens a second of `rows` rows, and of transformers' generate, with `new` tokens each.
 
-    Each row has a prompt of its own. share: of the device's bandwidth, by the bytes that no engine
-    can leave unread.
+    Each row has a prompt of its own. peer: further settings of generate. share: of the device's
+    bandwidth, by the bytes that no engine can leave unread.
     """
     generator = torch.Generator().manual_seed(rows)
     vocab = adapt(module).vocab
@@ -127,7 +129,7 @@ def decode(
 
     def theirs(new_tokens: int) -> None:
         ids = prompts.to(device)
-        settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": -1}
+        settings = {"do_sample": True, "top_k": 0, "pad_token_id": 0, **peer}
         out = module.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -141,7 +143,9 @@ def decode(
         [tuple(p) for p in prompts.tolist()], [new] * rows, rows=rows, sizes=sizes_of(module)
     )
     found: dict[str, Any] = {"name": f"decoding, {rows} rows", "rows": rows, "new_tokens": new}
-    for name, run in {"ours": ours, **({"transformers": theirs} if peer else {})}.items():
+    if peer:
+        found["transformers_settings"] = peer
+    for name, run in {"ours": ours, "transformers": theirs}.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         run(WARM_TOKENS)
