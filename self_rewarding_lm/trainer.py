@@ -44,6 +44,7 @@ from self_rewarding_lm.models.loading import (
 )
 from self_rewarding_lm.models.merging import MergedAdapter, check_merge
 from self_rewarding_lm.models.policy import Policy
+from self_rewarding_lm.models.ways import generation_way, training_way
 from self_rewarding_lm.recipes.paper import paper_config_of
 from self_rewarding_lm.report.card import with_card
 from self_rewarding_lm.report.page import report_at_end
@@ -205,6 +206,8 @@ class SelfRewardingTrainer:
             return self._run_all(overwrite_checkpoints, rehearse)
 
     def _run_all(self, overwrite_checkpoints: bool, rehearse: bool) -> Run:
+        for line in self.ways():
+            logger.info(line)
         if (words := self.products_unused()) is not None:
             logger.info(words)
         # 1. try all stages in short, then begin the run or open it again
@@ -250,6 +253,16 @@ class SelfRewardingTrainer:
         self.runtime.barrier()
         self.runtime.end_trackers()
         return run
+
+    def ways(self) -> list[str]:
+        """How generation and training go with this model, and why they go no faster way."""
+        precision = self.runtime.accelerator.mixed_precision
+        mixed = "" if precision == "no" else f", mixed precision {precision}"
+        generating = f"by {type(self.engine).__name__}"
+        if isinstance(self.engine, LocalEngine):
+            generating = f"{generation_way(self.token_model)}{mixed}"
+        training = f"{training_way(self.token_model)}{mixed}"
+        return [f"generation: {generating}", f"training: {training}"]
 
     def products_unused(self) -> str | None:
         """Words if this CPU has products in bfloat16 with which the run would be faster."""

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     if trainer.runtime.is_main:
         print(printable("\n".join(f"  {line}" for line in told)))
         print(in_order(recipe))
+        print("\n".join(map(printable, trainer.ways())))
         if (words := trainer.products_unused()) is not None:
             print(words)
     return 0

@@ -64,6 +64,11 @@ class PlainModel:
     def logits(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
         return logits_of(self._forward(ids), *ids.shape)
 
+    @property
+    def attends(self) -> bool:
+        """Whether it is decoded over our keys and values, which is its only cache."""
+        return self.caches
+
     def side(self, length: int, *, padded: bool = True) -> int:
         return 0
 

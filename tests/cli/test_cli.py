@@ -188,6 +188,7 @@ def test_check_tries_every_stage_and_begins_nothing(folder, capsys):
         "  m2: well",
     ]
     assert told[4].startswith("The recipe is in order: 4 stages")
+    assert told[5].startswith("generation: ") and told[6].startswith("training: ")
     assert not (folder / "run").exists()
 
 
