@@ -192,9 +192,10 @@ class OptimConfig(Config):
     """Passes over the rows; excludes num_train_steps. Defaults: SFT 3, SPIN 2, preference 1."""
     batch_size: int = Field(default=16, ge=1)
     """Rows or pairs an optimiser step, over all processes (the paper's 16)."""
-    micro_batch_tokens: int = Field(default=16_384, ge=1)
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens, padding included, that go through the model at once: memory and speed; the gradient
-    is the same (with dropout, other units are dropped)."""
+    is the same but for rounding. None: up to 16,384, as many as half of the free memory holds when
+    the stage begins; a stage that goes on keeps what it chose."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows or pairs that go through the model at once at most."""
     gradient_checkpointing: bool = False

@@ -7,6 +7,7 @@ second does not.
 """
 
 import atexit
+import gc
 import io
 import itertools
 import logging
@@ -608,9 +609,13 @@ def in_precision(name: str | None, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=narrow, enabled=narrow is not None)
 
 
+class MemoryUsedUpError(ConfigError):
+    """Memory was used up; the message says while what, and which settings bound it."""
+
+
 @contextmanager
 def memory_told(what: str, advice: str) -> Iterator[None]:
-    """Turn torch's error of memory that is used up into a ConfigError.
+    """Turn torch's error of memory that is used up into MemoryUsedUpError.
 
     what: what was done within, as "sampling". advice: which settings to change, as a sentence.
     """
@@ -622,7 +627,18 @@ def memory_told(what: str, advice: str) -> Iterator[None]:
         if not is_known and not OUT_OF_MEMORY.search(words):
             raise
         first = words.partition("\n")[0][:300] or type(error).__name__
-        raise ConfigError(f"out of memory while {what}: {first}. {advice}") from error
+        raise MemoryUsedUpError(f"out of memory while {what}: {first}. {advice}") from error
+
+
+def give_back_memory(*, after_error: bool = False) -> None:
+    """Let go of memory of a GPU that torch keeps for later, so that others can have it.
+
+    after_error: let go first of what the frames of an error still hold.
+    """
+    if after_error:
+        gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -5,10 +5,12 @@ Knows nothing of text, prompts, stages or files. What prompts have in common is 
 of a few texts come from a trie, level by level.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +22,22 @@ from self_rewarding_lm.generation.flight import Flight
 from self_rewarding_lm.generation.schedule import Group, plan_sessions
 from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.models.inference import inferring
-from self_rewarding_lm.models.interface import Session, TokenModel
+from self_rewarding_lm.models.interface import Plan, Session, TokenModel
 from self_rewarding_lm.models.narrow import NarrowMatrices
 from self_rewarding_lm.records import Ids
-from self_rewarding_lm.runtime import memory_told
+from self_rewarding_lm.runtime import MemoryUsedUpError, give_back_memory, memory_told
+
+logger = logging.getLogger(__name__)
+
 
 ROWS_AT_ONCE = 16  # rows whose probabilities are held in float64
+
+
+Plans = Callable[[Sequence[tuple[Ids, int]]], Iterator[tuple[Plan, list[Group]]]]
+"""What plans the sessions of requests, given their ids and new tokens."""
+
+
+T = TypeVar("T")
 
 
 def trie_chances(
@@ -88,7 +100,8 @@ class LocalEngine:
 
     max_rows: sequences that run at once; the default is ours: more cost memory and gain little on a
     CPU. cache_bytes: what their keys and values may take, by default half of what is free when the
-    engine is called; if max_rows do not fit there are fewer. max_prefill_tokens: prompt tokens that
+    engine is called; if max_rows do not fit there are fewer, and half as many where memory is used
+    up all the same. max_prefill_tokens: prompt tokens that
     go through the model at once; a longer prompt goes alone. Raises ConfigError for sizes under 1.
     """
 
@@ -106,6 +119,7 @@ class LocalEngine:
         self.max_rows = max_rows
         self.cache_bytes = cache_bytes
         self.max_prefill_tokens = max_prefill_tokens
+        self.fitting_rows = max_rows
         self._is_serving = False
         self._narrow: dict[nn.Module, NarrowMatrices] = {}
 
@@ -113,15 +127,20 @@ class LocalEngine:
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]:
         model.refresh()
-        sizes = [(request.ids, request.max_new_tokens) for request in requests]
         with self._narrowed(model.module) as narrow:
-            for plan, groups in plan_sessions(model, sizes, self.max_rows, self.cache_bytes):
-                told = partial(self._memory_told, "sampling", plan.max_rows)
-                flight = Flight(model, plan, groups, requests, decoding, self.max_prefill_tokens)
-                while not flight.is_done:
-                    with told(), inferring(model.module), narrow.used():
-                        finished = flight.until_some_finish()
-                    yield from finished
+
+            def sampled(places: Sequence[int], plans: Plans) -> Iterator[tuple[int, Completion]]:
+                some = [requests[place] for place in places]
+                sizes = [(request.ids, request.max_new_tokens) for request in some]
+                for plan, groups in plans(sizes):
+                    told = partial(self._memory_told, "sampling", plan.max_rows)
+                    flight = Flight(model, plan, groups, some, decoding, self.max_prefill_tokens)
+                    while not flight.is_done:
+                        with told(), inferring(model.module), narrow.used():
+                            finished = flight.until_some_finish()
+                        yield from ((places[i], completion) for i, completion in finished)
+
+            yield from self._within_memory(model, len(requests), sampled)
 
     def chances(
         self, model: TokenModel, rows: Sequence[Ids], trie: ScoreTrie, longer: frozenset[int]
@@ -129,22 +148,56 @@ class LocalEngine:
         model.refresh()
         levels = trie.levels()
         width = max(map(len, levels))  # rows of the session that each row needs
-        sizes = [(row, len(levels)) for row in rows]
-        max_rows = width * max(1, self.max_rows // width)
         with self._narrowed(model.module) as narrow:
-            for plan, groups in plan_sessions(
-                model, sizes, max_rows, self.cache_bytes, copies=width
-            ):
-                session: Session | None = None
-                told = partial(self._memory_told, "scoring", plan.max_rows)
-                at_once = max(1, plan.max_rows // width)
-                for batch in _batches(groups, at_once, self.max_prefill_tokens):
-                    with told(), inferring(model.module), narrow.used():
-                        session = session or model.session(plan)
-                        rows_of = [group.ids for group in batch]
-                        per_row = trie_chances(session, rows_of, trie, longer)
-                    for group, chances in zip(batch, per_row, strict=True):
-                        yield from ((i, chances) for i in group.members)
+
+            def scored(
+                places: Sequence[int], plans: Plans
+            ) -> Iterator[tuple[int, dict[Ids, NodeChances]]]:
+                for plan, groups in plans([(rows[place], len(levels)) for place in places]):
+                    session: Session | None = None
+                    told = partial(self._memory_told, "scoring", plan.max_rows)
+                    at_once = max(1, plan.max_rows // width)
+                    for batch in _batches(groups, at_once, self.max_prefill_tokens):
+                        with told(), inferring(model.module), narrow.used():
+                            session = session or model.session(plan)
+                            rows_of = [group.ids for group in batch]
+                            per_row = trie_chances(session, rows_of, trie, longer)
+                        for group, chances in zip(batch, per_row, strict=True):
+                            yield from ((places[i], chances) for i in group.members)
+
+            yield from self._within_memory(model, len(rows), scored, width)
+
+    def _within_memory(
+        self,
+        model: TokenModel,
+        count: int,
+        work: Callable[[Sequence[int], Plans], Iterator[tuple[int, T]]],
+        width: int = 1,
+    ) -> Iterator[tuple[int, T]]:
+        """What `work` gives of `count` requests: (request, result), in any order.
+
+        If memory is used up, those that have no result yet are worked again with half of the rows,
+        as results depend on no other row. work: takes requests, and what plans sessions of their
+        sizes. width: rows that each request needs at once.
+        """
+        left = dict.fromkeys(range(count))
+        while left:
+            most = width * max(1, min(self.fitting_rows // width, len(left)))
+            limits = {"max_rows": most, "cache_bytes": self.cache_bytes, "copies": width}
+            plans = partial(plan_sessions, model, **limits)  # type: ignore[arg-type]
+            try:
+                for place, result in work(list(left), plans):
+                    del left[place]
+                    yield place, result
+            except MemoryUsedUpError as error:
+                if most <= width:
+                    raise
+                words = str(error).partition(". ")[0]
+            if left:
+                give_back_memory(after_error=True)
+                if self.fitting_rows == self.max_rows:  # it is said once a stage
+                    logger.warning("%s. Tried again with half of the sequences at once.", words)
+                self.fitting_rows = most // 2
 
     @contextmanager
     def _narrowed(self, module: nn.Module) -> Iterator[NarrowMatrices]:
@@ -157,6 +210,7 @@ class LocalEngine:
         finally:
             if not self._is_serving:
                 self._narrow.pop(module, None)
+                self._end()
 
     def _memory_told(self, what: str, rows: int) -> AbstractContextManager[None]:
         from_python = said("", ", from Python,")
@@ -181,6 +235,12 @@ class LocalEngine:
         finally:
             self._is_serving = False
             self._narrow.clear()
+            self._end()
+
+    def _end(self) -> None:
+        """Give back what generating has held, and begin with all rows the next time."""
+        self.fitting_rows = self.max_rows
+        give_back_memory()
 
 
 def _batches(groups: Sequence[Group], count: int, max_tokens: int) -> Iterator[list[Group]]:

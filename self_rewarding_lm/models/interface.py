@@ -92,9 +92,13 @@ class Plan:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device; that of a machine is divided among its launcher's processes."""
+    """Free memory of a device, with what torch holds of it for later.
+
+    That of a machine is divided among its launcher's processes.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -6,6 +6,7 @@ call that of `KeyValues` in a session, so that each row sees itself and the begi
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from self_rewarding_lm.models.attention import causal_attention, causal_mask
 from self_rewarding_lm.models.dropped import dropped_attention
+from self_rewarding_lm.models.noise import RowNoise, seeded
 
 LEAST_SHARED = 8
 """Tokens that rows must begin with alike to share them: fewer are not worth a mask."""
@@ -44,7 +46,8 @@ class Packing:
     ids, positions (lines, n): the packed tokens and their places in their rows; a few tokens fill
     up the last line. where (b, t): the packed place of each token of a row. width: tokens in a line
     at most, for models that take no more; if None there is one line. least_shared: tokens that rows
-    must begin with alike to share them.
+    must begin with alike to share them. noise: of dropout, whose next forward this is; if it drops,
+    only sequences of one row share, so that no row's dropout depends on who else is there.
     """
 
     def __init__(
@@ -55,12 +58,16 @@ class Packing:
         *,
         width: int | None = None,
         least_shared: int = LEAST_SHARED,
+        noise: RowNoise | None = None,
     ) -> None:
         self.parts: list[_Part] = []
+        self.noise = noise
+        places: list[tuple[int, int, int]] = []  # of each part: its row, its first token, its count
         where = torch.zeros_like(ids)
         tokens, positions = [], []
         count = part = 0
-        shares = shared_beginnings(ids, lengths, least_shared)
+        owners = None if noise is None or not noise.drops else [row for row, _ in noise.keys]
+        shares = shared_beginnings(ids, lengths, least_shared, owners)
         for row, ((leader, shared), length) in enumerate(
             zip(shares, lengths.tolist(), strict=True)
         ):
@@ -71,9 +78,10 @@ class Packing:
             where[row, shared:length] = torch.arange(count, count + own)
             tokens.append(ids[row, shared:length])
             positions.append(torch.arange(shared, length))
-            count += own
             if own:
                 self.parts.append(_Part(own, part, shared))
+                places.append((row, count, own))
+            count += own
         lines = 1 if width is None else -(-count // width)
         self.count, self.filled = count, -(-count // lines) * lines - count
         filling = [torch.zeros(self.filled, dtype=torch.long)]
@@ -82,6 +90,8 @@ class Packing:
         self.where = where.to(device)
         self.layers: set[int] = set()
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        if noise is not None:
+            noise.lay_out(*self.ids.shape, places, padded=False)
 
     def attend(
         self,
@@ -105,11 +115,15 @@ class Packing:
         )
         outputs = []
         # what fills up the last line is no part, and comes after all parts
-        for part, queries, keys, values in zip(self.parts, q, k, v, strict=False):
+        seeds: list[int | None] = [None] * len(self.parts)
+        if self.noise is not None and dropout:
+            seeds = [seed for seed, _ in self.noise.call().seeds()]
+        for part, seed, queries, keys, values in zip(self.parts, seeds, q, k, v, strict=False):
             if part.shared:
                 keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)
                 values = torch.cat([v[part.leader][:, : part.shared], values], dim=1)
-            outputs.append(self._attended(part, queries, keys, values, window, scale, dropout))
+            with nullcontext() if seed is None else seeded(seed, queries.device):
+                outputs.append(self._attended(part, queries, keys, values, window, scale, dropout))
         if self.filled:
             outputs.append(query.new_zeros(query.shape[1], self.filled, value.shape[-1]))
         return rearrange(torch.cat(outputs, dim=1), "h (b n) e -> b h n e", b=len(query))
@@ -161,11 +175,15 @@ def _narrow_type(query: Tensor) -> torch.dtype | None:
 
 
 def shared_beginnings(
-    ids: Int[Tensor, "b t"], lengths: Int[Tensor, " b"], least: int = LEAST_SHARED
+    ids: Int[Tensor, "b t"],
+    lengths: Int[Tensor, " b"],
+    least: int = LEAST_SHARED,
+    owners: Sequence[int] | None = None,
 ) -> list[tuple[int, int]]:
     """For each row an earlier row, and how many tokens the two begin with alike.
 
-    The row itself and 0 if these are fewer than `least`. Rows that share follow each other.
+    The row itself and 0 if these are fewer than `least`. Rows that share follow each other. owners:
+    of each row; rows of different owners share nothing.
     """
     shares: list[tuple[int, int]] = []
     leader = 0
@@ -173,7 +191,7 @@ def shared_beginnings(
         most = min(length, int(lengths[leader]))
         alike = (ids[row, :most] == ids[leader, :most]).long().cumprod(0)
         shared = int(alike.sum()) if row else 0
-        if shared < least:
+        if shared < least or (owners is not None and owners[row] != owners[leader]):
             leader, shared = row, 0
         shares.append((leader, shared))
     return shares

@@ -18,6 +18,7 @@ from self_rewarding_lm.models.batching import by_side, packs, pad_rows
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.interface import TokenModel, device_of
 from self_rewarding_lm.models.logprobs import label_logprobs, token_logprobs
+from self_rewarding_lm.models.noise import RowNoise
 from self_rewarding_lm.models.packing import Packing
 
 logger = logging.getLogger(__name__)
@@ -43,26 +44,29 @@ class Policy(nn.Module):
         ids: Int[Tensor, "b t"],
         lengths: Int[Tensor, " b"] | None = None,
         targets: Bool[Tensor, "b t"] | None = None,
+        noise: RowNoise | None = None,
     ) -> Float[Tensor, "b t"]:
         """log p(ids[:, i] | ids[:, :i]) at column i, 0.0 at column 0.
 
         lengths: of right-padded rows; if None all are full. targets: where log-probs are wanted, by
         default everywhere; elsewhere they are 0.0, or what they are if that costs nothing. ids may
-        be on the CPU.
+        be on the CPU. noise: of dropout, which the forward is within; it has the rows' keys.
         """
         if lengths is None:
             lengths = torch.full((len(ids),), ids.shape[1])
         side = partial(self.token_model.side, padded=not packs(self.token_model))
         groups = by_side(lengths.tolist(), side)
         if side(1) == side(FAR):  # any rows go together
-            return self._together(ids, lengths, targets)
+            return self._together(ids, lengths, targets, noise)
 
         # rows that must not be in one forward have one each; under FSDP all processes make as many
-        parts = []
+        parts, keys = [], [] if noise is None else noise.keys
         for group in groups + [[0]] * (self._most(len(groups)) - len(groups)):
             longest = int(lengths[group].max())
             of_group = None if targets is None else targets[group, :longest]
-            logprobs = self._together(ids[group, :longest], lengths[group], of_group)
+            if noise is not None:
+                noise.begin([keys[row] for row in group])
+            logprobs = self._together(ids[group, :longest], lengths[group], of_group, noise)
             parts.append(F.pad(logprobs, (0, ids.shape[1] - longest)))
         rows = torch.tensor([row for group in groups for row in group])
         idle = sum(part.sum() * 0.0 for part in parts[len(groups) :])
@@ -77,17 +81,23 @@ class Policy(nn.Module):
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         return int(most)
 
-    def _together(self, ids: Tensor, lengths: Tensor, targets: Tensor | None) -> Tensor:
+    def _together(
+        self, ids: Tensor, lengths: Tensor, targets: Tensor | None, noise: RowNoise | None
+    ) -> Tensor:
         """`forward` for rows that may be in one forward of the model."""
         model = self.token_model
         device = device_of(self.model)
         training = model.training
+        if noise is not None and not packs(model):
+            longest = ids.shape[1]
+            places = [(row, row * longest, n) for row, n in enumerate(lengths.tolist())]
+            noise.lay_out(*ids.shape, places, padded=True)
         if training is None:
             return token_logprobs(model.logits(ids.to(device)), ids.to(device))
 
         # 1. hidden states of all tokens, and where that of each token of a row is
         if training.packs:
-            packing = Packing(ids.cpu(), lengths.cpu(), device, width=training.width)
+            packing = Packing(ids.cpu(), lengths.cpu(), device, width=training.width, noise=noise)
             hidden = training.hidden(packing.ids, packing)
             where = packing.where  # (b, t)
         else:
@@ -188,6 +198,18 @@ def dropout_set(
     finally:
         for found in rates:
             found.restore()
+
+
+def rates_at_work(module: nn.Module) -> dict[str, bool]:
+    """Names of a module's rates above 0, each with whether it leaves out units."""
+    rates = [rate for rate in _rates(module, adapters=True) if _is_positive(rate.value)]
+    return {rate.name: _leaves_out_units(rate.name) for rate in rates}
+
+
+def _is_positive(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(map(_is_positive, value.values() if isinstance(value, dict) else value))
+    return value > 0
 
 
 def _leaves_out_units(name: str) -> bool:

@@ -206,7 +206,8 @@ def attending(transformer: TransformerWrapper, cache: KeyValues | Packing) -> It
     """
     parts = [part for part in transformer.attn_layers.modules() if isinstance(part, Attend)]
     layers = count()  # by the order of calls: layers with the same weights have keys of their own
-    ours: dict[nn.Module, Tensor] = {}  # (b, h, n, e) of the layers whose own attention runs
+    # of the layers whose own attention runs: our output (b, h, n, e), and their mode
+    ours: dict[nn.Module, tuple[Tensor, bool]] = {}
 
     def before(part: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         q, k, v = args
@@ -214,11 +215,15 @@ def attending(transformer: TransformerWrapper, cache: KeyValues | Packing) -> It
         if others or not part.causal or kwargs.get("causal") is False or q.shape[2] != k.shape[2]:
             raise AdapterError("this kind of attention is not known here")
         dropout = part.dropout if part.training else 0.0
-        ours[part] = cache.attend(next(layers), q, k, v, scale=part.scale, dropout=dropout)
+        out = cache.attend(next(layers), q, k, v, scale=part.scale, dropout=dropout)
+        ours[part] = out, part.training
+        part.eval()  # what it makes of a single token is not used, so it draws nothing
         return tuple(t[:, :, :1] for t in args), kwargs
 
     def after(part: nn.Module, args: tuple, output: tuple) -> tuple:
-        return ours.pop(part), output[1]
+        out, mode = ours.pop(part)
+        part.train(mode)
+        return out, output[1]
 
     handles = [part.register_forward_pre_hook(before, with_kwargs=True) for part in parts]
     handles += [part.register_forward_hook(after) for part in parts]

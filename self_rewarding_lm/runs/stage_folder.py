@@ -371,6 +371,10 @@ class StageDir(StageFiles):
         if self.runtime.is_main:
             append_event(self.path, event, words)
 
+    def told(self, event: str) -> list[dict[str, Any]]:
+        """The lines of events.jsonl that told an event, the earliest first."""
+        return [line for line in read_lines(self.path / EVENTS) if line.get("event") == event]
+
     def cut_metrics(self, step: int) -> None:
         """Delete the lines of metrics of later steps: training goes on after this one.
 

@@ -29,6 +29,7 @@ from self_rewarding_lm.stages.work import (
 )
 from self_rewarding_lm.training.early_stopping import EarlyStopping, StageEvaluation
 from self_rewarding_lm.training.fit import Fit, Trial
+from self_rewarding_lm.training.memory import micro_batch_tokens
 from self_rewarding_lm.training.objectives import Objective
 from self_rewarding_lm.training.optimizers import check_optimizer
 from self_rewarding_lm.training.state import RoundState
@@ -120,6 +121,7 @@ class TrainingConfig(FinetuneConfig):
         kept: RoundState | None = None,
     ) -> int:
         """Train on an objective with the stage's settings. Returns the steps that were done."""
+        tokens = self.micro_batch_tokens(ctx, out, objective)
         stopping = None
         if self.early_stopper_eval_module is not None:
             stopping = EarlyStopping(
@@ -129,7 +131,7 @@ class TrainingConfig(FinetuneConfig):
             ctx,
             out,
             objective,
-            self.optim.completed(*self.default_learning_rates, self.default_epochs),
+            self.completed_optim.model_copy(update={"micro_batch_tokens": tokens}),
             num_train_steps=self.planned_steps(len(objective)),
             dropout=self.dropout,
             dropout_of_adapters="dropout" in self.model_fields_set,
@@ -159,8 +161,18 @@ class TrainingConfig(FinetuneConfig):
 
     def try_fit(self, ctx: Context, out: StageDir, objective: Objective) -> None:
         """Compute the loss of an objective's first row and its gradient, and take no step."""
-        optim = self.optim.completed(*self.default_learning_rates, self.default_epochs)
+        optim = self.completed_optim
         Trial(ctx, out, objective, optim, num_train_steps=1, dropout=self.dropout).run()
+
+    @property
+    def completed_optim(self) -> OptimConfig:
+        """`optim` with the stage's defaults."""
+        return self.optim.completed(*self.default_learning_rates, self.default_epochs)
+
+    def micro_batch_tokens(self, ctx: Context, out: StageDir, objective: Objective) -> int:
+        """How many tokens of an objective go through the model at once in this stage."""
+        adapters, rate = "dropout" in self.model_fields_set, self.dropout
+        return micro_batch_tokens(ctx, out, objective, self.optim, dropout=rate, adapters=adapters)
 
     def work(self, counting: Counting) -> Work:
         row = RowShape().capped(counting.limit(self.max_seq_len))

@@ -123,7 +123,8 @@ class PreferenceConfig(TrainingConfig):
             sums, tokens = Picked(cut, change=_no_sums), Picked(cut, change=_no_tokens)
             even = False
         else:
-            budget, which = self.optim.micro_batch_tokens, self._reference_weights(ctx)
+            budget = self.micro_batch_tokens(ctx, out, found)
+            which = self._reference_weights(ctx)
             asked = StoredReference(ctx, out, token_budget=budget, round=round, weights=which)
             sums, tokens = asked.sums(cut), asked.tokens(cut) if wanted.tokens else None
             even = which is None or (which == START and round == 0)

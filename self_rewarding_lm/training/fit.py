@@ -9,8 +9,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any, NoReturn
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -21,13 +22,20 @@ from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import Interrupted, StoreError
 from self_rewarding_lm.models.inference import modes_kept
 from self_rewarding_lm.models.narrow import cast_once
-from self_rewarding_lm.models.policy import dropout_set
+from self_rewarding_lm.models.noise import RowNoise
+from self_rewarding_lm.models.policy import dropout_set, rates_at_work
 from self_rewarding_lm.records import stable_hash
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.weights import Tensors
-from self_rewarding_lm.runtime import memory_told, random_numbers_kept
+from self_rewarding_lm.runtime import (
+    MemoryUsedUpError,
+    give_back_memory,
+    memory_told,
+    random_numbers_kept,
+)
 from self_rewarding_lm.training.early_stopping import EarlyStopping, Stopper
-from self_rewarding_lm.training.forwards import Forwards, Sums
+from self_rewarding_lm.training.forwards import ROWS_AT_ONCE, Forwards, Sums
+from self_rewarding_lm.training.memory import MICRO_BATCH
 from self_rewarding_lm.training.objectives import Objective
 from self_rewarding_lm.training.optimizers import (
     learning_rate_at,
@@ -48,6 +56,9 @@ from self_rewarding_lm.training.watch import Watcher
 logger = logging.getLogger(__name__)
 
 
+T = TypeVar("T")
+
+
 class Fit:
     """Trains the policy on an objective. `optim` is complete: none of its fields is None.
 
@@ -66,6 +77,7 @@ class Fit:
     optimizers: list[Any]
     forwards: Forwards
     to_training_mode: Callable[[], None]
+    rates: dict[str, bool]  # see `rates_at_work`
 
     def __init__(
         self,
@@ -94,6 +106,8 @@ class Fit:
         self.round_state = round_state or RoundState()
         self.stopper = Stopper(ctx, out, early_stopping, first_step) if early_stopping else None
         self.nth = 0  # trainings of this round that began before it in this process
+        self.was_watched = False  # a forward, for noise that is no row's own
+        self.was_lowered = False  # the number of tokens that go through the model at once
 
     def run(self) -> int:
         """Train; returns how many steps are done, those before an interruption included."""
@@ -115,6 +129,7 @@ class Fit:
             self.to_training_mode = restored.enter_context(
                 dropout_set(self.module, self.dropout, adapters=adapters, warns=warns)
             )
+            self.rates = rates_at_work(self.module)
             restored.enter_context(cast_once(self.module, runtime))
             if self.optim.gradient_checkpointing:
                 restored.enter_context(self._policy.token_model.checkpointing())
@@ -147,6 +162,7 @@ class Fit:
                 for parameter in self.module.parameters():
                     parameter.grad = None
                 del self.module, self.optimizers, self.forwards
+                give_back_memory()
 
     def _train(self, done: int) -> int:
         """The steps after the first `done`; returns how many are done at the end."""
@@ -158,8 +174,7 @@ class Fit:
         with runtime.progress(self.total, f"{self.ctx.stage}: training", "step", done) as bar:
             for step, rows in enumerate(self._batches(done), done + 1):
                 # 1. one optimiser step
-                with memory_told("training", SMALLER.format(self.optim.micro_batch_tokens)):
-                    metrics = self._step(rows, step - 1)
+                metrics = self._step(rows, step - 1)
                 # 2. log it and check it
                 self._log(metrics, step)
                 self.ctx.told("on_step_end", metrics, self.first_step + step)
@@ -188,36 +203,21 @@ class Fit:
     def _step(self, rows: list[int], step: int) -> dict[str, float]:
         """One optimiser step on these rows of the objective, and its metrics. step: from 0."""
         runtime, round_state = self.ctx.runtime, self.round_state
-        # 1. prepare the batch: dropout's noise, this process's rows in micro-batches, what a moving
-        #    reference says of them
-        noise = (self.ctx.seed, self.ctx.stage, "dropout", self.round, step, runtime.rank)
-        torch.manual_seed(stable_hash(*noise))
-        self.to_training_mode()
+        # 1. the gradients of the batch, of all processes
         divisor = sum(map(self.objective.count, rows))  # of the whole batch, over all processes
-        micro_batches = self.forwards.micro_batches(self.objective, rows)
-        self.forwards.ask_reference(self.objective, micro_batches)
-
-        # 2. forward and backward by micro-batches, whose gradients add up; then those of processes
-        sums, bad_rows = Sums(), list[int]()
-        for i, (micro_rows, counts) in enumerate(micro_batches):
-            result = self.forwards.losses(self.objective, micro_rows)
-            scale = 1 / divisor if counts else 0.0
-            runtime.backward(result.losses.sum() * scale, is_last=i == len(micro_batches) - 1)
-            if counts:
-                sums.add(result)
-            if counts and not math.isfinite(sums.loss):
-                finite = result.losses.isfinite().tolist()
-                bad_rows += [row for row, ok in zip(micro_rows, finite, strict=False) if not ok]
+        sums, bad_rows = self._within_memory(
+            "training", self.objective, rows, lambda: self._gradients(rows, step, divisor)
+        )
         runtime.sum_gradients(self.module)
 
-        # 3. means over all processes; what is not finite stops here, before the weights change
+        # 2. means over all processes; what is not finite stops here, before the weights change
         means = self.forwards.means(sums, divisor)
         for name, value in means.items():
             if not math.isfinite(value):
                 self._check_reference(step)
                 self._raise_not_finite(name, value, runtime.gather(bad_rows) or rows, step)
 
-        # 4. clip the gradient, set the learning rate, take the optimiser step
+        # 3. clip the gradient, set the learning rate, take the optimiser step
         norm = runtime.clip_gradients(self.module.parameters(), self.optim.max_grad_norm)
         if not math.isfinite(norm) and runtime.loss_scale <= 1:
             self._raise_not_finite("gradient norm", norm, rows, step)
@@ -227,13 +227,104 @@ class Fit:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        runtime.step(self.optimizers if self.changes_weights else [], norm)
+        with memory_told("taking an optimiser's step", SMALLER.format(self.forwards.token_budget)):
+            runtime.step(self.optimizers if self.changes_weights else [], norm)
         self.module.zero_grad()
 
-        # 5. a moving reference follows the weights
+        # 4. a moving reference follows the weights
         if round_state.live:
             round_state.live.follow(self._policy)
         return {"loss": means.pop("loss"), "grad_norm": norm, "learning_rate": rate, **means}
+
+    def _gradients(self, rows: list[int], step: int, divisor: int) -> tuple[Sums, list[int]]:
+        """Add up the gradients of this process's rows; their sums, and rows that are not finite."""
+        runtime = self.ctx.runtime
+        # 1. dropout's noise, this process's rows in micro-batches, what a moving reference says
+        noise = self._noise(step)
+        self.to_training_mode()
+        micro_batches = self.forwards.micro_batches(self.objective, rows)
+        self.forwards.ask_reference(self.objective, micro_batches)
+
+        # 2. forward and backward by micro-batches, whose gradients add up
+        sums, bad_rows = Sums(), list[int]()
+        for i, (micro_rows, counts) in enumerate(micro_batches):
+            with noise or nullcontext():
+                is_watched = noise is not None and not self.was_watched
+                with noise.watching(runtime.device) if is_watched else nullcontext():  # type: ignore[union-attr]
+                    result = self.forwards.losses(self.objective, micro_rows, noise)
+                self.was_watched = True
+                scale = 1 / divisor if counts else 0.0
+                runtime.backward(result.losses.sum() * scale, is_last=i == len(micro_batches) - 1)
+            if counts:
+                sums.add(result)
+            if counts and not math.isfinite(sums.loss):
+                finite = result.losses.isfinite().tolist()
+                bad_rows += [row for row, ok in zip(micro_rows, finite, strict=False) if not ok]
+        return sums, bad_rows
+
+    def _within_memory(
+        self, what: str, objective: Objective, rows: list[int], work: Callable[[], T]
+    ) -> T:
+        """What `work` gives, which puts an objective's rows through the model.
+
+        If memory is used up, one process alone tries again with half of the tokens at once. Of
+        several, all raise MemoryUsedUpError together; under FSDP, whose forwards are collectives,
+        the one whose memory it is raises it, and its launcher ends the others.
+        """
+        runtime = self.ctx.runtime
+        while True:
+            failure, result = "", None
+            try:
+                with memory_told(what, SMALLER.format(self.forwards.token_budget)):
+                    result = work()
+            except MemoryUsedUpError as error:
+                failure = str(error)
+                if runtime.shards:
+                    raise
+            (has_failed,) = runtime.any(bool(failure))
+            if not has_failed:
+                return result  # type: ignore[return-value]
+            failures = runtime.gather([f"process {runtime.rank}: {failure}"] if failure else [])
+            self.module.zero_grad()
+            give_back_memory(after_error=True)
+            if runtime.world > 1 or not self.forwards.lower_budget(objective, rows):
+                raise MemoryUsedUpError(failure if runtime.world == 1 else failures[0])
+            self._tell_lower(failure)
+
+    def _tell_lower(self, failure: str) -> None:
+        """Say once that micro-batches are smaller from now on; a stage that goes on keeps it."""
+        self.out.tell(MICRO_BATCH, tokens=self.forwards.token_budget)
+        if not self.was_lowered:
+            self.was_lowered = True
+            words = failure.partition(". Lower ")[0]
+            logger.warning("%s: %s. Tried again with half of the tokens.", self.ctx.stage, words)
+
+    def _noise(self, step: int) -> RowNoise | None:
+        """The noise of a step's dropout, and the global random state for all other noise.
+
+        None in runs of version 0.1.0, whose dropout is drawn from that state, too.
+        """
+        place = (self.ctx.seed, self.ctx.stage, "dropout", self.round, step)
+        if self.ctx.format == 1:
+            torch.manual_seed(stable_hash(*place, self.ctx.runtime.rank))
+            return None
+        torch.manual_seed(stable_hash(*place))
+        drops = bool(self.rates)
+        for name in (name for name, of_units in self.rates.items() if not of_units):
+            self._tell_unseeded(f"{name} leaves out more than units")
+        return RowNoise(stable_hash(*place, "rows"), self._tell_unseeded, drops)
+
+    def _tell_unseeded(self, what: str) -> None:
+        """Say once a stage what in a forward cannot be seeded by row."""
+        if self.round_state.unseeded or not self.ctx.runtime.is_main:
+            return
+        self.round_state.unseeded = True
+        logger.warning(
+            "%s: %s in training, and these cannot be drawn for each row by itself: other numbers "
+            "come where rows go through the model in other micro-batches or processes.",
+            self.ctx.stage,
+            what,
+        )
 
     @property
     def _policy(self) -> Any:
@@ -255,9 +346,16 @@ class Fit:
         return torch.randperm(len(self.objective), generator=generator).tolist()
 
     def _evaluate(self, step: int) -> None:
-        if self.valid is not None:
-            metrics = self.forwards.evaluate(self.valid)
-            self._log({f"eval/{name}": value for name, value in metrics.items()}, step)
+        if self.valid is None:
+            return
+        valid, sums = self.valid, Sums()
+        for start in range(0, len(valid), ROWS_AT_ONCE):
+            rows = list(range(start, min(start + ROWS_AT_ONCE, len(valid))))
+            evaluate = partial(self.forwards.evaluate, valid, rows)
+            sums.join(self._within_memory("evaluating", valid, rows, evaluate))
+        metrics = self.forwards.means(sums, sum(map(valid.count, range(len(valid)))))
+        of_rows = {k: v for k, v in metrics.items() if k not in ("num_tokens", "padding_share")}
+        self._log({f"eval/{name}": value for name, value in of_rows.items()}, step)
 
     def _should_stop(self, step: int) -> bool:
         """Whether early stopping ends training here; it keeps the weights if they are the best."""

@@ -8,6 +8,7 @@ second copy of the trained weights, which follows them.
 import logging
 import math
 from array import array
+from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,11 +27,11 @@ from self_rewarding_lm.models.batching import grouped
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.narrow import cast_once
 from self_rewarding_lm.models.policy import response_logprobs
-from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs
+from self_rewarding_lm.records import Ids, PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups
-from self_rewarding_lm.runtime import memory_told
+from self_rewarding_lm.runtime import MemoryUsedUpError, give_back_memory, memory_told
 from self_rewarding_lm.sharding import spread, whole
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class StoredReference:
     ) -> None:
         self.ctx, self.out = ctx, out
         self.token_budget = token_budget
+        self.was_halved = False
         self.weights = weights
         self.label = f"r{round}" if weights is None else weights.replace("/", "_")
 
@@ -114,15 +116,20 @@ class StoredReference:
         bar = self.ctx.runtime.progress(len(mine), "reference log-probs", "pair")
         weights = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
         casting = cast_once(self.ctx.policy, self.ctx.runtime) if mine else nullcontext()
-        bad: list[str] = []
-        with bar, weights, casting:
-            for start in range(0, len(mine), PAIRS_AT_ONCE):
-                block = [(ids[i], pairs[i]) for i in mine[start : start + PAIRS_AT_ONCE]]
-                for count in self._compute(block, known, bad):
-                    bar.update(count)
-                if bad:
-                    break
-        # 3. stop on all processes if one got a number that is not finite
+        bad, failures = list[str](), list[str]()
+        try:
+            with bar, weights, casting:
+                for start in range(0, len(mine), PAIRS_AT_ONCE):
+                    block = [(ids[i], pairs[i]) for i in mine[start : start + PAIRS_AT_ONCE]]
+                    for count in self._compute(block, known, bad):
+                        bar.update(count)
+                    if bad:
+                        break
+        except MemoryUsedUpError as error:
+            failures.append(str(error))
+        # 3. stop on all processes if memory was used up, or one got a number that is not finite
+        for words in self.ctx.runtime.gather(failures):
+            raise MemoryUsedUpError(words)
         bad = self.ctx.runtime.gather(bad)
         if bad:
             raise self._not_finite(
@@ -131,6 +138,23 @@ class StoredReference:
         # 4. join the shares of all processes
         self.out.merge(ReferenceLogprobs)
         return Groups(self.out.known(ReferenceLogprobs)).in_order(ids)
+
+    def _asked(
+        self, policy: nn.Module, sequences: Sequence[tuple[Ids, Ids]], *, may_fail: bool
+    ) -> Iterator[tuple[float, ...]] | None:
+        """Log-probs of sequences; None if they may fail and memory was used up, said once."""
+        try:
+            with memory_told("asking the reference", SMALLER.format(self.token_budget)):
+                return iter(response_logprobs(policy, sequences))
+        except MemoryUsedUpError as error:
+            if not may_fail:
+                raise
+            words = str(error).partition(". Lower ")[0]
+        give_back_memory(after_error=True)
+        if not self.was_halved:
+            self.was_halved = True
+            logger.warning("%s: %s. Tried again with half at once.", self.ctx.stage, words)
+        return None
 
     def _not_finite(self, pair_ids: Sequence[str], advice: str) -> TrainingError:
         which = "its present weights" if self.weights is None else f"the weights {self.weights!r}"
@@ -158,13 +182,17 @@ class StoredReference:
             for _, pair in block
         ]
         rows = [[(*prompt, *response) for prompt, response in both] for both in sides]
-        for group in grouped(self.ctx.model, rows, token_budget=self.token_budget):
+        groups = deque(grouped(self.ctx.model, rows, token_budget=self.token_budget))
+        while groups:
+            group = groups.popleft()
             if any(block[i][0] not in known for i in group):
                 self.ctx.round.check_weights()
                 sequences = [sequence for i in group for sequence in sides[i]]
-                advice = SMALLER.format(self.token_budget)
-                with memory_told("asking the reference", advice):
-                    logprobs = iter(response_logprobs(policy, sequences))
+                logprobs = self._asked(policy, sequences, may_fail=len(group) > 1)
+                if logprobs is None:  # memory was used up: half of the group at once
+                    half = len(group) // 2
+                    groups.extendleft([group[half:], group[:half]])
+                    continue
                 records = [
                     ReferenceLogprobs(block[i][0], next(logprobs), next(logprobs)) for i in group
                 ]

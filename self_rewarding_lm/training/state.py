@@ -92,7 +92,8 @@ class RoundState:
 
     rounds: over all of which the learning rate's schedule is spread. optimizer_states: of each
     optimiser the settings of its groups and the state of each parameter. live: a moving reference.
-    saved_at: when the state of training was last saved, by time.monotonic.
+    saved_at: when the state of training was last saved, by time.monotonic. unseeded: whether it was
+    said which noise is no row's own.
     """
 
     rounds: int = 1
@@ -101,6 +102,7 @@ class RoundState:
     )
     live: LiveReference | None = None
     saved_at: float = field(default_factory=time.monotonic)
+    unseeded: bool = False
 
     def take_from(self, optimizers: Sequence[Any]) -> None:
         """Keep the states of optimisers, without their parameters."""

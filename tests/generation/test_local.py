@@ -179,12 +179,13 @@ def test_max_prefill_tokens_bounds_a_first_forward_padding_included():
 
 
 class Failing(Recurrent):
-    """From a moment on its forward fails where more than two rows go through it at once."""
+    """From a moment on its forward fails where more than `most` rows go through it at once."""
 
+    most = 0
     error: Callable[[], object] | None = None
 
     def forward(self, ids):
-        if self.error is not None and len(ids) > 2:
+        if self.error is not None and len(ids) > self.most:
             self.error()
         return super().forward(ids)
 
@@ -207,13 +208,26 @@ def test_memory_that_is_used_up_is_said_with_what_bounds_it(error):
         r"out of memory while {}: .*allocate.*\. {} sequences .* lower LocalEngine\(max_rows=\.\.\.\) "
         r"\(now 4\), cache_bytes=\.\.\. \(now 1,000,000\) or max_prefill_tokens=\.\.\. \(now 4,096\)"
     )
-    with pytest.raises(ConfigError, match=words.format("sampling", 4)):
+    with pytest.raises(ConfigError, match=words.format("sampling", 1)):
         list(engine.generate(model, requests_of(), GREEDY))
     trie, rows = ScoreTrie((), ((1.0, (1,)), (2.0, (2,)))), [tuple(row) for row in RAGGED]
-    with pytest.raises(ConfigError, match=words.format("scoring", 4)):
+    with pytest.raises(ConfigError, match=words.format("scoring", 1)):
         list(engine.chances(model, rows, trie, frozenset()))
-    fewer = LocalEngine(max_rows=2)
-    assert len(list(fewer.generate(model, requests_of(), GREEDY))) == len(RAGGED)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_what_memory_does_not_hold_is_tried_again_with_half_of_the_rows(most, caplog):
+    module = Failing(VOCAB)
+    model, engine, sampling = adapt(module), LocalEngine(max_rows=4), NOISY
+    trie, rows = ScoreTrie((), ((1.0, (1,)), (2.0, (2,)))), [tuple(row) for row in RAGGED]
+    texts = dict(engine.generate(model, requests_of(), sampling))
+    chances = dict(engine.chances(model, rows, trie, frozenset()))
+    caplog.clear()
+    module.error, module.most = memory_of_a_gpu, most
+    assert dict(engine.generate(model, requests_of(), sampling)) == texts
+    assert [r.message.count("Tried again with half") for r in caplog.records] == [1]
+    assert dict(engine.chances(model, rows, trie, frozenset())).keys() == chances.keys()
+    assert engine.fitting_rows == 4  # the next stage begins with all of them
 
 
 def test_other_errors_of_a_model_stay_what_they_are():

@@ -494,7 +494,7 @@ def _sharing(draw):
         "count += own": "count += length",
         "most = min(length, int(lengths[leader]))": "most = length",
         ".long().cumprod(0)": ".long()",
-        "if shared < least:": "if shared <= least:",
+        "if shared < least or": "if shared <= least or",
         "lines = 1 if width is None else -(-count // width)": "lines = 1 if width is None else count // width + 1",
     },
     examples=600,

@@ -215,12 +215,13 @@ def test_rows_go_through_the_model_in_micro_batches(micro, forwards, tmp_path):
 
 
 class Large(Recurrent):
-    """From a moment on it runs out of memory where more than two rows go through it at once."""
+    """From a moment on it runs out of memory where more than `most` rows go through it at once."""
 
     is_full = False
+    most = 0
 
     def forward(self, ids):
-        if self.is_full and len(ids) > 2:
+        if self.is_full and len(ids) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
         return super().forward(ids)
 
@@ -239,10 +240,51 @@ def test_memory_that_is_used_up_is_said_with_what_bounds_it(what, tmp_path):
         else:
             StoredReference(ctx, out, token_budget=tokens).sums(pairs())
 
-    words = rf"out of memory while {what}: CUDA out of memory.*micro_batch_tokens \(now 1,000\)"
+    words = rf"out of memory while {what}: CUDA out of memory.*micro_batch_tokens \(now [\d,]+\)"
     with pytest.raises(ConfigError, match=words):
         go(1000)
+    module.most = 2
     go(1)
+
+
+def test_a_step_that_memory_does_not_hold_is_tried_again_with_half(tmp_path, caplog):
+    """The result is the same, it is said once, and what fits is kept for the steps that come."""
+
+    def trained(name, most):
+        module = Large(dropout=0.1).double()
+        ctx = context(module)
+        module.is_full, module.most = True, most
+        objective = supervised(ROWS * 2)
+        settings = optim(epochs=2, batch_size=6, micro_batch_tokens=1000)
+        Fit(ctx, stage_dir(ctx, tmp_path / name), objective, settings, valid=supervised()).run()
+        return module, objective.seen
+
+    whole, _ = trained("whole", 99)
+    caplog.clear()
+    small, seen = trained("small", 2)
+    assert [r.levelname for r in caplog.records].count("WARNING") == 1
+    assert "out of memory while training" in caplog.text and "Tried again" in caplog.text
+    for one, other in zip(whole.parameters(), small.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+    events = list(read_lines(tmp_path / "small" / "events.jsonl"))
+    assert [line["tokens"] for line in events if line["event"] == "micro_batch"][-1] == 7
+    assert max(map(len, seen)) <= 2  # the loss is computed of what went through alone
+
+
+def test_a_reference_that_memory_does_not_hold_is_asked_again_by_halves(tmp_path, caplog):
+    def sums(name, most):
+        module = Large().double()
+        ctx = context(module)
+        module.is_full, module.most = True, most
+        asked = StoredReference(ctx, stage_dir(ctx, tmp_path / name), token_budget=1000)
+        return list(asked.sums(pairs()))
+
+    whole, caplog_before = sums("whole", 99), len(caplog.records)
+    for one, other in zip(whole, sums("small", 2), strict=True):
+        assert one.chosen == pytest.approx(other.chosen, abs=1e-12)
+        assert one.rejected == pytest.approx(other.rejected, abs=1e-12)
+    said = [r.message for r in caplog.records[caplog_before:] if "Tried again" in r.message]
+    assert len(said) == 1 and "out of memory while asking the reference" in said[0]
 
 
 def test_the_last_smaller_batch_counts_by_its_own_rows(tmp_path):

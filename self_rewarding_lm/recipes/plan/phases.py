@@ -22,6 +22,8 @@ from self_rewarding_lm.recipes.plan.memory import (
 from self_rewarding_lm.recipes.plan.model import ModelShape
 from self_rewarding_lm.stages.base import TrainingConfig
 from self_rewarding_lm.stages.work import Asking, Training
+from self_rewarding_lm.training.forwards import MOST
+from self_rewarding_lm.training.memory import tokens_that_fit
 from self_rewarding_lm.training.reference import MovingReference
 
 GENERATING, JUDGING, TRAINING = "generating", "judging", "training"
@@ -40,13 +42,15 @@ class Device:
     """The device that the run computes on.
 
     kind: cpu or cuda. types: bytes of numbers in training. cached: bytes of each number of keys and
-    values. memory: bytes, None if not given.
+    values. memory: bytes, None if not given. free: bytes, of this machine's device now if memory is
+    not given; None if unknown.
     """
 
     kind: str
     types: Types
     cached: int
     memory: int | None = None
+    free: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,15 +123,17 @@ def _fitting(plan: Rows, per_token: int, cache_bytes: float) -> Rows:
         return replace(plan, max_rows=1)
 
 
-def micro_batch(stage: TrainingConfig, training: Training) -> int:
+def micro_batch(stage: TrainingConfig, training: Training, chosen: int = MOST) -> int:
     """Tokens that go through the model at once: micro_batch_tokens or all tokens of a step,
-    whichever is less, but at least the longest row."""
+    whichever is less, but at least the longest row.
+
+    chosen: what memory holds, if micro_batch_tokens is not set."""
     rows, longest = stage.optim.batch_size, training.row.longest
     if stage.optim.micro_batch_size is not None:
         rows = min(rows, stage.optim.micro_batch_size)
     if training.rows.most:
         rows = min(rows, training.rows.most)
-    tokens = stage.optim.micro_batch_tokens
+    tokens = stage.optim.micro_batch_tokens or chosen
     return tokens if longest is None else max(longest, min(tokens, rows * longest))
 
 
@@ -143,16 +149,43 @@ def training_phases(
 
     optimizer: bytes of the optimiser's state, None if unknown.
     """
-    tokens = micro_batch(stage, training)
     used = stage.optim.gradient_checkpointing
     settings = (stage, training, shape, device, optimizer)
-    return [
-        replace(
-            _training_phase(*settings, tokens=tokens, checkpointing=checkpointing),
-            is_used=checkpointing == used,
-        )
-        for checkpointing in (False, True)
-    ]
+    phases = []
+    for checkpointing in (False, True):
+        chosen = _chosen_tokens(*settings, checkpointing=checkpointing)
+        tokens = micro_batch(stage, training, chosen)
+        phase = _training_phase(*settings, tokens=tokens, checkpointing=checkpointing)
+        phases.append(replace(phase, is_used=checkpointing == used))
+    return phases
+
+
+def _chosen_tokens(
+    stage: TrainingConfig,
+    training: Training,
+    shape: ModelShape,
+    device: Device,
+    optimizer: int | None,
+    *,
+    checkpointing: bool,
+) -> int:
+    """The micro-batch that a stage will choose, as `training/memory.py` does: half of the free
+    memory, without weights, gradients and the optimiser's state, is for activations and logits."""
+
+    def phase(tokens: int) -> Phase:
+        settings = (stage, training, shape, device, optimizer)
+        return _training_phase(*settings, tokens=tokens, checkpointing=checkpointing)
+
+    least = phase(1)
+    if device.free is None or least.activations is None:
+        return MOST
+    fixed = least.weights + least.gradients + (optimizer or 0)
+
+    def needed(tokens: int) -> float:
+        found = phase(tokens)
+        return (found.activations or 0) + (found.logits or 0)
+
+    return tokens_that_fit(needed, SHARE_OF_FREE * (device.free - fixed))
 
 
 def fitting_tokens(

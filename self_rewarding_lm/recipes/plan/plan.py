@@ -14,6 +14,7 @@ from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import SelfRewardingError
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.inference import is_slow
+from self_rewarding_lm.models.interface import free_bytes
 from self_rewarding_lm.models.loading import load_tokenizer, lora_config
 from self_rewarding_lm.recipes.plan.disk import RunDisk, StageDisk, run_disk, stage_disk
 from self_rewarding_lm.recipes.plan.machine import Machine, measure
@@ -55,7 +56,8 @@ class StagePlan:
     """The plan of one stage.
 
     seconds: for each phase, by its name; None if no machine was measured. fitting: None if the
-    device's memory was not given.
+    device's memory was not given. chooses: whether its micro-batch is chosen when it begins, by
+    what is free then.
     """
 
     name: str
@@ -65,6 +67,7 @@ class StagePlan:
     seconds: Mapping[str, Range] | None
     disk: StageDisk
     fitting: Fitting | None = None
+    chooses: bool = False
 
     @property
     def peak(self) -> Phase | None:
@@ -164,7 +167,9 @@ def _stage_plan(
             )
     seconds = None if machine is None else _seconds(stage, work, shape, machine, engine)
     disk = stage_disk(stage, work, shape.saved_bytes, shape.vocab, states=optimizer_bytes)
-    return StagePlan(name, type(stage).__name__, work, tuple(phases), seconds, disk, fitting)
+    chooses = isinstance(stage, TrainingConfig) and stage.optim.micro_batch_tokens is None
+    kind = type(stage).__name__
+    return StagePlan(name, kind, work, tuple(phases), seconds, disk, fitting, chooses)
 
 
 def _seconds(
@@ -221,7 +226,8 @@ def _device(shape: ModelShape, accelerate: Mapping[str, Any], memory: int | None
     cache_dtype = shape.dtype if narrow is None else narrow
     slow = kind == "cpu" and is_slow(cache_dtype, torch.device("cpu"))
     types = Types(stream, product, autocast=narrow is not None)
-    return Device(kind, types, 4 if slow else cache_dtype.itemsize, memory)
+    free = free_bytes(torch.device(kind)) if memory is None else memory
+    return Device(kind, types, 4 if slow else cache_dtype.itemsize, memory, free)
 
 
 def _product_type(shape: ModelShape, accelerate: Mapping[str, Any], kind: str) -> torch.dtype:

@@ -151,10 +151,12 @@ def _work_lines(stage: StagePlan) -> Iterator[str]:
     if training is not None:
         noun = "pairs" if training.pairs else "rows"
         micro = next((p.tokens for p in stage.phases if p.is_used and p.gradients), None)
+        how = ", as many as half of the free memory holds" if stage.chooses else ""
         yield from _wrapped(
             f"{noun} {_range(training.rows, number)} of {_range(training.row.tokens, number)} "
             f"tokens; steps {_range(training.steps, number)}; tokens to train "
-            f"{_range(training.tokens, number)}; in micro-batches of {number(micro or 0)} tokens"
+            f"{_range(training.tokens, number)}; in micro-batches of {number(micro or 0)} "
+            f"tokens{how}"
         )
 
 
