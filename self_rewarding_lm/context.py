@@ -24,8 +24,8 @@ from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.runs.callbacks import Callbacks
 from self_rewarding_lm.runs.run import INITIAL, Run, of_another_run
-from self_rewarding_lm.runs.stage_folder import FORMAT
-from self_rewarding_lm.runs.weights import save_folder, weights_file
+from self_rewarding_lm.runs.stage_files import FORMAT, weights_file
+from self_rewarding_lm.runs.weights import save_folder
 from self_rewarding_lm.runtime import Runtime
 
 START = "start"

@@ -256,6 +256,9 @@ NAMES = {
     "reporting.markup": {
         "text": "duration number",
     },
+    "reporting.live": {
+        "report.live": "show_stage",
+    },
     "run": {
         "runs.resume": "begin_run save_initial",
     },
@@ -267,6 +270,9 @@ NAMES = {
     },
     "statements": {
         "scores": "number_text",
+    },
+    "store": {
+        "runs.stage_files": "StageFiles check_ours read_json",
     },
     "trainer": {
         "stages.base": "stage_names",

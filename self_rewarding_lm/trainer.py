@@ -47,8 +47,8 @@ from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.models.ways import generation_way, training_way
 from self_rewarding_lm.recipes.paper import paper_config_of
 from self_rewarding_lm.report.card import with_card
+from self_rewarding_lm.report.live import show_stage
 from self_rewarding_lm.report.page import report_at_end
-from self_rewarding_lm.report.terminal import show_stage
 from self_rewarding_lm.report.verdict import verdict
 from self_rewarding_lm.runs.callbacks import Callbacks
 from self_rewarding_lm.runs.fingerprint import fingerprint_of

@@ -39,7 +39,7 @@ from self_rewarding_lm.errors import (
 )
 from self_rewarding_lm.records import VARIABLES, Ids
 from self_rewarding_lm.runs.pretrained import name_ends, name_eos
-from self_rewarding_lm.runs.stage_folder import FORMAT
+from self_rewarding_lm.runs.stage_files import FORMAT
 
 logger = logging.getLogger(__name__)
 

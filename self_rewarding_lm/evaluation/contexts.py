@@ -17,7 +17,8 @@ from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.loading import Loading, end_ids_of, open_model
 from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.runs.weights import weights_file, weights_hash
+from self_rewarding_lm.runs.stage_files import weights_file
+from self_rewarding_lm.runs.weights import weights_hash
 from self_rewarding_lm.runtime import Runtime, settings_at_work
 
 

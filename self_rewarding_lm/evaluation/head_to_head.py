@@ -43,7 +43,8 @@ from self_rewarding_lm.judges.tally import unread_texts
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, stable_hash
 from self_rewarding_lm.runs.fingerprint import as_named_now, fingerprint_of
 from self_rewarding_lm.runs.lines import batched
-from self_rewarding_lm.runs.stage_folder import RECORDS_AT_ONCE, StageDir, read_json
+from self_rewarding_lm.runs.stage_files import read_json
+from self_rewarding_lm.runs.stage_folder import RECORDS_AT_ONCE, StageDir
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.stats import Rate, ratio_interval

@@ -7,7 +7,7 @@ from typing import Any
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
-from self_rewarding_lm.runs.stage_folder import FORMAT
+from self_rewarding_lm.runs.stage_files import FORMAT
 from self_rewarding_lm.scores import candidate_scores
 
 

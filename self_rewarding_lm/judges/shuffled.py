@@ -12,7 +12,7 @@ from self_rewarding_lm.judges.base import Judge
 from self_rewarding_lm.judges.ensemble import Member
 from self_rewarding_lm.judges.make import make_judge
 from self_rewarding_lm.records import MOVED, Candidate, Judgement, Prompt, stable_hash
-from self_rewarding_lm.runs.stage_folder import FORMAT
+from self_rewarding_lm.runs.stage_files import FORMAT
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.scores import label_of
 

@@ -34,7 +34,8 @@ from self_rewarding_lm.models.interface import (
 )
 from self_rewarding_lm.models.sessions import AttendingSession, BatchSession
 from self_rewarding_lm.models.trial import check_causal, probe_vocab, session_error
-from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
+from self_rewarding_lm.runs.stage_files import MODEL_FILE
+from self_rewarding_lm.runs.weights import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 

@@ -48,7 +48,8 @@ from self_rewarding_lm.models.trial import (
     tried,
 )
 from self_rewarding_lm.models.x_parts import unknown_part
-from self_rewarding_lm.runs.weights import MODEL_FILE, read_weights, write_weights
+from self_rewarding_lm.runs.stage_files import MODEL_FILE
+from self_rewarding_lm.runs.weights import read_weights, write_weights
 
 logger = logging.getLogger(__name__)
 

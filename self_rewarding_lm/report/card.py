@@ -17,7 +17,7 @@ from self_rewarding_lm.report.figures import StageFigures, stage_figures
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order, words_of
 from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.runs.stage_folder import read_json
+from self_rewarding_lm.runs.stage_files import read_json
 from self_rewarding_lm.runs.weights import CARD
 from self_rewarding_lm.stages.kinds import STAGES
 from self_rewarding_lm.text import markdown_table, number

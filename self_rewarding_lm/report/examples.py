@@ -22,7 +22,7 @@ from self_rewarding_lm.records import (
 )
 from self_rewarding_lm.runs.lines import Joined, Lazy, Picked
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.runs.stage_folder import StageFiles
+from self_rewarding_lm.runs.stage_files import StageFiles
 from self_rewarding_lm.runs.stored import Groups, Stored, id_order
 from self_rewarding_lm.scores import candidate_scores, label_of
 

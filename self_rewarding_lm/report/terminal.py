@@ -1,10 +1,9 @@
 """A run as text for a terminal: its stages, their numbers, a few prompts with what became of them.
 
-Reads a run's records, also while the run goes on. At the end of a stage the same numbers go to the
-terminal and to the trackers, under the names that metrics.jsonl has. Knows nothing of models.
+Reads a run's records, also while the run goes on, under the names that metrics.jsonl has. Knows
+nothing of models and imports no torch.
 """
 
-import logging
 import textwrap
 from collections.abc import Sequence
 from itertools import islice, zip_longest
@@ -14,22 +13,16 @@ from tqdm import tqdm
 
 from self_rewarding_lm.records import Candidate, Judgement
 from self_rewarding_lm.report.examples import (
-    SAMPLE,
     Example,
     Response,
     examples,
-    sample_rows,
     score_said_of,
 )
 from self_rewarding_lm.report.figures import StageFigures, is_metric, stage_figures
 from self_rewarding_lm.report.verdict import verdict
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.text import aligned, number, printable
-
-logger = logging.getLogger(__name__)
-
 
 WIDTH = 100
 
@@ -42,10 +35,6 @@ COLUMNS = ("stage", "state", "rows", "pairs", "steps", "loss", "parsed", "score"
 
 SHOWN = ("judge/parse_rate", "judge/score_mean", "judge/tie_rate", "pairs/kept")
 """Metrics that have a column of the table; all others are listed below it."""
-
-
-SAMPLES = 8
-"""Prompts of a stage in the trackers' table, evenly spread over it."""
 
 
 def show_run(run: Run, *, stage: str | None = None, prompts: int = 3) -> str:
@@ -256,14 +245,6 @@ def _metric(metrics: Sequence[dict[str, Any]], key: str) -> float | None:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f}%"
-
-
-def show_stage(run: Run, stage: str, runtime: Runtime, step: int) -> None:
-    """Log a stage's table, and its samples to the trackers at `step`."""
-    if runtime.shows:
-        logger.info("%s", stage_table(run, stage))
-    if runtime.trackers and (rows := sample_rows(run, stage, SAMPLES)):
-        runtime.log_table(f"{stage}/samples", SAMPLE, rows, step)
 
 
 def stage_table(run: Run, stage: str) -> str:

@@ -2,13 +2,6 @@
 
 Storage alone: every file of a run is written, checked and read here. Knows nothing of tokens,
 models' forwards, sampling, judges or losses. Begin with `run.py` (what a run looks like from
-outside), then `stage_folder.py` (what a stage writes) and `resume.py` (may this run go on).
+outside), then `stage_files.py` (what is read of a stage), `stage_folder.py` (what a stage writes)
+and `resume.py` (may this run go on).
 """
-
-from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.runs.stage_folder import StageDir
-
-__all__ = [
-    "Run",
-    "StageDir",
-]

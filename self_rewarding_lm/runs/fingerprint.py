@@ -8,7 +8,7 @@ from typing import Any
 from self_rewarding_lm.config import Config, FromStage
 from self_rewarding_lm.moved import without_module
 from self_rewarding_lm.records import to_json
-from self_rewarding_lm.runs.stage_folder import LIBRARY
+from self_rewarding_lm.runs.stage_files import LIBRARY
 
 FREE_SETTINGS = (
     *("micro_batch_tokens", "micro_batch_size", "checkpoint_every"),

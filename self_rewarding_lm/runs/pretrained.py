@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.runs.weights import ADAPTER_FILE, MODEL_FILE, read_weights, write_weights
+from self_rewarding_lm.runs.stage_files import ADAPTER_FILE, MODEL_FILE
+from self_rewarding_lm.runs.weights import read_weights, write_weights
 
 ONE_FILE = "1000GB"
 

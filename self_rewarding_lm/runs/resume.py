@@ -15,24 +15,17 @@ from torch import nn
 from self_rewarding_lm.errors import RunMismatchError, StoreError, other_folder, said, setting
 from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, NEW_RULES, as_named_now
 from self_rewarding_lm.runs.run import INITIAL, REPORT, Run
-from self_rewarding_lm.runs.stage_folder import (
+from self_rewarding_lm.runs.stage_files import (
     FORMAT,
     LIBRARY,
     StageFiles,
     check_folders,
     check_ours,
-    clear,
     read_json,
-    remove_stage,
-    write_json,
-)
-from self_rewarding_lm.runs.weights import (
-    Savable,
-    remove_weights,
-    save_folder,
     weights_file,
-    weights_hash,
 )
+from self_rewarding_lm.runs.stage_folder import clear, remove_stage, write_json
+from self_rewarding_lm.runs.weights import Savable, remove_weights, save_folder, weights_hash
 from self_rewarding_lm.runtime import Runtime
 
 logger = logging.getLogger(__name__)

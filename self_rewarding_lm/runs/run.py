@@ -6,8 +6,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import (
     Candidate,
@@ -23,8 +21,7 @@ from self_rewarding_lm.records import (
 )
 from self_rewarding_lm.runs.atomic import ledger
 from self_rewarding_lm.runs.lines import Picked, read_lines
-from self_rewarding_lm.runs.pretrained import load_into
-from self_rewarding_lm.runs.stage_folder import DONE, EVENTS, StageFiles, check_ours, read_json
+from self_rewarding_lm.runs.stage_files import DONE, EVENTS, StageFiles, check_ours, read_json
 from self_rewarding_lm.text import html_table
 
 logger = logging.getLogger(__name__)
@@ -199,8 +196,13 @@ class Run:
             raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}: {why}.")
         return path
 
-    def load_weights(self, model: nn.Module, stage: str | int) -> None:
-        """Load a stage's trained weights into a model of the same shape, in place."""
+    def load_weights(self, model: Any, stage: str | int) -> None:
+        """Load a stage's trained weights into a model (a torch module) of the same shape, in place.
+
+        All else that a run is asked for needs no torch, which takes seconds to import.
+        """
+        from self_rewarding_lm.runs.pretrained import load_into
+
         load_into(model, self.weights(stage))
 
     def stage(self, stage: str | int) -> StageFiles:

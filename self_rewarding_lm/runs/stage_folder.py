@@ -24,7 +24,6 @@ between two runs with equal results.
 
 import json
 import logging
-import re
 import time
 import weakref
 from collections import Counter
@@ -35,17 +34,25 @@ from pathlib import Path
 from typing import Any
 
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.records import RECORD_TYPES, Candidate, Prompt, Record, to_json
+from self_rewarding_lm.records import RECORD_TYPES, Record, to_json
 from self_rewarding_lm.runs.atomic import (
     LEDGER,
     check_file,
     delist,
-    digest_of,
     ledger,
     system_errors,
     writing,
 )
 from self_rewarding_lm.runs.lines import append_lines, batched, read_lines
+from self_rewarding_lm.runs.stage_files import (
+    DONE,
+    EVENTS,
+    OF_SOURCE,
+    SOURCE,
+    StageFiles,
+    digest_of_candidates,
+    read_json,
+)
 from self_rewarding_lm.runs.stored import (
     SETTINGS,
     Groups,
@@ -62,12 +69,9 @@ from self_rewarding_lm.runs.weights import (
     read_words,
     remove_weights,
     save_folder,
-    weights_file,
     write_tensors,
 )
 from self_rewarding_lm.runtime import Runtime
-
-EVENTS = "events.jsonl"
 
 
 def append_event(folder: Path, event: str, words: dict[str, Any]) -> None:
@@ -100,17 +104,6 @@ trained ahead, those of SPIN's iterations."""
 WEIGHTS_FOLDERS = ("model", "checkpoint-[0-9]*", *UNTIL_DONE)
 
 
-LIBRARY = "self_rewarding_lm"
-
-
-FORMAT = 2
-"""By which rules a run makes its records; run.json holds it. 1: those of version 0.1.0. A run keeps
-the rules that it began with."""
-
-
-STAGE_FOLDER = re.compile(r"\d+-[^/\\\0]+")
-
-
 STATE = "state.safetensors"
 
 
@@ -120,84 +113,7 @@ CHECK = "early_stopping/score"  # in lines of metrics
 RECORDS_AT_ONCE = 64  # that `StageDir.keep` writes together
 
 
-DONE = "done.json"
-
-
-SOURCE = "candidates_from.json"
-
-
-OF_SOURCE = (Prompt, Candidate)
-"""Records that a stage which samples nothing has in another stage's folder."""
-
-
 STAGE_FILES = (SETTINGS, DONE, SOURCE, "metrics.jsonl", EVENTS, LEDGER, STATE)
-
-
-class StageFiles:
-    """One stage's folder, to read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def is_done(self) -> bool:
-        return (self.path / DONE).exists()
-
-    @property
-    def samples(self) -> bool:
-        """Whether the stage's candidates are its own; else they are those of another stage."""
-        return not (self.path / SOURCE).exists()
-
-    @property
-    def source(self) -> "StageFiles":
-        """The stage that sampled the prompts' candidates: this one, or the one that it names.
-
-        Raises StoreError if they are not there any more, or are others than this stage began with.
-        """
-        if self.samples:
-            return self
-        words = read_json(self.path / SOURCE)
-        folder = self.path / words["folder"]  # an absolute one stays what it is
-        wrong = not merged_file(folder, Candidate.kind).exists()
-        if wrong or _digest_of_candidates(folder) != words["candidates"]:
-            how = "are not there any more" if wrong else "are others than it began with"
-            raise StoreError(
-                f"{self.path} judges the candidates of {folder.resolve()}, and these {how}. Put "
-                "that folder back; or delete this stage's folder (and those of later stages) to do "
-                "it again."
-            )
-        return StageFiles(folder)
-
-    def stored(
-        self, record_type: type[Record], wanted: Callable[[str], bool] | None = None
-    ) -> Stored[Record]:
-        """The records of a type that are on disk, each id once, read when they are asked for.
-
-        Prompts and candidates of a stage that samples nothing are those of its source.
-
-        wanted: whether an id belongs to them, default all. Raises StoreError if a file of them was
-        changed after it was written, or was deleted from a stage that is done.
-        """
-        if record_type in OF_SOURCE and not self.samples:
-            return self.source.stored(record_type, wanted)
-        merged = merged_file(self.path, record_type.kind)  # type: ignore[attr-defined]
-        if self.is_done and not merged.exists() and merged.name in ledger(self.path):
-            raise StoreError(
-                f"{merged} was part of a stage that is done and is not there any more. Put it "
-                "back; or delete the stage's folder (and those of later stages) to do it again."
-            )
-        return Stored(record_type, self.path, wanted)
-
-    def read(self, record_type: type[Record]) -> list[Record]:
-        """All of them, in memory."""
-        return list(self.stored(record_type))
-
-    def weights(self, name: str = "model") -> Path | None:
-        """The file of the weights of that name, or None; StoreError if it was changed."""
-        file = weights_file(self.path / name)
-        if file is not None:
-            check_file(file, self.path)
-        return file
 
 
 class StageDir(StageFiles):
@@ -267,7 +183,7 @@ class StageDir(StageFiles):
             beside = folder.parent == self.path.resolve().parent  # they are moved together
             words = {
                 "folder": f"../{folder.name}" if beside else str(folder),
-                "candidates": _digest_of_candidates(folder),
+                "candidates": digest_of_candidates(folder),
             }
             write_json(self.path / SOURCE, words)
         self.runtime.barrier()
@@ -483,41 +399,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         draft.write_text(text, encoding="utf-8", errors="replace")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; StoreError if the file was changed since, or cannot be read."""
-    try:
-        check_file(path, path.parent)
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-
-
-def check_ours(folder: Path, info: Any) -> None:
-    """Raise StoreError if run.json is not of this library, is of a later version's format, or names
-    folders outside its own.
-    """
-    if not isinstance(info, dict) or info.get("library") != LIBRARY:
-        raise StoreError(f"{folder}/run.json was not written by {LIBRARY}; choose another folder.")
-    if info.get("format") not in range(1, FORMAT + 1):
-        raise StoreError(
-            f"{folder}/run.json must have a format of 1 to {FORMAT}, which this version knows; "
-            f"got {info.get('format')!r}. Go on with the version that began it (`versions`)."
-        )
-    check_folders(info.get("stages"), folder / "run.json")
-
-
-def check_folders(names: Any, where: Path) -> None:
-    """Raise StoreError for names that are no folders within a run's own, such as 01-sft."""
-    bad = [names]
-    if isinstance(names, list):
-        bad = [n for n in names if not isinstance(n, str) or STAGE_FOLDER.fullmatch(n) is None]
-    if bad:
-        raise StoreError(
-            f"{where}: the stages are a list of folders named <number>-<name>, such as 01-sft, "
-            f"without slashes; got {bad[0]!r}. Nothing outside the run's folder is read or written."
-        )
-
-
 def remove_stage(path: Path) -> None:
     """Delete what the library wrote into a stage's folder; other files stay."""
     names = [*STAGE_FILES, *(f"{t.kind}.jsonl" for t in RECORD_TYPES)]
@@ -530,13 +411,6 @@ def remove_stage(path: Path) -> None:
         file.unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
-
-
-def _digest_of_candidates(folder: Path) -> str:
-    """The digest that the ledger lists for a stage's candidates; without it their own."""
-    path = merged_file(folder, Candidate.kind)
-    listed = ledger(folder).get(path.name)
-    return listed[-1] if listed else digest_of(path)
 
 
 def _line_name(metrics: dict[str, Any]) -> str:

@@ -26,19 +26,14 @@ from self_rewarding_lm.runs.atomic import (
     system_errors,
     writing,
 )
+from self_rewarding_lm.runs.stage_files import ADAPTER_FILE, MODEL_FILE
 
 Tensors = Mapping[str, Tensor]
 """By name."""
 
 
-MODEL_FILE = "model.safetensors"
-
-
 COMPILED = "_orig_mod."
 """Before the names of a compiled module's weights."""
-
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 CARD = "README.md"
@@ -106,12 +101,6 @@ def save_folder(
 
 def _is_weights(file: Path) -> bool:
     return file.name in (MODEL_FILE, ADAPTER_FILE)
-
-
-def weights_file(folder: Path) -> Path | None:
-    """The file of weights in a folder, a whole model's or an adapter's; None if there is none."""
-    paths = (folder / name for name in (MODEL_FILE, ADAPTER_FILE))
-    return next((path for path in paths if path.exists()), None)
 
 
 def write_weights(module: nn.Module, path: Path) -> None:

@@ -34,7 +34,8 @@ from self_rewarding_lm.records import (
     stable_hash,
 )
 from self_rewarding_lm.runs.lines import batched
-from self_rewarding_lm.runs.stage_folder import FORMAT, StageDir
+from self_rewarding_lm.runs.stage_files import FORMAT
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runs.stored import Groups, IdOrder, id_order
 from self_rewarding_lm.stages.pairing import (
     DropCounts,

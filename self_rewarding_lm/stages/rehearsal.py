@@ -32,7 +32,8 @@ from self_rewarding_lm.errors import (
 )
 from self_rewarding_lm.models.inference import modes_kept
 from self_rewarding_lm.records import PreferencePair
-from self_rewarding_lm.runs.stage_folder import StageDir, StageFiles
+from self_rewarding_lm.runs.stage_files import StageFiles
+from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.runtime import Runtime, random_numbers_kept
 
 FEW = 8  # rows of each dataset

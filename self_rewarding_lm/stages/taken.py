@@ -10,7 +10,7 @@ from self_rewarding_lm.data.datasets import read_prompt
 from self_rewarding_lm.errors import ConfigError, DataError, SelfRewardingError, StoreError
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.runs.run import Run, of_another_run
-from self_rewarding_lm.runs.stage_folder import StageFiles
+from self_rewarding_lm.runs.stage_files import StageFiles
 from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.ranges import UNKNOWN, Range
 from self_rewarding_lm.stages.work import Asking, Work

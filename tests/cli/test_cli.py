@@ -308,6 +308,17 @@ def test_help_needs_no_torch_and_names_every_flag():
         assert flag in told.stdout
 
 
+def test_show_needs_no_torch(done):
+    code = (
+        "import sys\n"
+        "from self_rewarding_lm.cli import main\n"
+        f"assert main(['show', {str(done)!r}]) == 0\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'safetensors', 'jinja2'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 def test_the_package_is_a_command():
     command = [sys.executable, "-m", "self_rewarding_lm", "show", "nothing"]
     told = subprocess.run(command, capture_output=True, text=True, check=False)

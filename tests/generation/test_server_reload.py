@@ -23,7 +23,8 @@ from self_rewarding_lm.generation.server.proof import MOST_APART, Proof, own_log
 from self_rewarding_lm.generation.server.window import FIRST, MOST, Window
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.offloading import off_device
-from self_rewarding_lm.runs.weights import ADAPTER_FILE, MODEL_FILE, write_weights
+from self_rewarding_lm.runs.stage_files import ADAPTER_FILE, MODEL_FILE
+from self_rewarding_lm.runs.weights import write_weights
 from tests.generation.test_server import (
     PLAIN,
     PROGRAM,

@@ -20,7 +20,8 @@ from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.records import stable_hash
 from self_rewarding_lm.runs.pretrained import load_into
-from self_rewarding_lm.runs.weights import MODEL_FILE, save_folder
+from self_rewarding_lm.runs.stage_files import MODEL_FILE
+from self_rewarding_lm.runs.weights import save_folder
 from tests.support.hf_models import KINDS, SLIDING_WINDOW, tiny
 from tests.support.models import started
 

@@ -22,7 +22,8 @@ from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.loading import Loading, open_model, with_adapter
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.runs.pretrained import load_into
-from self_rewarding_lm.runs.weights import ADAPTER_FILE, MODEL_FILE, save_folder
+from self_rewarding_lm.runs.stage_files import ADAPTER_FILE, MODEL_FILE
+from self_rewarding_lm.runs.weights import save_folder
 from tests.models.test_hugging_face import ragged_error
 from tests.support.hf_models import VOCAB, tiny, word_tokenizer
 from tests.support.models import Recurrent

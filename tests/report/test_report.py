@@ -36,7 +36,7 @@ from self_rewarding_lm.report.page import report_at_end, write_report
 from self_rewarding_lm.report.terminal import stage_table
 from self_rewarding_lm.runs import stored
 from self_rewarding_lm.runs.run import REPORT
-from self_rewarding_lm.runs.stage_folder import FORMAT
+from self_rewarding_lm.runs.stage_files import FORMAT
 from self_rewarding_lm.runtime import LogHandler
 from self_rewarding_lm.text import duration, number
 from tests.test_trainer import self_reward, sft, trainer_of

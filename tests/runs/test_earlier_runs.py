@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from self_rewarding_lm import Run
 from self_rewarding_lm.errors import StoreError
-from self_rewarding_lm.runs.stage_folder import FORMAT
+from self_rewarding_lm.runs.stage_files import FORMAT
 from tests.fixtures.make_runs import EXPECTED, WEIGHTS, serving
 from tests.fixtures.runs import COMPARISONS, EARLIER, RUNS, comparison, outcome, trainer_of
 

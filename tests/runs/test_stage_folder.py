@@ -25,13 +25,8 @@ from self_rewarding_lm.runs.fingerprint import FREE_SETTINGS, as_named_now, fing
 from self_rewarding_lm.runs.lines import append_lines, read_lines
 from self_rewarding_lm.runs.resume import begin_run, save_initial
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.runs.stage_folder import (
-    StageDir,
-    clear,
-    read_json,
-    remove_stage,
-    write_json,
-)
+from self_rewarding_lm.runs.stage_files import read_json
+from self_rewarding_lm.runs.stage_folder import StageDir, clear, remove_stage, write_json
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.runs.weights import read_weights, weights_hash, write_weights
 from self_rewarding_lm.runtime import Runtime

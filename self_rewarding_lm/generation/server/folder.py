@@ -14,7 +14,7 @@ from self_rewarding_lm.generation.server.client import Body
 from self_rewarding_lm.generation.server.process import LaunchedServer, check_command
 from self_rewarding_lm.generation.server.proof import Proof
 from self_rewarding_lm.generation.server.reloading import Reload
-from self_rewarding_lm.runs.weights import ADAPTER_FILE
+from self_rewarding_lm.runs.stage_files import ADAPTER_FILE
 
 
 class FolderServer:
