@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from self_rewarding_lm.config import Config, SelfInstruct
+from self_rewarding_lm.data.hub import from_hub
 from self_rewarding_lm.data.oasst import open_assistant
 from self_rewarding_lm.describe import REQUIRED, Setting, settings_of
 from self_rewarding_lm.recipes.paper import paper_recipe
@@ -36,7 +37,8 @@ behind it away to change it. Everything is checked before any work. Relative pat
 file's folder. Flags (`self-rewarding-lm run --help`) stand above what the file says.
 
 A dataset is one of:
-  a file             rows.jsonl, .json (both also .gz) or .parquet
+  a file             rows.jsonl, .json (both also .gz), .csv or .parquet
+  of the hub         {hub: owner/name, split: train}, further settings below
   an object          package.module:attribute, a torch Dataset, a list, a datasets.Dataset
   a stage's records  {from_stage: name}
   Open Assistant     {open_assistant: trees.jsonl.gz, part: ift}, further settings below
@@ -107,13 +109,14 @@ def _rewards(setting: Setting) -> Iterator[str]:
 
 
 def _dataset_words() -> Iterator[str]:
-    """The settings of datasets that are made: Open Assistant's rows, new prompts."""
-    for name, owner in (("open_assistant", open_assistant), ("self_instruct", SelfInstruct)):
+    """The settings of datasets that are made: of the hub, Open Assistant's rows, new prompts."""
+    owners = {"hub": from_hub, "open_assistant": open_assistant, "self_instruct": SelfInstruct}
+    for name, owner in owners.items():
         yield from _words(0, f"Further settings of {name}:")
         for setting in settings_of(owner):
             default = "" if setting.default is REQUIRED else f"{_yaml(setting.default)}  "
             words = LINES_IN_WORDS if setting.name == "trees" else _all_words(setting)
-            if setting.name != "path":  # the value of the key open_assistant
+            if setting.name not in ("hub", "path"):  # the values of hub and open_assistant
                 yield from _words(0, f"{setting.name}: {default}{words}", inset=2)
 
 
