@@ -57,6 +57,7 @@ EXTRAS = {
 }
 MAY_IMPORT_LATE = {
     ("recipes/reader", f"{NAME}.trainer"),  # `Recipe.trainer()` makes it, of a later room
+    ("runs/run", f"{NAME}.runs.pretrained"),  # needs torch, which reading a run does without
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}

@@ -123,7 +123,7 @@ def suffix_of(path: str | Path) -> str | None:
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 
 
-def place_in(path: str | Path, rows: Sequence[Any], index: int) -> str:
+def place_in(path: str | Path, rows: Any, index: int) -> str:
     """Words for the row at `index` (from 0) of a file: its line, or its row, counted from 1."""
     by_line = (suffix_of(path) or "").startswith(".jsonl")
     number = rows.line(index) if isinstance(rows, JsonLines) else index + 1
