@@ -88,7 +88,8 @@ def verdict(run: Run) -> list[str]:
         name, stopped = unfinished.name, unfinished.stopped
         words = f"{name} is not done"
         if stopped:
-            error = stopped.partition(": ")[2].removeprefix(f"{name}: ").splitlines()[0]
+            kind, _, told = stopped.partition(": ")
+            error = (told.removeprefix(f"{name}: ").splitlines() or [kind])[0]
             words = f"{name} stopped: {error.partition('. ')[0][:STOPPED]}".rstrip(".")
         sentences.append(f"{words}.")
     return sentences
