@@ -314,6 +314,7 @@ class SampledPreferenceConfig(PairSettings):
         limit = counting.limit(self.max_seq_len)
         # 1. count the prompts
         notes: tuple[str, ...] = ()
+        remarks: tuple[str, ...] = ()
         if isinstance(self.prompt_dataset, SelfInstruct):
             data, notes = Counted(Range.of(self.prompt_dataset.num_prompts)), (WRITING,)
         else:
@@ -324,7 +325,7 @@ class SampledPreferenceConfig(PairSettings):
             prompts_of_round = self._prompts_needed(data.rows)
             if prompts_known := data.rows.most:
                 said = self.one_pass_instead(prompts_known), self.asked_often(prompts_known)
-                notes = (*notes, *filter(None, said))
+                remarks = tuple(filter(None, said))
         else:
             prompts_of_round = self._prompts_taken(taken.prompts)
         prompts, prompt = prompts_of_round.times(self.rounds), prompt_tokens(data.lengths, limit)
@@ -352,7 +353,16 @@ class SampledPreferenceConfig(PairSettings):
         notes = (*unknown, *notes)
         if taken is not None:
             candidates = NOTHING_ASKED
-        return Work(prompts, prompt, candidates, judgements, training, records, notes=notes)
+        return Work(
+            prompts,
+            prompt,
+            candidates,
+            judgements,
+            training,
+            records,
+            notes=notes,
+            remarks=remarks,
+        )
 
     def judging_work(
         self, counting: Counting, candidates: Asking, prompt: Range

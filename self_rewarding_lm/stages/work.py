@@ -148,7 +148,7 @@ class Work:
     prompts: how many prompts it reads. prompt: tokens of each. candidates, judgements: what is
     sampled. training: None if it does not train. made: how many pairs or demonstrations it makes,
     on which later stages may train. example: tokens of each demonstration. notes: what is not
-    counted, and why.
+    counted, and why. remarks: what else is worth knowing before the stage begins.
     """
 
     prompts: Range = NOTHING
@@ -159,6 +159,7 @@ class Work:
     made: Range = NOTHING
     example: Range = NOTHING
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass

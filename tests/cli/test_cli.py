@@ -190,6 +190,12 @@ def test_check_tries_every_stage_and_begins_nothing(folder, capsys):
     assert told[4].startswith("The recipe is in order: 4 stages")
     assert told[5].startswith("generation: ") and told[6].startswith("training: ")
     assert not (folder / "run").exists()
+    default = ["--set", "paper.num_generated_preference_pairs=null"]
+    once = "8 prompts, which are each asked once: they are too few for the 3,964 pairs of the"
+    assert main(["check", recipe, *default]) == 0
+    assert f"  m2: well; {once}" in capsys.readouterr().out
+    assert main(["plan", recipe, "--no-times", *default]) == 0
+    assert f"  note: {once}" in capsys.readouterr().out
 
 
 def test_check_and_plan_say_that_products_in_bfloat16_are_not_used(folder, capsys, monkeypatch):

@@ -109,6 +109,8 @@ def _stage_lines(plan: RunPlan, stage: StagePlan) -> Iterator[str]:
     yield from _work_lines(stage)
     for note in stage.work.notes:
         yield from _wrapped(f"not counted: {note}")
+    for remark in stage.work.remarks:
+        yield from _wrapped(f"note: {remark}")
     if stage.seconds:
         times = [f"{name} {_range(time, _time)}" for name, time in stage.seconds.items()]
         yield from _wrapped(f"time: {', '.join(times)}")
