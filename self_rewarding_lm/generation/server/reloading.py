@@ -7,7 +7,7 @@ token id; nothing of processes and of what the weights are.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from self_rewarding_lm.errors import ConfigError, ServerError
 from self_rewarding_lm.generation.server.client import Body, HttpClient, Refusal
@@ -36,6 +36,7 @@ LIKELIEST = 20
 """Tokens whose log-probs are asked for where none can be asked for by id."""
 
 
+@runtime_checkable
 class Reload(Protocol):
     """What a kind of server does to sleep and to take other weights.
 
