@@ -506,7 +506,8 @@ def test_a_stage_trains_on_what_the_server_wrote_and_counts_what_it_refused(tmp_
     metrics = json.loads((folder / "metrics.jsonl").open().readline())
     assert metrics["pairs/dropped_too_long"] == 1 and metrics["candidates/dropped_too_long"] == 3
     judged = [json.loads(line)["candidate_ids"][0] for line in (folder / "judgements.jsonl").open()]
-    assert sorted(judged) == sorted(c["id"] for c in candidates if c["reason"] is None)
+    refused_id = lost[0]["prompt_id"]
+    assert sorted(judged) == sorted(c["id"] for c in candidates if c["prompt_id"] != refused_id)
 
 
 def test_answers_without_ids_are_marked_in_the_records(tmp_path):
