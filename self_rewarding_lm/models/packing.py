@@ -139,7 +139,9 @@ class Packing:
         dropout: float,
     ) -> Float[Tensor, "h n e"]:
         """Attention of a part, by the way that is fastest with its gradient."""
-        narrow, drops_by_block = _narrow_type(q), bool(dropout) and q.device.type == "cpu"
+        narrow = _narrow_type(q)
+        # without noise of its own this is a run of version 0.1.0, whose draws go on as they were
+        drops_by_block = bool(dropout) and q.device.type == "cpu" and self.noise is not None
         attends = dropped_attention if drops_by_block else causal_attention
         if narrow is None or not (drops_by_block or k.shape[1] <= SHORT):
             mask = self._mask(part, window, q)

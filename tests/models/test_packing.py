@@ -12,6 +12,7 @@ from self_rewarding_lm.models import packing
 from self_rewarding_lm.models.batching import grouped, pad_rows
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.logprobs import token_logprobs
+from self_rewarding_lm.models.noise import RowNoise
 from self_rewarding_lm.models.packing import Packing, packed_length, shared_beginnings
 from self_rewarding_lm.models.policy import Policy, dropout_set
 from tests.support.hf_models import KINDS, tiny
@@ -342,3 +343,25 @@ def test_only_narrow_attention_of_short_rows_on_a_cpu_is_widened(monkeypatch):
             Packing(ids, torch.tensor([length]), CPU).attend(0, *qkv)
     f32, f64 = torch.float32, torch.float64
     assert seen == [f32, torch.bfloat16, f32, f64, f32]
+
+
+def test_attention_with_noise_of_its_own_drops_by_blocks_on_a_cpu(monkeypatch):
+    """Runs of version 0.1.0 have none, and draw as they did."""
+    counted = []
+
+    def dropped(q, k, v, mask, **settings):
+        counted.append(settings["dropout"])
+        return v
+
+    monkeypatch.setattr(packing, "dropped_attention", dropped)
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    qkv = torch.randn(3, 1, 1, 5, 2)
+    for dropout, noise in [
+        (0.5, None),
+        (0.0, RowNoise(1, pytest.fail)),
+        (0.5, RowNoise(1, pytest.fail)),
+    ]:
+        if noise is not None:
+            noise.begin([(0, 0)])
+        Packing(ids, torch.tensor([5]), CPU, noise=noise).attend(0, *qkv, dropout=dropout)
+        assert counted == [0.5] * (noise is not None and dropout > 0)
