@@ -59,10 +59,12 @@ class Callbacks:
     def __init__(self, given: Sequence[Any] = ()) -> None:
         for callback in given:
             if isinstance(callback, type) or not any(hasattr(callback, name) for name in METHODS):
-                what = "the class " if isinstance(callback, type) else ""
+                what = f"the {type(callback).__name__} {callback!r:.100}"
+                if (name := getattr(callback, "__qualname__", None)) is not None:
+                    what = f"the {'class' if isinstance(callback, type) else 'function'} {name}"
                 raise ConfigError(
                     f"a callback is an object with some of the methods {', '.join(METHODS)}; got "
-                    f"{what}{callback!r:.100}. Write a class with those that you want (Callback "
+                    f"{what}. Write a class with those that you want (Callback "
                     "has them all) and give callbacks=[YourClass()]."
                 )
         self.given = tuple(given)

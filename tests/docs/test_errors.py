@@ -1533,7 +1533,6 @@ def words_of(error: Exception | None, folder: Path) -> str:
     """An error's words, the same on every machine."""
     words = str(error).replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
     words = re.sub(r'pip install (-e )?"[^"\[]*(\[\w+\])[^"]*"', r'pip install ".\2"', words)
-    words = re.sub(r"<function .*?>", "<function ...>", words)
     words = re.sub(r"process \d+ on \S+\)", "process 1234 on HOST)", words)
     return re.sub(r"\b[0-9a-f]{16}\b", "...", words)  # hashes of weights
 
