@@ -93,7 +93,8 @@ class Rows:
         self._parts: list[Indexed] | None = None
         self._blank_lines = False
         self._first: list[Any] = []  # the first row, between `peek` and `read`
-        self._prompts: dict[int, PromptRow] = {}  # that a check made; ids in eight bytes each
+        # prompts that a check made, without their ids, which take eight bytes each beside them
+        self._prompts: dict[int, tuple[PromptRow, array[int]]] = {}
         self._datasets = dataset if is_concatenation(dataset) else [dataset]
         for part in self._datasets:
             _check_dataset(part, name)
@@ -149,12 +150,14 @@ class Rows:
 
     def keep_prompt(self, index: int, prompt: PromptRow) -> None:
         """Keep what a row is as a prompt until it is read for the run."""
-        self._prompts[index] = replace(prompt, ids=array("q", prompt.ids))  # type: ignore[arg-type]
+        self._prompts[index] = replace(prompt, ids=()), array("q", prompt.ids)
 
     def kept_prompt(self, index: int) -> PromptRow | None:
         """The prompt that was kept of a row, or None."""
-        kept = self._prompts.get(index)
-        return None if kept is None else replace(kept, ids=tuple(kept.ids))
+        if index not in self._prompts:
+            return None
+        prompt, ids = self._prompts[index]
+        return replace(prompt, ids=tuple(ids))
 
     def forget_prompt(self, index: int) -> None:
         self._prompts.pop(index, None)
