@@ -91,7 +91,7 @@ class Packing:
         self.layers: set[int] = set()
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         if noise is not None:
-            noise.lay_out(*self.ids.shape, places, padded=False)
+            noise.lay_out(len(self.ids), self.ids.shape[1], places, padded=False)
 
     def attend(
         self,

@@ -91,7 +91,7 @@ class Policy(nn.Module):
         if noise is not None and not packs(model):
             longest = ids.shape[1]
             places = [(row, row * longest, n) for row, n in enumerate(lengths.tolist())]
-            noise.lay_out(*ids.shape, places, padded=True)
+            noise.lay_out(len(ids), longest, places, padded=True)
         if training is None:
             return token_logprobs(model.logits(ids.to(device)), ids.to(device))
 
