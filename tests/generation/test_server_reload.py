@@ -5,6 +5,7 @@ comes out of order.
 """
 
 import json
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from tests.generation.test_server import (
     trainer,
 )
 from tests.support.models import CHARACTERS, END, TEXT_VOCAB
+from tests.support.processes import two
 
 TOKENS = Tokens(CHARACTERS, eos_id=END, vocab=TEXT_VOCAB)
 FLAGS = {"vllm": "--enable-sleep-mode", "sglang": "--enable-memory-saver"}
@@ -232,6 +234,31 @@ def test_a_run_with_a_stale_server_stops_before_its_first_candidate(tmp_path):
     assert not "".join(lines)
 
 
+def two_stages(folder):
+    """A run of two stages whose answers' letters are among those that rows of the proof end in."""
+    optim = OptimConfig(batch_size=2, learning_rate=0.1)
+    stages = [stage(prompt_dataset=["lm", "op", "rs"], optim=optim) for _ in range(2)]
+    engine = engine_of(folder, "vllm", offload=True)
+    trainer(stages, folder / "run", engine=engine, model=Table())()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_server_that_is_kept_and_give_the_records_of_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    two_stages(tmp_path / "one")
+    two("-m", "tests.generation.test_server_reload", tmp_path / "two")
+    for number in ("01", "02"):
+        records = [
+            next((tmp_path / name / "run").glob(f"{number}-*/candidates.jsonl")).read_text()
+            for name in ("one", "two")
+        ]
+        assert records[0] == records[1] and records[0].count("\n") == 12
+    [record] = served(tmp_path / "two")
+    assert not is_alive(record["pid"])
+    assert paths(tmp_path / "two") == [*WHOLE["vllm"], "/sleep?2"]
+
+
 # --- the proof ------------------------------------------------------------------------------------
 
 
@@ -395,3 +422,7 @@ def test_one_windowful_of_refusals_counts_once():
     for _ in range(FIRST):
         window.refused()
     assert window.size == FIRST // 2
+
+
+if __name__ == "__main__":
+    two_stages(Path(sys.argv[1]))
