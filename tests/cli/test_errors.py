@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from self_rewarding_lm import read_recipe
+from self_rewarding_lm.checks import Checker
 from self_rewarding_lm.cli import main
 from self_rewarding_lm.errors import ArgumentTypeError, at_the_command, said, setting, typed
 from self_rewarding_lm.judges.tally import JudgeWatcher
@@ -173,7 +174,7 @@ def test_without_an_installation_the_checkout_is_named(monkeypatch):
 
 
 def test_scores_at_once_that_are_all_unlikely_are_told_with_their_probability():
-    watcher = JudgeWatcher(None, min_parse_rate=0.5)
+    watcher = JudgeWatcher(Checker(None, "m2"), min_parse_rate=0.5)
     watcher.count(
         [
             Judgement(f"p/{i}/j0", (f"p/{i}",), "default", None, reason="low_mass", score_mass=0.02)
