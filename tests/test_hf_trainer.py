@@ -187,6 +187,7 @@ def test_trap_7_what_is_generated_from_is_judged_and_trained_on_by_one_template(
     stage = SelfRewardDPOConfig(
         prompt_dataset=PROMPTS,
         num_candidate_responses=6,
+        judge_all=True,  # the cut-off ones too
         num_sampled_reward_responses=1,
         generation=sampling_of(tokenizer, ends),
         judging=sampling_of(tokenizer, ends),

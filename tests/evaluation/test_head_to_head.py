@@ -185,7 +185,11 @@ def test_stages_of_a_run_are_named_by_name_or_number_and_the_module_is_as_before
     [
         (dict(judge=None), ConfigError, "who judges?"),
         (dict(judge=ComparisonConfig()), ConfigError, "Give judge_model"),
-        (dict(judge=longer, judge_model=Recurrent(TEXT_VOCAB)), ConfigError, "Leave judge_model"),
+        (
+            dict(judge=longer, judge_model=Recurrent(TEXT_VOCAB)),
+            ConfigError,
+            "Leave one of them out",
+        ),
         (dict(judge="length"), ConfigError, "a judge is a RewardConfig"),
         (dict(judge=longer, num_judgements=2), ConfigError, "num_judgements is for a reward"),
         (dict(prompts=[]), DataError, "prompts is empty"),

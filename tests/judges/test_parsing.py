@@ -508,9 +508,9 @@ def test_without_auto_dedent_the_template_stands_as_it_is():
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("Rate {{ response }}", "it has {{ response }}"),
-        ("Rate {{ prompt }}", "it has {{ prompt }}"),
-        ("Rate it", "it has none"),
+        ("Rate {{ response }}", "It has: {{ response }}"),
+        ("Rate {{ prompt }}", "It has: {{ prompt }}"),
+        ("Rate it", "It has: none"),
         ("{{ prompt }} {{ response }} {{ rubric }}", "{{ rubric }}"),
         ("{{ prompt }} {{ response", "no valid jinja2"),
         ("{% if %} {{ prompt }} {{ response }}", "no valid jinja2"),

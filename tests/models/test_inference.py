@@ -67,7 +67,7 @@ def test_where_products_in_bfloat16_would_be_faster_and_are_not_used_it_is_told(
     run = {"kind": "cpu", "dtype": torch.float32, "numbers": WORTH, "mixed": False, **changes}
     words = products_unused(**run)
     assert (words is not None) == told
-    assert words is None or "accelerate: {mixed_precision: bf16}" in words
+    assert words is None or 'accelerate_kwargs={"mixed_precision": "bf16"}' in words
 
 
 def whole_numbers(*shape: int, seed: int, most: int = 9) -> Tensor:

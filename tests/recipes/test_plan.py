@@ -36,6 +36,7 @@ from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.interface import Plan as SessionPlan
 from self_rewarding_lm.models.narrow import NarrowMatrices
+from self_rewarding_lm.models.noise import RowNoise
 from self_rewarding_lm.models.policy import Policy, dropout_set
 from self_rewarding_lm.recipes.plan.disk import RunDisk, StageDisk, records, run_disk, stage_disk
 from self_rewarding_lm.recipes.plan.machine import UTILISATION, Machine, measure
@@ -329,8 +330,10 @@ def kept_bytes(module, ids, dropout, narrow):
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with dropout_set(policy, dropout), hooks, mixed_in(narrow):
-        logprobs = policy(ids)
+    noise = RowNoise(0, lambda _: None)
+    noise.begin([(0, row) for row in range(len(ids))])
+    with dropout_set(policy, dropout), hooks, mixed_in(narrow), noise:
+        logprobs = policy(ids, noise=noise)
     if narrow is not None and next(module.parameters()).itemsize > narrow.itemsize:
         casts = narrow.itemsize * read_shape(module).products
     assert logprobs.requires_grad

@@ -1024,7 +1024,7 @@ def test_what_cannot_write_is_refused_before_the_run(tmp_path):
 
     ids = [Characters().encode(text) for text in SEEDS]
     refused(
-        "give the trainer a tokenizer",
+        "Give tokenizer=",
         seed_dataset=ids,
         options=dict(tokenizer=None),
     )

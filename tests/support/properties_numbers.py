@@ -559,8 +559,8 @@ def packing_and_padding_never_change_a_log_prob(packing, case):
     model = _model()
     assert model.training is not None and model.training.packs
 
-    def packed(ids, lengths, device, *, width):
-        return packing.Packing(ids, lengths, device, width=width, least_shared=least)
+    def packed(ids, lengths, device, *, width, noise):
+        return packing.Packing(ids, lengths, device, width=width, least_shared=least, noise=noise)
 
     ids, lengths = pad_rows([*rows, [pad_id] * 14], pad_id)
     with patch.object(policy, "Packing", packed), torch.no_grad():

@@ -64,7 +64,7 @@ SETTINGS = st.builds(
     "generation.server.completions",
     st.tuples(CHOICE, SETTINGS),
     mutants={
-        "type(token) is not int or token < 0": "token < 0",
+        "type(token) is not int or token < 0 or": "token < 0 or",
         "token >= vocab)": "token > vocab)",
         "except UnicodeEncodeError as error:": "except KeyError as error:",
         "if not isinstance(value, list):": "if value == 0:",
