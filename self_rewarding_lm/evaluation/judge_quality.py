@@ -317,10 +317,10 @@ def evaluate_judge(
         raise ConfigError("a judge has reward (it scores) or comparison (it compares), not both.")
     prompt = comparison or reward or DEFAULT_REWARD_CONFIG
     judge = make_judge(prompt, judging=judging, num_judgements=num_judgements)
+    rows = read_ranked(ranked)  # before the model, which takes longer to load
     opening = Opening(tokenizer, chat_template, eos_id, seed, engine or LocalEngine(), quiet)
     ctx = open_context(model, opening)
     check_judge(prompt, ctx)
-    rows = read_ranked(ranked)
     groups = _groups(ctx, rows)
     judgements = _judge_groups(ctx, groups, judge)
     top_score = top_score_of(prompt)

@@ -280,3 +280,8 @@ def test_a_stage_is_no_dataset_outside_a_run():
 
     with pytest.raises(DataError, match="there is no run here"):
         evaluated(from_stage("eft"))
+
+
+def test_a_row_that_is_no_ranking_is_named_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(DataError, match="row 0: the row has no 'replies'"):
+        evaluate_judge(tmp_path / "no model here", [{"prompt": "q"}])
