@@ -72,14 +72,17 @@ class RowNoise:
     calls: dict[int, Call] = field(default_factory=dict)
     drawn: int = 0
     """Calls of this forward so far."""
+    before: dict[str, Callable] = field(default_factory=dict)
+    """The functions that ours stand in for: torch's, or those that somebody put in their place."""
 
     def __enter__(self) -> "RowNoise":
+        self.before = {name: getattr(F, name) for name in OURS}
         for name, ours in OURS.items():
             setattr(F, name, partial(ours, self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for name, function in TORCHS.items():
+        for name, function in self.before.items():
             setattr(F, name, function)
 
     def begin(self, keys: Sequence[tuple[int, int]]) -> None:
@@ -219,11 +222,11 @@ def _dropout(
     noise: RowNoise, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
     if not training or not 0 < p < 1 or not input.numel():
-        return TORCHS["dropout"](input, p, training, inplace)
+        return noise.before["dropout"](input, p, training, inplace)
     keeps = kept(noise.call(), input.shape, p, input.device)
     if keeps is None:
         noise.tell(f"dropout of a tensor of shape {tuple(input.shape)}")
-        return TORCHS["dropout"](input, p, training, inplace)
+        return noise.before["dropout"](input, p, training, inplace)
     if inplace:
         return input.mul_(keeps.to(input.dtype) / (1 - p))
     return _Dropped.apply(input, keeps, 1 / (1 - p))
@@ -234,7 +237,8 @@ def _features(
 ) -> Tensor:
     """Dropout of whole channels, those of a row's (b, channels, ...)."""
     if not training or not 0 < p < 1 or input.ndim < 3:
-        return TORCHS["dropout1d" if input.ndim < 4 else "dropout2d"](input, p, training, inplace)
+        name = "dropout1d" if input.ndim < 4 else "dropout2d"
+        return noise.before[name](input, p, training, inplace)
     ones = torch.ones(input.shape[:2], dtype=input.dtype, device=input.device)
     shares = _dropout(noise, ones, p, training).view(*ones.shape, *[1] * (input.ndim - 2))
     return input.mul_(shares) if inplace else input * shares
@@ -251,7 +255,7 @@ def _attention(
     **others: Any,
 ) -> Tensor:
     """Scaled dot-product attention of padded rows (b, h, t, d), each row alone."""
-    torchs = partial(TORCHS["scaled_dot_product_attention"], is_causal=is_causal, **others)
+    torchs = partial(noise.before["scaled_dot_product_attention"], is_causal=is_causal, **others)
     if not dropout_p or noise.layout is None or not noise.layout.padded:  # a packing seeds its own
         return torchs(query, key, value, attn_mask, dropout_p)
     call = noise.call()
@@ -279,6 +283,3 @@ OURS: dict[str, Callable] = {
     "scaled_dot_product_attention": _attention,
 }
 """What stands in for functions of torch.nn.functional, by their names."""
-
-
-TORCHS = {name: getattr(F, name) for name in OURS}

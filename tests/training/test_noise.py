@@ -257,3 +257,23 @@ def test_a_run_of_an_earlier_version_draws_as_it_did(tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(stable_hash(0, "stage", "dropout", 0, 0, 0))
         assert torch.equal(seen[0][1], F.dropout(seen[0][0], RATE))
+
+
+def test_another_kernel_of_attention_is_used_and_stays_where_it_was_put(monkeypatch):
+    """Libraries of kernels put theirs in the place of torch's function."""
+    torchs, asked = F.scaled_dot_product_attention, []
+
+    def kernel(*args, **options):
+        asked.append(args[0].shape)
+        return torchs(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    noise = RowNoise(1, pytest.fail)
+    noise.begin([(0, 0), (7, 0)])
+    noise.lay_out(2, 5, [(0, 0, 5), (1, 5, 3)], padded=True)
+    q = torch.ones(2, 1, 5, 4)
+    with noise:
+        F.scaled_dot_product_attention(q, q, q, dropout_p=RATE)
+        F.scaled_dot_product_attention(q, q, q)
+    assert asked == [(1, 1, 5, 4), (1, 1, 3, 4), (2, 1, 5, 4)]
+    assert F.scaled_dot_product_attention is kernel
