@@ -30,7 +30,11 @@ GIVEN = "the given model"
 
 
 PHASES = {"begin": "data", "training": "training", "trained": "data"}
-"""What a stage does behind an event, until the next one."""
+"""What a stage does behind an event, until the next one of these and of ENDS."""
+
+
+ENDS = ("done", "stopped")
+"""Behind which a stage does nothing."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def _add_events(figures: StageFigures, events: Sequence[dict[str, Any]]) -> None
     for event in events:
         if event.get("event") == "warning":
             last_warnings[str(event.get("check"))] = event
-        elif is_metric(event.get("time")):
+        elif event.get("event") in (*PHASES, *ENDS) and is_metric(event.get("time")):
             marks.append((str(event.get("event")), float(event["time"])))
     figures.warnings = list(last_warnings.values())
     if marks:
