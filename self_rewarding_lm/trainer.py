@@ -292,6 +292,7 @@ class SelfRewardingTrainer:
         steps_before = sum(run.summary(earlier).get("steps", 0) for earlier in range(place))
         out = StageDir(run.stage(place).path, self.runtime, beside, steps_before=steps_before)
         out.begin(self._settings(stage))
+        out.tell("ways", words=self.ways())
         # 3. the stage itself
         logger.info("stage %d of %d: %s", place + 1, len(self.stages), name)
         rules = rounding_each_step() if ctx.format == 1 else nullcontext()

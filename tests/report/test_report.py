@@ -454,7 +454,11 @@ def test_a_run_writes_its_report_events_and_warnings(tmp_path):
     ]
     run = trainer_of(tmp_path, stages)()
     _, second = run_figures(run, "run").stages
-    assert [e["event"] for e in run.events(0)] == ["begin", "training", "trained", "done"]
+    told = run.events(0)
+    assert [e["event"] for e in told] == ["begin", "ways", "training", "trained", "done"]
+    generating, training = told[1]["words"]
+    assert generating.startswith("generation: without a cache, a whole forward a token (")
+    assert training == "training: padded rows, all logits at once (the model gives logits alone)"
     assert {"few_pairs"} <= {w["check"] for w in second.warnings}
     assert set(second.seconds) == {"data", "training"} and second.lost == 0
     page = Page(tmp_path / "report.html")
