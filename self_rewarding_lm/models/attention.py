@@ -2,14 +2,17 @@
 
 What rows have in common is stored and computed once, so keys and values stand in three parts: the
 root, with which all prompts begin; a stem for each prompt, its tokens after the root; and each
-row's own tokens, those that it has sampled. A session's memory is allocated at its first forward
-and written in place: nothing grows, and nothing is copied from token to token. Knows tensors;
-nothing of models, tokens or sampling.
+row's own tokens, those that it has sampled. They are written in place, and lie as products of
+matrices read them: keys by their width, values by their tokens, and on a CPU without a gap, as it
+would copy all of a tensor with gaps for each product in a narrow type. So the memory of stems and
+rows is there as wide as their longest, in blocks of tokens; nothing is copied from token to token.
+Knows tensors; nothing of models, tokens or sampling.
 
 Axes: h heads of queries, g heads of keys, n = h / g heads of queries that look at one head of keys,
 t tokens, r rows, s stems, d and e the widths of keys and values.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from self_rewarding_lm.models.inference import product_dtype
+
+BLOCK = 32
+"""Tokens by which the memory of stems and rows becomes wider on a CPU, to its size at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +61,9 @@ class Span:
 
 @dataclass(slots=True)
 class _Layer:
-    """Keys and values of one attention layer.
+    """Keys and values of one attention layer, each pair (g, d, t) and (g, t, e).
 
-    root: (g, t, d); stems: (s, g, t, d); own: (r, g, t, d); values have e in the place of d.
+    stems and own have an axis more before these, of stems and of rows.
     """
 
     root: tuple[Tensor, Tensor]
@@ -76,6 +82,8 @@ class KeyValues:
         self.sizes, self.device = sizes, device
         self.layers: dict[int, _Layer] = {}
         self.windows: set[int] = set()
+        self._stem_lengths = [0] * sizes.stems  # by place; of one that is free, the last one there
+        self._widths = self._width(0, sizes.stem), self._width(1, sizes.new)  # of stems and rows
         self._wanted: Tensor | None = None
         self._forward: _Root | _Prompts | _Step | None = None
 
@@ -87,7 +95,10 @@ class KeyValues:
     def at_prompts(self, spans: Sequence[Span]) -> None:
         """The next forward's tokens are those of the spans, one after the other."""
         ends = [span.start + span.count - 1 for span in spans]
-        self._forward = _Prompts(spans, self.sizes.root)
+        for span in spans:
+            self._stem_lengths[span.stem] = span.reused + span.count
+        self._widen(self._width(max(self._stem_lengths), self.sizes.stem), self._widths[1])
+        self._forward = _Prompts(spans)
         self._wanted = torch.tensor(ends, device=self.device)
 
     def at_step(
@@ -98,7 +109,12 @@ class KeyValues:
         stems: the place of each row's stem; stem_lengths: its tokens; lengths: how many tokens of
         its own each row has already.
         """
-        self._forward = _Step(self.sizes.root, stems, stem_lengths, lengths, self.device)
+        columns = max(stem_lengths), max(lengths) + 1
+        self._widen(self._widths[0], self._width(columns[1], self.sizes.new))
+        if self.device.type == "cpu":  # all of them: a part of a tensor would be copied
+            columns = self._widths
+        seen = self.sizes.root, *columns
+        self._forward = _Step(seen, stems, stem_lengths, lengths, self.device)
         self._wanted = None
 
     def attend(
@@ -148,42 +164,78 @@ class KeyValues:
         target = torch.tensor(moved, device=self.device)
         source = torch.tensor([rows[i] for i in moved], device=self.device)
         for layer in self.layers.values():
-            for tensor in layer.own:
-                filled = tensor[:, :, :length]  # (r, g, t, d)
+            for filled in _first(layer.own, length):
                 filled[target] = filled[source]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token's keys and values take in all layers that were attended to."""
+        pairs = [layer.own for layer in self.layers.values()]
         return sum(
-            t.shape[1] * t.shape[3] * t.element_size()
-            for layer in self.layers.values()
-            for t in layer.own
+            keys.shape[1] * (keys.shape[2] + values.shape[3]) * keys.element_size()
+            for keys, values in pairs
         )
+
+    def _width(self, tokens: int, most: int) -> int:
+        """How wide memory for so many tokens is, of at most `most`."""
+        if self.device.type != "cpu":  # products there read parts of a tensor in place
+            return most
+        return min(most, BLOCK * math.ceil(tokens / BLOCK))
+
+    def _widen(self, stem: int, own: int) -> None:
+        """Make the memory of stems and rows so wide, or so narrow, in all layers."""
+        if self._widths != (stem, own):
+            self._widths = stem, own
+            for layer in self.layers.values():
+                layer.stems, layer.own = _resized(layer.stems, stem), _resized(layer.own, own)
 
     def _layer(self, number: int, key: Tensor, value: Tensor, dtype: torch.dtype) -> _Layer:
         """The memory of a layer, which is allocated when it is first attended to."""
         if number not in self.layers:
             sizes, heads = self.sizes, key.shape[1]
 
-            def zeros(*leading: int) -> tuple[Tensor, Tensor]:
-                keys = _zeros((*leading, key.shape[-1]), dtype, self.device)
-                return keys, _zeros((*leading, value.shape[-1]), dtype, self.device)
+            def zeros(tokens: int, *leading: int) -> tuple[Tensor, Tensor]:
+                keys = _zeros((*leading, key.shape[-1], tokens), dtype, self.device)
+                return keys, _zeros((*leading, tokens, value.shape[-1]), dtype, self.device)
 
             self.layers[number] = _Layer(
-                root=zeros(heads, sizes.root),
-                stems=zeros(sizes.stems, heads, sizes.stem),
-                own=zeros(sizes.rows, heads, sizes.new),
+                root=zeros(sizes.root, heads),
+                stems=zeros(self._widths[0], sizes.stems, heads),
+                own=zeros(self._widths[1], sizes.rows, heads),
             )
         return self.layers[number]
+
+
+Pair = tuple[Tensor, Tensor]
+"""Keys (*n, d, t) and values (*n, t, e)."""
+
+
+def _first(pair: Pair, tokens: int) -> Pair:
+    """The first so many tokens of keys and values."""
+    return pair[0][..., :tokens], pair[1][..., :tokens, :]
+
+
+def _resized(pair: Pair, tokens: int) -> Pair:
+    """Keys and values with room for so many tokens, the first of which are kept."""
+    keys, values = pair
+    if keys.shape[-1] == tokens:
+        return pair
+    resized = (
+        _zeros((*keys.shape[:-1], tokens), keys.dtype, keys.device),
+        _zeros((*values.shape[:-2], tokens, values.shape[-1]), values.dtype, values.device),
+    )
+    kept = min(keys.shape[-1], tokens)
+    for new, old in zip(_first(resized, kept), _first(pair, kept), strict=True):
+        new.copy_(old)
+    return resized
 
 
 class _Root:
     """A forward of the tokens with which all prompts begin."""
 
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        for tensor, new in zip(kept.root, (k, v), strict=True):
-            tensor.copy_(new)  # (g, t, d)
+        for tensor, new in zip(kept.root, (k.mT, v), strict=True):
+            tensor.copy_(new)
         length = q.shape[1]
         mask = None if window is None else causal_mask(length, length, window, q.device)
         return causal_attention(q, k, v, mask)
@@ -192,28 +244,30 @@ class _Root:
 class _Prompts:
     """A forward of prompts of any lengths, packed one after the other without padding."""
 
-    def __init__(self, spans: Sequence[Span], root: int) -> None:
-        self.spans, self.root = spans, root
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
         self.masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        # 1. write each prompt's keys and values into its stem
-        for tensor, new in zip(kept.stems, (k, v), strict=True):  # (s, g, t, d), (g, t, d)
-            for span in self.spans:  # a span whose stem is copied comes before those that copy it
-                end = span.reused + span.count
-                if span.reused:
-                    tensor[span.stem, :, : span.reused] = tensor[span.source, :, : span.reused]
-                tensor[span.stem, :, span.reused : end] = new[:, _packed(span)]
-
-        # 2. each prompt's attention to the root, to what it reuses and to itself
+        (root_keys, root_values), (stem_keys, stem_values) = kept.root, kept.stems
         outputs = []
-        for i, span in enumerate(self.spans):
-            keys, values = (t[span.stem, :, : span.reused + span.count] for t in kept.stems)
-            if self.root:
-                keys = torch.cat([kept.root[0], keys], dim=1)  # (g, t, d)
-                values = torch.cat([kept.root[1], values], dim=1)  # (g, t, e)
+        for i, span in enumerate(self.spans):  # what a span reuses was written by one before it
+            packed, end = slice(span.start, span.start + span.count), span.reused + span.count
+
+            # 1. keep its keys and values, behind those that it reuses
+            if span.reused:
+                before = _first((stem_keys[span.source], stem_values[span.source]), span.reused)
+                stem_keys[span.stem, ..., : span.reused] = before[0]
+                stem_values[span.stem, :, : span.reused] = before[1]
+            stem_keys[span.stem, ..., span.reused : end] = k[:, packed].mT
+            stem_values[span.stem, :, span.reused : end] = v[:, packed]
+
+            # 2. its attention to the root, to what it reuses and to itself
+            of_stem, values = _first((stem_keys[span.stem], stem_values[span.stem]), end)
+            keys = torch.cat([root_keys.mT, of_stem.mT], dim=1)  # (g, t, d)
+            values = torch.cat([root_values, values], dim=1)  # (g, t, e)
             mask = self._mask(i, keys.shape[1], window, q.device)
-            outputs.append(causal_attention(q[:, _packed(span)], keys, values, mask))
+            outputs.append(causal_attention(q[:, packed], keys, values, mask))
         return torch.cat(outputs, dim=1)  # (h, t, e)
 
     def _mask(self, i: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -225,27 +279,21 @@ class _Prompts:
         return self.masks[i, window]
 
 
-def _packed(span: Span) -> slice:
-    """Where a span's tokens are among the packed ones."""
-    return slice(span.start, span.start + span.count)
-
-
 @dataclass(slots=True)
 class _Step:
     """A forward of one token of each row.
 
-    stems, stem_lengths, lengths: as `KeyValues.at_step` takes them. ends (r,): the place of each
-    row's new token. columns: how many of the root, the stems and the rows' own tokens are looked
-    at. members (s, m): the rows of each stem, filled up with row 0, whose products are not read.
+    columns: how many of the root, the stems and the rows' own tokens are looked at. stems,
+    stem_lengths, lengths: as `KeyValues.at_step` takes them. ends (r,): the place of each row's new
+    token. members (s, m): the rows of each stem, filled up with row 0, whose products are not read.
     place: stem and place in it of each row, so that members[place] are all rows.
     """
 
-    root: int
+    columns: tuple[int, int, int]
     stems: Sequence[int]
     stem_lengths: Sequence[int]
     lengths: Sequence[int]
     device: torch.device
-    columns: tuple[int, int, int] = field(init=False)
     rows: Tensor = field(init=False)
     ends: Tensor = field(init=False)
     members: Tensor = field(init=False)
@@ -259,7 +307,6 @@ class _Step:
             places.append(len(rows_of[stem]))
             rows_of[stem].append(row)
         most = max(map(len, rows_of))
-        self.columns = self.root, max(self.stem_lengths), max(self.lengths) + 1
         self.rows = torch.arange(len(self.stems), device=self.device)
         self.ends = torch.tensor(self.lengths, device=self.device)
         self.members = torch.tensor(
@@ -271,21 +318,21 @@ class _Step:
         )
 
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        groups, count, _ = k.shape
+        groups, count, stems = k.shape[0], k.shape[1], len(self.members)
         root, stem, own = self.columns
 
         # 1. write each row's new key and value after its own ones
-        for tensor, new in zip(kept.own, (k, v), strict=True):
-            tensor[self.rows, :, self.ends] = new.transpose(0, 1)  # (r, g, d)
-        root_keys, root_values = kept.root  # (g, t, d)
-        stem_keys, stem_values = (t[: len(self.members), :, :stem] for t in kept.stems)
-        own_keys, own_values = (t[:count, :, :own] for t in kept.own)  # (r, g, t, d)
+        kept.own[0][self.rows, :, :, self.ends] = k.transpose(0, 1)  # (r, g, d)
+        kept.own[1][self.rows, :, self.ends] = v.transpose(0, 1)  # (r, g, e)
+        root_keys, root_values = kept.root
+        stem_keys, stem_values = _first((kept.stems[0][:stems], kept.stems[1][:stems]), stem)
+        own_keys, own_values = _first((kept.own[0][:count], kept.own[1][:count]), own)
 
         # 2. score root, stem and own tokens side by side, for one softmax over all of them
         q = rearrange(q, "(g n) r d -> r g n d", g=groups)
-        scores = [self._times_stems(q, stem_keys.mT), q @ own_keys.mT]  # (r, g, n, t) each
+        scores = [self._times_stems(q, stem_keys), q @ own_keys]  # (r, g, n, t) each
         if root:
-            scores.insert(0, _times_root(q, root_keys.mT))
+            scores.insert(0, _times_root(q, root_keys))
         joined = torch.cat(scores, dim=-1)  # (r, g, n, root + stem + own)
         joined += self._mask(window, joined.dtype)[:, None, None]
         exact = torch.float32 if joined.dtype.itemsize < 4 else joined.dtype
@@ -319,7 +366,7 @@ class _Step:
         To be added: filling by a broadcast mask took several times as long on a CPU.
         """
         if window not in self.masks:
-            root = self.root
+            root = self.columns[0]
             device, shape = self.device, (len(self.rows), -1)
             stem_lengths = torch.tensor(self.stem_lengths, device=device)[:, None]  # (r, 1)
             ends = self.ends[:, None]  # (r, 1)

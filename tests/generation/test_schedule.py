@@ -25,7 +25,7 @@ from self_rewarding_lm.errors import ConfigError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.schedule import Group, plan_sessions
-from self_rewarding_lm.models import interface
+from self_rewarding_lm.models import attention, interface
 from self_rewarding_lm.models.attention import KeyValues
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.interface import Plan, TokenModel
@@ -429,6 +429,24 @@ def test_completions_are_the_same_in_little_memory_and_several_sessions():
     assert [found[i].ids for i in range(len(requests))] == expected
     assert len(alive) == 2 and {number for number, _, _ in seen} == {1, 2}
     assert max(total for _, _, total in seen) <= budget
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_memory_is_as_wide_as_the_longest_in_it_wider_and_narrower_again(block, monkeypatch):
+    """Answers of 1 to 12 tokens to prompts of 3 to 17; what is wider than needed is hidden."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    module = own()
+    requests = [Request((i, *range(i % 15), 7), i, 1 + 5 * i % 12) for i in range(24)]
+    expected = [oracle(module, r, NEVER).ids for r in requests]
+    model = adapt(module)
+    seen, _ = watched(module)
+    found = dict(LocalEngine(max_rows=4).generate(model, requests, NEVER))
+    assert [found[i].ids for i in range(len(requests))] == expected
+    totals = [total for _, _, total in seen]
+    steps = list(pairwise(totals))
+    assert any(a < b for a, b in steps) and any(a > b for a, b in steps)
+    [(plan, _)] = plan_sessions(model, [(r.ids, r.max_new_tokens) for r in requests], 4, None)
+    assert max(totals) <= plan.tokens * BYTES["own"]
 
 
 def test_by_default_half_of_the_free_memory_is_used(monkeypatch):
