@@ -20,6 +20,7 @@ TEST = [
     *HF,
     *DATA,
     *SERVER,
+    "jsonschema>=4.20",
     "fastapi",
     "uvicorn",  # of transformers serve
     "hypothesis>=6.100",
@@ -39,7 +40,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["self_rewarding_lm", "self_rewarding_lm.*"]),
-    package_data={"self_rewarding_lm": ["py.typed", "__init__.pyi", "report/report.*"]},
+    package_data={
+        "self_rewarding_lm": ["py.typed", "__init__.pyi", "report/report.*", "recipes/*.json"]
+    },
     install_requires=[
         "torch>=2.9",  # torch.optim.Muon
         "einops>=0.8",

@@ -1,4 +1,4 @@
-"""The command `self-rewarding-lm`: run, check or plan a recipe; show, report or export; measure.
+"""The command `self-rewarding-lm`: write, check, plan or run a recipe; show, measure or use a run.
 
 A command is a file of its own (SUMMARY, DESCRIPTION, `add_flags` and `run`) and a row of
 `COMMANDS`. It reads flags, calls the library and prints. Knows nothing of how anything is done: the
@@ -10,7 +10,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from self_rewarding_lm.cli import check, compare, export, judge, plan, report, run, show
+from self_rewarding_lm.cli import (
+    check,
+    compare,
+    export,
+    judge,
+    plan,
+    report,
+    run,
+    schema,
+    show,
+)
 from self_rewarding_lm.errors import SelfRewardingError, at_the_command, did_you_mean
 from self_rewarding_lm.text import printable
 
@@ -23,6 +33,7 @@ COMMANDS = {
     "export": export,
     "judge": judge,
     "compare": compare,
+    "schema": schema,
 }
 """In the order of the help."""
 

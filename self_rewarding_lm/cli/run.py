@@ -37,8 +37,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.settings:
         from self_rewarding_lm.recipes.settings_file import recipe_text
+        from self_rewarding_lm.runs.installed import SCHEMA
 
-        print(recipe_text(), end="")
+        print(recipe_text(str(SCHEMA)), end="")
         return 0
     recipe = read_recipe(recipe_root(options))
     if options.check:

@@ -34,7 +34,9 @@ A recipe: the whole of Self-Rewarding Language Models (arXiv:2401.10020), from M
 `self-rewarding-lm run --settings` prints this file. Lines that begin with two marks say what a
 setting is; lines that begin with one hold a setting at its default: take the mark and the space
 behind it away to change it. Everything is checked before any work. Relative paths start at this
-file's folder. Flags (`self-rewarding-lm run --help`) stand above what the file says.
+file's folder. Flags (`self-rewarding-lm run --help`) stand above what the file says. An editor with
+a YAML language server completes and checks the file by the schema that the first line names
+(`self-rewarding-lm schema` prints it).
 
 A dataset is one of:
   a file             rows.jsonl, .json (both also .gz), .csv or .parquet
@@ -71,9 +73,13 @@ LINES_IN_WORDS = "[first, behind the last]: lines of the file, counted from 0, s
 STAGES_MARK = "In place of `paper`: stages of your own"
 
 
-def recipe_text() -> str:
-    """A recipe with every setting: a few with values, the others behind a mark."""
-    lines = [*_words(0, HEAD), ""]
+def recipe_text(schema: str | None = None) -> str:
+    """A recipe with every setting: a few with values, the others behind a mark.
+
+    schema: where the JSON schema of recipes is, as the file tells editors.
+    """
+    lines = [] if schema is None else [f"# yaml-language-server: $schema={schema}"]
+    lines += [*_words(0, HEAD), ""]
     top = {setting.name: setting for setting in settings_of(RecipeSettings)}
 
     # 1. the settings with values: the model, the folder, the paper's data

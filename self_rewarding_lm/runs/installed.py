@@ -1,4 +1,5 @@
-"""How this library was installed here, for errors that say how to add one of its extras."""
+"""How this library was installed here, for errors that say how to add one of its extras, and a file
+that came with it."""
 
 import json
 from importlib import metadata
@@ -7,6 +8,15 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 NAME = "self-rewarding-lm"
+
+
+SCHEMA = Path(__file__).resolve().parents[1] / "recipes" / "recipe.schema.json"
+"""The JSON schema of recipes, as it is shipped. Reading it needs no torch."""
+
+
+def schema() -> str:
+    """The text of SCHEMA."""
+    return SCHEMA.read_text(encoding="utf-8")
 
 
 def install(extra: str) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,7 +249,11 @@ def test_all_settings_are_printed_as_a_recipe(capsys):
     from self_rewarding_lm.recipes.settings_file import recipe_text
 
     assert main(["run", "--settings"]) == 0
-    assert capsys.readouterr().out == recipe_text()
+    first, rest = capsys.readouterr().out.split("\n", 1)
+    assert rest == recipe_text()
+    schema = Path(first.removeprefix("# yaml-language-server: $schema="))
+    assert schema.is_absolute() and main(["schema"]) == 0
+    assert capsys.readouterr().out == schema.read_text()
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -323,6 +328,18 @@ def test_show_needs_no_torch(done):
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_schema_needs_no_torch():
+    code = (
+        "import sys\n"
+        "from self_rewarding_lm.cli import main\n"
+        "assert main(['schema']) == 0\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert json.loads(told.stdout)["properties"]["model"]["type"] == "string"
 
 
 def test_the_package_is_a_command():

@@ -27,8 +27,7 @@ from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
 from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.trainer import SelfRewardingTrainer
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "recipe.yaml"
+from tests.support.recipe_files import EXAMPLE, example_text
 
 
 def message(message_id, text, role, replies=(), **fields):
@@ -576,8 +575,8 @@ def test_nothing_is_loaded_or_written_by_a_check(folder):
 
 
 def test_the_example_is_the_text_that_the_settings_give():
-    """Where this fails: python -m self_rewarding_lm run --settings > examples/recipe.yaml"""
-    assert EXAMPLE.read_text() == recipe_text()
+    """Where this fails: python -m tests.support.recipe_files"""
+    assert EXAMPLE.read_text() == example_text()
 
 
 def test_the_example_is_a_recipe(folder):
