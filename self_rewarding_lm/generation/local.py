@@ -24,6 +24,7 @@ from self_rewarding_lm.generation.score_trie import NodeChances, ScoreTrie
 from self_rewarding_lm.models.inference import inferring
 from self_rewarding_lm.models.interface import Plan, Session, TokenModel
 from self_rewarding_lm.models.narrow import NarrowMatrices
+from self_rewarding_lm.models.packed import PackedMatrices
 from self_rewarding_lm.records import Ids
 from self_rewarding_lm.runtime import MemoryUsedUpError, give_back_memory, memory_told
 
@@ -121,13 +122,13 @@ class LocalEngine:
         self.max_prefill_tokens = max_prefill_tokens
         self.fitting_rows = max_rows
         self._is_serving = False
-        self._narrow: dict[nn.Module, NarrowMatrices] = {}
+        self._copies: dict[nn.Module, _Copies] = {}
 
     def generate(
         self, model: TokenModel, requests: Sequence[Request], decoding: Decoding
     ) -> Iterator[tuple[int, Completion]]:
         model.refresh()
-        with self._narrowed(model.module) as narrow:
+        with self._copied(model.module, len(requests)) as copies:
 
             def sampled(places: Sequence[int], plans: Plans) -> Iterator[tuple[int, Completion]]:
                 some = [requests[place] for place in places]
@@ -136,7 +137,7 @@ class LocalEngine:
                     told = partial(self._memory_told, "sampling", plan.max_rows)
                     flight = Flight(model, plan, groups, some, decoding, self.max_prefill_tokens)
                     while not flight.is_done:
-                        with told(), inferring(model.module), narrow.used():
+                        with told(), inferring(model.module), copies.used():
                             finished = flight.until_some_finish()
                         yield from ((places[i], completion) for i, completion in finished)
 
@@ -148,7 +149,7 @@ class LocalEngine:
         model.refresh()
         levels = trie.levels()
         width = max(map(len, levels))  # rows of the session that each row needs
-        with self._narrowed(model.module) as narrow:
+        with self._copied(model.module) as copies:
 
             def scored(
                 places: Sequence[int], plans: Plans
@@ -158,7 +159,7 @@ class LocalEngine:
                     told = partial(self._memory_told, "scoring", plan.max_rows)
                     at_once = max(1, plan.max_rows // width)
                     for batch in _batches(groups, at_once, self.max_prefill_tokens):
-                        with told(), inferring(model.module), narrow.used():
+                        with told(), inferring(model.module), copies.used():
                             session = session or model.session(plan)
                             rows_of = [group.ids for group in batch]
                             per_row = trie_chances(session, rows_of, trie, longer)
@@ -200,16 +201,17 @@ class LocalEngine:
                 self.fitting_rows = most // 2
 
     @contextmanager
-    def _narrowed(self, module: nn.Module) -> Iterator[NarrowMatrices]:
-        """A module's narrow matrices, which are kept to the end of `serving`, or of this."""
-        narrow = self._narrow.setdefault(module, NarrowMatrices(module))
-        with self._memory_told("casting the weights", self.max_rows):
-            narrow.prepare()  # before it is seen how much memory is left for keys and values
+    def _copied(self, module: nn.Module, requests: int | None = None) -> Iterator["_Copies"]:
+        """Copies of a module's matrices, which are kept to the end of `serving`, or of this."""
+        copies = self._copies.setdefault(module, _Copies(module))
+        rows = None if requests is None else min(requests, self.fitting_rows)
+        with self._memory_told("copying the weights", self.max_rows):
+            copies.prepare(rows)  # before it is seen how much memory is left for keys and values
         try:
-            yield narrow
+            yield copies
         finally:
             if not self._is_serving:
-                self._narrow.pop(module, None)
+                self._copies.pop(module, None)
                 self._end()
 
     def _memory_told(self, what: str, rows: int) -> AbstractContextManager[None]:
@@ -225,7 +227,7 @@ class LocalEngine:
 
     @contextmanager
     def serving(self, save: Callable[[Path], None], tokens: Tokens) -> Iterator[None]:
-        """Within, what was cast for mixed precision is kept; the weights are here."""
+        """Within, copies of the weights for products are kept; the weights are here."""
         if self._is_serving:
             yield
             return
@@ -234,13 +236,29 @@ class LocalEngine:
             yield
         finally:
             self._is_serving = False
-            self._narrow.clear()
+            self._copies.clear()
             self._end()
 
     def _end(self) -> None:
         """Give back what generating has held, and begin with all rows the next time."""
         self.fitting_rows = self.max_rows
         give_back_memory()
+
+
+class _Copies:
+    """A module's matrices as its products want them: in another type, in another layout."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.narrow, self.packed = NarrowMatrices(module), PackedMatrices(module)
+
+    def prepare(self, rows: int | None) -> None:
+        self.narrow.prepare()
+        self.packed.prepare(rows)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        with self.narrow.used(), self.packed.used():
+            yield
 
 
 def _batches(groups: Sequence[Group], count: int, max_tokens: int) -> Iterator[list[Group]]:

@@ -122,10 +122,10 @@ class NarrowMatrices:
     def _use(self, stack: ExitStack, layer: Any, copy: _Copy) -> None:
         """Have a layer's forwards use its copy until the stack is closed."""
         kind, wide, narrow = self.device.type, layer.weight, copy.narrow
-        made_of = _numbers(wide)
+        made_of = numbers_of(wide)
 
         def put(layer: Any, _: Any) -> None:
-            if self.trains and _numbers(wide) != made_of:
+            if self.trains and numbers_of(wide) != made_of:
                 return  # a callback has put other weights in
             casts = torch.is_autocast_enabled(kind)
             if casts and torch.get_autocast_dtype(kind) == narrow.dtype:
@@ -161,7 +161,7 @@ class NarrowMatrices:
         if adapted is not None:
             tensors += self._of_adapter[id(layer)]
             uses = (adapted.disable_adapters, adapted.merged, *adapted.active_adapters)
-        return (dtype, *uses, *((id(t), *_numbers(t)) for t in tensors))
+        return (dtype, *uses, *((id(t), *numbers_of(t)) for t in tensors))
 
     def _tell(self, dtype: torch.dtype) -> None:
         """Log, if it is news, whether the adapter was merged, and how much of it survives that."""
@@ -195,7 +195,7 @@ def cast_once(module: nn.Module, runtime: Runtime) -> Iterator[None]:
         yield
 
 
-def _numbers(tensor: Tensor) -> tuple[int, int]:
+def numbers_of(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor's numbers do: where they are, and how often they were written."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 

@@ -246,13 +246,13 @@ def test_the_engine_gives_what_it_gave_before(share, monkeypatch):
 def test_copies_are_given_back_at_the_end_of_serving_and_of_a_call_outside():
     module, engine = adapted(SMALL), LocalEngine()
     answers(module, engine)
-    assert not engine._narrow
+    assert not engine._copies
     with engine.serving(lambda folder: None, text_tokens()):
         answers(module, engine)
         with engine.serving(lambda folder: None, text_tokens()):
             answers(module, engine)
-        assert list(engine._narrow) == [module]
-    assert not engine._narrow
+        assert list(engine._copies) == [module]
+    assert not engine._copies
 
 
 def test_all_is_as_before_between_results_after_an_early_end_and_after_an_error():
@@ -271,7 +271,7 @@ def test_all_is_as_before_between_results_after_an_early_end_and_after_an_error(
         next(results)
     is_as_before()
     results.close()
-    assert not engine._narrow
+    assert not engine._copies
 
     def fail(part, args):
         raise ZeroDivisionError
