@@ -40,7 +40,7 @@ from self_rewarding_lm import (
 
 ENGINE = LocalEngine(max_rows=128)
 PRECISION = "bf16" if getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16") else "no"
-CHARTED = ("accuracy", "judge_exact", "words", "distinct_words", "log_loss")
+CHARTED = {"accuracy": 100, "judge_exact": 100, "words": 1, "distinct_words": 1, "log_loss": 1}
 SFT_STEPS = 122
 GREEDY, SAMPLED = {"temperature": 0, "top_p": None}, {"temperature": 1.0, "top_p": 0.95}
 SMALL = {"prompts_per_round": (80, 60), "held_out": 200, "judge_items": 50}
@@ -97,7 +97,7 @@ class Measure:
         points, pairs = self.task.points, ctx.run.pairs(ctx.stage)
         gaps = [points(p.prompt, p.chosen) - points(p.prompt, p.rejected) for p in pairs]
         found = out.summary["measured"] = self.measure(ctx.stage, ctx.model.module, gaps)
-        out.log({f"held_out/{key}": found[key] for key in CHARTED})
+        out.log({f"held_out/{key}": found[key] / unit for key, unit in CHARTED.items()})
 
     def measure(self, name: str, model: torch.nn.Module, gaps: list[int]) -> dict[str, Any]:
         """The checker's figures of a model; gaps: points of chosen minus rejected, a pair."""

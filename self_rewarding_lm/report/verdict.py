@@ -159,7 +159,8 @@ def _supervised(figures: Sequence[StageFigures]) -> Iterator[str]:
 def _held_out(figures: Sequence[StageFigures]) -> Iterator[str]:
     """A sentence about measures on held-out data, from the first stage that has them to the last.
 
-    These are accuracies, and the scores of early stopping.
+    These are accuracies, and the scores of early stopping. An accuracy above 1 is no share, and is
+    told as it is.
     """
     said = []
     keys = {key for stage in figures for key in stage.data if _is_accuracy(key)}
@@ -169,8 +170,9 @@ def _held_out(figures: Sequence[StageFigures]) -> Iterator[str]:
         values = [stage.data[key] for stage in figures if key in stage.data]
         if all(map(math.isfinite, values)):
             ends = values if len(values) == 1 else [values[0], values[-1]]
-            label = key.replace("anchor/", "of the judge, ").replace("_", " ")
-            said.append(f"{label} {' -> '.join(map(percent, ends))}")
+            told = percent if max(values) <= 1 else "{:.4g}".format
+            label = key.removeprefix("held_out/").replace("anchor/", "of the judge, ")
+            said.append(f"{label.replace('_', ' ')} {' -> '.join(map(told, ends))}")
     for stage in figures:
         scores = [value for _, value in stage.curves.get("early_stopping/score", ())]
         if len(scores) > 1:

@@ -112,3 +112,20 @@ def test_a_run_without_pairs_of_its_own_tells_its_loss(tmp_path):
 )
 def test_shares_are_told_in_percent(share, words):
     assert percent(share) == words
+
+
+class Measuring:
+    """A callback that says the same of each stage."""
+
+    def __init__(self, accuracy: float) -> None:
+        self.accuracy = accuracy
+
+    def on_stage_trained(self, ctx, out) -> None:
+        out.log({"held_out/accuracy": self.accuracy})
+
+
+@pytest.mark.parametrize(("accuracy", "words"), [(0.308, "30.8 %"), (30.84, "30.84")])
+def test_an_accuracy_that_is_no_share_is_told_as_it_is(tmp_path, accuracy, words):
+    stages = [sft(num_train_steps=10), sft(name="again", num_train_steps=10)]
+    run = trainer_of(tmp_path, stages, callbacks=[Measuring(accuracy)])(rehearse=False)
+    assert verdict(run)[-1] == f"Held out: accuracy {words} -> {words}."
