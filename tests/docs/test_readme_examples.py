@@ -58,7 +58,11 @@ def test_first_example_runs_to_its_end_with_a_parse_reward_that_gives_numbers():
             self_reward_prompt_dataset=prompt_dataset,
             dpo_num_train_steps=2,  # the example's 1000, and its 3,964 and 6,942 pairs
             num_generated_preference_pairs=(6, 5),
-            self_reward_config=dict(prompts_per_block=8),
+            self_reward_config=dict(
+                prompts_per_block=8,
+                generation=SamplingConfig(max_new_tokens=64),  # the default's 256
+                judging=SamplingConfig(max_new_tokens=64),
+            ),
         ),
         self_reward_prompt_config=RewardConfig(
             prompt_template="Rate {{ response }} as an answer to {{ prompt }}: ",
