@@ -20,6 +20,7 @@ from self_rewarding_lm.records import (
     Prompt,
     is_trained,
 )
+from self_rewarding_lm.report.words import reason_words
 from self_rewarding_lm.runs.lines import Joined, Lazy, Picked
 from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_files import StageFiles
@@ -335,7 +336,7 @@ def _judgement_as_json(
         "x": _rounded(score_said_of(judgement, candidate.id)),
     }
     if judgement.reason is not None:
-        values["r"] = judgement.reason
+        values["r"] = reason_words(judgement.reason)
     if judgement.id in example.judgement_roles:
         values["l"] = example.judgement_roles[judgement.id]
     return {**values, "t": judgement.text}

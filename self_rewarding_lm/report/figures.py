@@ -7,7 +7,7 @@ None or absent.
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -37,6 +37,10 @@ ENDS = ("done", "stopped")
 """Behind which a stage does nothing."""
 
 
+TRAINED = ("eval/", "early_stopping/")
+"""Beginnings of numbers that are curves, though the first is known before training."""
+
+
 @dataclass(frozen=True)
 class Histogram:
     """counts[i] scores lie in edges[i] to edges[i + 1], or are values[i] if these are given."""
@@ -54,7 +58,7 @@ class StageFigures:
     judging, pairing, reference; "training"), of attempts whose end is known. lost: attempts whose
     end is not. stopped: the words of the error that ended the last attempt. histograms: of scores
     by the name of an ensemble's member or an earlier model, whose scales may differ; "" is the
-    stage's own judge.
+    stage's own judge. rounds: the numbers of the data of each round, if the stage has several.
     """
 
     name: str
@@ -70,6 +74,7 @@ class StageFigures:
     stopped: str | None = None
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     data: dict[str, float] = field(default_factory=dict)
+    rounds: list[dict[str, float]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     histograms: dict[str, Histogram] = field(default_factory=dict)
 
@@ -119,13 +124,13 @@ def _start(run: Run, name: str, init_from: str) -> str:
     return run.stages[place - 1] if init_from == "previous" else init_from
 
 
-def _add_metrics(figures: StageFigures, lines: Iterable[dict[str, Any]]) -> None:
+def _add_metrics(figures: StageFigures, lines: Sequence[dict[str, Any]]) -> None:
     """Metrics that have steps become curves; the others, and all of anchors, single numbers."""
     by_name: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         step = line.get("step", 0)
         for key, value in line.items():
-            if key == "step" or not is_metric(value):
+            if key in ("step", "round") or not is_metric(value):
                 continue
             by_name.setdefault(key, []).append((step, value))
     for key, points in by_name.items():
@@ -133,11 +138,28 @@ def _add_metrics(figures: StageFigures, lines: Iterable[dict[str, Any]]) -> None
             figures.curves[key] = points
         else:
             figures.data[key] = points[-1][1]
+    figures.rounds = _rounds(lines)
     if "num_tokens" in figures.curves:
         figures.tokens["trained"] = int(sum(value for _, value in figures.curves["num_tokens"]))
     steps = [step for step, _ in figures.curves.get("loss", [])]
     if steps:
         figures.counts["steps"] = int(max(steps))
+
+
+def _rounds(lines: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Numbers by round of those names that the first round logged before its training."""
+    numbers: dict[int, dict[str, float]] = {}
+    for line in lines:
+        place = line.get("round")
+        if is_metric(place):
+            known = {k: v for k, v in line.items() if k not in ("step", "round") and is_metric(v)}
+            numbers.setdefault(int(place), {}).update(known)
+    before = {key for line in lines if line.get("step") == 0 for key in line}
+    rounds = [
+        {k: v for k, v in of_round.items() if k in before and not k.startswith(TRAINED)}
+        for _, of_round in sorted(numbers.items())
+    ]
+    return rounds if len(rounds) > 1 else []
 
 
 def _add_events(figures: StageFigures, events: Sequence[dict[str, Any]]) -> None:

@@ -8,13 +8,17 @@ computed (`figures.py`) or drawn (`charts.py`).
 import base64
 import hashlib
 import logging
+import math
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from datetime import datetime
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined, Template
 
@@ -45,8 +49,11 @@ from self_rewarding_lm.report.words import (
     CURVES,
     ROUNDS,
     SHARES,
+    TOKENS,
     UNCHARTED,
     in_order,
+    kind_words,
+    unit_of,
     words_of,
 )
 from self_rewarding_lm.runs.atomic import OTHER_PLACE, writing
@@ -216,6 +223,9 @@ def _origin(run: RunFigures) -> list[str]:
     """When it began, its seed, the model's class and parameters, versions."""
     model, versions = run.info.get("model") or {}, run.info.get("versions") or {}
     begun, seed = (str(run.info.get(key, "unknown")) for key in ("created", "seed"))
+    with suppress(ValueError):
+        begun = datetime.fromisoformat(begun).strftime("%Y-%m-%d %H:%M UTC%z").removesuffix("+0000")
+        begun = _unbroken(begun)
     kind = str(model.get("class", "unknown")).rpartition(".")[2]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return [begun, seed, kind, _number_or_unknown(model.get("parameters")), named or "unknown"]
@@ -230,26 +240,38 @@ def _way(run: RunFigures) -> Iterator[str]:
 
 
 def _loop_table(run: RunFigures) -> Table:
-    """A column for each stage."""
+    """A row for each stage."""
     counts = [key for key in COUNTS if any(key in stage.counts for stage in run.stages)]
-    names = ["kind", "state", "starts from", *counts, "tokens sampled", "characters of judges"]
-    names += ["tokens trained", "begun", "time for data", "time for training"]
-    columns = [list(_column(stage, counts)) for stage in run.stages]
-    rows = [[name, *cells] for name, *cells in zip(names, *columns, strict=True)] if columns else []
-    return Table(run.label, ["stage", *(stage.name for stage in run.stages)], rows)
+    tokens = [key for key in TOKENS if any(key in stage.tokens for stage in run.stages)]
+    head = ["stage", "kind", "state", "begun"]
+    numbers = [*counts, *(TOKENS[key] for key in tokens), "time for data", "time for training"]
+    rows = [[stage.name, *_row(stage, counts, tokens)] for stage in run.stages]
+    return Table("The stages, in order", [*head, *numbers], rows, texts=len(head))
 
 
-def _column(stage: StageFigures, counts: Sequence[str]) -> Iterator[str]:
-    yield from (stage.kind, stage.state, stage.start)
-    yield from (number(stage.counts.get(key), "none") for key in counts)
-    for key in ("sampled", "judge_characters", "trained"):
-        yield number(stage.tokens.get(key), "none")
+def _row(stage: StageFigures, counts: Sequence[str], tokens: Sequence[str]) -> Iterator[str | None]:
     when = None if stage.began is None else time.localtime(stage.began)
-    yield "unknown" if when is None else time.strftime("%Y-%m-%d %H:%M", when)
-    lost = f" and {stage.lost} stopped attempts of unknown length" if stage.lost else ""
-    yield duration(stage.seconds.get("data")) + lost
+    yield from (kind_words(stage.kind), stage.state)
+    yield "unknown" if when is None else _unbroken(time.strftime("%Y-%m-%d %H:%M", when))
+    for count in (*map(stage.counts.get, counts), *map(stage.tokens.get, tokens)):
+        yield None if count is None else number(count)
+    yield _with_lost(stage.seconds.get("data"), stage.lost)
     trains = "steps" in stage.counts or "training" in stage.seconds
-    yield duration(stage.seconds.get("training")) if trains else "none"
+    yield _time(stage.seconds.get("training")) if trains else None
+
+
+def _unbroken(date: str) -> str:
+    """A date whose hyphens end no line."""
+    return date.replace("-", "\N{NON-BREAKING HYPHEN}")
+
+
+def _with_lost(seconds: float | None, lost: int) -> str:
+    attempts = "a stopped attempt" if lost == 1 else f"{lost} stopped attempts"
+    return _time(seconds) + (f" and {attempts} of unknown length" if lost else "")
+
+
+def _time(seconds: float | None) -> str:
+    return duration(seconds).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _number_or_unknown(value: Any) -> str:
@@ -263,18 +285,33 @@ def _warnings(runs: Sequence[RunFigures]) -> Iterator[dict[str, Any]]:
     """Errors that ended an attempt, and what checks warned of with what each check looks at."""
     meanings = {setting.name: setting.words for setting in settings_of(ChecksConfig)}
     for run, stage in _stages_of(runs):
-        where = f"{run.label}, {stage.name}"
+        where = f"{run.label}, {stage.name}" if len(runs) > 1 else stage.name
         if stage.stopped is not None:
             yield {"title": f"{where}: the last attempt was ended", "error": stage.stopped}
         for event in stage.warnings:
             check, seen, limit = (event.get(key) for key in ("check", "seen", "limit"))
-            seen, limit = _number_or_unknown(seen), _number_or_unknown(limit)
+            first, rest = _first_clause(str(event.get("words", "")))
             yield {
-                "title": f"{where}: {check} is {seen}, its limit {limit}",
+                "title": f"{where}: {first}",
                 "error": None,
-                "words": event.get("words", ""),
+                "words": rest,
+                "check": check,
                 "meaning": meanings.get(str(check), ""),
+                "seen": _number_or_unknown(seen),
+                "limit": _number_or_unknown(limit),
             }
+
+
+def _first_clause(words: str) -> tuple[str, str]:
+    """What was seen, and all that is said behind it."""
+    end = re.search(r"(?= \()|[.;:](?=\s|$)", words)
+    if end is None:
+        return words, ""
+    rest = words[end.end() :].strip()
+    inner, _, behind = rest[1:].partition(")")
+    if rest.startswith("(") and "(" not in inner:
+        rest = inner + behind
+    return words[: end.start()], rest[:1].upper() + rest[1:]
 
 
 def _stages_of(runs: Iterable[RunFigures]) -> Iterator[tuple[RunFigures, StageFigures]]:
@@ -284,17 +321,34 @@ def _stages_of(runs: Iterable[RunFigures]) -> Iterator[tuple[RunFigures, StageFi
 # -- over the rounds -------------------------------------------------------------------------------
 
 
+class Column(NamedTuple):
+    """The numbers of a stage's data, or of one of its rounds."""
+
+    run: int
+    name: str
+    data: dict[str, float]
+
+
+def _columns(runs: Sequence[RunFigures]) -> Iterator[Column]:
+    for place, run in enumerate(runs):
+        for stage in run.stages:
+            for i, data in enumerate(stage.rounds):
+                yield Column(place, f"{stage.name}, round {i + 1}", data)
+            if not stage.rounds:
+                yield Column(place, stage.name, stage.data)
+
+
 def _rounds(runs: Sequence[RunFigures]) -> dict[str, Any]:
-    """Numbers of data stage after stage: judge, lengths, anchors, pairs; what was left out."""
-    names = _stage_names(runs)
-    keys = {key for _, stage in _stages_of(runs) for key in stage.data if key not in stage.dropped}
-    ordered = in_order(keys, ROUNDS, "anchor/")
+    """Numbers of data round after round: judge, lengths, anchors, pairs; what was left out."""
+    columns = list(_columns(runs))
     dropped = sorted({key for _, stage in _stages_of(runs) for key in stage.dropped})
+    keys = {key for column in columns for key in column.data} - set(dropped)
+    ordered = in_order(keys, ROUNDS, "anchor/")
     charted = [key for key in ordered if not key.startswith(UNCHARTED)]
-    charts = [_round_chart(i, key, names, runs) for i, key in enumerate(charted)]
+    charts = [_round_chart(i, key, columns, runs) for i, key in enumerate(charted)]
     tables = [
-        _numbers("Numbers of the data of each stage", ordered, runs),
-        _numbers("What was left out, by reason", dropped, runs),
+        _numbers("Numbers of the data", ordered, columns, runs),
+        _numbers("What was left out, by reason", dropped, columns, runs),
     ]
     return {
         "charts": [chart for chart in charts if chart is not None],
@@ -308,36 +362,39 @@ def _stage_names(runs: Sequence[RunFigures]) -> list[str]:
 
 
 def _round_chart(
-    place: int, key: str, names: Sequence[str], runs: Sequence[RunFigures]
+    place: int, key: str, columns: Sequence[Column], runs: Sequence[RunFigures]
 ) -> Chart | None:
-    """A number over the stages; None if no run has it in two of them."""
-    lines: list[tuple[str, int, list[tuple[int, float]]]] = []
-    for style, run in enumerate(runs):
-        values = {names.index(s.name): s.data[key] for s in run.stages if key in s.data}
-        lines.append((run.label, style, sorted(values.items())))
-    if all(len(points) < 2 for _, _, points in lines):
-        return None
-    used = sorted({x for _, _, points in lines for x, _ in points})
-    lines = [(n, style, [(used.index(x), y) for x, y in points]) for n, style, points in lines]
+    """A number over the rounds; None if no run has it in two of them."""
+    known = [column for column in columns if math.isfinite(column.data.get(key, math.nan))]
+    names = list(dict.fromkeys(column.name for column in columns if column in known))
+    lines = [
+        (
+            run.label,
+            style,
+            [(float(names.index(c.name)), c.data[key]) for c in known if c.run == style],
+        )
+        for style, run in enumerate(runs)
+    ]
     return line_chart(
         f"round-{place}",
         words_of(key),
         lines,
         across="stage",
-        names=[names[x] for x in used],
+        up=unit_of(key),
+        names=names,
         share=key in SHARES,
     )
 
 
-def _numbers(caption: str, keys: Sequence[str], runs: Sequence[RunFigures]) -> Table:
-    """A column for each stage that has any of the numbers."""
-    columns = [
-        (r, stage) for r, stage in _stages_of(runs) if any(key in stage.data for key in keys)
-    ]
+def _numbers(
+    caption: str, keys: Sequence[str], columns: Sequence[Column], runs: Sequence[RunFigures]
+) -> Table:
+    """A column for each stage or round that has any of the numbers."""
+    shown = [column for column in columns if not column.data.keys().isdisjoint(keys)]
     several = len(runs) > 1
-    head = [f"{run.label}, {stage.name}" if several else stage.name for run, stage in columns]
+    head = [f"{runs[c.run].label}, {c.name}" if several else c.name for c in shown]
     rows = [
-        [words_of(key), *(number(s.data[key]) if key in s.data else None for _, s in columns)]
+        [words_of(key), *(number(c.data[key]) if key in c.data else None for c in shown)]
         for key in keys
     ]
     return Table(caption, ["number", *head], rows)
@@ -347,10 +404,14 @@ def _numbers(caption: str, keys: Sequence[str], runs: Sequence[RunFigures]) -> T
 
 
 def _stage_charts(place: int, name: str, runs: Sequence[RunFigures]) -> dict[str, Any]:
-    """A stage's curves, those that are always shown first, and the bars of its scores."""
+    """A stage's curves, those that are always shown first, and the bars of its scores.
+
+    What would be a chart of one point or one bar is a row of a table.
+    """
     stages = [_stage_of(run, name) for run in runs]
     keys = {key for stage in stages if stage is not None for key in stage.curves}
-    charts, more_charts, widths = list[Chart | None](), list[Chart | None](), [1]
+    keys -= {key for s in stages if s is not None for of_round in s.rounds for key in of_round}
+    charts, more_charts, widths, rows = list[Chart](), list[Chart](), [1], []
     for i, key in enumerate(in_order(keys, CURVES, "\0")):
         lines = []
         for style, (run, stage) in enumerate(zip(runs, stages, strict=True)):
@@ -358,20 +419,38 @@ def _stage_charts(place: int, name: str, runs: Sequence[RunFigures]) -> dict[str
             widths.append(width)
             lines.append((run.label, style % STYLES, points))
         chart = line_chart(
-            f"curve-{place}-{i}", words_of(key), lines, across="step", share=key in SHARES
+            f"curve-{place}-{i}",
+            words_of(key),
+            lines,
+            across="step",
+            up=unit_of(key),
+            share=key in SHARES,
         )
-        (charts if key in CURVES or key.startswith("eval/") else more_charts).append(chart)
+        if chart is None:
+            values = [number(points[0][1]) if points else None for _, _, points in lines]
+            rows.append([words_of(key), *values])
+        else:
+            is_first = key in CURVES or key.startswith("eval/")
+            (charts if is_first else more_charts).append(chart)
     bars = []
-    for run, stage in zip(runs, stages, strict=True):
+    for style, (run, stage) in enumerate(zip(runs, stages, strict=True)):
+        of_run = f" of {run.label}" if len(runs) > 1 else ""
         for judge, scores in ({} if stage is None else stage.histograms).items():
-            title = f"Scores of {run.label if len(runs) > 1 else name}"
-            title = f"{title}, {judge}" if judge else title
-            bars.append(_bars(f"scores-{place}-{len(bars)}", title, scores))
+            title = f"Scores{of_run}{' by ' if judge else ''}{judge}"
+            chart = _bars(f"scores-{place}-{len(bars)}", title, scores, "score", "judgements")
+            if chart is None:
+                values = [None] * len(runs)
+                values[style] = f"{number(scores.values[0])}, {scores.counts[0]:,} times"
+                rows.append([title, *values])
+            else:
+                bars.append(chart)
+    head = ["value", *(run.label for run in runs)] if len(runs) > 1 else ["number", "value"]
     return {
-        "charts": [chart for chart in (*charts, *bars) if chart is not None],
-        "more_charts": [chart for chart in more_charts if chart is not None],
+        "charts": [*charts, *bars],
+        "more_charts": more_charts,
+        "single": Table("Numbers with one value", head, rows),
         "steps_a_point": max(widths),
-        "is_empty": not keys and not bars,
+        "is_empty": not keys and not bars and not rows,
     }
 
 
@@ -379,13 +458,13 @@ def _stage_of(run: RunFigures, name: str) -> StageFigures | None:
     return next((stage for stage in run.stages if stage.name == name), None)
 
 
-def _bars(key: str, title: str, scores: Histogram) -> Chart:
+def _bars(key: str, title: str, scores: Histogram, across: str, up: str) -> Chart | None:
     names = [number(value) for value in scores.values]
     if not names:
         edges = [number(edge) for edge in scores.edges]
         names = [f"{low} to {high}" for low, high in pairwise(edges)]
     bars = list(zip(names, map(float, scores.counts), strict=True))
-    return bar_chart(key, title, bars, across="score")
+    return bar_chart(key, title, bars, across=across, up=up, edges=scores.edges)
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -393,7 +472,8 @@ def _bars(key: str, title: str, scores: Histogram) -> Chart:
 
 def _origins(runs: Sequence[RunFigures]) -> Table:
     head = ["run", "begun", "seed", "model", "parameters", "versions"]
-    return Table("Where the runs come from", head, [[run.label, *_origin(run)] for run in runs])
+    rows = [[run.label, *_origin(run)] for run in runs]
+    return Table("Where the runs come from", head, rows, texts=len(head))
 
 
 def _settings_tables(name: str, runs: Sequence[RunFigures]) -> dict[str, Table]:
@@ -404,8 +484,8 @@ def _settings_tables(name: str, runs: Sequence[RunFigures]) -> dict[str, Table]:
     head = ["setting", *(run.label for run in runs)]
     differing = [row for row in rows if len(set(row[1:])) > 1]
     return {
-        "differing": Table(f"{name}: settings that differ", head, differing),
-        "all": Table(f"{name}: all settings", head, rows),
+        "differing": Table(f"{name}: settings that differ", head, differing, texts=len(head)),
+        "all": Table(f"{name}: all settings", head, rows, texts=len(head)),
     }
 
 

@@ -72,7 +72,7 @@
   function show() {
     const box = byId("example");
     at = Math.max(0, Math.min(at, found.length - 1));
-    byId("count").textContent = `of ${found.length}`;
+    byId("count").textContent = `of ${found.length.toLocaleString("en")}`;
     byId("previous").disabled = at <= 0;
     byId("next").disabled = at >= found.length - 1;
     place.max = Math.max(1, found.length);
@@ -83,12 +83,12 @@
       return;
     }
     const one = found[at];
-    const title = element("h3", "", runs.length > 1 ? `${runs[one.r]}, ${one.id}` : one.id);
+    const title = element("h3", "", `Prompt ${one.id}${runs.length > 1 ? ` of ${runs[one.r]}` : ""}`);
     const margin = one.m === null ? "" : `Margin of the pair: ${one.m}`;
     const answers = element("div", "answers");
-    answers.append(...one.c.map(answer));
-    box.append(title, element("p", "note", margin || pairless(one)));
-    box.append(element("h4", "", "Prompt"), written(one.p), answers);
+    const rank = (c) => (c.l === "chosen" ? 0 : c.l === "rejected" ? 1 : 2);
+    answers.append(...one.c.toSorted((a, b) => rank(a) - rank(b)).map(answer));
+    box.append(title, written(one.p), element("p", "note", margin || pairless(one)), answers);
   }
 
   function pairless(one) {
@@ -175,5 +175,6 @@
     else return;
     event.preventDefault();
   });
+  at = found.findIndex(kinds.pair);
   show();
 })();

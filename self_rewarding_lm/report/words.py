@@ -1,4 +1,6 @@
-"""What the numbers of a run are called on the page, and in which order they come."""
+"""What stages and numbers of a run are called on the page, and in which order they come."""
+
+import re
 
 CURVES = {
     "loss": "Loss",
@@ -44,6 +46,53 @@ SHARES = {
 """Numbers from 0 to 1: their charts show all of that, so that a small change looks small."""
 
 
+MORE = {
+    "num_tokens": "Tokens of a step",
+    "padding_share": "Padding, share of a step's tokens",
+    "rows/truncated": "Rows that max_seq_len cut",
+    "rows/skipped": "Rows that could not be used",
+    "pairs/judge_kept": "Pairs of judgements that were kept",
+    "prompts/kept": "New prompts that were kept",
+    "completions/re_encoded": "Responses whose text has other tokens than were sampled",
+    "next/replaced": "Responses that the next model's replaced",
+    "contrast/identical_rate": "Contrasts whose two responses are the same",
+    "consistency/tau_mean": "Mean rank correlation of two judges",
+    "consistency/undefined_share": "Prompts without a rank correlation",
+    "meta/comparisons": "Comparisons of judgements",
+    "meta/parse_rate": "Comparisons of judgements with a verdict",
+    "meta/tie_rate": "Comparisons of judgements that tie",
+    "meta/position_bias": "Verdicts for the judgement that was shown first",
+    "meta/prefers_higher_score": "Verdicts for the judgement with the higher score",
+    "anchor/accuracy_ties_half": "Anchor: accuracy, a tie counts half",
+}
+"""Of other numbers of the library what they are called."""
+
+
+UNITS = {
+    "loss": "loss",
+    "rewards/accuracies": "share of pairs",
+    "rewards/": "implicit reward",
+    "logps/": "log-probability",
+    "nll": "NLL",
+    "grad_norm": "norm",
+    "early_stopping/": "score",
+    "num_tokens": "tokens",
+    "padding_share": "share of tokens",
+    "judge/score_mean": "score",
+    "judge/tie_rate": "share of prompts",
+    "judge/modal_share": "share of scores",
+    "judge/score_mass": "probability",
+    "judge/skipped": "responses",
+    "judge/": "share of judgements",
+    "completions/mean_length": "tokens",
+    "completions/clipped_ratio": "share of responses",
+    "pairs/kept": "pairs",
+    "pairs/judge_kept": "pairs",
+    "pairs/": "tokens",
+}
+"""What the axis of a number, or of all that begin so, is called; the first that fits."""
+
+
 UNCHARTED = ("rows/", "prompts/", "eft/")
 """Beginnings of numbers that say how many rows there were: they have no chart."""
 
@@ -51,10 +100,18 @@ UNCHARTED = ("rows/", "prompts/", "eft/")
 COUNTS = ("prompts", "candidates", "judgements", "pairs", "demonstrations", "rows", "steps")
 
 
+TOKENS = {
+    "sampled": "tokens sampled",
+    "judge_characters": "characters of judges",
+    "trained": "tokens trained",
+}
+"""Tokens of a stage that the page counts, and what they are called."""
+
+
 DROPPED = {
     "tie": "best and worst score are equal",
     "identical": "chosen and rejected are the same text",
-    "unfinished": "cut off before its end",
+    "unfinished": "cut off before the end",
     "unscored": "no judgement with a score",
     "margin": "the two scores differ by less than min_margin",
     "invalid_score": "is_valid_reward refused the score",
@@ -65,13 +122,69 @@ DROPPED = {
 """Why a prompt or a candidate was left out."""
 
 
+REASONS = {
+    "no_score": "no score in it",
+    "no_verdict": "no verdict in it",
+    "no_answer": "no answer in it",
+    "unfinished": "cut off",
+    "low_mass": "the allowed scores are all unlikely",
+}
+"""Why a judgement has no score, where its name does not say it."""
+
+
+PARTS = {"eval": "Held out", "losses": "Part of the loss", "eft": "EFT"}
+"""Of names of numbers the part before the first `/`, where it is no word."""
+
+
 def words_of(key: str) -> str:
     """What a number is called."""
-    words = CURVES.get(key) or ROUNDS.get(key)
-    if words is not None:
-        return words
-    reason = key.rpartition("dropped_")[2]
-    return f"{key}: {DROPPED[reason]}" if "dropped_" in key and reason in DROPPED else key
+    known = CURVES.get(key) or ROUNDS.get(key) or MORE.get(key)
+    if known is not None:
+        return known
+    part, _, rest = key.rpartition("dropped_")
+    if part:
+        what = _capital(part.rstrip("/_").replace("/", ", "))
+        return f"{what}: {DROPPED.get(rest, _plain(rest))}"
+    part, _, rest = key.partition("/")
+    if not rest:
+        return _capital(key)
+    return f"{PARTS.get(part) or _capital(part)}: {_small(words_of(rest))}"
+
+
+def unit_of(key: str) -> str:
+    """What the axis of a number is called."""
+    key = key.removeprefix("eval/")
+    fits = (
+        unit
+        for name, unit in UNITS.items()
+        if key == name or (name.endswith("/") and key.startswith(name))
+    )
+    return next(fits, "share" if key in SHARES else _plain(key.rpartition("/")[2]))
+
+
+def reason_words(reason: str) -> str:
+    """Why a judgement has no score."""
+    return REASONS.get(reason) or _plain(reason)
+
+
+def kind_words(kind: str) -> str:
+    """A stage's class in words: SelfRewardDPOConfig is "self reward DPO"."""
+    parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^A-Z]+", kind.removesuffix("Config"))
+    return " ".join(part if part.isupper() else part.lower() for part in parts) or kind
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _capital(name: str) -> str:
+    words = _plain(name)
+    return words[:1].upper() + words[1:]
+
+
+def _small(words: str) -> str:
+    """Words behind a colon; NLL stays as it is."""
+    return words if words[:2].isupper() else words[:1].lower() + words[1:]
 
 
 def in_order(keys: set[str], known: dict[str, str], first: str) -> list[str]:

@@ -28,7 +28,7 @@ def test_a_card_tells_stages_data_numbers_and_limits(tmp_path):
     assert "| one | SelfRewardDPOConfig | sft |  | 2 |" in card
     assert "| two |" not in card  # it comes later
     assert "in 2 of 3 stages" in card
-    assert "| Loss |  | 0.5 |" in card and "| anchor/accuracy |  | 0.75 |" in card
+    assert "| Loss |  | 0.5 |" in card and "| Anchor: accuracy |  | 0.75 |" in card
     for words in ("## Limits", "load_weights(model, 'one')", "arXiv:2401.10020", "@software{"):
         assert words in card
     assert "2305.18290" not in card  # no settings say that there was a DPO loss

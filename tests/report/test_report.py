@@ -28,12 +28,13 @@ from self_rewarding_lm.records import (
     to_json,
 )
 from self_rewarding_lm.report import page
-from self_rewarding_lm.report.charts import ticks
+from self_rewarding_lm.report.charts import bar_chart, line_chart, ticks
 from self_rewarding_lm.report.examples import parts_of
 from self_rewarding_lm.report.figures import histogram, run_figures, thinned
 from self_rewarding_lm.report.markup import safe, tag
 from self_rewarding_lm.report.page import report_at_end, write_report
 from self_rewarding_lm.report.terminal import stage_table
+from self_rewarding_lm.report.words import kind_words, reason_words, unit_of, words_of
 from self_rewarding_lm.runs import stored
 from self_rewarding_lm.runs.run import REPORT
 from self_rewarding_lm.runs.stage_files import FORMAT
@@ -321,14 +322,15 @@ def test_the_page_says_what_is_known_and_what_is_not(tmp_path):
     page = Page(write_report([two_rounds(tmp_path / "run")]))
     for words in (
         "2 of 3 stages done",
-        "ties is 0.95, its limit 0.9",
-        "many prompts tie.",
+        "one: many prompts tie",
+        "Seen: 0.95, limit: 0.9.",
         "Share of prompts whose best and worst candidate have the same score",
         "the last attempt was ended",
         "JudgeError: only 3 of 64 could be read",
-        "10.0 s and 1 stopped attempts of unknown length",
-        "pairs/dropped_tie: best and worst score are equal",
-        "anchor/accuracy",
+        "10.0\xa0s and a stopped attempt of unknown length",
+        "Pairs: best and worst score are equal",
+        "Anchor: accuracy",
+        "self reward DPO",
         "All 4 examples.",
     ):
         assert words in page.text, words
@@ -350,7 +352,7 @@ def test_examples_hold_scores_judgements_and_the_pair(tmp_path):
     ]
     assert first["c"][0]["e"] == "cut off" and "e" not in first["c"][1]
     assert third["c"][0]["j"] == [
-        {"b": "self, sampled", "x": None, "r": "no_score", "t": "I say None of ee"}
+        {"b": "self, sampled", "x": None, "r": "no score in it", "t": "I say None of ee"}
     ]
 
 
@@ -427,6 +429,101 @@ def test_two_runs_stand_side_by_side(tmp_path):
     assert styles == {"line s0", "line s1"}
 
 
+def test_names_of_the_code_are_words_on_the_page():
+    kinds = {
+        "SelfRewardDPOConfig": "self reward DPO",
+        "BuildEFTConfig": "build EFT",
+        "Mine": "mine",
+    }
+    assert {kind: kind_words(kind) for kind in kinds} == kinds
+    numbers = {
+        "eval/nll": ("Held out: NLL of chosen, per token", "NLL"),
+        "anchor/spearman": ("Anchor: spearman", "spearman"),
+        "candidates/dropped_unfinished": ("Candidates: cut off before the end", "dropped unfinished"),
+        "pairs/judge_dropped_my_own": ("Pairs, judge: my own", "tokens"),
+        "meta/tie_rate": ("Comparisons of judgements that tie", "tie rate"),
+        "eval/rewards/accuracies": (
+            "Held out: pairs whose chosen response has the higher implicit reward", "share of pairs",
+        ),
+    }  # fmt: skip
+    assert {key: (words_of(key), unit_of(key)) for key in numbers} == numbers
+    assert reason_words("no_score") == "no score in it" and reason_words("too_long") == "too long"
+
+
+def test_a_chart_has_two_points_at_least_and_names_at_its_axes():
+    one = [("run", 0, [(1.0, 2.0)])]
+    assert line_chart("k", "t", one, across="step", up="loss") is None
+    assert bar_chart("k", "t", [("4", 9.0)], across="score", up="judgements") is None
+    two = [("a", 0, [(1.0, 2.0), (2.0, 3.0)]), ("b", 1, [(1.0, 2.0)])]
+    for chart in (
+        line_chart("k", "t", two, across="step", up="loss"),
+        bar_chart("k", "t", [("0 to 1", 3.0), ("1 to 2", 1.0)], across="step", up="loss", edges=[0, 10, 20]),
+    ):  # fmt: skip
+        assert ">step</text>" in chart.svg and ">loss</text>" in chart.svg
+        assert "0.5<" not in chart.svg and "1.5<" not in chart.svg  # there is no half step or count
+
+
+def test_long_names_below_an_axis_are_aslant_and_keep_their_end():
+    names = [f"self_reward_of_the_round_{i}" for i in range(14)]
+    line = [("run", 0, [(float(i), 1.0) for i in range(14)])]
+    svg = line_chart("k", "t", line, across="stage", up="score", names=names).svg
+    labels = re.findall(r'<text[^>]*transform="rotate[^>]*>([^<]*)<', svg)
+    assert len(labels) == 14 == len(set(labels)) and all("…" in label for label in labels)
+    assert labels[-1].endswith("_13")
+    few = line_chart("k", "t", line, across="stage", up="score", names=["M1", "M2"] * 7).svg
+    assert "rotate" not in few
+
+
+def test_numbers_of_one_step_are_a_table_and_no_charts(tmp_path):
+    stage = {
+        **sampled("one", [["a", "b"]], [[3, 3]]),
+        "metrics.jsonl": [{"step": 1, "loss": 0.5, "num_tokens": 7.0}],
+    }
+    page = Page(write_report([made_run(tmp_path / "run", {"one": stage})]))
+    assert "svg" not in {name for name, _ in page.tags}
+    words = "".join(page.text.split())
+    assert "NumberswithonevaluenumbervalueLoss0.5Tokensofastep7Scores3,2times" in words
+
+
+def test_rounds_of_a_stage_stand_one_after_the_other(tmp_path):
+    """They were curves of the training, and the last one alone was a number of the data."""
+    lines = [
+        {"step": 0, "judge/tie_rate": 0.5, "eval/loss": 2.0, "round": 0},
+        {"step": 1, "loss": 0.7, "round": 0},
+        {"step": 1, "judge/tie_rate": 0.25, "eval/loss": 1.0, "round": 1},
+        {"step": 2, "loss": 0.6, "round": 1},
+    ]
+    run = made_run(tmp_path / "run", {"m": {"metrics.jsonl": lines}})
+    [stage] = run_figures(run, "run").stages
+    assert stage.rounds == [{"judge/tie_rate": 0.5}, {"judge/tie_rate": 0.25}]
+    assert "round" not in stage.curves
+    text = Page(write_report([run])).text
+    assert "run: 0.5 at m, round 1, 0.25 at m, round 2" in text
+    assert "run: 2 at step 0, 1 at step 1" in text and "Round" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "first", "rest"),
+    [
+        ("many prompts tie.", "many prompts tie", ""),
+        ("both fall (by 0.5 on average). Less is more.", "both fall", "By 0.5 on average. Less is more."),
+        ("a (b (c)). d", "a", "(b (c)). d"),
+        ("step 0.5 is it", "step 0.5 is it", ""),
+    ],
+)  # fmt: skip
+def test_a_warning_begins_with_what_was_seen(tmp_path, words, first, rest):
+    event = {
+        "time": 1.0,
+        "event": "warning",
+        "check": "ties",
+        "seen": 1.0,
+        "limit": 0.5,
+        "words": words,
+    }
+    run = made_run(tmp_path / "run", {"m": {"events.jsonl": [event]}})
+    assert f"m: {first}{rest}\nSeen: 1, limit: 0.5." in Page(write_report([run])).text
+
+
 def test_wrong_use_is_an_error_in_words(tmp_path):
     with pytest.raises(ConfigError, match="at least one run"):
         write_report([])
@@ -462,7 +559,7 @@ def test_a_run_writes_its_report_events_and_warnings(tmp_path):
     assert {"few_pairs"} <= {w["check"] for w in second.warnings}
     assert set(second.seconds) == {"data", "training"} and second.lost == 0
     page = Page(tmp_path / "report.html")
-    assert "few_pairs is" in page.text and len(page.examples) == 10
+    assert "Setting: checks.few_pairs." in page.text and len(page.examples) == 10
     off = tmp_path / "off"
     trainer_of(off, [sft()], report=False)()
     assert not (off / "report.html").exists()

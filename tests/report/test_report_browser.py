@@ -2,9 +2,11 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
+from self_rewarding_lm import Run
 from self_rewarding_lm.report.page import write_report
 from tests.report.test_report import HOSTILE, made_run, sampled, two_rounds
 from tests.support.browser import MISSING, Browser
@@ -22,9 +24,27 @@ def browser():
     opened.close()
 
 
+def many_stages(folder: Path) -> Run:
+    """Fourteen stages with long names; of the first prompt of each no pair was made."""
+    stages = {}
+    for i in range(14):
+        name = f"self_reward_of_round_{i + 1}"
+        told = [{"step": step, "loss": 1 / step, "grad_norm": 1e5 * step} for step in range(1, 40)]
+        stages[name] = {
+            **sampled(name, [["a", "b"], ["c", "d"], ["e", "f"]], [[3, 3], [4, 2], [1, 5]]),
+            "config.json": {"stage": "SelfRewardDPOConfig", "settings": {"judge_prompt": "Rate. " * 99}},
+            "metrics.jsonl": [{"step": 0, "judge/score_mean": i / 7, "pairs/kept": 123456}, *told],
+            "events.jsonl": [
+                {"time": 1e9 + 1e5 * i, "event": "begin"},
+                {"time": 1e9 + 1e5 * i + 12345, "event": "done"},
+            ],
+        }  # fmt: skip
+    return made_run(folder, stages)
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """One run, two beside each other, hostile and wide texts, a run that has hardly begun."""
+    """One run, two beside each other, many stages, hostile texts, a run that has hardly begun."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [two_rounds(folder / "a"), two_rounds(folder / "b" / LONG[:80])]
     texts = [[HOSTILE, LONG], [ARABIC, "b"]]
@@ -37,6 +57,7 @@ def pages(tmp_path_factory):
     return {
         "one": write_report([runs[0]], folder / "one.html"),
         "two": write_report(runs, folder / "two.html"),
+        "many": write_report([many_stages(folder / "many")], folder / "many.html"),
         "wide": write_report([wide], folder / "wide.html"),
         "empty": write_report([made_run(folder / "e", {"sft": {}})], folder / "empty.html"),
     }
@@ -52,15 +73,8 @@ def put(browser, name: str, value: str) -> str:
         f"""(() => {{ const field = document.forms.filter.elements[{name!r}];
         field.value = {value!r}; field.dispatchEvent(new Event('input', {{bubbles: true}})); }})()"""
     )
-    browser.run("new Promise((done) => setTimeout(done, 200))")
+    browser.run("new Promise((done) => setTimeout(done, 140))")  # it waits 120 for the next key
     return browser.run("document.getElementById('count').textContent")
-
-
-@pytest.mark.parametrize("name", ["one", "two", "wide", "empty"])
-def test_a_page_opens_without_a_request_or_an_error(browser, pages, name):
-    browser.look(1280)
-    browser.open(pages[name])
-    assert browser.problems() == []
 
 
 def test_hostile_texts_are_shown_as_texts(browser, pages):
@@ -73,22 +87,38 @@ def test_hostile_texts_are_shown_as_texts(browser, pages):
     assert browser.problems() == []
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["one", "two", "wide", "empty"])
-def test_nothing_is_wider_than_the_window(browser, pages, name, width, dark):
-    browser.look(width, dark=dark)
+OUTSIDE = """[...document.querySelectorAll('body *')].filter((e) => !e.closest('.wide, .skip, thead')
+    && e.getClientRects().length && (e.getBoundingClientRect().right > innerWidth + 1
+    || e.getBoundingClientRect().left < -1)).map((e) => e.outerHTML.slice(0, 200))"""
+SCROLLED = """[...document.querySelectorAll('.wide')].filter((e) => e.scrollWidth > e.clientWidth + 1)
+    .map((e) => e.textContent.slice(0, 99))"""
+OVERLAPPING = """[...document.querySelectorAll('svg')].flatMap((svg) => {
+    const texts = [...svg.querySelectorAll('text:not([transform])')];
+    const boxes = texts.map((e) => e.getBoundingClientRect());
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => a.left < b.right - 1
+        && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3)
+        .map((b) => texts[i].textContent)); })"""
+
+
+@pytest.mark.parametrize("name", ["one", "two", "many", "wide", "empty"])
+def test_a_page_asks_for_nothing_and_fits_its_window_in_both_colours(browser, pages, name):
+    browser.look(1400)
     browser.open(pages[name])
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    cut = """[...document.querySelectorAll('body *')].filter((e) => !e.closest('.wide, .skip, svg')
-        && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 99))"""
-    assert browser.run(cut) == []
-    ground = browser.run("getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(255, 255, 255)") is not dark
+    for width in (1400, 390):
+        for dark in (False, True):
+            browser.look(width, dark=dark)
+            ground = browser.run("getComputedStyle(document.body).backgroundColor")
+            assert (ground == "rgb(255, 255, 255)") is not dark
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run(OUTSIDE) == [] and browser.run(OVERLAPPING) == []
+    browser.run("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert browser.run(SCROLLED) == []  # at 390 pixels
+    assert browser.run(OUTSIDE) == [] and browser.run(OVERLAPPING) == []
+    assert browser.problems() == []
 
 
 def test_the_button_changes_the_colours(browser, pages):
-    browser.look(1280)
+    browser.look(1400)
     browser.open(pages["one"])
     grounds = []
     for _ in range(2):
@@ -98,7 +128,7 @@ def test_the_button_changes_the_colours(browser, pages):
 
 
 def test_examples_are_filtered_by_stage_score_margin_pair_and_text(browser, pages):
-    browser.look(1280)
+    browser.look(1400)
     browser.open(pages["one"])
     clear = "document.forms.filter.reset()"
     for fields, left in (
@@ -126,7 +156,15 @@ def test_examples_are_put_in_order(browser, pages):
     browser.open(pages["one"])
     for order, first in (("-m", "one/0/0"), ("m", "two/0/0"), ("x", "one/2/0"), ("", "one/0/0")):
         put(browser, "order", order)
-        assert shown(browser).startswith(first)
+        assert shown(browser).startswith(f"Prompt {first}")
+
+
+def test_examples_open_on_the_first_pair_and_show_it_first(browser, pages):
+    browser.open(pages["many"])
+    assert shown(browser).startswith("Prompt self_reward_of_round_1/1/0prompt 1")
+    browser.run("document.getElementById('next').click()")
+    titles = "[...document.querySelectorAll('#example h4')].map((e) => e.textContent)"
+    assert browser.run(titles) == ["Candidate 1, score 5 CHOSEN", "Candidate 0, score 1 REJECTED"]
 
 
 def test_examples_are_turned_over_by_keys_and_buttons(browser, pages):
@@ -136,14 +174,15 @@ def test_examples_are_turned_over_by_keys_and_buttons(browser, pages):
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
         browser.press(key)
         seen.append(browser.run("document.querySelector('#example h3').textContent"))
-    assert seen == ["one/1/0", "one/2/0", "two/0/0", "two/0/0", "one/2/0"]
+    turned = ["one/1/0", "one/2/0", "two/0/0", "two/0/0", "one/2/0"]
+    assert seen == [f"Prompt {name}" for name in turned]
     browser.run("document.getElementById('next').focus()")
     browser.press("Enter")
-    assert shown(browser).startswith("two/0/0")
+    assert shown(browser).startswith("Prompt two/0/0")
     assert browser.run("document.getElementById('next').disabled")
     browser.run("document.querySelector('[name=text]').focus()")
     browser.press("ArrowLeft")  # in a field the key is the field's
-    assert shown(browser).startswith("two/0/0")
+    assert shown(browser).startswith("Prompt two/0/0")
 
 
 def test_two_runs_have_a_field_for_the_run_and_one_has_none(browser, pages):
@@ -194,7 +233,7 @@ def test_on_paper_there_are_numbers_and_no_controls(browser, pages):
     assert browser.run(gone)
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.run("document.querySelector('article').getClientRects().length") == 1
-    browser.look(1280)
+    browser.look(1400)
 
 
 def big(folder, prompts: int):
@@ -211,7 +250,7 @@ def big(folder, prompts: int):
 
 def test_one_example_is_in_the_page_however_many_there_are(browser, tmp_path):
     counts = []
-    for prompts in (1, 300):
+    for prompts in (1, 60):
         page = write_report([big(tmp_path / str(prompts), prompts)], tmp_path / f"{prompts}.html")
         browser.open(page)
         counts.append(browser.run("document.querySelectorAll('*').length"))
