@@ -14,11 +14,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=int, metavar="N", help="prompts that it holds at most (default: 2000)"
     )
+    parser.add_argument(
+        "--watch", action="store_true", help="write it again and again while a run goes on"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    from self_rewarding_lm.report.page import EXAMPLES, write_report
+    from self_rewarding_lm.report.page import EXAMPLES, watch_report, write_report
 
     at_most = EXAMPLES if options.examples is None else options.examples
+    if options.watch:
+        written = watch_report(options.runs, options.out, at_most)
+        print(next(written), flush=True)
+        for _ in written:
+            continue
+        return 0
     print(write_report(options.runs, options.out, examples=at_most))
     return 0

@@ -7,15 +7,16 @@ None or absent.
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from self_rewarding_lm.records import Candidate, Judgement, PreferencePair
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.scores import label_of
+from self_rewarding_lm.scores import candidate_scores, exact, label_of
 
 BINS = 20
 """Bars of a histogram if there are more different scores than that."""
@@ -58,7 +59,10 @@ class StageFigures:
     judging, pairing, reference; "training"), of attempts whose end is known. lost: attempts whose
     end is not. stopped: the words of the error that ended the last attempt. histograms: of scores
     by the name of an ensemble's member or an earlier model, whose scales may differ; "" is the
-    stage's own judge. rounds: the numbers of the data of each round, if the stage has several.
+    stage's own judge. prompt_scores: of each prompt with two scores by that judge the worst, mean
+    and best one, by mean. margins: of best against worst of these prompts; of a stage without such
+    scores, as those of an ensemble, of its pairs, and has_pair_margins is True. rounds: the numbers
+    of the data of each round, if the stage has several.
     """
 
     name: str
@@ -77,6 +81,9 @@ class StageFigures:
     rounds: list[dict[str, float]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     histograms: dict[str, Histogram] = field(default_factory=dict)
+    prompt_scores: list[tuple[float, float, float]] = field(default_factory=list)
+    margins: Histogram | None = None
+    has_pair_margins: bool = False
 
     @property
     def scores(self) -> Histogram | None:
@@ -96,6 +103,21 @@ class RunFigures:
     label: str
     info: dict[str, Any]
     stages: list[StageFigures]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages together, as far as it is known."""
+        known = [seconds for stage in self.stages for seconds in stage.seconds.values()]
+        return math.fsum(known) if known else None
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Counts and tokens of all stages together."""
+        totals: dict[str, int] = {}
+        for stage in self.stages:
+            for key, count in (stage.tokens | stage.counts).items():
+                totals[key] = totals.get(key, 0) + count
+        return totals
 
 
 def run_figures(run: Run, label: str) -> RunFigures:
@@ -191,15 +213,23 @@ def _add_records(figures: StageFigures, run: Run) -> None:
     if len(prompts):
         counts["prompts"], tokens["prompts"] = len(prompts), sum(len(p.ids) for p in prompts)
     candidates = run.candidates(name)
+    by_prompt: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        bare = replace(candidate, ids=(), text=None)
+        by_prompt.setdefault(candidate.prompt_id, []).append(bare)
+        if run.stage(name).samples:
+            tokens["sampled"] = tokens.get("sampled", 0) + len(candidate.ids)
     if len(candidates):
         counts["candidates"] = len(candidates)
-        if run.stage(name).samples:
-            tokens["sampled"] = sum(len(c.ids) for c in candidates)
-    _add_judgements(figures, run)
+    _add_judgements(figures, run, by_prompt)
     pairs = run.pairs(name)
     if len(pairs):
         counts["pairs"] = len(pairs)
         lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+        if figures.margins is None:
+            ids = {candidate.id for group in by_prompt.values() for candidate in group}
+            figures.margins = _pair_margins(pair for pair in pairs if pair.chosen_id in ids)
+            figures.has_pair_margins = figures.margins is not None
         for side, of_side in zip(("chosen", "rejected"), zip(*lengths, strict=True), strict=True):
             figures.data[f"pairs/{side}_length"] = sum(of_side) / len(of_side)
     if len(rows):
@@ -209,19 +239,46 @@ def _add_records(figures: StageFigures, run: Run) -> None:
         counts["demonstrations"] = num_demonstrations
 
 
-def _add_judgements(figures: StageFigures, run: Run) -> None:
+def _add_judgements(
+    figures: StageFigures, run: Run, by_prompt: Mapping[str, Sequence[Candidate]]
+) -> None:
+    """Scores by judge; those of the stage's own by prompt too."""
     scores, characters, count = defaultdict[str, array](lambda: array("d")), 0, 0
+    prompt_of = {c.id: prompt_id for prompt_id, group in by_prompt.items() for c in group}
+    own: dict[str, list[Judgement]] = {}
     for judgement in run.judgements(figures.name):
         count += 1
         characters += len(judgement.text or "")
+        is_own = label_of(judgement) is None
         if judgement.score is not None and math.isfinite(judgement.score):
-            scores[judgement.judge if label_of(judgement) else ""].append(judgement.score)
+            scores["" if is_own else judgement.judge].append(judgement.score)
+        if is_own and (prompt_id := prompt_of.get(judgement.candidate_ids[0])) is not None:
+            own.setdefault(prompt_id, []).append(replace(judgement, text=None))
     if count:
         figures.counts["judgements"] = count
         figures.tokens["judge_characters"] = characters
     for judge in sorted(scores):
         if (bars := histogram(scores[judge])) is not None:
             figures.histograms[judge] = bars
+    for prompt_id, judgements in own.items():
+        of_prompt = candidate_scores(by_prompt[prompt_id], judgements).values()
+        known = [score for score in of_prompt if score is not None and math.isfinite(score)]
+        if len(known) > 1:
+            mean = math.fsum(known) / len(known)
+            figures.prompt_scores.append((min(known), mean, max(known)))
+    figures.prompt_scores.sort(key=lambda scores: (scores[1], scores[0]))
+    figures.margins = histogram([_apart(best, low) for low, _, best in figures.prompt_scores])
+
+
+def _pair_margins(pairs: Iterable[PreferencePair]) -> Histogram | None:
+    sides = ((pair.chosen_score, pair.rejected_score) for pair in pairs)
+    known = [(c, r) for c, r in sides if c is not None and r is not None]
+    return histogram([_apart(c, r) for c, r in known if math.isfinite(c) and math.isfinite(r)])
+
+
+def _apart(high: float, low: float) -> float:
+    """By how much, exactly: 0.7 and 0.4 are as far apart as 0.4 and 0.1."""
+    return float(exact(high) - exact(low))
 
 
 def histogram(scores: Sequence[float]) -> Histogram | None:

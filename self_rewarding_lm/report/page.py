@@ -57,6 +57,7 @@ from self_rewarding_lm.report.words import (
     words_of,
 )
 from self_rewarding_lm.runs.atomic import OTHER_PLACE, writing
+from self_rewarding_lm.runs.lock import is_at_work
 from self_rewarding_lm.runs.run import REPORT, Run
 from self_rewarding_lm.text import duration, number
 
@@ -75,6 +76,10 @@ SECTIONS = {
 
 EXAMPLES = 2000
 """Prompts that a page holds at most."""
+
+
+EVERY = 10
+"""Seconds after which a page of a run that goes on is written, and read by a browser, again."""
 
 
 @typed
@@ -97,12 +102,43 @@ def write_report(
     if examples < 0:
         raise ConfigError(f"examples is a number of prompts, 0 or more; got {examples}.")
     opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
-    path = opened[0].folder / REPORT if out is None else Path(out)
+    return _write(opened, _path(opened, out), examples)
+
+
+def watch_report(
+    runs: Sequence[str | Path], out: str | Path | None, examples: int, every: float = EVERY
+) -> Iterator[Path]:
+    """As `write_report`, again and again while a run goes on; yields the path each time.
+
+    A browser that shows the page reads it again after `every` seconds, until it is that of the
+    end. That one is written however this ends, also by a key.
+    """
+    try:
+        last = 0.0
+        while any(is_at_work(Path(run)) for run in runs):
+            opened = [Run.open(run) for run in runs]
+            path = _path(opened, out)
+            if not last or not all(_is_up_to_date(run, path) for run in opened):
+                last = time.monotonic()
+                yield _write(opened, path, examples, every)
+                last = time.monotonic() - last
+            time.sleep(max(every, 9 * last))  # a tenth of the time at most goes into it
+    finally:
+        path = write_report(runs, out, examples=examples)
+    yield path
+
+
+def _path(runs: Sequence[Run], out: str | Path | None) -> Path:
+    return runs[0].folder / REPORT if out is None else Path(out)
+
+
+def _write(runs: Sequence[Run], path: Path, examples: int, every: float | None = None) -> Path:
+    """every: after how many seconds a browser reads the page again; None if it does not."""
     with (
         writing(path, advice=OTHER_PLACE) as draft,
         draft.open("w", encoding="utf-8", errors="replace", newline="\n") as file,
     ):
-        file.writelines(_pieces(opened, examples))
+        file.writelines(_pieces(runs, examples, every))
     return path
 
 
@@ -111,7 +147,7 @@ def report_at_end(run: Run) -> None:
 
     Whatever fails is a warning, for the run itself is done.
     """
-    if _is_up_to_date(run):
+    if _is_up_to_date(run, run.folder / REPORT):
         return
     try:
         logger.info("report: %s", write_report([run]))
@@ -126,9 +162,8 @@ def report_at_end(run: Run) -> None:
         )
 
 
-def _is_up_to_date(run: Run) -> bool:
+def _is_up_to_date(run: Run, path: Path) -> bool:
     """Whether the report is younger than all records and numbers of the run's stages."""
-    path = run.folder / REPORT
     if not path.exists():
         return False
     written = path.stat().st_mtime_ns
@@ -136,8 +171,11 @@ def _is_up_to_date(run: Run) -> bool:
     return all(file.stat().st_mtime_ns < written for file in files)
 
 
-def _pieces(runs: Sequence[Run], at_most: int) -> Iterator[str]:
-    """The page in pieces. The template calls a function when it comes to its section."""
+def _pieces(runs: Sequence[Run], at_most: int, every: float | None) -> Iterator[str]:
+    """The page in pieces, which a browser reads again every `every` seconds.
+
+    The template calls a function when it comes to its section.
+    """
     labels = _labels(runs)
     figures = [run_figures(run, label) for run, label in zip(runs, labels, strict=True)]
     verdicts = {label: " ".join(verdict(run)) for run, label in zip(runs, labels, strict=True)}
@@ -145,12 +183,14 @@ def _pieces(runs: Sequence[Run], at_most: int) -> Iterator[str]:
     style, script = _file("report.css"), _file("report.js")
     return _template().generate(
         labels=labels,
+        every=every,
         policy=_policy(style, script),
         style=Safe(style),
         script=Safe(script),
         sections=SECTIONS,
         runs=figures,
         about=_about,
+        facts=_facts,
         verdicts=verdicts,
         way=_way,
         loop_table=_loop_table,
@@ -217,6 +257,14 @@ def _about(run: RunFigures) -> str:
         f"{done} of {len(run.stages)} stages done; {kind}, {size} parameters; seed {seed}; begun "
         f"{begun}"
     )
+
+
+def _facts(run: RunFigures) -> Iterator[tuple[str, str]]:
+    """What the run took in all, and what came of it: names and numbers."""
+    totals = run.totals
+    yield "time in all", _with_lost(run.seconds, sum(stage.lost for stage in run.stages))
+    named = {"prompts": "prompts", "pairs": "pairs", "steps": "steps", **TOKENS}
+    yield from ((named[key], number(totals[key])) for key in named if key in totals)
 
 
 def _origin(run: RunFigures) -> list[str]:
@@ -432,26 +480,55 @@ def _stage_charts(place: int, name: str, runs: Sequence[RunFigures]) -> dict[str
         else:
             is_first = key in CURVES or key.startswith("eval/")
             (charts if is_first else more_charts).append(chart)
-    bars = []
+    bars, of_prompts = list[Chart](), list[Chart | None]()
     for style, (run, stage) in enumerate(zip(runs, stages, strict=True)):
+        if stage is None:
+            continue
         of_run = f" of {run.label}" if len(runs) > 1 else ""
-        for judge, scores in ({} if stage is None else stage.histograms).items():
-            title = f"Scores{of_run}{' by ' if judge else ''}{judge}"
-            chart = _bars(f"scores-{place}-{len(bars)}", title, scores, "score", "judgements")
+        for title, counted, across, up in _histograms(stage):
+            titled = f"{title}{of_run}"
+            chart = _bars(f"bars-{place}-{len(bars)}", titled, counted, across, up)
             if chart is None:
                 values = [None] * len(runs)
-                values[style] = f"{number(scores.values[0])}, {scores.counts[0]:,} times"
-                rows.append([title, *values])
+                values[style] = f"{number(counted.values[0])} ({counted.counts[0]:,} times)"
+                rows.append([titled, *values])
             else:
                 bars.append(chart)
+        of_prompts.append(_prompt_chart(f"prompts-{place}-{style}", stage, of_run))
     head = ["value", *(run.label for run in runs)] if len(runs) > 1 else ["number", "value"]
     return {
-        "charts": [*charts, *bars],
+        "charts": [*charts, *bars, *(chart for chart in of_prompts if chart is not None)],
         "more_charts": more_charts,
         "single": Table("Numbers with one value", head, rows),
         "steps_a_point": max(widths),
         "is_empty": not keys and not bars and not rows,
     }
+
+
+def _histograms(stage: StageFigures) -> Iterator[tuple[str, Histogram, str, str]]:
+    """Title, numbers, and what the axes are called."""
+    for judge, scores in stage.histograms.items():
+        yield f"Scores by {judge}" if judge else "Scores", scores, "score", "judgements"
+    if stage.margins is not None and stage.has_pair_margins:
+        yield "Margins: score of chosen minus rejected", stage.margins, "margin", "pairs"
+    elif stage.margins is not None:
+        yield "Margins: best score of a prompt minus its worst", stage.margins, "margin", "prompts"
+
+
+def _prompt_chart(key: str, stage: StageFigures, of_run: str) -> Chart | None:
+    """The best, mean and worst score of each prompt."""
+    lines = []
+    for style, (name, i) in enumerate((("best", 2), ("mean", 1), ("worst", 0))):
+        points = [(float(x), scores[i]) for x, scores in enumerate(stage.prompt_scores, 1)]
+        lines.append((name, style, thinned(points)[0]))
+    return line_chart(
+        key,
+        f"Scores by prompt{of_run}",
+        lines,
+        across="prompt, in the order of mean scores",
+        up="score",
+        has_legend=True,
+    )
 
 
 def _stage_of(run: RunFigures, name: str) -> StageFigures | None:

@@ -1,15 +1,26 @@
 "use strict";
-// The page's switch of colours and its browser of examples. Text goes into the page as textContent
+// The page's switch of colours, its reading again while a run goes on, and its browser of examples. Text goes into the page as textContent
 // alone; one example is in the page at a time.
 (() => {
   const byId = (id) => document.getElementById(id);
   const root = document.documentElement;
 
+  let kept = {}; // over a reading again; a browser may refuse to keep anything
+  try {
+    kept = sessionStorage;
+  } catch {}
+  if (kept.theme) root.dataset.theme = kept.theme;
   byId("theme").addEventListener("click", () => {
     const dark = matchMedia("(prefers-color-scheme: dark)").matches;
     const now = root.dataset.theme || (dark ? "dark" : "light");
-    root.dataset.theme = now === "dark" ? "light" : "dark";
+    kept.theme = root.dataset.theme = now === "dark" ? "light" : "dark";
   });
+
+  if (root.dataset.every) {
+    setInterval(() => {
+      if (!document.activeElement.closest("#examples, details")) location.reload();
+    }, 1000 * root.dataset.every);
+  }
 
   const form = byId("filter");
   if (!form) return;

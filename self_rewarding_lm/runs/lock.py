@@ -56,6 +56,20 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_at_work(folder: Path) -> bool:
+    """Whether a run is at work in a folder; False where that cannot be known."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not take(descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def take(descriptor: int) -> bool:
     """Whether an open file's lock is this process's now; OSError if the file system has none.
 

@@ -101,7 +101,7 @@ def test_a_filter_is_not_averaged_with_the_score_beside_it(tmp_path):
     assert "parts of a score of 3, 100" in text
 
 
-def test_scores_of_members_have_a_chart_each(tmp_path):
+def test_scores_of_members_stand_apart(tmp_path):
     judgements = [
         judged("s/0/0/0", "m0/j0", 4.0, "m0:a"),
         judged("s/0/0/0", "m1/j0", 100.0, "m1:b"),
@@ -113,7 +113,7 @@ def test_scores_of_members_have_a_chart_each(tmp_path):
         "": (2.0,), "m0:a": (4.0,), "m1:b": (100.0,),
     }  # fmt: skip
     text = Page(write_report([run])).text
-    assert all(f"Scores of s{who}" in text for who in ("", ", m0:a", ", m1:b"))
+    assert all(f"Scores{who}" in text for who in ("", " by m0:a", " by m1:b"))
 
 
 def test_what_an_earlier_model_said_counts_not(tmp_path):

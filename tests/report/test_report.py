@@ -36,6 +36,7 @@ from self_rewarding_lm.report.page import report_at_end, write_report
 from self_rewarding_lm.report.terminal import stage_table
 from self_rewarding_lm.report.words import kind_words, reason_words, unit_of, words_of
 from self_rewarding_lm.runs import stored
+from self_rewarding_lm.runs.lock import locked
 from self_rewarding_lm.runs.run import REPORT
 from self_rewarding_lm.runs.stage_files import FORMAT
 from self_rewarding_lm.runtime import LogHandler
@@ -201,6 +202,68 @@ def test_figures_of_a_stage_are_those_of_its_files(tmp_path):
     assert first.dropped == {"pairs/dropped_tie": 1}
     assert (first.data["pairs/chosen_length"], first.data["pairs/rejected_length"]) == (1, 2)
     assert first.scores.values == (1, 2, 3, 5) and first.scores.counts == (1, 1, 2, 1)
+
+
+def test_scores_and_margins_are_those_of_each_prompt(tmp_path):
+    """A prompt with one score has no margin; 0.7 and 0.4 are as far apart as 0.4 and 0.1."""
+    texts = [["a", "b", "c"], ["d", "e"], ["f", "g"], ["h", "i"]]
+    held = sampled("m", texts, [[5, 1, 3], [None, 2], [0.7, 0.4], [0.4, 0.1]])
+    more = [
+        replace(j, id=j.id.replace("/j0", "/j1"), score=1) for j in held["judgements.jsonl"][:1]
+    ]
+    held["judgements.jsonl"] += more  # the first candidate's score is their mean, 3
+    run = made_run(tmp_path / "run", {"m": held, "n": {**sampled("n", [["a", "b"]], [[4, 4]])}})
+    stage, other = run_figures(run, "run").stages
+    means = [pytest.approx(0.25), pytest.approx(0.55), pytest.approx(7 / 3)]
+    assert [mean for _, mean, _ in stage.prompt_scores] == means
+    assert [(low, best) for low, _, best in stage.prompt_scores] == [(0.1, 0.4), (0.4, 0.7), (1, 3)]
+    assert (stage.margins.values, stage.margins.counts) == ((0.3, 2.0), (2, 1))
+    assert not stage.has_pair_margins and other.margins.values == (0.0,)
+    page = Page(write_report([run]))
+    for words in ("Margins: best score of a prompt minus its worst", "Scores by prompt"):
+        assert words in page.text
+    assert "best: 0.4 at prompt, in the order of mean scores 1, 3 at" in page.text
+
+
+def test_margins_of_an_ensemble_are_those_of_its_pairs(tmp_path):
+    held = sampled("m", [["a", "b"], ["c", "d"]], [[5, 1], [4, 2]])
+    judged = held["judgements.jsonl"]
+    held["judgements.jsonl"] = [
+        replace(j, id=j.id.replace("/j0", f"/m{k}/j0")) for j in judged for k in (0, 1)
+    ]
+    [stage] = run_figures(made_run(tmp_path / "run", {"m": held}), "run").stages
+    assert stage.prompt_scores == [] and stage.has_pair_margins
+    assert (stage.margins.values, stage.margins.counts) == ((2.0, 4.0), (1, 1))
+
+
+def test_the_page_begins_with_what_the_run_took_in_all(tmp_path):
+    run = two_rounds(tmp_path / "run")
+    figures = run_figures(run, "run")
+    assert figures.seconds == 7 + 30 + 1 + 60 + 10
+    names = ("prompts", "pairs", "steps", "sampled", "trained")
+    assert [figures.totals[name] for name in names] == [4, 2, 2, 12, 24]
+    told = "".join(Page(write_report([run])).text.split())
+    assert "timeinall1min48sandastoppedattemptofunknownlengthprompts4pairs2steps2" in told
+    nothing = run_figures(made_run(tmp_path / "new", {"sft": {}}), "new")
+    assert nothing.seconds is None and nothing.totals == {}
+
+
+def test_a_page_is_written_again_while_its_run_goes_on_and_then_once_more(tmp_path):
+    run = two_rounds(tmp_path / "run")
+    written = page.watch_report([run.folder], None, 9, every=0.01)
+    with locked(run.folder):
+        path = next(written)
+        assert 'data-every="0.01"' in path.read_text() and "0.9999" not in path.read_text()
+        with (run.folder / "03-two" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 0, "judge/parse_rate": 0.9999}\n')
+        assert "0.9999" in next(written).read_text()
+    assert [*written] == [path] and "data-every" not in path.read_text()
+    assert [*page.watch_report([run.folder], None, 9)] == [path]  # no run is at work
+    with locked(run.folder):
+        stopped = page.watch_report([run.folder], tmp_path / "out.html", 9, every=0.01)
+        path = next(stopped)
+        stopped.close()  # as a key does
+        assert "data-every" not in path.read_text()
 
 
 def test_times_are_those_between_events_and_a_stopped_attempt_counts(tmp_path):
@@ -426,7 +489,7 @@ def test_two_runs_stand_side_by_side(tmp_path):
     assert "a: 0.5 at one, 0.25 at two" in page.text and "b: 0.5 at one, 0.25 at two" in page.text
     assert {e["r"] for e in page.examples} == {0, 1} and json.loads(page.scripts[0]) == ["a", "b"]
     styles = {a["class"] for n, a in page.tags if n == "polyline"}
-    assert styles == {"line s0", "line s1"}
+    assert styles == {"line s0", "line s1", "line s2"}  # runs, and best, mean and worst of prompts
 
 
 def test_names_of_the_code_are_words_on_the_page():
@@ -482,7 +545,7 @@ def test_numbers_of_one_step_are_a_table_and_no_charts(tmp_path):
     page = Page(write_report([made_run(tmp_path / "run", {"one": stage})]))
     assert "svg" not in {name for name, _ in page.tags}
     words = "".join(page.text.split())
-    assert "NumberswithonevaluenumbervalueLoss0.5Tokensofastep7Scores3,2times" in words
+    assert "NumberswithonevaluenumbervalueLoss0.5Tokensofastep7Scores3(2times)" in words
 
 
 def test_rounds_of_a_stage_stand_one_after_the_other(tmp_path):
@@ -540,6 +603,8 @@ def test_the_command_writes_where_it_is_told(tmp_path, capsys):
     out = tmp_path / "both.html"
     assert cli.main(["report", str(run.folder), str(run.folder), "--out", str(out), "--examples", "1"]) == 0  # fmt: skip
     assert len(Page(out).examples) == 1
+    assert cli.main(["report", str(run.folder), "--watch"]) == 0  # it is at rest
+    assert capsys.readouterr().out.splitlines()[-1] == str(run.folder / "report.html")
     assert cli.main(["report", str(tmp_path)]) == 1 and "holds no run" in capsys.readouterr().err
 
 
