@@ -9,7 +9,11 @@ from typing import Any
 PROGRAM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-MISSING = "" if PROGRAM and find_spec("playwright") else "needs Chromium and the package playwright"
+MISSING = (
+    ""
+    if PROGRAM and find_spec("playwright")
+    else "needs a browser; `apt-get install chromium` and `pip install playwright` bring them back"
+)
 """Why there can be no browser; empty if there can be one."""
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
