@@ -29,6 +29,7 @@ from self_rewarding_lm.data.hub import from_hub
 from self_rewarding_lm.data.oasst import OpenAssistant, open_assistant
 from self_rewarding_lm.describe import config_in, model_of
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError, did_you_mean, typed
+from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.judges.templates import template_errors
 from self_rewarding_lm.models.loading import load_tokenizer, lora_config
 from self_rewarding_lm.recipes.paper import paper_recipe
@@ -174,7 +175,10 @@ class Reader:
         if stages is not WRONG and rewards is not WRONG:
             self._check_names(stages, root, rewards)
 
-        # 4. the model and its tokenizer
+        # 4. who generates, the model and its tokenizer
+        engine = items["engine"] if "engine" in items else replace(root, value=None)
+        if engine.value is not None:
+            engine = replace(engine, value=self.call(ServerEngine, engine, ("engine",)))
         model = self.model(items["model"], ("model",)) if "model" in items else WRONG
         tokenizer = self.tokenizer(items.get("tokenizer"), ("tokenizer",))
 
@@ -187,6 +191,7 @@ class Reader:
             "self_reward_prompt_config": rewards,
             "checkpoints_folder": out / Path(top.out).expanduser(),
             "accelerate_kwargs": top.accelerate,
+            "engine": engine.value,
         }
         return Recipe(model, tokenizer, top.peft, arguments)
 
@@ -369,8 +374,8 @@ class Reader:
         if name == "init_from" or (name == "reference" and isinstance(node.value, str)):
             path = node.path  # or a stage's name
             return path if path.exists() else node.plain()
-        if name == "candidates_from" and ":" in str(node.value):
-            return str(node.path)  # FOLDER:STAGE
+        if name == "folder" or (name == "candidates_from" and ":" in str(node.value)):
+            return str(node.path)  # a folder, or FOLDER:STAGE
         if field.annotation is not Any:
             return node.plain()
         if name.endswith("_dataset") or name in DATASETS:

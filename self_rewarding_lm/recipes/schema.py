@@ -14,6 +14,7 @@ from self_rewarding_lm.config import Config, SelfInstruct
 from self_rewarding_lm.data.hub import from_hub
 from self_rewarding_lm.data.oasst import open_assistant
 from self_rewarding_lm.describe import model_of, settings_of
+from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.recipes.paper import paper_recipe
 from self_rewarding_lm.recipes.reader import DATASETS, OBJECT_NAME, PARTS
 from self_rewarding_lm.recipes.settings import STAGE_KINDS, RecipeSettings, RubricSettings
@@ -52,6 +53,7 @@ def recipe_schema() -> Schema:
         "hub": from_hub,
         "open_assistant": open_assistant,
         "self_instruct": SelfInstruct,
+        "engine": ServerEngine,
         **{f"stage_{kind}": cls for kind, cls in STAGE_KINDS.items()},
     }
     for owner in list(owners.values()):
@@ -91,6 +93,7 @@ def recipe_schema() -> Schema:
         top,
         paper=_ref("paper"),
         stages={"type": "array", "minItems": 1, "items": _stage(needs)},
+        engine={"anyOf": [_ref("engine"), {"type": "null"}]},
         reward_prompts={"type": "object", "additionalProperties": _ref("reward_prompt")},
     )
     return {

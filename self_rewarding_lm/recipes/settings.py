@@ -54,6 +54,9 @@ class RecipeSettings(Config):
     """In place of `paper`: a list of stages of your own."""
     reward_prompts: Object = None
     """How responses are judged, by name; stages judge by `default` unless they name another."""
+    engine: Object = None
+    """A server that generates and judges with the stages' weights (docs/server.md); null: this
+    process does."""
     tokenizer: str | None = None
     """A folder, a name on the hub or package.module:attribute. null: the model's own."""
     chat_template: str | None = None
@@ -102,7 +105,7 @@ class RubricSettings(RewardConfig):
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-NESTED = ("paper", "stages", "reward_prompts")
+NESTED = ("paper", "stages", "reward_prompts", "engine")
 """Settings of which each holds a mapping or a list of further settings."""
 
 

@@ -14,6 +14,7 @@ from self_rewarding_lm.config import Config, SelfInstruct
 from self_rewarding_lm.data.hub import from_hub
 from self_rewarding_lm.data.oasst import open_assistant
 from self_rewarding_lm.describe import REQUIRED, Setting, settings_of
+from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.recipes.paper import paper_recipe
 from self_rewarding_lm.recipes.settings import (
     NESTED,
@@ -95,7 +96,8 @@ def recipe_text(schema: str | None = None) -> str:
     for setting in top.values():
         if setting.name not in ("model", "out", *NESTED):
             lines += ["", *_commented(0, setting)]
-    lines += ["", *_rewards(top["reward_prompts"]), "", *_dataset_words()]
+    lines += ["", *_rewards(top["reward_prompts"]), "", *_engine(top["engine"])]
+    lines += ["", *_dataset_words()]
     lines += ["", *_stages()]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -112,6 +114,13 @@ def _rewards(setting: Setting) -> Iterator[str]:
         else:
             value = getattr(base, inner.name, inner.default)
             yield from _commented(0, inner, depth=2, value=value)
+
+
+def _engine(setting: Setting) -> Iterator[str]:
+    """The settings of a server, by their words, and the setting itself."""
+    yield from _commented(0, setting)
+    for inner in settings_of(ServerEngine):
+        yield from _words(0, f"{inner.name}: {_yaml(inner.default)}  {_all_words(inner)}", inset=2)
 
 
 def _dataset_words() -> Iterator[str]:

@@ -12,6 +12,7 @@ import pytest
 from self_rewarding_lm.config import Config, FromStage, RewardConfig, SelfInstruct
 from self_rewarding_lm.describe import REQUIRED, settings_of
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.recipes.paper import paper_recipe
 from self_rewarding_lm.recipes.reader import Recipe, read_recipe
 from self_rewarding_lm.recipes.settings import (
@@ -569,6 +570,28 @@ def test_an_error_of_a_flag_names_the_flag(folder):
 def test_nothing_is_loaded_or_written_by_a_check(folder):
     read(folder, PAPER.replace("m0", "my_rewards:make") + "out: run\n")
     assert not (folder / "run").exists()
+
+
+# -- a server --------------------------------------------------------------------------------------
+
+
+def test_a_recipe_names_the_server_that_generates(folder):
+    pytest.importorskip("openai")
+    server = 'engine: {launch: "serve {checkpoint} {port}", folder: here, extra: {top_k: 4}}\n'
+    engine = read(folder, PAPER + server).arguments["engine"]
+    assert isinstance(engine, ServerEngine)
+    assert (engine.launch, engine.extra) == ("serve {checkpoint} {port}", {"top_k": 4})
+    assert engine.folder == str(folder / "here")
+    for without in (PAPER, PAPER + "engine: null\n"):
+        assert read(folder, without).arguments["engine"] is None
+    assert problems(folder, PAPER + "engine: {url: 'http://a', launch: b}\n") == [
+        "line 5: engine: ServerEngine takes url=, the address of a running server, or launch=, the "
+        "command that starts one; both came."
+    ]
+    [unknown] = problems(folder, PAPER + "engine: {adress: a}\n")
+    assert unknown.startswith("line 5: engine.adress: this is no setting")
+    [kind] = problems(folder, PAPER + "engine: vllm\n")
+    assert "this must be a mapping of settings; got 'vllm'" in kind
 
 
 # -- the recipe that documents itself --------------------------------------------------------------

@@ -50,14 +50,15 @@ logger = logging.getLogger(__name__)
 class ServerEngine:
     """Candidates and judgements from an inference server.
 
-    url, model: a server that is running, with or without its /v1, and the model's name there (by
-    default the first that it lists). It keeps its own weights: nothing that is trained here reaches
-    it. launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint} --port
+    url: a server that is running, with or without its /v1. It keeps its own weights: nothing that
+    is trained here reaches it. model: the model's name there, by default the first that is listed.
+    launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint} --port
     {port} --host 127.0.0.1 --gpu-memory-utilization 0.5". Then each stage starts a server on its
-    own weights, saved into `folder` (by default a temporary one), for its generating and judging,
-    and stops it before training. reload: "vllm" or "sglang", whose server then stays for the whole
-    run: it sleeps while the stage trains, and takes the stage's weights before it answers, which is
-    proved by its log-probs of a few tokens beside the model's own. offload: whether the model's own
+    own weights, saved into `folder`, for its generating and judging, and stops it before training.
+    folder: where weights and logs are put, by default a temporary one. reload: "vllm" or "sglang",
+    whose server then stays for the whole run: it sleeps while the stage trains, and takes the
+    stage's weights before it answers, which is proved by its log-probs of a few tokens beside the
+    model's own. offload: whether the model's own
     weights leave their device while a server that was started here has it. max_in_flight: requests
     at once at most; by default as many as the server makes use of, from 64 on. timeout: seconds for
     one whole try of a request. max_retries: how often a try that may succeed later is repeated.

@@ -3,8 +3,8 @@
 Input: a recipe. Output: a `RunPlan`, which `table.py` turns into text or JSON.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from self_rewarding_lm.runtime import NARROW
 from self_rewarding_lm.stages.base import TrainingConfig, stage_names
 from self_rewarding_lm.stages.preference import NO_REFERENCE, PreferenceConfig
 from self_rewarding_lm.stages.ranges import NOTHING, Range
-from self_rewarding_lm.stages.work import Counting, Work
+from self_rewarding_lm.stages.work import Asking, Counting, Training, Work
 from self_rewarding_lm.training.loss_config import losses_in, read_by
 from self_rewarding_lm.training.reference import MovingReference
 
@@ -127,10 +127,11 @@ def plan_recipe(recipe: Recipe, *, device_memory: int | None = None, timed: bool
         here = "cuda" if torch.cuda.is_available() and not accelerate.get("cpu") else "cpu"
         machine = measure(here, _product_type(shape, accelerate, here))
     # 2. the stages, in their order
-    tokens, texts = _tokens(recipe, shape)
+    tokens, texts = recipe_tokens(recipe, shape.vocab)
     counting = Counting(arguments["self_reward_prompt_config"], tokens, shape.max_len)
+    serves = arguments.get("engine") is not None
     stages = [
-        _stage_plan(stage, name, counting.work(stage, name), shape, device, machine)
+        _stage_plan(stage, name, counting.work(stage, name), shape, device, machine, serves)
         for stage, name in zip(recipe.stages, stage_names(recipe.stages), strict=True)
     ]
     # 3. the disk space of the run
@@ -150,12 +151,23 @@ def _stage_plan(
     shape: ModelShape,
     device: Device,
     machine: Machine | None,
+    serves: bool,
 ) -> StagePlan:
-    """The plan of one stage: the memory of its phases, their times and its disk space."""
+    """The plan of one stage: the memory of its phases, their times and its disk space.
+
+    serves: whether a server generates and judges, whose memory and time are its own.
+    """
     engine, phases, fitting, optimizer_bytes = LocalEngine(), [], None, 0
-    for label, asking in ((GENERATING, work.candidates), (JUDGING, work.judgements)):
-        if asking.here and asking.count != NOTHING:
-            phases.append(sampling_phase(label, asking, shape, device, engine))
+    asked = [(GENERATING, work.candidates), (JUDGING, work.judgements)]
+    sampled = [
+        (label, asking) for label, asking in asked if asking.here and asking.count != NOTHING
+    ]
+    if serves and sampled:
+        what = " and ".join(label for label, _ in sampled)
+        work = replace(work, notes=(*work.notes, f"memory and time of {what}: a server does it"))
+    sampled = [] if serves else sampled
+    for label, asking in sampled:
+        phases.append(sampling_phase(label, asking, shape, device, engine))
     if work.training is not None and isinstance(stage, TrainingConfig):
         optimizer_bytes = state_bytes(shape.module, stage.optim, shape.vocab)
         settings = (stage, work.training, shape, device, optimizer_bytes)
@@ -165,7 +177,9 @@ def _stage_plan(
                 fitting_tokens(*settings, checkpointing=False),
                 fitting_tokens(*settings, checkpointing=True),
             )
-    seconds = None if machine is None else _seconds(stage, work, shape, machine, engine)
+    seconds = None
+    if machine is not None:
+        seconds = _seconds(stage, sampled, work.training, shape, machine, engine)
     disk = stage_disk(stage, work, shape.saved_bytes, shape.vocab, states=optimizer_bytes)
     chooses = isinstance(stage, TrainingConfig) and stage.optim.micro_batch_tokens is None
     kind = type(stage).__name__
@@ -173,7 +187,12 @@ def _stage_plan(
 
 
 def _seconds(
-    stage: FinetuneConfig, work: Work, shape: ModelShape, machine: Machine, engine: LocalEngine
+    stage: FinetuneConfig,
+    sampled: Sequence[tuple[str, Asking]],
+    training: Training | None,
+    shape: ModelShape,
+    machine: Machine,
+    engine: LocalEngine,
 ) -> dict[str, Range]:
     """Seconds of each phase of a stage, by the phase's name.
 
@@ -183,15 +202,11 @@ def _seconds(
     forward = 2 * shape.products  # operations per token
     seconds = {}
     # 1. sampling: prompts are read, texts are written token by token
-    for label, asking in ((GENERATING, work.candidates), (JUDGING, work.judgements)):
-        if asking.here and asking.count != NOTHING:
-            per_token = machine.seconds_per_token(
-                shape.products, shape.weight_bytes, engine.max_rows
-            )
-            reading = machine.computing(asking.read.times(forward))
-            seconds[label] = reading + asking.written.times(per_token)
+    for label, asking in sampled:
+        per_token = machine.seconds_per_token(shape.products, shape.weight_bytes, engine.max_rows)
+        reading = machine.computing(asking.read.times(forward))
+        seconds[label] = reading + asking.written.times(per_token)
     # 2. training, and the reference model's forward passes
-    training = work.training
     if training is not None and isinstance(stage, TrainingConfig):
         passes = 1 + (2 if shape.adapter is None else 1) + stage.optim.gradient_checkpointing
         operations = training.tokens.times(forward * passes)
@@ -236,8 +251,11 @@ def _product_type(shape: ModelShape, accelerate: Mapping[str, Any], kind: str) -
     return torch.float32 if is_slow(dtype, torch.device(kind)) else dtype
 
 
-def _tokens(recipe: Recipe, shape: ModelShape) -> tuple[Tokens | None, str | None]:
-    """What counts the recipe's tokens, None if there is none; and then the reason, else None."""
+def recipe_tokens(recipe: Recipe, vocab: int = 0) -> tuple[Tokens | None, str | None]:
+    """What makes tokens of a recipe's texts, None if there is none; and then the reason, else None.
+
+    vocab: tokens of the model, 0 if that is not known.
+    """
     source = recipe.tokenizer
     try:
         if source is None and not isinstance(recipe.model, str):
@@ -247,6 +265,6 @@ def _tokens(recipe: Recipe, shape: ModelShape) -> tuple[Tokens | None, str | Non
             if not set(source.encode("a", add_special_tokens=False)) - {*source.all_special_ids}:
                 return None, "no tokenizer is there"  # transformers builds an empty one
         template, eos = recipe.arguments["chat_template"], recipe.arguments["eos_id"]
-        return Tokens(source, eos_id=eos, vocab=shape.vocab or None, chat_template=template), None
+        return Tokens(source, eos_id=eos, vocab=vocab or None, chat_template=template), None
     except SelfRewardingError as error:
         return None, str(error)
