@@ -11,11 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from self_rewarding_lm.cli import (
+    chat,
     check,
     compare,
     export,
     judge,
+    merge,
     plan,
+    push,
     report,
     run,
     schema,
@@ -31,8 +34,11 @@ COMMANDS = {
     "show": show,
     "report": report,
     "export": export,
+    "chat": chat,
     "judge": judge,
     "compare": compare,
+    "merge": merge,
+    "push": push,
     "schema": schema,
 }
 """In the order of the help."""

@@ -24,7 +24,10 @@ from self_rewarding_lm.runtime import Runtime, settings_at_work
 
 @dataclass(frozen=True)
 class Opening:
-    """How models are opened, as the trainer opens its own. stage: record ids begin with it."""
+    """How models are opened, as the trainer opens its own.
+
+    stage: record ids begin with it. torch_dtype: of models that are loaded; None is float32.
+    """
 
     tokenizer: Tokenizer | None
     chat_template: str | None
@@ -33,12 +36,13 @@ class Opening:
     engine: Engine
     quiet: bool
     stage: str = "evaluate"
+    torch_dtype: str | None = None
 
 
 def open_context(model: nn.Module | str | Path, opening: Opening) -> Context:
     """A model's context; there is no run and no reward prompt in it."""
     runtime = _runtime(opening.quiet)
-    module, own_tokenizer = open_model(model, Loading())
+    module, own_tokenizer = open_model(model, Loading(opening.torch_dtype))
     if module is not model:  # it was loaded here
         module.to(runtime.device)
     token_model = adapt(module)

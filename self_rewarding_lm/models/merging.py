@@ -50,7 +50,7 @@ class MergedAdapter:
             raise StoreError(
                 f"the merged model that was read back from {folder} gives other logits than the "
                 f"adapter ({distance:.1%} of their norm apart), so it is not kept. The adapter "
-                "itself is beside the last stage; run again without merge_adapter."
+                "itself is in its stage's folder; leave merge_adapter out where it was set."
             )
 
 

@@ -8,11 +8,12 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from self_rewarding_lm.config import FinetuneConfig
-from self_rewarding_lm.errors import AdapterError, typed
+from self_rewarding_lm.errors import AdapterError, ConfigError, typed
 from self_rewarding_lm.report.figures import StageFigures, stage_figures
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order, words_of
 from self_rewarding_lm.runs.installed import install
@@ -115,20 +116,71 @@ def card_text(run: Run, stage: str, folder: Path) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def reach_hub(repo_id: str) -> None:
+    """Ask the hub who we are, so that what stands in the way of an upload is known before it.
+
+    Raises ConfigError if the name is none, if no token is there or the hub refuses it, or if the
+    hub is not reached.
+    """
+    if HUB_NAME.fullmatch(repo_id) is None:
+        raise ConfigError(f"a repository of the hub is named OWNER/NAME; got {repo_id!r}.")
+    api = _hub()
+    if _token() is None:
+        raise ConfigError(
+            "no token of the Hugging Face hub is here. Make one that may write "
+            "(https://huggingface.co/settings/tokens) and log in with `hf auth login`, or set the "
+            "environment variable HF_TOKEN."
+        )
+    with _hub_errors(repo_id):
+        api.whoami()
+
+
 def upload_folder(folder: Path, repo_id: str, private: bool) -> str:
     """Upload a folder as a model, and make its repository if there is none. Returns the address.
 
-    Logging in is huggingface_hub's business. Raises AdapterError if it is not installed.
+    Logging in is huggingface_hub's business. Raises AdapterError if it is not installed, and
+    ConfigError if the hub is not reached or refuses.
     """
+    api = _hub()
+    with _hub_errors(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
+
+
+def _hub() -> Any:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise AdapterError(
             f"uploading needs the package huggingface_hub: {install('hf')}"
         ) from error
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)))
+    return HfApi()
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Within, what the hub or the way to it raises becomes a ConfigError that says what to do."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise ConfigError(
+            f"the Hugging Face hub refused: {str(error).strip()[:300]} The token must be valid and "
+            f"may write to {repo_id!r} (`hf auth login`, or the environment variable HF_TOKEN)."
+        ) from error
+    except Exception as error:  # of the network: each version of the hub's package has its own
+        raise ConfigError(
+            f"the Hugging Face hub is not reached ({type(error).__name__}: {error!s:.200}). Look "
+            "at the network, at HF_ENDPOINT and HF_HUB_OFFLINE; nothing was uploaded by this call "
+            "that the same command does not upload again."
+        ) from error
 
 
 @typed

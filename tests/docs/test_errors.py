@@ -64,7 +64,9 @@ from self_rewarding_lm import (
 from self_rewarding_lm.errors import ConfigError, SelfRewardingError
 from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.recipes.yaml_nodes import parse_yaml
+from self_rewarding_lm.report.card import reach_hub
 from self_rewarding_lm.report.export import export_stage
+from self_rewarding_lm.report.merge import merge_stage
 from self_rewarding_lm.runs.lock import locked
 from tests.support.fake_server import FakeServer
 from tests.support.models import ALPHABET, TEXT_VOCAB, Recurrent, encode, lively
@@ -1327,6 +1329,12 @@ def export_over(folder):
     return lambda: export_stage(run, "sft", path)
 
 
+@mistake("files", "A merge of a stage that trained no adapter")
+def merge_whole(folder):
+    run = Run.open(ran(folder))
+    return lambda: merge_stage(run, "sft", folder / "merged")
+
+
 class BySum:
     """A judge: the sum of the ids."""
 
@@ -1440,6 +1448,11 @@ def server_expected(folder):
 @mistake("environment", "Texts for generate without a tokenizer")
 def generate_texts(folder):
     return lambda: generate(Watched(), ["tell 0"])
+
+
+@mistake("environment", "A repository of the hub without its owner")
+def no_owner(folder):
+    return lambda: reach_hub("name")
 
 
 # -- several processes -----------------------------------------------------------------------------
