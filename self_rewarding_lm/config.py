@@ -8,7 +8,7 @@ settings of one stage, judge or loss stand in its own file.
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -504,6 +504,16 @@ class FinetuneConfig(Config):
 
     def remarks(self, ctx: Any) -> list[str]:
         """What is worth knowing before the stage begins, as words that a check prints."""
+        return []
+
+    def shown(
+        self, field: str, row: Any, where: str, tokens: Any
+    ) -> list[tuple[str, Sequence[int], Sequence[bool]]]:
+        """What the model reads of a row of a dataset, for a preview. Default: nothing is known.
+
+        field: the dataset's. where: names the row in errors. tokens: Tokens. Of each text what it
+        is, its ids, and whether each of them is learnt.
+        """
         return []
 
     def rehearse(self, ctx: Any, out: Any) -> None:

@@ -18,6 +18,7 @@ from self_rewarding_lm.cli import (
     judge,
     merge,
     plan,
+    preview,
     push,
     report,
     run,
@@ -28,6 +29,7 @@ from self_rewarding_lm.errors import SelfRewardingError, at_the_command, did_you
 from self_rewarding_lm.text import printable
 
 COMMANDS = {
+    "preview": preview,
     "run": run,
     "check": check,
     "plan": plan,

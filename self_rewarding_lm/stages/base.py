@@ -12,7 +12,8 @@ from self_rewarding_lm.checks import Checker, ChecksConfig
 from self_rewarding_lm.config import FinetuneConfig, Object, OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import BadRows, OnBadRow, Rows
-from self_rewarding_lm.data.rows import PromptRow
+from self_rewarding_lm.data.rows import PromptRow, prompt_of, training_row
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, SelfRewardingError, TokenizerError
 from self_rewarding_lm.records import Candidate, Record
 from self_rewarding_lm.runs.stage_folder import StageDir
@@ -103,6 +104,14 @@ class TrainingConfig(FinetuneConfig):
 
         Returns the prompt that it made of it, if it makes one.
         """
+
+    def shown(
+        self, field: str, row: Any, where: str, tokens: Tokens
+    ) -> list[tuple[str, Sequence[int], Sequence[bool]]]:
+        if field == "prompt_dataset":
+            ids = prompt_of(row, where, tokens).ids
+            return [("a prompt", ids, [False] * len(ids))]
+        return [("a row", *training_row(row, where, tokens))]
 
     def planned_steps(self, rows: int) -> int:
         """Optimiser steps on so many rows, unless early stopping ends them."""

@@ -8,6 +8,7 @@ from self_rewarding_lm.config import Object
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.data.rows import preference_row, truncated
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.records import PreferencePair
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import read_once
@@ -32,6 +33,17 @@ class DPOConfig(PreferenceConfig):
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         self._read_pair(row, where, ctx)
+
+    def shown(
+        self, field: str, row: Any, where: str, tokens: Tokens
+    ) -> list[tuple[str, Sequence[int], Sequence[bool]]]:
+        pair = preference_row(row, where, tokens)
+        sides = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
+        before = pair.prompt_ids
+        return [
+            (side, (*before, *ids), [False] * len(before) + [True] * len(ids))
+            for side, ids in sides.items()
+        ]
 
     def run(self, ctx: Context, out: StageDir) -> None:
         pairs = self._read_pairs(ctx, ctx.rows["train_dataset"], ctx.stage, out)

@@ -25,6 +25,7 @@ from self_rewarding_lm.config import (
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import OnBadRow
 from self_rewarding_lm.data.ranked import as_candidates, ranked_row
+from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import ConfigError, DataError, JudgeError, setting
 from self_rewarding_lm.evaluation.agreement import agreeing, orders_agree
 from self_rewarding_lm.judges.asking import MIN_ANSWER_TOKENS, Asks, Question
@@ -281,6 +282,17 @@ class BuildEFTConfig(FinetuneConfig):
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         """Raise DataError or TokenizerError if a row is no ranking."""
         ranked_replies(row, where, f"{ctx.stage}/0", ctx)
+
+    def shown(
+        self, field: str, row: Any, where: str, tokens: Tokens
+    ) -> list[tuple[str, Sequence[int], Sequence[bool]]]:
+        ranked = replace(ranked_row(row, where), id="shown/0")
+        prompt, replies = as_candidates(ranked, tokens, where=where)
+        shown = []
+        for rank, reply in sorted(zip(ranked.ranks, replies, strict=True), key=lambda it: it[0]):
+            ids = (*prompt.ids, *reply.ids)
+            shown.append((f"a reply of rank {rank:g} to judge", ids, [False] * len(ids)))
+        return shown
 
     def run(self, ctx: Context, out: StageDir) -> None:
         dataset = ctx.rows["ranked_dataset"]
