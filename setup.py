@@ -41,7 +41,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["self_rewarding_lm", "self_rewarding_lm.*"]),
     package_data={
-        "self_rewarding_lm": ["py.typed", "__init__.pyi", "report/report.*", "recipes/*.json"]
+        "self_rewarding_lm": ["py.typed", "__init__.pyi", "report/report.*", "recipes/*.json*"]
     },
     install_requires=[
         "torch>=2.9",  # torch.optim.Muon

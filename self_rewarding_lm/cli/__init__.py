@@ -15,6 +15,7 @@ from self_rewarding_lm.cli import (
     check,
     compare,
     export,
+    init,
     judge,
     merge,
     plan,
@@ -29,6 +30,7 @@ from self_rewarding_lm.errors import SelfRewardingError, at_the_command, did_you
 from self_rewarding_lm.text import printable
 
 COMMANDS = {
+    "init": init,
     "preview": preview,
     "run": run,
     "check": check,

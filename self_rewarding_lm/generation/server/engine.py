@@ -52,21 +52,21 @@ class ServerEngine:
 
     url: a server that is running, with or without its /v1. It keeps its own weights: nothing that
     is trained here reaches it. model: the model's name there, by default the first that is listed.
-    launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint} --port
-    {port} --host 127.0.0.1 --gpu-memory-utilization 0.5". Then each stage starts a server on its
-    own weights, saved into `folder`, for its generating and judging, and stops it before training.
+    launch: a command with {checkpoint} and {port}, such as "vllm serve {checkpoint} --port {port}
+    --host 127.0.0.1 --gpu-memory-utilization 0.5". Then each stage starts a server on its own
+    weights, saved into `folder`, for its generating and judging, and stops it before training.
     folder: where weights and logs are put, by default a temporary one. reload: "vllm" or "sglang",
     whose server then stays for the whole run: it sleeps while the stage trains, and takes the
     stage's weights before it answers, which is proved by its log-probs of a few tokens beside the
-    model's own. offload: whether the model's own
-    weights leave their device while a server that was started here has it. max_in_flight: requests
-    at once at most; by default as many as the server makes use of, from 64 on. timeout: seconds for
-    one whole try of a request. max_retries: how often a try that may succeed later is repeated.
-    start_timeout: seconds within which a started server must be healthy, and carry out each command
-    of `reload`. stop_timeout: seconds that it has to end before it is killed. top_logprobs: how
-    many of the likeliest tokens are asked for if a server cannot give the probabilities of named
-    ones. max_unknown: how much of a probability may be unknown then, see `chances`. extra: fields
-    that are put into every request. api_key: by default OPENAI_API_KEY.
+    model's own. offload: whether the model's own weights leave their device while a server that was
+    started here has it. max_in_flight: requests at once at most; by default as many as the server
+    makes use of, from 64 on. timeout: seconds for one whole try of a request. max_retries: how
+    often a try that may succeed later is repeated. start_timeout: seconds within which a started
+    server must be healthy, and carry out each command of `reload`. stop_timeout: seconds that it
+    has to end before it is killed. top_logprobs: how many of the likeliest tokens are asked for if
+    a server cannot give the probabilities of named ones. max_unknown: how much of a probability may
+    be unknown then, see `chances`. extra: fields that are put into every request. api_key: by
+    default OPENAI_API_KEY.
 
     Raises ConfigError unless exactly one of url and launch is given.
     """
