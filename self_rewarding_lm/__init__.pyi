@@ -17,6 +17,7 @@ from self_rewarding_lm.generation.candidates import generate
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.server.engine import ServerEngine
 from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.certainty import CertaintyJudge
 from self_rewarding_lm.judges.consistency import ConsistencyConfig
 from self_rewarding_lm.judges.ensemble import EnsembleJudge
 from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
@@ -59,6 +60,7 @@ __all__ = [
     "CallableTokenizer",
     "Callback",
     "Candidate",
+    "CertaintyJudge",
     "Check",
     "ChecksConfig",
     "Comparison",

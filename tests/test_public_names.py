@@ -30,7 +30,7 @@ OF_VERSION_0_1_0 = """
     measure_responses open_assistant paper_recipe push_to_hub reads reasoning_task write_report
 """
 SINCE = """
-    Callback CallableTokenizer Judge JudgeError MarkedRubric PairingError ShuffledJudge from_hub
+    Callback CallableTokenizer CertaintyJudge Judge JudgeError MarkedRubric PairingError ShuffledJudge from_hub
     read_recipe read_yaml wilson_interval
 """
 

@@ -7,6 +7,7 @@ read, score) and `parsing.py` (from text to score).
 """
 
 from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.certainty import CertaintyJudge
 from self_rewarding_lm.judges.ensemble import EnsembleJudge
 from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
 from self_rewarding_lm.judges.implicit import ImplicitJudge
@@ -18,6 +19,7 @@ from self_rewarding_lm.judges.shuffled import ShuffledJudge
 from self_rewarding_lm.judges.votes import VoteJudge
 
 __all__ = [
+    "CertaintyJudge",
     "EnsembleJudge",
     "FunctionJudge",
     "ImplicitJudge",

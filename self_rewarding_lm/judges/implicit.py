@@ -4,14 +4,13 @@ r = log pi(y | x) - log pi_ref(y | x) ranks a model's own responses without a ju
 arXiv:2410.12735; DICE, arXiv:2406.09760). Knows log-probs and names of weights; nothing of pairs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.judges.base import Judge
-from self_rewarding_lm.models.batching import grouped
-from self_rewarding_lm.models.policy import response_logprobs
+from self_rewarding_lm.judges.forwards import of_response_tokens
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.runs.run import INITIAL
 
@@ -90,26 +89,7 @@ def implicit_judgements(
     budget, sums = min(judge.micro_batch_tokens for judge in judges), dict[str, Sums]()
     for which in names:
         with nullcontext() if which == CURRENT else ctx.weights(which):
-            sums[which] = dict(_sums(ctx, prompts, candidates_PG, token_budget=budget))
+            of_tokens = of_response_tokens(ctx, prompts, candidates_PG, token_budget=budget)
+            sums[which] = {candidate.id: sum(logprobs) for candidate, logprobs in of_tokens}
     flat = [candidate for candidates in candidates_PG for candidate in candidates]
     return [[judge.of(candidate, sums) for candidate in flat] for judge in judges]
-
-
-def _sums(
-    ctx: Context,
-    prompts: Sequence[Prompt],
-    candidates_PG: Sequence[Sequence[Candidate]],
-    *,
-    token_budget: int,
-) -> Iterator[tuple[str, float]]:
-    """Id and summed log-prob of each response that fits into the model, under its weights."""
-    limit, policy = ctx.model.max_len, ctx.runtime.unwrapped(ctx.policy)
-    for prompt, candidates in zip(prompts, candidates_PG, strict=True):
-        fits = [c for c in candidates if limit is None or len(prompt.ids) + len(c.ids) <= limit]
-        rows = [[(*prompt.ids, *c.ids)] for c in fits]
-        for group in grouped(ctx.model, rows, token_budget=token_budget):
-            some = [fits[i] for i in group]
-            logprobs = response_logprobs(policy, [(prompt.ids, c.ids) for c in some])
-            for candidate, of_tokens in zip(some, logprobs, strict=True):
-                yield candidate.id, sum(of_tokens)
-            ctx.runtime.stopping.heed()

@@ -4,6 +4,7 @@ To add a judge write its file, a subclass of `Judge`, and its row.
 """
 
 from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.judges.certainty import CertaintyJudge
 from self_rewarding_lm.judges.ensemble import EnsembleJudge
 from self_rewarding_lm.judges.functions import FunctionJudge, ModuleJudge
 from self_rewarding_lm.judges.implicit import ImplicitJudge
@@ -14,6 +15,7 @@ from self_rewarding_lm.judges.shuffled import ShuffledJudge
 from self_rewarding_lm.judges.votes import VoteJudge
 
 JUDGES: tuple[type[Judge], ...] = (
+    CertaintyJudge,
     EnsembleJudge,
     FunctionJudge,
     ImplicitJudge,

@@ -5,6 +5,7 @@ of whole rows, or of hidden states and the head that turns them into logits, a p
 that tokens x vocabulary numbers never exist at once.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,15 @@ def token_logprobs(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> F
     scores = _exact(logits[:, :-1])
     chosen = scores.gather(-1, ids[:, 1:, None].long()).squeeze(-1)
     return F.pad(chosen - scores.logsumexp(dim=-1), (1, 0))
+
+
+Measure = Callable[[Tensor], Tensor]
+"""A number for each distribution over the vocabulary, of its logits: (*n, v) to (*n)."""
+
+
+def token_measures(logits: Float[Tensor, "b t v"], measure: Measure) -> Float[Tensor, "b t"]:
+    """The measure of the distribution of token i at column i; column 0, which has none, is 0.0."""
+    return F.pad(measure(_exact(logits[:, :-1])), (1, 0))
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,32 @@ def label_logprobs(
         bias = None if bias is None else bias.to(narrow)
     settings = (head.scale, head.softcap, rows)
     return _LinearLogprobs.apply(hidden.to(weight.dtype), weight, bias, labels, settings)
+
+
+def label_measures(
+    hidden: Float[Tensor, "n d"], head: Head, measure: Measure, *, vocab: int
+) -> Float[Tensor, " n"]:
+    """A measure of the distribution behind each hidden state, with a few logits at a time.
+
+    Without gradients. Measures are of float32 logits at least, whatever the type of the head.
+    """
+    rows = max(1, max(LEAST_LOGITS, vocab * hidden.shape[-1]) // vocab)
+    hidden = hidden if head.weight is None else hidden.to(head.weight.dtype)
+    parts = [measure(_exact(head.logits(hidden[part]))) for part in _parts(len(hidden), rows)]
+    return torch.cat(parts)
+
+
+def negative_entropy(scores: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
+    """The sum of p log p over the vocabulary, of logits: 0 if one token is certain."""
+    return -torch.special.entr(scores.softmax(dim=-1)).sum(dim=-1)
+
+
+def kl_from_uniform(scores: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
+    """KL(uniform || p) = -log v - mean of log p over the vocabulary, of logits.
+
+    0 if all tokens are equally likely; infinite if one has no probability.
+    """
+    return scores.logsumexp(dim=-1) - scores.mean(dim=-1) - math.log(scores.shape[-1])
 
 
 def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, " b"]:

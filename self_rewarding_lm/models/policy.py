@@ -17,7 +17,13 @@ from torch.distributed.fsdp import FSDPModule
 from self_rewarding_lm.models.batching import by_side, packs, pad_rows
 from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.interface import TokenModel, device_of
-from self_rewarding_lm.models.logprobs import label_logprobs, token_logprobs
+from self_rewarding_lm.models.logprobs import (
+    Measure,
+    label_logprobs,
+    label_measures,
+    token_logprobs,
+    token_measures,
+)
 from self_rewarding_lm.models.noise import RowNoise
 from self_rewarding_lm.models.packing import Packing
 
@@ -45,19 +51,22 @@ class Policy(nn.Module):
         lengths: Int[Tensor, " b"] | None = None,
         targets: Bool[Tensor, "b t"] | None = None,
         noise: RowNoise | None = None,
+        measure: Measure | None = None,
     ) -> Float[Tensor, "b t"]:
         """log p(ids[:, i] | ids[:, :i]) at column i, 0.0 at column 0.
 
         lengths: of right-padded rows; if None all are full. targets: where log-probs are wanted, by
         default everywhere; elsewhere they are 0.0, or what they are if that costs nothing. ids may
         be on the CPU. noise: of dropout, which the forward is within; it has the rows' keys.
+        measure: of the whole distribution p(. | ids[:, :i]), in place of the log-prob and without
+        gradients.
         """
         if lengths is None:
             lengths = torch.full((len(ids),), ids.shape[1])
         side = partial(self.token_model.side, padded=not packs(self.token_model))
         groups = by_side(lengths.tolist(), side)
         if side(1) == side(FAR):  # any rows go together
-            return self._together(ids, lengths, targets, noise)
+            return self._together(ids, lengths, targets, noise, measure)
 
         # rows that must not be in one forward have one each; under FSDP all processes make as many
         parts, keys = [], [] if noise is None else noise.keys
@@ -66,7 +75,8 @@ class Policy(nn.Module):
             of_group = None if targets is None else targets[group, :longest]
             if noise is not None:
                 noise.begin([keys[row] for row in group])
-            logprobs = self._together(ids[group, :longest], lengths[group], of_group, noise)
+            of_rows = ids[group, :longest], lengths[group], of_group, noise, measure
+            logprobs = self._together(*of_rows)
             parts.append(F.pad(logprobs, (0, ids.shape[1] - longest)))
         rows = torch.tensor([row for group in groups for row in group])
         idle = sum(part.sum() * 0.0 for part in parts[len(groups) :])
@@ -82,7 +92,12 @@ class Policy(nn.Module):
         return int(most)
 
     def _together(
-        self, ids: Tensor, lengths: Tensor, targets: Tensor | None, noise: RowNoise | None
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        targets: Tensor | None,
+        noise: RowNoise | None,
+        measure: Measure | None,
     ) -> Tensor:
         """`forward` for rows that may be in one forward of the model."""
         model = self.token_model
@@ -93,7 +108,10 @@ class Policy(nn.Module):
             places = [(row, row * longest, n) for row, n in enumerate(lengths.tolist())]
             noise.lay_out(len(ids), longest, places, padded=True)
         if training is None:
-            return token_logprobs(model.logits(ids.to(device)), ids.to(device))
+            logits = model.logits(ids.to(device))
+            if measure is not None:
+                return token_measures(logits, measure)
+            return token_logprobs(logits, ids.to(device))
 
         # 1. hidden states of all tokens, and where that of each token of a row is
         if training.packs:
@@ -119,7 +137,11 @@ class Policy(nn.Module):
         labels = ids[rows.to(ids.device), columns.to(ids.device)].to(device)  # (n,)
         rows, columns = rows.to(device), columns.to(device)
         before = where[rows, (columns - 1).clamp(min=0)]
-        logprobs = label_logprobs(hidden[before], labels, training.head(), vocab=model.vocab)
+        head, vocab = training.head(), model.vocab
+        if measure is None:
+            logprobs = label_logprobs(hidden[before], labels, head, vocab=vocab)
+        else:
+            logprobs = label_measures(hidden[before], head, measure, vocab=vocab)
         return logprobs.new_zeros(ids.shape).index_put((rows, columns), logprobs * weight)
 
 
@@ -252,14 +274,20 @@ def _is_rate(value: Any) -> bool:
 
 @torch.no_grad()
 def response_logprobs(
-    policy: nn.Module, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    policy: nn.Module,
+    sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    measure: Measure | None = None,
 ) -> list[tuple[float, ...]]:
-    """The log-prob of each response token of (prompt, response) sequences, without dropout."""
+    """The log-prob of each response token of (prompt, response) sequences, without dropout.
+
+    measure: of the distribution at each of them, in place of its log-prob.
+    """
     ids, lengths = pad_rows([(*prompt, *response) for prompt, response in sequences])
     starts = torch.tensor([len(prompt) for prompt, _ in sequences])
     targets = torch.arange(ids.shape[1]) >= starts[:, None]  # (b, t)
     with evaluating(policy):
-        logprobs = policy(ids, lengths, targets).cpu()
+        logprobs = policy(ids, lengths, targets, measure=measure).cpu()
     return [
         tuple(row[len(prompt) : length].tolist())
         for row, (prompt, _), length in zip(logprobs, sequences, lengths.tolist(), strict=True)

@@ -6,7 +6,7 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
-from self_rewarding_lm import OptimConfig, SelfPlayConfig, ShuffledJudge
+from self_rewarding_lm import CertaintyJudge, OptimConfig, SelfPlayConfig, ShuffledJudge
 from tests.test_trainer import (
     ROWS,
     SHORT,
@@ -46,7 +46,8 @@ def main(folder: str) -> None:
     judged = self_reward(num_generated_preference_pairs=5, **ragged)
     shuffled = self_reward(name="shuffled", judge=ShuffledJudge(), **ragged)
     again = external(name="again", candidates_from="shuffled", prompts_per_block=3, **ragged)
-    stages = [stops, spin, external(**ragged), judged, shuffled, again]
+    sure = external(name="sure", init_from="initial", reward_model=CertaintyJudge(), **ragged)
+    stages = [stops, spin, external(**ragged), judged, shuffled, again, sure]
     trainer = trainer_of(folder, stages, model, accelerate_kwargs=dict(cpu=True))
     trainer()
     assert trainer.runtime.is_main or not asked  # one process decides, all are told
