@@ -44,7 +44,9 @@ def test_an_unknown_flag_is_named_with_the_one_that_was_meant(capsys):
 
 
 def test_an_unknown_command_is_named_with_the_one_that_was_meant(capsys):
-    assert "'runn' is no command; did you mean 'run'? There are: run," in usage(capsys, "runn")
+    assert "'runn' is no command; did you mean 'run'? There are: init, preview, run," in usage(
+        capsys, "runn"
+    )
 
 
 def test_a_recipe_with_anothers_word_for_a_setting_is_told_ours(tmp_path, capsys):
