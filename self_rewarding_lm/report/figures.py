@@ -173,9 +173,9 @@ def _rounds(lines: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     numbers: dict[int, dict[str, float]] = {}
     for line in lines:
         place = line.get("round")
-        if is_metric(place):
+        if isinstance(place, int):
             known = {k: v for k, v in line.items() if k not in ("step", "round") and is_metric(v)}
-            numbers.setdefault(int(place), {}).update(known)
+            numbers.setdefault(place, {}).update(known)
     before = {key for line in lines if line.get("step") == 0 for key in line}
     rounds = [
         {k: v for k, v in of_round.items() if k in before and not k.startswith(TRAINED)}

@@ -489,9 +489,8 @@ def _stage_charts(place: int, name: str, runs: Sequence[RunFigures]) -> dict[str
             titled = f"{title}{of_run}"
             chart = _bars(f"bars-{place}-{len(bars)}", titled, counted, across, up)
             if chart is None:
-                values = [None] * len(runs)
-                values[style] = f"{number(counted.values[0])} ({counted.counts[0]:,} times)"
-                rows.append([titled, *values])
+                value = f"{number(counted.values[0])} ({counted.counts[0]:,} times)"
+                rows.append([titled, *(value if i == style else None for i in range(len(runs)))])
             else:
                 bars.append(chart)
         of_prompts.append(_prompt_chart(f"prompts-{place}-{style}", stage, of_run))
