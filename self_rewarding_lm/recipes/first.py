@@ -124,7 +124,7 @@ def write_first_recipe(
             shutil.copy(files[name], folder / f"{name}.jsonl")
             files[name] = folder / f"{name}.jsonl"
         root = folder.resolve()
-        recipe = text(chosen, lambda path: os.path.relpath(path, root))
+        recipe = text(chosen, lambda path: _path_from(root, path))
         (folder / RECIPE).write_text(recipe, encoding="utf-8")
     machine = "the CPU" if device_memory is None else f"a GPU of {device_memory / 1e9:.0f} GB"
     return [
@@ -136,6 +136,12 @@ def write_first_recipe(
         f"{shape.name} with {number(shape.parameters)} parameters on {machine}: {chosen.words}; "
         f"{number(prompts)} prompts make {_rounds(prompts)}."
     ]
+
+
+def _path_from(folder: Path, path: Path) -> str:
+    """A path as it is named from a folder; in full if it is not near."""
+    relative = os.path.relpath(path, folder)
+    return str(path) if relative.startswith(os.path.join(os.pardir, os.pardir)) else relative
 
 
 def _shipped(name: str) -> Path:
