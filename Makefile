@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart real test slow check install diagram docs benchmark errors clean
+.PHONY: quickstart real test slow check install diagram docs notebooks benchmark errors clean
 
 quickstart: $(VENV)/installed
 	$(RUN) examples/quickstart.py
@@ -27,6 +27,9 @@ benchmark: $(VENV)/installed-bench
 
 errors: $(VENV)/installed-dev
 	$(RUN) -m tests.docs.test_errors
+
+notebooks: $(VENV)/installed-dev
+	$(RUN) -m tests.docs.test_notebooks
 
 docs: $(VENV)/installed-dev
 	$(RUN) -m sphinx -W --keep-going -q docs docs/_build

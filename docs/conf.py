@@ -13,6 +13,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import notebook_pages  # noqa: E402
 import reference_pages  # noqa: E402
 
 import self_rewarding_lm  # noqa: E402
@@ -45,4 +46,9 @@ def block(translator: Any, node: Any) -> None:
 
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", (inline, None), (block, None))
-    app.connect("builder-inited", lambda _: reference_pages.write_pages(HERE / "reference"))
+    app.connect("builder-inited", write_pages)
+
+
+def write_pages(_: Any) -> None:
+    reference_pages.write_pages(HERE / "reference")
+    notebook_pages.write_notebooks(HERE / "notebooks", HERE / "reference" / "notebooks")
