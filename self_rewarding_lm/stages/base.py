@@ -143,7 +143,7 @@ class TrainingConfig(FinetuneConfig):
             self.completed_optim.model_copy(update={"micro_batch_tokens": tokens}),
             num_train_steps=self.planned_steps(len(objective)),
             dropout=self.dropout,
-            dropout_of_adapters="dropout" in self.model_fields_set,
+            dropout_of_adapters=self.sets_adapters,
             valid=valid,
             early_stopping=stopping,
             round=round,
@@ -180,8 +180,13 @@ class TrainingConfig(FinetuneConfig):
 
     def micro_batch_tokens(self, ctx: Context, out: StageDir, objective: Objective) -> int:
         """How many tokens of an objective go through the model at once in this stage."""
-        adapters, rate = "dropout" in self.model_fields_set, self.dropout
-        return micro_batch_tokens(ctx, out, objective, self.optim, dropout=rate, adapters=adapters)
+        settings = {"dropout": self.dropout, "adapters": self.sets_adapters}
+        return micro_batch_tokens(ctx, out, objective, self.optim, **settings)
+
+    @property
+    def sets_adapters(self) -> bool:
+        """Whether `dropout` is the rate of adapters too."""
+        return "dropout" in self.model_fields_set
 
     def work(self, counting: Counting) -> Work:
         row = RowShape().capped(counting.limit(self.max_seq_len))
@@ -208,6 +213,10 @@ class TrainingConfig(FinetuneConfig):
             steps = Range(first_check, steps.most)
             trained = Range(min(first_check * batch, trained.least), trained.most)
         return Training(rows, row, steps, trained.times(row.tokens))
+
+    def reference_tokens(self, training: Training) -> Range:
+        """Tokens of forwards without a gradient, whose log-probs the loss reads."""
+        return NOTHING
 
     def own_weights(self) -> int:
         """Folders of weights that the stage keeps for itself until it is done."""

@@ -99,11 +99,14 @@ class DropCounts:
         self.candidates.update(other.candidates)
         self.kept += other.kept
 
-    def metrics(self) -> dict[str, int]:
-        """`pairs/kept`, `pairs/dropped_<reason>` and `candidates/dropped_<reason>`."""
-        prompts = {f"pairs/dropped_{k}": n for k, n in sorted(self.prompts.items()) if n}
+    def metrics(self, made: str = "pairs", of: str = "pairs") -> dict[str, int]:
+        """`pairs/kept`, `pairs/dropped_<reason>` and `candidates/dropped_<reason>`.
+
+        made: in place of "pairs", what is kept. of: what is dropped with a whole prompt.
+        """
+        prompts = {f"{of}/dropped_{k}": n for k, n in sorted(self.prompts.items()) if n}
         candidates = {f"candidates/dropped_{k}": n for k, n in sorted(self.candidates.items())}
-        return {"pairs/kept": self.kept, **prompts, **candidates}
+        return {f"{made}/kept": self.kept, **prompts, **candidates}
 
     def in_words(self) -> str:
         """For a message: '3 tie, 1 unfinished'."""

@@ -17,6 +17,8 @@ from self_rewarding_lm.records import Ids, PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.runs.lines import Picked
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import TrainingConfig, see_cut
+from self_rewarding_lm.stages.ranges import NOTHING, Range
+from self_rewarding_lm.stages.work import Training
 from self_rewarding_lm.training.loss_config import losses_in, read_by
 from self_rewarding_lm.training.objectives import PreferenceObjective
 from self_rewarding_lm.training.reference import (
@@ -139,6 +141,13 @@ class PreferenceConfig(TrainingConfig):
     def reference_from_start(self) -> bool:
         """Whether the reference is the weights that the stage starts from."""
         return self.reference == START and read_by(losses_in(self.loss)).reference
+
+    def reference_tokens(self, training: Training) -> Range:
+        reads = self.reference != NO_REFERENCE and read_by(losses_in(self.loss)).reference
+        if not training.pairs or not reads:
+            return NOTHING
+        moves = isinstance(self.reference, MovingReference)
+        return training.tokens if moves else training.rows.times(training.row.tokens)
 
     def try_pair(
         self, ctx: Context, out: StageDir, prompt_ids: Ids, chosen_ids: Ids, rejected_ids: Ids

@@ -199,12 +199,12 @@ class SampledPreferenceConfig(PairSettings):
                 steps += self.planned_steps(len(objective))
             else:
                 steps += self.fit(ctx, out, objective, round=number, first_step=steps, kept=kept)
-        out.summary |= {"pairs": num_pairs, "steps": steps}
+        out.summary |= {f"{self.maker.noun}s": num_pairs, "steps": steps}
         if several:
             out.summary |= {"rounds": self.rounds, "rounds_without_pairs": rounds_without_pairs}
 
     def _log_round(self, ctx: Context, out: StageDir, num_pairs: int) -> None:
-        metrics, results = out.summary["metrics"], [f"{num_pairs} pairs"]
+        metrics, results = out.summary["metrics"], [f"{num_pairs} {self.maker.noun}s"]
         for name, label in (("judge/score_mean", "score"), ("completions/mean_length", "length")):
             if metrics.get(name) is not None:
                 results.append(f"mean {label} {metrics[name]:.4g}")

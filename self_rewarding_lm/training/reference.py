@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -60,13 +61,30 @@ class PairSums:
     rejected: float
 
 
-class StoredReference:
-    """Log-probs of pairs under fixed weights, computed once and kept in the stage's folder.
+@runtime_checkable
+class Row(Protocol):
+    """What log-probs are asked of: a record with an id."""
 
-    weights: a name that `ctx.weights` knows; those are the reference of all rounds. If None, the
-    present weights are it, and each `round` of a stage has a reference of its own. token_budget:
-    tokens of a forward.
+    @property
+    def id(self) -> str: ...
+
+
+RowType = TypeVar("RowType", bound=Row)
+Logprobs = TypeVar("Logprobs")
+
+
+class StoredLogprobs(Generic[RowType, Logprobs]):
+    """Log-probs of rows under fixed weights, computed once and kept in the stage's folder.
+
+    A subclass says which responses a row has, and what record their log-probs become. weights: a
+    name that `ctx.weights` knows; those are the reference of all rounds. If None, the present
+    weights are it, and each `round` of a stage has a reference of its own. token_budget: tokens of
+    a forward.
     """
+
+    record_type: ClassVar[type[Any]]
+    noun: ClassVar[str]
+    """The word for a row."""
 
     def __init__(
         self,
@@ -83,44 +101,33 @@ class StoredReference:
         self.weights = weights
         self.label = f"r{round}" if weights is None else weights.replace("/", "_")
 
-    def sums(self, pairs: Sequence[PreferencePair]) -> Sequence[PairSums]:
-        """The summed log-probs of each pair, in the order of `pairs`.
+    def responses(self, row: RowType) -> Sequence[tuple[Ids, Ids]]:
+        """The (prompt, response) of each response of a row."""
+        raise NotImplementedError
 
-        Raises TrainingError if they are not finite, which version 0.1.0 stored.
-        """
-        chosen, rejected = array("d"), array("d")
-        for logprobs in self.tokens(pairs):
-            chosen.append(sum(logprobs.chosen))
-            rejected.append(sum(logprobs.rejected))
-        both = enumerate(zip(chosen, rejected, strict=True))
-        bad = [i for i, sums in both if not math.isfinite(sum(sums))]
-        if bad:
-            raise self._not_finite(
-                [pairs[i].id for i in bad],
-                f"They are in reference.jsonl in {self.out.path}; delete it, and the reference is "
-                "asked again.",
-            )
-        return Picked(range(len(chosen)), change=lambda i: PairSums(chosen[i], rejected[i]))
+    def record(self, record_id: str, logprobs: Sequence[tuple[float, ...]]) -> Logprobs:
+        """The record of a row's log-probs: of each response a number for each token."""
+        raise NotImplementedError
 
-    def tokens(self, pairs: Sequence[PreferencePair]) -> Sequence[ReferenceLogprobs]:
-        """The log-probs of each pair token by token, read from disk when they are asked for.
+    def tokens(self, rows: Sequence[RowType]) -> Sequence[Logprobs]:
+        """The log-probs of each row token by token, read from disk when they are asked for.
 
         Raises TrainingError if one that is computed now is not finite; none such is stored.
         """
         # 1. see which are on disk
-        known = Groups(self.out.known(ReferenceLogprobs))
-        ids = [f"{pair.id}/{self.label}" for pair in pairs]
+        known = Groups(self.out.known(self.record_type))
+        ids = [f"{row.id}/{self.label}" for row in rows]
         is_complete = all(record_id in known for record_id in ids)
         mine = [] if is_complete else self.ctx.runtime.share([*range(len(ids))])
         # 2. compute the missing ones of this process's share, with the reference's weights
-        bar = self.ctx.runtime.progress(len(mine), "reference log-probs", "pair")
+        bar = self.ctx.runtime.progress(len(mine), "reference log-probs", self.noun)
         weights = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
         casting = cast_once(self.ctx.policy, self.ctx.runtime) if mine else nullcontext()
         bad, failures = list[str](), list[str]()
         try:
             with bar, weights, casting:
                 for start in range(0, len(mine), PAIRS_AT_ONCE):
-                    block = [(ids[i], pairs[i]) for i in mine[start : start + PAIRS_AT_ONCE]]
+                    block = [(ids[i], rows[i]) for i in mine[start : start + PAIRS_AT_ONCE]]
                     for count in self._compute(block, known, bad):
                         bar.update(count)
                     if bad:
@@ -132,12 +139,12 @@ class StoredReference:
             raise MemoryUsedUpError(words)
         bad = self.ctx.runtime.gather(bad)
         if bad:
-            raise self._not_finite(
+            raise self.not_finite(
                 bad, "Nothing of them was stored: start again, and the reference is asked again."
             )
         # 4. join the shares of all processes
-        self.out.merge(ReferenceLogprobs)
-        return Groups(self.out.known(ReferenceLogprobs)).in_order(ids)
+        self.out.merge(self.record_type)
+        return Groups(self.out.known(self.record_type)).in_order(ids)
 
     def _asked(
         self, policy: nn.Module, sequences: Sequence[tuple[Ids, Ids]], *, may_fail: bool
@@ -156,57 +163,84 @@ class StoredReference:
             logger.warning("%s: %s. Tried again with half at once.", self.ctx.stage, words)
         return None
 
-    def _not_finite(self, pair_ids: Sequence[str], advice: str) -> TrainingError:
+    def not_finite(self, row_ids: Sequence[str], advice: str) -> TrainingError:
         which = "its present weights" if self.weights is None else f"the weights {self.weights!r}"
         return not_finite(
             f"stage {self.ctx.stage!r}, before step 1",
             f"reference log-probs are not finite, from a forward of the reference ({which})",
-            pair_ids,
-            f"{advice} If it happens again, these weights give the pairs no finite probability: "
-            "they are damaged, too large for their type, or have logits of -inf; take another "
-            "reference, or begin with earlier weights (init_from).",
+            row_ids,
+            f"{advice} If it happens again, these weights give the {self.noun}s no finite "
+            "probability: they are damaged, too large for their type, or have logits of -inf; take "
+            "another reference, or begin with earlier weights (init_from).",
         )
 
     def _compute(
-        self, block: list[tuple[str, PreferencePair]], known: Container[str], bad: list[str]
+        self, block: list[tuple[str, RowType]], known: Container[str], bad: list[str]
     ) -> Iterator[int]:
-        """Compute and store what is not known; yields how many pairs each forward has finished.
+        """Compute and store what is not known; yields how many rows each forward has finished.
 
-        block: (record id, pair). bad: gets the ids of pairs whose log-probs are not finite, and
-        then nothing more is computed. Pairs go through the model in the same groups whatever is
+        block: (record id, row). bad: gets the ids of rows whose log-probs are not finite, and
+        then nothing more is computed. Rows go through the model in the same groups whatever is
         known, so that the log-probs of an interrupted reference are bit for bit those of another.
         """
         policy = self.ctx.runtime.unwrapped(self.ctx.policy)  # siblings have other groups
-        sides = [
-            [(pair.prompt_ids, pair.chosen_ids), (pair.prompt_ids, pair.rejected_ids)]
-            for _, pair in block
-        ]
-        rows = [[(*prompt, *response) for prompt, response in both] for both in sides]
+        responses = [self.responses(row) for _, row in block]
+        rows = [[(*prompt, *response) for prompt, response in of_row] for of_row in responses]
         groups = deque(grouped(self.ctx.model, rows, token_budget=self.token_budget))
         while groups:
             group = groups.popleft()
             if any(block[i][0] not in known for i in group):
                 self.ctx.round.check_weights()
-                sequences = [sequence for i in group for sequence in sides[i]]
+                sequences = [sequence for i in group for sequence in responses[i]]
                 logprobs = self._asked(policy, sequences, may_fail=len(group) > 1)
                 if logprobs is None:  # memory was used up: half of the group at once
                     half = len(group) // 2
                     groups.extendleft([group[half:], group[:half]])
                     continue
-                records = [
-                    ReferenceLogprobs(block[i][0], next(logprobs), next(logprobs)) for i in group
-                ]
-                finite = [math.isfinite(sum(r.chosen) + sum(r.rejected)) for r in records]
+                of_rows = [[next(logprobs) for _ in responses[i]] for i in group]
+                finite = [math.isfinite(sum(map(sum, of_row))) for of_row in of_rows]
                 self.out.append(
-                    record
-                    for record, is_finite in zip(records, finite, strict=True)
-                    if is_finite and record.id not in known
+                    self.record(block[i][0], of_row)
+                    for i, of_row, is_finite in zip(group, of_rows, finite, strict=True)
+                    if is_finite and block[i][0] not in known
                 )
                 bad += [block[i][1].id for i, ok in zip(group, finite, strict=True) if not ok]
                 if bad:
                     return
                 self.ctx.runtime.stopping.heed()
             yield len(group)
+
+
+class StoredReference(StoredLogprobs[PreferencePair, ReferenceLogprobs]):
+    """The stored log-probs of both responses of pairs."""
+
+    record_type = ReferenceLogprobs
+    noun = "pair"
+
+    def responses(self, row: PreferencePair) -> Sequence[tuple[Ids, Ids]]:
+        return [(row.prompt_ids, row.chosen_ids), (row.prompt_ids, row.rejected_ids)]
+
+    def record(self, record_id: str, logprobs: Sequence[tuple[float, ...]]) -> ReferenceLogprobs:
+        return ReferenceLogprobs(record_id, *logprobs)
+
+    def sums(self, pairs: Sequence[PreferencePair]) -> Sequence[PairSums]:
+        """The summed log-probs of each pair, in the order of `pairs`.
+
+        Raises TrainingError if they are not finite, which version 0.1.0 stored.
+        """
+        chosen, rejected = array("d"), array("d")
+        for logprobs in self.tokens(pairs):
+            chosen.append(sum(logprobs.chosen))
+            rejected.append(sum(logprobs.rejected))
+        both = enumerate(zip(chosen, rejected, strict=True))
+        bad = [i for i, sums in both if not math.isfinite(sum(sums))]
+        if bad:
+            raise self.not_finite(
+                [pairs[i].id for i in bad],
+                f"They are in reference.jsonl in {self.out.path}; delete it, and the reference is "
+                "asked again.",
+            )
+        return Picked(range(len(chosen)), change=lambda i: PairSums(chosen[i], rejected[i]))
 
 
 class EMAReference(Config):

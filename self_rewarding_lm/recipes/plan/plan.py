@@ -33,11 +33,8 @@ from self_rewarding_lm.recipes.reader import Recipe
 from self_rewarding_lm.runs.run import INITIAL
 from self_rewarding_lm.runtime import NARROW
 from self_rewarding_lm.stages.base import TrainingConfig, stage_names
-from self_rewarding_lm.stages.preference import NO_REFERENCE, PreferenceConfig
 from self_rewarding_lm.stages.ranges import NOTHING, Range
 from self_rewarding_lm.stages.work import Asking, Counting, Training, Work
-from self_rewarding_lm.training.loss_config import losses_in, read_by
-from self_rewarding_lm.training.reference import MovingReference
 
 
 @dataclass(frozen=True)
@@ -210,21 +207,9 @@ def _seconds(
     if training is not None and isinstance(stage, TrainingConfig):
         passes = 1 + (2 if shape.adapter is None else 1) + stage.optim.gradient_checkpointing
         operations = training.tokens.times(forward * passes)
-        if training.pairs and _reads_reference(stage):
-            moves = isinstance(stage, PreferenceConfig) and isinstance(
-                stage.reference, MovingReference
-            )
-            reads = training.tokens if moves else training.rows.times(training.row.tokens)
-            operations = operations + reads.times(forward)
+        operations = operations + stage.reference_tokens(training).times(forward)
         seconds["training"] = machine.computing(operations)
     return seconds
-
-
-def _reads_reference(stage: TrainingConfig) -> bool:
-    """Whether the loss of a stage reads log-probs of a reference model."""
-    if not isinstance(stage, PreferenceConfig) or stage.reference == NO_REFERENCE:
-        return False
-    return read_by(losses_in(stage.loss)).reference
 
 
 def _device(shape: ModelShape, accelerate: Mapping[str, Any], memory: int | None) -> Device:
