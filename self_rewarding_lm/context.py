@@ -155,12 +155,14 @@ class Context:
         *,
         max_seq_len: int | None = None,
         known: Collection[str] = (),
+        logprobs: bool = False,
     ) -> Iterator[Candidate]:
         """`num_samples` candidates of each prompt from the present weights, as they finish.
 
         known: ids of candidates that are not sampled again. A candidate's noise is a function of
-        (seed, its id, position) alone. If a server refuses a request, the candidate has no ids and
-        its `reason` says why. Raises Interrupted after a candidate if a signal asked for it.
+        (seed, its id, position) alone. logprobs: as for `sample_candidates`. If a server refuses a
+        request, the candidate has no ids and its `reason` says why. Raises Interrupted after a
+        candidate if a signal asked for it.
         """
         with self.serving():
             candidates = sample_candidates(
@@ -173,6 +175,7 @@ class Context:
                 seed=self.seed,
                 limit=self.limit(max_seq_len),
                 known=known,
+                logprobs=logprobs,
             )
             yield from self.runtime.stopping.between(self.runtime.autocasted(candidates))
 

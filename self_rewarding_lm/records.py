@@ -57,7 +57,9 @@ class Candidate:
     tokens: "re-encoded" if a server gave a text and the ids are its encoding; None if they are
     those that were sampled. reason: why there is no response (a server refused its request); then
     it has no ids and no text, nobody judges it and no pair has it. shown_id: the Prompt that the
-    model was shown, if that is not the one that this answers.
+    model was shown, if that is not the one that this answers. logprobs: of its tokens as the
+    sampler had them, at temperature 1, before filters, to four digits; None if the stage does not
+    ask or the sampler gives none.
     """
 
     kind: ClassVar[str] = "candidates"
@@ -70,6 +72,7 @@ class Candidate:
     tokens: str | None = None
     reason: str | None = None
     shown_id: str | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 MOVED = "moved"
@@ -163,6 +166,23 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, slots=True)
+class Advantage:
+    """How much better a response is than the others to its prompt; id: stage/row/pass/sample.
+
+    candidate_id: the response's candidate, whose id is another one if another stage sampled it.
+    score: what the judge's scores come to. advantage: by which the response is made likelier.
+    """
+
+    kind: ClassVar[str] = "advantages"
+    id: str
+    candidate_id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    score: float
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
 class Demonstration:
     """A response to be learnt, made by a stage; id: stage/row/reply.
 
@@ -236,6 +256,15 @@ class ReferenceLogprobs:
 Record = TypeVar("Record")
 
 
+@dataclass(frozen=True, slots=True)
+class ResponseLogprobs:
+    """Per-token log-probs of a response under fixed weights; id: <response id>/<weights>."""
+
+    kind: ClassVar[str] = "logprobs"
+    id: str
+    logprobs: tuple[float, ...]
+
+
 RECORD_TYPES = (
     Prompt,
     Candidate,
@@ -247,6 +276,8 @@ RECORD_TYPES = (
     RankedReplies,
     Instruction,
     MetaJudgement,
+    Advantage,
+    ResponseLogprobs,
 )
 """All kinds that a stage's folder holds."""
 

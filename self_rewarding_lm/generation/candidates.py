@@ -1,6 +1,7 @@
 """Prompts become candidates, and the public `generate`."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +42,13 @@ def sample_candidates(
     seed: int,
     limit: int | None,
     known: Collection[str] = (),
+    logprobs: bool = False,
 ) -> Iterator[Candidate]:
     """`num_samples` candidates of each prompt, as an engine finishes them.
 
     limit: tokens of prompt and response together; None if there is no limit. known: ids of
-    candidates that are there already, which are left out. The noise of a candidate is a function of
+    candidates that are there already, which are left out. logprobs: whether candidates get those of
+    their tokens, if the engine gives them. The noise of a candidate is a function of
     the seed and its id. The engine gets PROMPTS_AT_ONCE prompts at a time.
     """
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
@@ -64,7 +67,7 @@ def sample_candidates(
                 requests.append(Request(prompt.ids, key, max_new_tokens, candidate_id))
 
         # 2. a candidate of each completion
-        decoding = decoding_of(sampling, tokens)
+        decoding = replace(decoding_of(sampling, tokens), logprobs=logprobs)
         for index, completion in engine.generate(model, requests, decoding):
             prompt, candidate_id = owners[index]
             yield Candidate(
@@ -76,7 +79,13 @@ def sample_candidates(
                 max_new_tokens=completion.max_new_tokens or requests[index].max_new_tokens,
                 tokens=completion.tokens,
                 reason=completion.reason,
+                logprobs=_rounded(completion.logprobs),
             )
+
+
+def _rounded(logprobs: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Log-probs to four digits, so that a candidate is the same whatever batch it was in."""
+    return None if logprobs is None else tuple(round(number, 4) for number in logprobs)
 
 
 def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:

@@ -19,7 +19,8 @@ class Decoding:
     """How tokens are chosen and when a response ends.
 
     end_ids: the tokens that end it. stop: the texts that end it. is_stop: whether new ids contain
-    one of these. The others are as in SamplingConfig.
+    one of these. logprobs: whether completions shall have them. The others are as in
+    SamplingConfig.
     """
 
     temperature: float = 1.0
@@ -32,6 +33,7 @@ class Decoding:
     end_ids: tuple[int, ...] = ()
     is_stop: Callable[[Sequence[int]], bool] | None = None
     stop: tuple[str, ...] = ()
+    logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,9 @@ class Completion:
 
     finished: whether it ended by itself; None if there is nothing that could end it. tokens:
     "re-encoded" if the ids were encoded from a text. reason: why there is no response.
-    max_new_tokens: the limit that was in force, where it was lower than the request's.
+    max_new_tokens: the limit that was in force, where it was lower than the request's. logprobs: of
+    each token, of the model alone: at temperature 1, before filters and penalties; None if nobody
+    asked for them or the engine gives none.
     """
 
     ids: tuple[int, ...]
@@ -61,6 +65,7 @@ class Completion:
     tokens: str | None = None
     reason: str | None = None
     max_new_tokens: int | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.sampling import penalise_repetition, sample_next, uniforms
 from self_rewarding_lm.generation.schedule import Group
 from self_rewarding_lm.models.interface import Plan, Session, TokenModel, device_of
+from self_rewarding_lm.models.logprobs import next_logprobs
 from self_rewarding_lm.records import Ids
 
 AHEAD = 256
@@ -38,6 +39,11 @@ class _Sequence:
     max_new_tokens: int
     noise: np.ndarray
     new_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def completed(self, finished: bool | None) -> Completion:
+        logprobs = tuple(self.logprobs) if self.logprobs else None
+        return Completion(tuple(self.new_ids), finished, logprobs=logprobs)
 
 
 @dataclass(eq=False, slots=True)
@@ -99,6 +105,8 @@ class Flight:
         """Give each running sequence a token; the sequences that are finished by it."""
         self._schedule()
         tokens = self._sample()
+        if self.decoding.logprobs:
+            self._note_logprobs(tokens)
         finished, tokens = self._postprocess(tokens)
         self.logits = self.session.extend(tokens) if self.running else None
         return finished
@@ -198,6 +206,14 @@ class Flight:
             self.occurred[torch.arange(len(tokens), device=self.device), known] = True
         return tokens
 
+    def _note_logprobs(self, tokens: Tensor) -> None:
+        """Give each running sequence the log-prob of its token, as the model alone has it."""
+        assert self.logits is not None
+        known = tokens.clamp(max=self.model.vocab - 1)  # without one `_postprocess` raises
+        chosen = next_logprobs(self.logits, known).tolist()
+        for sequence, logprob in zip(self.running, chosen, strict=True):
+            sequence.logprobs.append(logprob)
+
     # 3. postprocess
 
     def _postprocess(self, tokens: Tensor) -> tuple[list[tuple[int, Completion]], Tensor]:
@@ -229,9 +245,9 @@ class Flight:
             if token in decoding.end_ids or (
                 decoding.is_stop is not None and decoding.is_stop(new_ids)
             ):
-                completions[row] = Completion(tuple(new_ids), True)
+                completions[row] = sequence.completed(True)
             elif len(new_ids) >= sequence.max_new_tokens:
-                completions[row] = Completion(tuple(new_ids), False if can_end else None)
+                completions[row] = sequence.completed(False if can_end else None)
         return completions
 
     def _nothing_to_sample(self, tokens: list[int]) -> SelfRewardingError:

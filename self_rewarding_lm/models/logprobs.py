@@ -40,6 +40,12 @@ def token_measures(logits: Float[Tensor, "b t v"], measure: Measure) -> Float[Te
     return F.pad(measure(_exact(logits[:, :-1])), (1, 0))
 
 
+def next_logprobs(logits: Float[Tensor, "r v"], tokens: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """log p of each row's next token, computed as `token_logprobs` computes it."""
+    scores = _exact(logits)
+    return scores.gather(-1, tokens[:, None].long()).squeeze(-1) - scores.logsumexp(dim=-1)
+
+
 @dataclass(frozen=True)
 class Head:
     """What makes logits of hidden states: softcap * tanh(scale * project(h) / softcap).

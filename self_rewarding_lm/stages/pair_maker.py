@@ -238,6 +238,11 @@ class PairMaker:
     record_type: ClassVar[type[Any]] = PreferencePair
     noun: ClassVar[str] = "pair"
     """The word for a record that a prompt gives."""
+    counted: ClassVar[tuple[str, str]] = ("pairs", "pairs")
+    """What metrics call the records that are kept, and the prompts that give none."""
+
+    asks_logprobs: ClassVar[bool] = False
+    """Whether candidates get the sampler's log-probs."""
 
     def __init__(self, config: PairSettings, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
@@ -546,6 +551,7 @@ class PairMaker:
             self.config.num_candidate_responses,
             max_seq_len=self.config.max_seq_len,
             known=known_ids,
+            logprobs=self.asks_logprobs,
         )
         numbers = range(self.config.num_candidate_responses)
         total = sum(f"{name}/{n}" not in known_ids for name in missing for n in numbers)
@@ -716,7 +722,7 @@ class PairMaker:
         """
         ctx, out, noun = self.ctx, self.out, self.noun
         tally = together(ctx.runtime.gather([self.tally]))
-        metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics()}
+        metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics(*self.counted)}
         out.log({"step": self.ctx.round.first_step, **metrics})
         out.summary["metrics"] = metrics
         logger.info(

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.sampling import sample_next, uniforms
 from self_rewarding_lm.generation.score_trie import ScoreTrie
 from self_rewarding_lm.models.families import adapt
+from self_rewarding_lm.models.policy import Policy, response_logprobs
 from self_rewarding_lm.records import Prompt
 from self_rewarding_lm.runtime import Runtime
 from tests.support.models import (
@@ -92,6 +94,22 @@ def test_greedy_batched_and_cached_is_greedy_one_row_at_a_time(kind):
 def test_sampled_tokens_are_those_of_a_plain_loop(kind):
     module, requests = KINDS64[kind](), requests_of(RAGGED * 2)
     assert decoded(module, requests, NOISY) == [oracle(module, r, NOISY) for r in requests]
+
+
+def test_log_probs_are_those_of_the_model_alone_if_they_are_asked_for():
+    """Without the temperature, the filters and the penalty that chose the tokens."""
+    module, requests = KINDS64["rotary"](), requests_of()
+    decoding = replace(NOISY, repetition_penalty=1.5, min_new_tokens=2, logprobs=True)
+    completions = decoded(module, requests, decoding)
+    policy = Policy(adapt(module))
+    wanted = response_logprobs(
+        policy, [(r.ids, c.ids) for r, c in zip(requests, completions, strict=True)]
+    )
+    for completion, logprobs in zip(completions, wanted, strict=True):
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-9)
+    others = decoded(module, requests, replace(decoding, logprobs=False))
+    assert [c.ids for c in others] == [c.ids for c in completions]
+    assert all(c.logprobs is None for c in others)
 
 
 @pytest.mark.parametrize("kind", ["rotary", "plain"])

@@ -288,6 +288,25 @@ def test_texts_are_sent_where_token_ids_are_refused_in_any_way(status):
     assert {f.tokens for f in found} == {"re-encoded"}
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_log_probs_of_an_answers_tokens_are_taken_if_they_are_asked_for(missing):
+    """Those of another number of tokens are none of them."""
+    wanted = [predicted(r) for r in requests_of(3)]
+    numbers = [-0.25 * (1 + k) for k in range(min(len(w.ids) for w in wanted))]
+    numbers = numbers * 40 if not missing else numbers[:-1]
+    says = real_only(lambda n, body: {"logprobs": {"token_logprobs": numbers}})
+    with FakeServer(fault=says) as server:
+        asked = Decoding(end_ids=(END,), logprobs=True)
+        found = generated(ServerEngine(url=server.url), requests_of(3), asked)
+        assert all(body["logprobs"] == 0 for body in server.real())
+        others = generated(ServerEngine(url=server.url), requests_of(3))
+    for completion, expected in zip(found, wanted, strict=True):
+        assert completion.ids == expected.ids
+        known = None if missing else tuple(numbers[: len(expected.ids)])
+        assert completion.logprobs == known
+    assert all(completion.logprobs is None for completion in others)
+
+
 def test_a_server_that_ignores_what_it_does_not_know_is_not_taken_for_transformers_serve():
     """As llama.cpp's: a generation config would be ignored, and its own settings used."""
     with FakeServer(kind="llama.cpp") as server:

@@ -169,6 +169,8 @@ class ServedModel:
         fields |= _decoding_fields(self.abilities.kind, decoding, most)
         if self.abilities.by_name:
             fields |= {"logprobs": 0, "return_tokens_as_token_ids": True}
+        elif decoding.logprobs and self.abilities.kind == "vllm":
+            fields["logprobs"] = 0
         return {**fields, **self.extra}
 
     def prompt(self, ids: Ids) -> list[int] | str | None:
@@ -236,7 +238,9 @@ class ServedModel:
         can_end = bool(decoding.end_ids) or bool(decoding.stop)
         finished = True if finish == "stop" else (False if can_end else None)
         in_force = most if most < request.max_new_tokens else None
-        return Completion(ids, finished, tokens=how, max_new_tokens=in_force)
+        asks = decoding.logprobs and how is None
+        logprobs = answered_logprobs_of_ids(choice, len(ids)) if asks else None
+        return Completion(ids, finished, tokens=how, max_new_tokens=in_force, logprobs=logprobs)
 
     def _encoded(self, text: str) -> Ids:
         """The ids of a text, as which it is trained."""
@@ -332,6 +336,18 @@ def answered_ids(choice: Mapping[str, Any]) -> list[Any] | None:
     if names is None or not all(_is_token_name(name) for name in _list_of(names)):
         return None
     return [_named_id(name) for name in names]
+
+
+def answered_logprobs_of_ids(choice: Mapping[str, Any], count: int) -> tuple[float, ...] | None:
+    """The log-probs of the first `count` ids of an answer; None if the server gives fewer.
+
+    Raises MalformedAnswerError if they are no list of log-probs.
+    """
+    numbers = mapping_of(choice.get("logprobs")).get("token_logprobs")
+    numbers = [] if numbers is None else _list_of(numbers)
+    if len(numbers) < count:  # an end token may have been put behind what was sampled
+        return None
+    return tuple(_logprob_of(number) for number in numbers[:count])
 
 
 def answered_logprobs(answer: Body) -> dict[int, float] | None:
