@@ -41,7 +41,8 @@ NAMES = {
     "recipes.reader": "read_recipe",
     "recipes.yaml_nodes": "read_yaml",
     "records": (
-        "Candidate Demonstration Judgement MetaJudgement PreferencePair Prompt RankedReplies"
+        "Advantage Candidate Demonstration Judgement MetaJudgement PreferencePair Prompt "
+        "RankedReplies"
     ),
     "report.card": "push_to_hub",
     "report.page": "write_report",

@@ -31,7 +31,7 @@ from self_rewarding_lm.models.loading import load_causal_lm
 from self_rewarding_lm.recipes.paper import create_default_paper_config, paper_recipe
 from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.recipes.yaml_nodes import read_yaml
-from self_rewarding_lm.records import Candidate, Demonstration, Judgement, MetaJudgement, PreferencePair, Prompt, RankedReplies
+from self_rewarding_lm.records import Advantage, Candidate, Demonstration, Judgement, MetaJudgement, PreferencePair, Prompt, RankedReplies
 from self_rewarding_lm.report.card import push_to_hub
 from self_rewarding_lm.report.page import write_report
 from self_rewarding_lm.runs.callbacks import Callback
@@ -41,6 +41,7 @@ from self_rewarding_lm.stages.contrastive import Contrast, ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.grpo import SelfRewardGRPOConfig
 from self_rewarding_lm.stages.meta_rewarding import MetaJudgingConfig, MetaRewardDPOConfig
 from self_rewarding_lm.stages.pairing import PairingConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
@@ -56,6 +57,7 @@ from self_rewarding_lm.training.reference import EMAReference, MixedReference
 
 __version__: str
 __all__ = [
+    "Advantage",
     "BuildEFTConfig",
     "CallableTokenizer",
     "Callback",
@@ -111,6 +113,7 @@ __all__ = [
     "SelfJudge",
     "SelfPlayConfig",
     "SelfRewardDPOConfig",
+    "SelfRewardGRPOConfig",
     "SelfRewardSFTConfig",
     "SelfRewardingError",
     "SelfRewardingTrainer",

@@ -30,8 +30,8 @@ OF_VERSION_0_1_0 = """
     measure_responses open_assistant paper_recipe push_to_hub reads reasoning_task write_report
 """
 SINCE = """
-    Callback CallableTokenizer CertaintyJudge Judge JudgeError MarkedRubric PairingError ShuffledJudge from_hub
-    read_recipe read_yaml wilson_interval
+    Advantage Callback CallableTokenizer CertaintyJudge Judge JudgeError MarkedRubric PairingError
+    SelfRewardGRPOConfig ShuffledJudge from_hub read_recipe read_yaml wilson_interval
 """
 
 

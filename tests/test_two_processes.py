@@ -48,7 +48,7 @@ def test_rounds_and_moving_references_of_two_processes_are_those_of_one(settings
     two(*script, tmp_path / "two", **settings)
     alone, together = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
     for stage in alone.stages:
-        for records in ("prompts", "candidates", "judgements", "pairs"):
+        for records in ("prompts", "candidates", "judgements", "pairs", "advantages"):
             assert getattr(alone, records)(stage) == getattr(together, records)(stage)
         assert alone.summary(stage)["rounds"] == 3
         assert alone.summary(stage)["steps"] == together.summary(stage)["steps"] >= 3

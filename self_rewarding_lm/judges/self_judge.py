@@ -140,7 +140,7 @@ class PairwiseJudge(Judge):
     A Judgement names the two candidates in the order in which they were shown. Its score is 1 if
     the first wins, 0 if the second wins, 0.5 for a tie; with expected or forced scores it is the
     probability of the first plus half that of a tie. `scores.candidate_scores` makes scores of
-    candidates from them. N candidates take N (N - 1) judgements.
+    candidates from them. N candidates take N (N - 1) judgements, `num_judgements` times.
 
     sampling: default temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). model: the judge; None
     for the policy itself. asker: answers the questions in place of a model.
@@ -150,11 +150,13 @@ class PairwiseJudge(Judge):
         self,
         comparison: ComparisonConfig | None = None,
         sampling: SamplingConfig | None = None,
+        num_judgements: int = 1,
         *,
         name: str = "self",
         model: TokenModel | None = None,
         asker: Asks | None = None,
     ) -> None:
+        self.num_judgements = num_judgements
         comparison = comparison or ComparisonConfig()
         self.name = name
         self.reads_weights = model is None and asker is None
@@ -178,14 +180,20 @@ class PairwiseJudge(Judge):
         for prompt, candidates in zip(prompts, candidates_PG, strict=True):
             for one, other in permutations(candidates, 2):
                 text = self.render(prompt.text or "", one.text or "", other.text or "")
-                name = _comparison_id(one, other)
-                name = as_in_format_1(name) if ctx.format == 1 else name
-                questions.append(Question(name, (one.id, other.id), text))
+                for name in self._ids(one, other):
+                    if ctx.format == 1 and self.num_judgements == 1:
+                        name = as_in_format_1(name)
+                    questions.append(Question(name, (one.id, other.id), text))
         yield from self.asker.ask(ctx, questions)
 
     def judgement_ids(self, candidates: Sequence[Candidate]) -> list[str]:
         """Ids of all judgements of one prompt's candidates."""
-        return [_comparison_id(one, other) for one, other in permutations(candidates, 2)]
+        return [i for two in permutations(candidates, 2) for i in self._ids(*two)]
+
+    def _ids(self, one: Candidate, other: Candidate) -> list[str]:
+        """Ids of the judgements of two candidates in one order; a number is added to several."""
+        name, numbers = _comparison_id(one, other), range(self.num_judgements)
+        return [name] if self.num_judgements == 1 else [f"{name}/j{k}" for k in numbers]
 
 
 def form_of_comparison(comparison: ComparisonConfig) -> VerdictForm:

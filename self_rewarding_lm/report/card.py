@@ -321,7 +321,8 @@ def _cited(stages: list[StageFigures]) -> Iterator[str]:
         kind, settings = _kind(stage), _settings(stage)
         if kind is not None:
             yield from _papers_of(kind)
-        if settings.keys() & {"dpo_beta", "spin_lambda"}:
+        used = settings.keys() - set(getattr(kind, "unused", ()))
+        if used & {"dpo_beta", "spin_lambda"}:
             losses = settings.get("loss", "dpo")
             for loss in losses if isinstance(losses, list) else [losses]:
                 yield from _papers_of_loss(loss)

@@ -232,6 +232,8 @@ def _add_records(figures: StageFigures, run: Run) -> None:
             figures.has_pair_margins = figures.margins is not None
         for side, of_side in zip(("chosen", "rejected"), zip(*lengths, strict=True), strict=True):
             figures.data[f"pairs/{side}_length"] = sum(of_side) / len(of_side)
+    if graded := len(run.advantages(name)):
+        counts["responses"] = graded
     if len(rows):
         counts["rows"] = len(rows)
     num_demonstrations = len(run.demonstrations(name))

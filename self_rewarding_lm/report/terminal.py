@@ -140,10 +140,11 @@ def _examples(run: Run, name: str, count: int) -> list[str]:
     """So many examples of a stage, those with a pair first, and as many demonstrations."""
     of_stage, has_pairs = examples(run, name), len(run.pairs(name)) > 0
     settings = run.settings(name).get("settings") or {}
-    makes_pairs = has_pairs or ("pairing" in settings and "fit_from" not in settings)
+    others = {"fit_from", "normalise"}  # of stages that sample and make no pairs
+    makes_pairs = has_pairs or ("pairing" in settings and not others & settings.keys())
     picked = list(islice((e for e in of_stage.worked if e.is_paired), count)) if has_pairs else []
-    others = (example for example in of_stage.worked if not (has_pairs and example.is_paired))
-    picked += islice(others, count - len(picked))
+    rest = (example for example in of_stage.worked if not (has_pairs and example.is_paired))
+    picked += islice(rest, count - len(picked))
     lines = []
     for example in (*picked, *of_stage.demonstrations[:count]):
         lines += _example(example)

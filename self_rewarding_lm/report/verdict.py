@@ -26,7 +26,7 @@ LEAST_PARSED = 0.5
 
 @dataclass(frozen=True)
 class Made:
-    """What a stage made of its prompts.
+    """What a stage made of its prompts: so many of what `noun` is the word for.
 
     rows: different rows among the prompts. cut: the share of responses that were cut off. steps:
     optimiser steps. parsed: the share of judgements with a score. commonest: the share of the
@@ -34,6 +34,7 @@ class Made:
     """
 
     name: str
+    noun: str
     pairs: int
     prompts: int
     rows: int
@@ -102,10 +103,13 @@ def _made(run: Run, figures: StageFigures) -> Made | None:
     if not any("completions/clipped_ratio" in line for line in lines):
         return None
     kept = [line["pairs/kept"] for line in lines if "pairs/kept" in line]
+    graded = [line["responses/kept"] for line in lines if "responses/kept" in line]
+    noun, kept = ("response", graded) if graded else ("pair", kept)
     ids = [name for name in run.stage(figures.name).stored(Prompt).ids() if name.count("/") == 2]
     last = {key: value for line in lines for key, value in line.items()}
     return Made(
         figures.name,
+        noun,
         int(sum(kept) if summary.get("rounds") else kept[-1] if kept else 0),
         len(ids),
         len({name.split("/")[1] for name in ids}),
@@ -127,7 +131,9 @@ def _in_words(made: Made) -> str:
     different = f" ({made.rows:,} different)" if made.rows < made.prompts else ""
     source = f" from {_count(made.prompts, 'prompt')}{different}" if made.prompts else ""
     cut = "" if made.cut is None else f", {percent(made.cut)} of the answers were cut off"
-    return f"{made.name}: {_count(made.pairs, 'pair')}{source}{cut}, {_count(made.steps, 'step')}"
+    return (
+        f"{made.name}: {_count(made.pairs, made.noun)}{source}{cut}, {_count(made.steps, 'step')}"
+    )
 
 
 def _judging(made: Made) -> Iterator[str]:

@@ -32,6 +32,7 @@ ROUNDS = {
     "completions/mean_length": "Mean length of responses, tokens",
     "completions/clipped_ratio": "Responses that were cut off",
     "pairs/kept": "Pairs that were kept",
+    "responses/kept": "Responses that were kept, of groups whose scores differ",
     "pairs/chosen_length": "Mean length of chosen responses, tokens",
     "pairs/rejected_length": "Mean length of rejected responses, tokens",
 }
@@ -42,6 +43,7 @@ SHARES = {
     *("judge/parse_rate", "judge/tie_rate", "judge/modal_share", "judge/self_agreement"),
     *("judge/position_agreement", "judge/score_mass", "judge/forced_share"),
     *("judge/cut", "completions/clipped_ratio", "rewards/accuracies", "eval/rewards/accuracies"),
+    *("policy/clipped_low", "policy/clipped_high"),
 }
 """Numbers from 0 to 1: their charts show all of that, so that a small change looks small."""
 
@@ -97,7 +99,16 @@ UNCHARTED = ("rows/", "prompts/", "eft/")
 """Beginnings of numbers that say how many rows there were: they have no chart."""
 
 
-COUNTS = ("prompts", "candidates", "judgements", "pairs", "demonstrations", "rows", "steps")
+COUNTS = (
+    "prompts",
+    "candidates",
+    "judgements",
+    "pairs",
+    "responses",
+    "demonstrations",
+    "rows",
+    "steps",
+)
 
 
 TOKENS = {

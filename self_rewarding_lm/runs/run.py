@@ -8,6 +8,7 @@ from typing import Any
 
 from self_rewarding_lm.errors import StoreError
 from self_rewarding_lm.records import (
+    Advantage,
     Candidate,
     Demonstration,
     Judgement,
@@ -116,6 +117,10 @@ class Run:
     def pairs(self, stage: str | int) -> Sequence[PreferencePair]:
         """The pairs that the stage trained on, without those of its valid_dataset."""
         return self.stage(stage).stored(PreferencePair, is_trained)
+
+    def advantages(self, stage: str | int) -> Sequence[Advantage]:
+        """The responses that the stage trained on without pairs, each with its advantage."""
+        return self.stage(stage).stored(Advantage)
 
     def demonstrations(self, stage: str | int) -> Sequence[Demonstration]:
         return self.stage(stage).stored(Demonstration)

@@ -9,6 +9,7 @@ from self_rewarding_lm.stages.contrastive import ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.grpo import SelfRewardGRPOConfig
 from self_rewarding_lm.stages.meta_rewarding import MetaRewardDPOConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
@@ -21,6 +22,7 @@ STAGES: tuple[type[FinetuneConfig], ...] = (
     BuildEFTConfig,
     SelfRewardDPOConfig,
     SelfRewardSFTConfig,
+    SelfRewardGRPOConfig,
     MetaRewardDPOConfig,
     ExternalRewardDPOConfig,
     ContrastiveDPOConfig,

@@ -12,11 +12,13 @@ from self_rewarding_lm.training.objectives import (
     PreferenceObjective,
     SupervisedObjective,
 )
+from self_rewarding_lm.training.policy_gradient import PolicyGradientObjective
 
 __all__ = [
     "LossConfig",
     "Objective",
     "PairBatch",
+    "PolicyGradientObjective",
     "PreferenceObjective",
     "SupervisedObjective",
     "reads",

@@ -45,6 +45,7 @@ from self_rewarding_lm import (
     SelfInstruct,
     SelfPlayConfig,
     SelfRewardDPOConfig,
+    SelfRewardGRPOConfig,
     SelfRewardingTrainer,
     SelfRewardSFTConfig,
     ServerEngine,
@@ -401,6 +402,23 @@ def eos_outside(folder):
 @mistake("configuration", "Settings of pairs where there are none")
 def settings_of_pairs(folder):
     return lambda: SelfRewardSFTConfig(prompt_dataset=PROMPTS, dpo_beta=0.1)
+
+
+@mistake("configuration", "A reference of policy gradients that nothing reads")
+def reference_without_beta(folder):
+    return lambda: SelfRewardGRPOConfig(prompt_dataset=PROMPTS, reference="initial")
+
+
+@mistake("configuration", "Policy gradients of a reference that moves")
+def reference_that_moves(folder):
+    return lambda: SelfRewardGRPOConfig(
+        prompt_dataset=PROMPTS, beta=0.04, reference={"decay": 0.99}
+    )
+
+
+@mistake("configuration", "A reward of judgements that compare nothing")
+def judge_reward_alone(folder):
+    return lambda: SelfRewardGRPOConfig(prompt_dataset=PROMPTS, judge_reward=True)
 
 
 @mistake("configuration", "An unknown name in the shorthand for the paper's stages")

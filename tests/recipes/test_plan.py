@@ -63,6 +63,7 @@ from self_rewarding_lm.stages.contrastive import Contrast, ContrastiveDPOConfig
 from self_rewarding_lm.stages.dpo import DPOConfig
 from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.external import ExternalRewardDPOConfig
+from self_rewarding_lm.stages.grpo import SelfRewardGRPOConfig
 from self_rewarding_lm.stages.lengths import training_row_lengths
 from self_rewarding_lm.stages.pairing import PairingConfig
 from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
@@ -802,6 +803,31 @@ def test_top_scored_responses_beside_a_dataset():
     assert training and not training.pairs and training.rows == Range.of(42)
     assert training.tokens == Range(40 * 4 + 2 * 6, 40 * 13 + 2 * 6)
     assert training.steps == Range.of(11) and training.row.longest == 14
+
+
+def test_policy_gradients_train_on_all_responses_and_read_what_they_must():
+    stage = SelfRewardGRPOConfig(
+        prompt_dataset=PROMPTS * 5,
+        generation=SamplingConfig(max_new_tokens=10),
+        num_candidate_responses=4,
+        rounds=3,
+        prompts_per_round=8,
+        optim=OptimConfig(batch_size=32),
+    )
+    (work,) = counted(stage)
+    assert work.prompts == Range.of(24) and work.candidates.count == Range.of(24 * 4)
+    training = work.training
+    assert training and not training.pairs and training.rows == Range(0, 32)
+    assert training.steps == Range(0, 3) and training.row.answers == 1
+    assert stage.reference_tokens(training) == NOTHING  # one step a round, no reference
+    read = Range(0, 3 * 32).times(training.row.tokens)
+    for change in (dict(beta=0.1), dict(optim=OptimConfig(batch_size=16))):
+        other = stage.model_copy(update=change)
+        assert other.reference_tokens(counted(other)[0].training) == read
+    both = stage.model_copy(update=dict(beta=0.1, optim=OptimConfig(epochs=2)))
+    assert both.reference_tokens(counted(both)[0].training) == read.times(2)
+    same = both.model_copy(update=dict(reference="round"))
+    assert same.reference_tokens(counted(same)[0].training) == read
 
 
 def test_self_play():

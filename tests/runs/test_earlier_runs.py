@@ -42,11 +42,14 @@ def differences(expected, found, where=""):
 
 
 def expected_of(name):
-    """What earlier code came to; its judgements did not say whether their texts were cut off."""
+    """What earlier code came to; its judgements did not say whether their texts were cut off, and
+    its candidates had no log-probs of the sampler."""
     expected = json.loads((EARLIER / name / EXPECTED).read_text(encoding="utf-8"))
     for records in (expected, *expected.values()):
         for judgement in records.get("judgements", ()) if isinstance(records, dict) else ():
             judgement["finished"] = None
+        for candidate in records.get("candidates", ()) if isinstance(records, dict) else ():
+            candidate["logprobs"] = None
     return expected
 
 

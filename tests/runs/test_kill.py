@@ -1,4 +1,4 @@
-"""A run of five stages, killed wherever it writes and at any time: it goes on to the same result.
+"""A run of six stages, killed wherever it writes and at any time: it goes on to the same result.
 
 Each run is a process of its own, forked from this one so that nothing is imported again.
 """
@@ -33,6 +33,7 @@ from self_rewarding_lm.runs import atomic as durable
 from self_rewarding_lm.runs import lines, weights
 from self_rewarding_lm.runs import stage_folder as store
 from self_rewarding_lm.runs.run import REPORT
+from tests.stages.test_grpo import grpo
 from tests.support.processes import launched
 from tests.test_trainer import ROWS, SHORT, external, model64, self_reward, sft, trainer_of
 
@@ -52,6 +53,7 @@ def stages():
         self_reward(optim=OPTIM),
         external(optim=OPTIM, init_from="initial"),
         external(optim=OPTIM, rounds=2, prompts_per_round=4, reference=MixedReference(every=2)),
+        grpo(optim=OPTIM, rounds=2, prompts_per_round=2, beta=0.1, scale="batch"),
     ]
 
 

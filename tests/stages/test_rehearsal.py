@@ -20,6 +20,7 @@ from self_rewarding_lm import (
     SelfInstruct,
     SelfPlayConfig,
     SelfRewardDPOConfig,
+    SelfRewardGRPOConfig,
     SelfRewardingTrainer,
     SelfRewardSFTConfig,
     ServerEngine,
@@ -127,6 +128,9 @@ STAGES = {
     "external": lambda: external(longer),
     "module": lambda: external(lambda ids: ids.double().sum(dim=-1)),
     "top": lambda: preference(SelfRewardSFTConfig, min_score=2.0, train_dataset=ROWS),
+    "grpo": lambda: SelfRewardGRPOConfig(
+        prompt_dataset=PROMPTS, generation=SHORT, judging=SHORT, beta=0.1, optim=QUICK
+    ),
     "meta": lambda: preference(
         MetaRewardDPOConfig,
         meta_judging=MetaJudgingConfig(

@@ -22,6 +22,44 @@ from self_rewarding_lm.stages.pairing import PairingConfig
 from tests.support.models import VOCAB, Successor, context, transformer64
 from tests.support.mutants import over
 
+# Advantages
+
+GROUP = st.lists(
+    st.sampled_from([0.0, 0.1, 0.2, 0.3, 1 / 3, 1.0, 2.5, 5.0]), min_size=2, max_size=6
+)
+
+
+@over(
+    "stages.grpo",
+    st.tuples(
+        GROUP.filter(lambda scores: len(set(scores)) > 1),
+        st.sampled_from(["std", "none", "batch"]),
+        st.sampled_from(["mean", "others"]),
+    ),
+    mutants={
+        "number - mean for number in numbers]": "mean - number for number in numbers]",
+        "number * len(numbers) / (len(numbers) - 1) for": "number * (len(numbers) - 1) / len(numbers) for",
+        'if baseline == "others":': 'if baseline == "mean":',
+        'EPSILON if scale == "std" else 1.0': 'EPSILON if scale != "none" else 1.0',
+        "math.sqrt(squares / (len(numbers) - 1))": "math.sqrt(squares / len(numbers))",
+        "EPSILON = 1e-4": "EPSILON = 1e-2",
+        "exact_sum((number - mean) ** 2 for": "exact_sum((number - mean) ** 3 for",
+    },
+    examples=300,
+)
+def advantages_are_the_distances_of_scores_from_their_baseline(grpo, case):
+    scores, scale, baseline = case
+    found = grpo.group_advantages(scores, scale=scale, baseline=baseline)
+    others = [np.mean(scores[:i] + scores[i + 1 :]) for i in range(len(scores))]
+    bases = others if baseline == "others" else [np.mean(scores)] * len(scores)
+    divisor = np.std(scores, ddof=1) + 1e-4 if scale == "std" else 1.0
+    expected = [(score - base) / divisor for score, base in zip(scores, bases, strict=True)]
+    assert np.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert abs(sum(found)) < 1e-9
+    for one, other in permutations(range(len(scores)), 2):
+        assert (found[one] > found[other]) == (scores[one] > scores[other])
+
+
 # Pairs
 
 SCORE = st.none() | st.sampled_from([0.0, 1.0, 2.5, 2.75, 5.0])

@@ -522,8 +522,8 @@ def _compared(judge, candidates):
     NESTED,
     mutants={
         "other.id.removeprefix(f'{other.prompt_id}/')": "other.id.rsplit('/', 1)[-1]",
-        "as_in_format_1(name) if ctx.format == 1 else name": "as_in_format_1(name)",
-        "in permutations(candidates, 2)]": "in zip(candidates, candidates[1:])]",
+        "if ctx.format == 1 and self.num_judgements == 1:": "if self.num_judgements == 1:",
+        "for two in permutations(candidates, 2) for": "for two in zip(candidates, candidates[1:]) for",
     },
     examples=150,
 )

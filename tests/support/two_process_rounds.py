@@ -1,11 +1,12 @@
-"""What each of two processes runs, and one alone: rounds with a reference that moves, and one with
-a fixed reference."""
+"""What each of two processes runs, and one alone: rounds with a reference that moves, with a fixed
+one, and of policy gradients."""
 
 import sys
 
 import torch
 
 from self_rewarding_lm import EMAReference, OptimConfig
+from tests.stages.test_grpo import grpo
 from tests.test_trainer import external, model64, trainer_of, weights_of
 
 
@@ -14,6 +15,7 @@ def main(folder: str) -> None:
     optim = OptimConfig(batch_size=3, micro_batch_size=1, learning_rate=1e-2)
     rounds = dict(rounds=3, prompts_per_round=3, num_generated_preference_pairs=None, optim=optim)
     stages = [external(**rounds, reference=EMAReference(decay=0.6)), external(**rounds)]
+    stages.append(grpo(rounds=3, prompts_per_round=3, beta=0.1, scale="batch", optim=optim))
     trainer = trainer_of(folder, stages, model, accelerate_kwargs=dict(cpu=True))
     trainer()
     torch.save(weights_of(model), f"{folder}/weights.{trainer.runtime.rank}.pt")
