@@ -31,8 +31,11 @@ judge's texts are shown and the exit status is 1.
 """
 
 
+JUDGE = "who judges: a folder, a name on the hub, RUN[:STAGE] or module:attribute"
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="M", help="who judges")
+    parser.add_argument("--model", required=True, metavar="M", help=JUDGE)
     parser.add_argument("--ranked", required=True, metavar="DATA", help="replies ranked by people")
     add_judging_flags(parser)
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from self_rewarding_lm.cli.stages import named_model
 from self_rewarding_lm.errors import ConfigError
 
 REWARD = "RewardConfig: a YAML file of its settings, `paper`, `short` or module:attribute"
@@ -39,12 +40,18 @@ class Flags:
         self.options, self.reader = options, Reader()
 
     def read(self, flag: str, kind: str) -> Any:
-        """The model, tokenizer, object or dataset that a flag names; None if it is not given."""
+        """The model, tokenizer, object or dataset that a flag names; None if it is not given.
+
+        A model may be RUN[:STAGE] as well.
+        """
+        from self_rewarding_lm.evaluation.contexts import checkpoint
         from self_rewarding_lm.recipes.yaml_nodes import Node, parse_yaml
 
         value = getattr(self.options, flag.lstrip("-").replace("-", "_"))
         if value is None:
             return None
+        if kind == "model":
+            value = str(checkpoint(named_model(value)))
         node = Node(value, flag, Path.cwd())
         if kind == "dataset" and value[:1] in ("{", "["):
             node = parse_yaml(value, flag, Path.cwd(), lines=False)

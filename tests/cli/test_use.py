@@ -1,7 +1,9 @@
 """What is done with a stage of a run: merged, uploaded, talked to."""
 
 import io
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,3 +314,34 @@ def test_chat_asks_one_or_two_models(adapted, capsys):
         main(["chat", "a", "b", "c"])
     assert "one or two models are asked; got 3" in capsys.readouterr().err
     assert "the run has no stage 'm9'" in refused(capsys, "chat", f"{adapted}:m9")
+
+
+# -- judge, compare --------------------------------------------------------------------------------
+
+REWARD = """\
+from self_rewarding_lm import RewardConfig
+
+reward = RewardConfig(prompt_template="{{ prompt }} {{ response }}", parse_reward=len)
+"""
+
+
+@pytest.mark.parametrize(("stage", "number"), [(":first", "01-first"), ("", "02-second")])
+def test_a_stage_judges_under_the_name_that_the_other_commands_take(
+    adapted, stage, number, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("ranked.jsonl").write_text('{"prompt": "one", "replies": ["a b", "a"]}\n')
+    Path("prompts.jsonl").write_text('{"prompt": "one"}\n')
+    Path(f"reward_of_{number[:2]}.py").write_text(REWARD)
+    judged = ["--reward", f"reward_of_{number[:2]}:reward", "--json", "--quiet"]
+    judged += ["--judging", "{max_new_tokens: 12}"]
+    weights = str(adapted / number / "model")
+    compare = ["compare", weights, weights, "--prompts", "prompts.jsonl", *judged]
+    compare += ["--sampling", "{max_new_tokens: 3}", "--judge-model"]
+    for asked in (["judge", "--ranked", "ranked.jsonl", *judged, "--model"], compare):
+        told = []
+        for name in (weights, f"{adapted}{stage}"):
+            assert main([*asked, name]) == 0
+            told.append(json.loads(capsys.readouterr().out))
+        assert told[0] == told[1]
