@@ -178,8 +178,14 @@ class Recording(LocalEngine):
 
 @pytest.mark.parametrize(
     "template",
-    [DEFAULT_SYSTEM, WITH_BOS, NEWLINES, TRIMS, ENDS_TWICE, None],
-    ids=["default system", "begin token", "newlines", "trims", "ends twice", "base model"],
+    [
+        pytest.param(DEFAULT_SYSTEM, id="default system"),
+        pytest.param(WITH_BOS, id="begin token", marks=pytest.mark.slow),
+        pytest.param(NEWLINES, id="newlines", marks=pytest.mark.slow),
+        pytest.param(TRIMS, id="trims", marks=pytest.mark.slow),
+        pytest.param(ENDS_TWICE, id="ends twice", marks=pytest.mark.slow),
+        pytest.param(None, id="base model"),
+    ],
 )
 def test_trap_7_what_is_generated_from_is_judged_and_trained_on_by_one_template(template, tmp_path):
     tokenizer, engine = word_tokenizer(template, adds_bos=True), Recording()

@@ -67,6 +67,7 @@ def test_an_example_works_by_its_file_and_its_row(section, package):
     assert works and STEP.search(SECTIONS[section])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
 def test_without_the_row_it_does_not_work(section, package):
     """So that what follows the rows is the rows' doing."""

@@ -92,11 +92,11 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
 
 
 def small_run(folder):
-    """The quickstart's loop, small: a model of one layer, 40 steps and 24 prompts a round."""
+    """The quickstart's loop, small: a model of one layer, 10 steps and 10 prompts a round."""
     torch.manual_seed(0)
     layer = Decoder(dim=64, depth=1, heads=2, attn_dim_head=32, ff_mult=2)
     model = TransformerWrapper(num_tokens=task.VOCAB_SIZE, max_seq_len=128, attn_layers=layer)
-    data = task.make_data(0, judge_rows=120, prompts_per_round=24, held_out=20, held_out_judge=12)
+    data = task.make_data(0, judge_rows=60, prompts_per_round=10, held_out=10, held_out_judge=6)
     table = quickstart.Measure(data)
     # an untrained judge rarely ends in a score: what is tested is where the scores come from
     reward = quickstart.REWARD.model_copy(
@@ -104,7 +104,7 @@ def small_run(folder):
     )
     trainer = SelfRewardingTrainer(
         model,
-        finetune_configs=quickstart.build_stages(data, "none", sft_steps=40),
+        finetune_configs=quickstart.build_stages(data, "none", sft_steps=10),
         tokenizer=task.Characters(),
         self_reward_prompt_config=reward,
         checkpoints_folder=folder,

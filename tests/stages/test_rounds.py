@@ -168,7 +168,10 @@ class Ending:
         )
 
 
-@pytest.mark.parametrize("every", [1, 3, None])
+@pytest.mark.parametrize(
+    "every",
+    [None, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("loss", "reward"), [(1, 0), (3, 0), (4, 0), (6, 0), (0, 2), (0, 3)])
 def test_stopped_at_any_moment_rounds_go_on_to_the_same_bits(every, loss, reward, tmp_path):
     def made(loss=0, reward=0):

@@ -1075,6 +1075,7 @@ def run_stages(folder: str) -> None:
     Path(folder, f"asked.{trainer.runtime.rank}.json").write_text(json.dumps(engine.calls))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
     two("-m", "tests.stages.test_self_instruct", tmp_path / "two")
     run_stages(str(tmp_path / "one"))

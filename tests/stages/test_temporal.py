@@ -326,8 +326,12 @@ def evaluated(module):
 
 @pytest.mark.parametrize(
     ("judged", "evaluation"),
-    [(10, 0), (-1, 2), (-1, 4), ("all and 3", 0)],
-    ids=["first judging", "first training", "last training", "next judging"],
+    [
+        pytest.param(10, 0, id="first judging", marks=pytest.mark.slow),
+        pytest.param(-1, 2, id="first training", marks=pytest.mark.slow),
+        pytest.param(-1, 4, id="last training"),
+        pytest.param("all and 3", 0, id="next judging"),
+    ],
 )
 def test_a_stage_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, judged, evaluation):
     def stages(left):
