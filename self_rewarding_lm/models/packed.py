@@ -57,7 +57,7 @@ class PackedMatrices:
                 made_of, product = self._products.get(id(layer), ((), None))
                 present = layer.weight.dtype, numbers_of(layer.weight)
                 if product is not None and made_of[1:] == present and "forward" not in vars(layer):
-                    layer.forward = partial(_forward, layer, product)
+                    vars(layer)["forward"] = partial(_forward, layer, product)
                     stack.callback(vars(layer).pop, "forward")
             yield
 
