@@ -212,7 +212,8 @@ def _scores(response: Response, candidate: Candidate) -> str:
     cut = "; cut off" if candidate.finished is False else ""
     words = "parts of a score" if response.has_parts else "no score"
     words = words if response.score is None else f"score {number(response.score)}"
-    return f"          {words} of {said} ({judges}){cut}"
+    parts = "" if words == f"score {said}" else f" of {said}"  # one judgement is the score itself
+    return f"          {words}{parts} ({judges}){cut}"
 
 
 def _said(judgement: Judgement, candidate: Candidate) -> str:

@@ -79,8 +79,8 @@ def test_responses_of_an_earlier_model_have_score_role_and_judgements(tmp_path):
     ]
     assert example["m"] == 4.0
     text = show_run(run)
-    assert "chosen    text of s/0/0/next/0\n          score 5 of 5" in text
-    assert "rejected  text of s/0/0/anchor/0\n          score 1 of 1" in text
+    assert "chosen    text of s/0/0/next/0\n          score 5 (" in text
+    assert "rejected  text of s/0/0/anchor/0\n          score 1 (" in text
 
 
 def test_a_filter_is_not_averaged_with_the_score_beside_it(tmp_path):
