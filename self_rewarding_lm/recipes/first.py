@@ -15,6 +15,7 @@ import torch
 
 from self_rewarding_lm.data.datasets import Rows
 from self_rewarding_lm.errors import ConfigError, StoreError
+from self_rewarding_lm.models.inference import products_unused
 from self_rewarding_lm.recipes.plan.model import ModelShape, read_shape
 from self_rewarding_lm.recipes.plan.plan import plan_recipe
 from self_rewarding_lm.recipes.reader import read_recipe
@@ -62,11 +63,14 @@ class Way:
 ADAPTER = "peft: {r: 16, lora_alpha: 32}"
 
 
+MIXED = "accelerate: {mixed_precision: bf16}"
+
+
 ON_CPU = (Way("a LoRA adapter is trained", (ADAPTER,), True),)
 
 
 ON_GPU = (
-    Way("all weights are trained", ("accelerate: {mixed_precision: bf16}",), False),
+    Way("all weights are trained", (MIXED,), False),
     Way("a LoRA adapter is trained, on weights in bfloat16", ("torch_dtype: bf16", ADAPTER), True),
     Way("a LoRA adapter is trained, on weights in 4 bit", ("load_in_4bit: true", ADAPTER), True),
 )
@@ -191,6 +195,7 @@ def _recipe(
     if way.is_adapter:
         few = prompts // 2 // batch < MANY_STEPS
         rates = ("[5e-4, 1e-4]", "[1e-4, 1e-5]") if few else ("[2e-4, 4e-5]", "[2e-5, 2e-6]")
+    is_unused = not on_gpu and products_unused("cpu", shape.dtype, shape.products, mixed=False)
     lines = [
         f"# yaml-language-server: $schema={SCHEMA}",
         "#",
@@ -207,6 +212,7 @@ def _recipe(
         "out: runs/first",
         f"# {way.words[0].upper()}{way.words[1:]}.",
         *way.settings,
+        *((MIXED,) if is_unused else ()),
         "",
         f"# {judging}",
         "reward_prompts:",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from self_rewarding_lm.cli import main
 from self_rewarding_lm.data.ranked import ranked_row
@@ -146,3 +147,16 @@ def test_the_example_data_has_the_forms_that_it_is_for():
         assert ranked_row(row, "here").ranks
     texts = [row["prompt"] for part in rows.values() for row in part]
     assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("unused", [None, "this CPU has instructions that are not used"])
+def test_a_cpu_with_instructions_for_bfloat16_trains_in_mixed_precision(
+    unused, model, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(first, "products_unused", lambda *a, **k: asked.append((a, k)) or unused)
+    assert main(["init", str(tmp_path / "first"), "--model", model]) == 0
+    recipe = read_recipe(tmp_path / "first" / "recipe.yaml")
+    expected = {} if unused is None else {"mixed_precision": "bf16"}
+    assert recipe.arguments["accelerate_kwargs"] == expected
+    assert {(a[0], a[1], k["mixed"]) for a, k in asked} == {("cpu", torch.float32, False)}
