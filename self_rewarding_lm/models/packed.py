@@ -36,7 +36,7 @@ class PackedMatrices:
 
     def prepare(self, rows: int | None = None) -> None:
         """Make the copies that are missing. rows: of a product, as MKL packs for their number
-        alone; if None nothing in float32 is packed.
+        alone; if None, or for one row, nothing in float32 is packed.
         """
         if torch.is_autocast_enabled("cpu"):
             return  # products are in another type than the weights
@@ -97,8 +97,13 @@ def _packs(weight: Tensor, rows: int | None) -> bool:
     """Whether a matrix can be packed for so many rows."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.numel():
         return False
-    is_known = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and rows)
-    return bool(is_known) and _works(weight.dtype) and not is_slow(weight.dtype, weight.device)
+    has_gain = weight.dtype == torch.bfloat16 or (rows or 0) > 1  # MKL's for one row has none
+    return (
+        weight.dtype in PACKS
+        and has_gain
+        and _works(weight.dtype)
+        and not is_slow(weight.dtype, weight.device)
+    )
 
 
 @cache

@@ -60,7 +60,7 @@ def test_products_are_those_of_the_matrices(dtype, rows, shape, used):
         expected = module(x)
         with copies.used():
             found = module(x)
-    assert len(used) == 2
+    assert len(used) == (0 if dtype == torch.float32 and rows == 1 else 2)
     torch.testing.assert_close(found, expected)
     assert not any("forward" in vars(part) for part in module.modules())
 
