@@ -70,6 +70,11 @@ class GroupMaker(PairMaker):
     asks_logprobs: ClassVar[bool] = True
     config: "SelfRewardGRPOConfig"
 
+    @property
+    def cut_responses(self) -> str:
+        punishes = self.config.cut_off == "lowest"
+        return "they get the lowest score" if punishes else "they are left out of their groups"
+
     def learnable(self, judged: JudgedPrompt, drops: DropCounts) -> list[Candidate]:
         punished = self.punished(judged)
         candidates = [c for c in judged.candidates if c not in punished]

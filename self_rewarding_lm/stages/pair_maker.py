@@ -244,6 +244,11 @@ class PairMaker:
     asks_logprobs: ClassVar[bool] = False
     """Whether candidates get the sampler's log-probs."""
 
+    @property
+    def cut_responses(self) -> str:
+        """What becomes of responses that were cut off, in words."""
+        return f"no {self.noun} is made of them"
+
     def __init__(self, config: PairSettings, ctx: Context, out: StageDir) -> None:
         self.config, self.ctx, self.out = config, ctx, out
         self.judge = config.scoring_judge(ctx)
@@ -743,7 +748,7 @@ class PairMaker:
                 "cut_off",
                 tally.clipped / tally.answered,
                 f"{tally.clipped} of {tally.answered} responses were cut off before their end, and "
-                "no pair can have them. Raise generation.max_new_tokens (or max_seq_len), or train "
+                f"{self.cut_responses}. Raise generation.max_new_tokens (or max_seq_len), or train "
                 "the model to end first.",
             )
         total = drops.kept + drops.prompts["surplus"]

@@ -10,13 +10,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from self_rewarding_lm.models.logprobs import masked_sum
-from self_rewarding_lm.records import PreferencePair, ReferenceLogprobs, TrainingRow
+from self_rewarding_lm.records import Ids, PreferencePair, ReferenceLogprobs, TrainingRow
 from self_rewarding_lm.training.loss_config import LossConfig, losses_in, read_by
 from self_rewarding_lm.training.losses import LossResult, PairBatch, Responses, sft_loss
 from self_rewarding_lm.training.reference import MovingReference, PairSums
 
 Sequences = list[tuple[tuple[int, ...], tuple[bool, ...]]]
 """(ids, targets) of each sequence of a row."""
+
+
+def behind(prompt: Ids, *responses: Ids) -> Sequences:
+    """Each response behind the prompt; its tokens are the targets."""
+    return [
+        ((*prompt, *response), (*(False,) * len(prompt), *(True,) * len(response)))
+        for response in responses
+    ]
 
 
 @runtime_checkable
@@ -107,11 +115,7 @@ class PreferenceObjective:
 
     def sequences(self, row: int) -> Sequences:
         pair = self.pairs[row]
-        prompt = (False,) * len(pair.prompt_ids)
-        return [
-            ((*pair.prompt_ids, *response), (*prompt, *(True,) * len(response)))
-            for response in (pair.chosen_ids, pair.rejected_ids)
-        ]
+        return behind(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
 
     def name(self, row: int) -> str:
         return self.pairs[row].id

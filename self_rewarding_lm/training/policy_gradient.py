@@ -14,7 +14,7 @@ from torch import Tensor
 from self_rewarding_lm.models.logprobs import masked_sum
 from self_rewarding_lm.records import Advantage, Candidate, Ids, ResponseLogprobs
 from self_rewarding_lm.training.losses import LossResult
-from self_rewarding_lm.training.objectives import Sequences
+from self_rewarding_lm.training.objectives import Sequences, behind
 from self_rewarding_lm.training.reference import StoredLogprobs
 
 Normalise = Literal["sequence", "token", "constant"]
@@ -122,9 +122,7 @@ class PolicyGradientObjective:
 
     def sequences(self, row: int) -> Sequences:
         response = self.responses[row]
-        prompt, completion = response.prompt_ids, response.completion_ids
-        targets = (*(False,) * len(prompt), *(True,) * len(completion))
-        return [((*prompt, *completion), targets)]
+        return behind(response.prompt_ids, response.completion_ids)
 
     def name(self, row: int) -> str:
         return self.responses[row].id

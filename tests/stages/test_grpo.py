@@ -17,10 +17,12 @@ from self_rewarding_lm import (
     PairwiseJudge,
     RewardConfig,
     Run,
+    SamplingConfig,
     SelfRewardGRPOConfig,
     ShuffledJudge,
     VoteJudge,
 )
+from self_rewarding_lm.checks import Check, ChecksConfig
 from self_rewarding_lm.errors import ConfigError, PairingError
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, prompt_id_of
 from self_rewarding_lm.runs.weights import weights_hash
@@ -36,7 +38,7 @@ from self_rewarding_lm.training import policy_gradient
 from tests.runs.test_resume import Killed
 from tests.stages.test_rehearsal import COMPARISON, TAUGHT
 from tests.support.hf_models import tiny
-from tests.support.models import TEXT_VOCAB, Recurrent, context, stage_dir, text_tokens
+from tests.support.models import END, TEXT_VOCAB, Recurrent, context, stage_dir, text_tokens
 from tests.test_trainer import PROMPTS, SHORT, model64, trainer_of
 
 RATE = 0.05
@@ -137,6 +139,22 @@ def test_answers_that_were_cut_off_may_get_the_lowest_score(tmp_path):
     assert group(tmp_path / "none", [("b", False, 9.0)] * 3, cut_off="lowest")[1] == {
         "unfinished": 1
     }
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "words"),
+    [("drop", "they are left out of their groups"), ("lowest", "they get the lowest score")],
+)
+def test_the_check_of_cut_off_answers_says_what_becomes_of_them(cut_off, words, tmp_path):
+    module = model64()
+    with torch.no_grad():
+        module.head.bias[END] += 1.5  # about half of the answers end within six tokens
+    sampling = SamplingConfig(max_new_tokens=6, temperature=1.0, top_p=None)
+    checks = ChecksConfig(cut_off=Check(limit=0.1, action="warn"))
+    stage = grpo(generation=sampling, cut_off=cut_off, checks=checks)
+    run = trainer_of(tmp_path, [stage], model=module, eos_id=END)(rehearse=False)
+    [told] = [e for e in run.events(0) if e.get("check") == "cut_off"]
+    assert f"{words}. Raise generation.max_new_tokens" in str(told)
 
 
 @pytest.mark.parametrize(
@@ -442,13 +460,13 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize(
     ("where", "call", "every"),
     [
-        ("policy_gradient_loss", 1, 1),
         ("policy_gradient_loss", 5, 1),
-        ("policy_gradient_loss", 8, None),
-        ("record", 2, None),
+        pytest.param("policy_gradient_loss", 1, 1, marks=pytest.mark.slow),
+        pytest.param("policy_gradient_loss", 8, None, marks=pytest.mark.slow),
         ("record", 40, 1),
-        ("reward", 3, 1),
+        pytest.param("record", 2, None, marks=pytest.mark.slow),
         ("reward", 5, None),
+        pytest.param("reward", 3, 1, marks=pytest.mark.slow),
     ],
 )
 def test_stopped_at_any_moment_it_goes_on_to_the_same_bits(
