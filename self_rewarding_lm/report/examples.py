@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from self_rewarding_lm.records import (
+    Advantage,
     Candidate,
     Demonstration,
     Judgement,
@@ -44,8 +45,9 @@ class Response:
 
     name: its candidate's id behind the prompt's; of a response that was not sampled in the stage
     its own id, "given" or "demonstration". role: "chosen", "rejected" or "learnt". score: what its
-    judgements come to, of a response in a pair the pair's; None if it is not known. candidate: None
-    if it was not sampled in the stage.
+    judgements come to, of a response in a pair or with an advantage that record's; None if it is
+    not known. candidate: None if it was not sampled in the stage. advantage: by which it was made
+    likelier, of a stage that makes no pairs.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Response:
     score: float | None = None
     judgements: Sequence[Judgement] = ()
     candidate: Candidate | None = None
+    advantage: float | None = None
 
     @property
     def has_parts(self) -> bool:
@@ -81,9 +84,10 @@ class Example:
     judgement_roles: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def is_paired(self) -> bool:
-        roles = {response.role for response in self.responses}
-        return "chosen" in roles | set(self.judgement_roles.values())
+    def is_used(self) -> bool:
+        """Whether a pair or a response with an advantage came of it."""
+        roles = {response.role for response in self.responses} | set(self.judgement_roles.values())
+        return "chosen" in roles or any(r.advantage is not None for r in self.responses)
 
 
 class Examples(Joined[Example]):
@@ -131,6 +135,10 @@ class _AnsweredPrompts(Lazy[Example]):
         return Groups(pairs, lambda pair: pair.chosen_id or pair.rejected_id or pair.id)
 
     @cached_property
+    def _advantages(self) -> Groups[Advantage]:
+        return Groups(self._files.stored(Advantage), lambda record: record.candidate_id)
+
+    @cached_property
     def _demonstrations(self) -> Groups[Demonstration]:
         return Groups(self._files.stored(Demonstration))
 
@@ -151,14 +159,16 @@ class _AnsweredPrompts(Lazy[Example]):
             for name, role in ((pair.chosen_id, "chosen"), (pair.rejected_id, "rejected")):
                 if name is not None:
                     roles.setdefault(name, role)
+        advantages = {c.id: a for c in candidates for a in self._advantages[c.id]}
         for candidate in candidates:
-            if candidate.id in self._demonstrations:
+            if candidate.id in self._demonstrations or candidate.id in advantages:
                 roles.setdefault(candidate.id, "learnt")
         # 3. scores: a pair knows what an ensemble's members come to, their judgements do not
         scores = candidate_scores(candidates, [j for j in judgements if label_of(j) is None])
         for pair in pairs:
             sides = ((pair.chosen_id, pair.chosen_score), (pair.rejected_id, pair.rejected_score))
             scores |= {name: score for name, score in sides if name and score is not None}
+        scores |= {name: record.score for name, record in advantages.items()}
         # 4. the responses: first those of the stage, then those that pairs were given
         responses = [
             Response(
@@ -169,6 +179,9 @@ class _AnsweredPrompts(Lazy[Example]):
                 score=scores[candidate.id],
                 judgements=[j for j in judgements if candidate.id in j.candidate_ids],
                 candidate=candidate,
+                advantage=advantages[candidate.id].advantage
+                if candidate.id in advantages
+                else None,
             )
             for candidate in candidates
         ]
@@ -299,8 +312,8 @@ def _as_json(example: Example) -> dict[str, Any]:
 
 
 def _response_as_json(example: Example, response: Response) -> dict[str, Any]:
-    """n: name, t: text, x: score, l: role, j: judgements; k: tokens, e: how it ended; w: what its
-    judgements are if they are no score."""
+    """n: name, t: text, x: score, a: advantage, l: role, j: judgements; k: tokens, e: how it ended;
+    w: what its judgements are if they are no score."""
     candidate = response.candidate
     values: dict[str, Any] = {
         "n": response.name,
@@ -309,6 +322,8 @@ def _response_as_json(example: Example, response: Response) -> dict[str, Any]:
     }
     if response.score is None and response.has_parts:
         values["w"] = "parts of a score"
+    if response.advantage is not None:
+        values["a"] = signed(response.advantage)
     if candidate is not None and candidate.finished is False:
         values["e"] = "cut off"
     values["l"] = response.role
@@ -340,6 +355,11 @@ def _judgement_as_json(
     if judgement.id in example.judgement_roles:
         values["l"] = example.judgement_roles[judgement.id]
     return {**values, "t": judgement.text}
+
+
+def signed(advantage: float) -> str:
+    """An advantage with its sign, to three digits."""
+    return f"{advantage:+.3g}"
 
 
 def _text_or_ids(text: str | None, ids: Sequence[int]) -> str:

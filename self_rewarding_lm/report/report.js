@@ -73,7 +73,9 @@
     const name = /^\d+$/.test(one.n) ? `Candidate ${one.n}` : one.n;
     const title = element("h4", "", `${name}, ${one.w || number(one.x)} `);
     if (one.l) title.append(element("span", "label", one.l.toUpperCase()));
-    const notes = [one.k === undefined ? "" : `${one.k} tokens`, one.e || ""].filter(Boolean);
+    const advantage = one.a ? `advantage ${one.a}` : "";
+    const tokens = one.k === undefined ? "" : `${one.k} tokens`;
+    const notes = [advantage, tokens, one.e || ""].filter(Boolean);
     made.append(title, written(one.t));
     if (notes.length) made.append(element("p", "note", notes.join(", ")));
     made.append(...one.j.map(judgement));
@@ -104,7 +106,7 @@
 
   function pairless(one) {
     const used = one.c.some((c) => c.l || c.j.some((j) => j.l));
-    return used ? "" : "No pair was made of this prompt.";
+    return used ? "" : "Nothing of this prompt was trained on.";
   }
 
   const best = (one) =>
@@ -125,8 +127,8 @@
 
   const kinds = {
     "": () => true,
-    pair: (one) => one.c.some((c) => c.l === "chosen"),
-    none: (one) => !one.c.some((c) => c.l === "chosen"),
+    pair: (one) => one.c.some((c) => c.l === "chosen" || c.a),
+    none: (one) => !kinds.pair(one),
     unread: (one) => one.c.some((c) => c.j.some((j) => j.x === null)),
   };
   const values = { m: (one) => one.m, x: best };

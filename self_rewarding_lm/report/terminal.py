@@ -17,6 +17,7 @@ from self_rewarding_lm.report.examples import (
     Response,
     examples,
     score_said_of,
+    signed,
 )
 from self_rewarding_lm.report.figures import StageFigures, is_metric, stage_figures
 from self_rewarding_lm.report.verdict import verdict
@@ -137,25 +138,31 @@ def _last_sampled(run: Run) -> str | None:
 
 
 def _examples(run: Run, name: str, count: int) -> list[str]:
-    """So many examples of a stage, those with a pair first, and as many demonstrations."""
-    of_stage, has_pairs = examples(run, name), len(run.pairs(name)) > 0
-    settings = run.settings(name).get("settings") or {}
-    others = {"fit_from", "normalise"}  # of stages that sample and make no pairs
-    makes_pairs = has_pairs or ("pairing" in settings and not others & settings.keys())
-    picked = list(islice((e for e in of_stage.worked if e.is_paired), count)) if has_pairs else []
-    rest = (example for example in of_stage.worked if not (has_pairs and example.is_paired))
+    """So many examples of a stage, those that it trained on first, and as many demonstrations."""
+    of_stage, settings = examples(run, name), run.settings(name).get("settings") or {}
+    has_pairs, has_groups = len(run.pairs(name)) > 0, len(run.advantages(name)) > 0
+    noun, has_any = "pair" if has_pairs else _made_of_prompt(settings), has_pairs or has_groups
+    picked = list(islice((e for e in of_stage.worked if e.is_used), count)) if has_any else []
+    rest = (example for example in of_stage.worked if not (has_any and example.is_used))
     picked += islice(rest, count - len(picked))
     lines = []
     for example in (*picked, *of_stage.demonstrations[:count]):
         lines += _example(example)
         sampled = [r for r in example.responses if r.candidate is not None]
-        if makes_pairs and sampled and not example.is_paired:
-            lines += _wrapped(f"no pair: {_why_no_pair(sampled, settings)}", "    ")
+        if noun is not None and sampled and not example.is_used:
+            lines += _wrapped(f"no {noun}: {_why_none(noun, sampled, settings)}", "    ")
     return lines
 
 
-def _why_no_pair(responses: Sequence[Response], settings: dict[str, Any]) -> str:
-    """Why a prompt with these responses gave no pair. settings: of the stage."""
+def _made_of_prompt(settings: dict[str, Any]) -> str | None:
+    """What a stage with these settings makes of a prompt: a pair, a group, or neither."""
+    if "pairing" not in settings or "fit_from" in settings:
+        return None
+    return "group" if "normalise" in settings else "pair"
+
+
+def _why_none(noun: str, responses: Sequence[Response], settings: dict[str, Any]) -> str:
+    """Why a prompt with these responses gave no pair or group. settings: of the stage."""
     candidates = [response.candidate for response in responses if response.candidate is not None]
     reasons = [candidate.reason for candidate in candidates if candidate.reason is not None]
     cut = sum(candidate.finished is False for candidate in candidates)
@@ -168,17 +175,18 @@ def _why_no_pair(responses: Sequence[Response], settings: dict[str, Any]) -> str
     ]
     scored = [response for response in whole if response.score is not None]
     scores = [response.score for response in scored if response.score is not None]
-    needs = "and a pair needs two that are whole"
-    if len(whole) < 2 and reasons:
+    needs = f"and a {noun} needs two that are whole"
+    least = 1 if cut and settings.get("cut_off") == "lowest" else 2  # the others have a score too
+    if len(whole) < least and reasons:
         return f"{len(reasons)} of {len(candidates)} have no response ({reasons[0]}), {needs}"
-    if len(whole) < 2:
+    if len(whole) < least:
         return f"{cut} of {len(candidates)} were cut off, {needs}: raise max_new_tokens"
-    if len({response.text or response.ids for response in whole}) == 1:
+    if len(whole) > 1 and len({response.text or response.ids for response in whole}) == 1:
         return "all responses are the same (identical)"
     if any(response.has_parts for response in whole):
         return "what the parts of its scores come to made none"
-    if len(scored) < 2:
-        return f"{len(whole) - len(scored)} of {len(whole)} have no score, and a pair needs two"
+    if len(scored) < least:
+        return f"{len(whole) - len(scored)} of {len(whole)} have no score, and a {noun} needs two"
     if min(scores) == max(scores):
         return f"the best and the worst have one score, {number(scores[0])} (tie)"
     margin = settings.get("min_margin") or 0.0
@@ -213,7 +221,8 @@ def _scores(response: Response, candidate: Candidate) -> str:
     words = "parts of a score" if response.has_parts else "no score"
     words = words if response.score is None else f"score {number(response.score)}"
     parts = "" if words == f"score {said}" else f" of {said}"  # one judgement is the score itself
-    return f"          {words}{parts} ({judges}){cut}"
+    gain = "" if response.advantage is None else f", advantage {signed(response.advantage)}"
+    return f"          {words}{parts} ({judges}){gain}{cut}"
 
 
 def _said(judgement: Judgement, candidate: Candidate) -> str:

@@ -25,6 +25,8 @@ from self_rewarding_lm import (
 from self_rewarding_lm.checks import Check, ChecksConfig
 from self_rewarding_lm.errors import ConfigError, PairingError
 from self_rewarding_lm.records import Candidate, Judgement, Prompt, prompt_id_of
+from self_rewarding_lm.report.page import write_report
+from self_rewarding_lm.report.terminal import show_run
 from self_rewarding_lm.runs.weights import weights_hash
 from self_rewarding_lm.stages.grpo import (
     GroupMaker,
@@ -35,6 +37,7 @@ from self_rewarding_lm.stages.grpo import (
 from self_rewarding_lm.stages.pair_maker import JudgedPrompt
 from self_rewarding_lm.stages.pairing import DropCounts
 from self_rewarding_lm.training import policy_gradient
+from tests.report.test_report import Page
 from tests.runs.test_resume import Killed
 from tests.stages.test_rehearsal import COMPARISON, TAUGHT
 from tests.support.hf_models import tiny
@@ -551,3 +554,38 @@ def test_the_reference_may_be_that_of_the_round_or_of_another_stage(tmp_path):
     kl = [m["policy/kl"] for m in run.metrics(0) if "loss" in m]
     assert kl[::2] == pytest.approx([0.0] * 3, abs=1e-12) and min(kl[1::2]) > 0
     assert min(m["policy/kl"] for m in run.metrics(1) if "loss" in m) > 0
+
+
+# -- as it is shown --------------------------------------------------------------------------------
+
+
+def test_each_response_is_shown_with_its_advantage(tmp_path):
+    def of_some(prompts, completions):
+        """Prompts with an even number have one score, the others several."""
+        return [
+            float(len(set(text))) if int(prompt.split()[-1]) % 2 else 2.0
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+    sampling = SamplingConfig(max_new_tokens=6, temperature=1.0, top_p=None)
+    stage = grpo(judge=FunctionJudge(of_some), generation=sampling)
+    run = trainer_of(tmp_path, [stage])(rehearse=False)
+    made = {record.candidate_id: record.advantage for record in run.advantages(0)}
+    assert made and any(advantage < 0 for advantage in made.values())
+    # in the terminal: prompts that were learnt from first
+    text = show_run(run)
+    shown = [line for line in text.splitlines() if "advantage" in line]
+    assert len(shown) == 3 * 4 and all(", advantage +" in s or ", advantage -" in s for s in shown)
+    # in the page
+    examples = Page(write_report([run])).examples
+    found = {f"{e['id']}/{c['n']}": c["a"] for e in examples for c in e["c"] if "a" in c}
+    assert found == {name: f"{advantage:+.3g}" for name, advantage in made.items()}
+    assert {c["l"] for e in examples for c in e["c"]} == {"learnt", None}
+
+
+def test_a_prompt_without_a_group_says_why(tmp_path):
+    with pytest.raises(PairingError):
+        judge = FunctionJudge(lambda prompts, completions: [2.0] * len(completions))
+        trainer_of(tmp_path, [grpo(judge=judge)])(rehearse=False)
+    text = show_run(Run.open(tmp_path))
+    assert "no group: the best and the worst have one score, 2 (tie)" in text
