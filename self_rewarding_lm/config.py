@@ -101,6 +101,9 @@ class SamplingConfig(Config):
     """No end token before this many; a stop text ends a response all the same."""
     stop: tuple[str, ...] = ()
     """Texts that end a response wherever they stand; they stay in it."""
+    stop_fn: Object = None
+    """A function text -> bool: whether a response of that text is at its end. It is asked behind
+    each token, in this process only."""
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Over 1: tokens that are there already become less likely (arXiv:1909.05858)."""
     filter_fn: Object = None

@@ -99,8 +99,9 @@ def decoding_of(sampling: SamplingConfig, tokens: Tokens) -> Decoding:
         repetition_penalty=sampling.repetition_penalty,
         filter_fn=sampling.filter_fn,
         end_ids=tokens.end_ids,
-        is_stop=_stop_check(sampling.stop, tokens),
+        is_stop=_stop_check(sampling.stop, sampling.stop_fn, tokens),
         stop=tuple(sampling.stop),
+        stop_fn=sampling.stop_fn,
     )
 
 
@@ -205,20 +206,25 @@ def _prompt(row: int, prompt: Any, tokens: Tokens, limit: int | None) -> Prompt:
     return Prompt(f"generate/{row}", row, ids, text, messages=messages)
 
 
-def _stop_check(stop: Sequence[str], tokens: Tokens) -> Callable[[Sequence[int]], bool] | None:
-    """A function that finds a stop text at the end of new ids; None if there are no stop texts."""
-    if not stop:
+def _stop_check(
+    stop: Sequence[str], stop_fn: Callable[[str], bool] | None, tokens: Tokens
+) -> Callable[[Sequence[int]], bool] | None:
+    """A function that says whether new ids end in a stop text, or as `stop_fn` says of their text;
+    None if there is neither."""
+    if not stop and stop_fn is None:
         return None
     if tokens.tokenizer is None:
         raise ConfigError(
-            f"stop texts {list(stop)} need a tokenizer, to see them in the tokens. "
-            f"{give_tokenizer()}"
+            "stop texts and stop_fn need a tokenizer, to see texts in tokens; got stop "
+            f"{list(stop)}. {give_tokenizer()}"
         )
 
-    window = BYTES_PER_CHARACTER * max(map(len, stop))
+    window = BYTES_PER_CHARACTER * max(map(len, stop), default=0)
 
     def is_stop(new: Sequence[int]) -> bool:
         tail = tokens.decode(new[-window:]) or ""
-        return any(text in tail for text in stop)
+        if any(text in tail for text in stop):
+            return True
+        return stop_fn is not None and bool(stop_fn(tokens.decode(new) or ""))
 
     return is_stop

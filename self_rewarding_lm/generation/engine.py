@@ -18,8 +18,9 @@ from self_rewarding_lm.records import Ids
 class Decoding:
     """How tokens are chosen and when a response ends.
 
-    end_ids: the tokens that end it. stop: the texts that end it. is_stop: whether new ids contain
-    one of these. logprobs: whether completions shall have them. The others are as in
+    end_ids: the tokens that end it. stop: the texts that end it; stop_fn: the function of its text
+    that ends it. is_stop: whether new ids are ended by one of these. logprobs: whether completions
+    shall have them. The others are as in
     SamplingConfig.
     """
 
@@ -34,6 +35,7 @@ class Decoding:
     is_stop: Callable[[Sequence[int]], bool] | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    stop_fn: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,10 @@ class RewardModelJudge(Judge):
                 f"a RewardModelJudge reads texts, which need a tokenizer. {give_tokenizer()}"
             )
         messages = prompt.messages or ({"role": "user", "content": prompt.text},)
-        response = {"role": "assistant", "content": candidate.text}
+        begun = ""
+        if messages[-1]["role"] == "assistant":  # the response goes on with an answer
+            begun, messages = messages[-1]["content"], messages[:-1]
+        response = {"role": "assistant", "content": begun + candidate.text}
         return self.tokens.conversation([*messages, response], candidate.id)
 
     @torch.no_grad()

@@ -72,8 +72,8 @@ class ServerJudge(Judge):
     timeout, max_retries: as for ServerEngine.
 
     Scores are read in the model's text. Raises ConfigError for expected and forced scores, which
-    need the policy's own tokens, for filter_fn, and at the first question for settings that the
-    server refuses.
+    need the policy's own tokens, for filter_fn and stop_fn, and at the first question for settings
+    that the server refuses.
     """
 
     reads_weights = False
@@ -271,5 +271,6 @@ def _check(prompt: RewardConfig | ComparisonConfig, sampling: SamplingConfig) ->
             "forced_ending "
             "(several judgements make a mean), or ServerEngine for the policy's own judging."
         )
-    if sampling.filter_fn is not None:
-        raise ConfigError("filter_fn is a Python function of logits, which no server can run.")
+    for name in ("filter_fn", "stop_fn"):
+        if getattr(sampling, name) is not None:
+            raise ConfigError(f"{name} is a Python function, which no server can run.")

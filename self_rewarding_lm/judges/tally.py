@@ -124,9 +124,13 @@ class StageTally:
         scores: Mapping[str, float | None] | None = None,
         *,
         skipped: int = 0,
+        again: bool = False,
     ) -> None:
-        """Count one prompt. scores: of its candidates, as in a JudgeTally. skipped: of these."""
-        self.prompts += 1
+        """Count one prompt. scores: of its candidates, as in a JudgeTally. skipped: of these.
+
+        again: whether other candidates of the prompt were counted before.
+        """
+        self.prompts += not again
         self.skipped += skipped
         self.candidates += len(candidates)
         self.judgements += len(judgements)

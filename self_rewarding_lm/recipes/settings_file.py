@@ -3,6 +3,7 @@
 It is made from the classes and functions whose settings it names, so it cannot fall behind them.
 """
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -216,4 +217,7 @@ def _yaml(value: Any) -> str:
         return "{...}"
     plain = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
-    return re.sub(r"e-0(\d)", r"e-\1", text.removesuffix("...\n").strip())
+    text = text.removesuffix("...\n").strip()
+    if "\n" in text:  # a text of several lines, which JSON writes on one
+        return json.dumps(plain, ensure_ascii=False)
+    return re.sub(r"e-0(\d)", r"e-\1", text)

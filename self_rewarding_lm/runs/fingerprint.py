@@ -21,7 +21,7 @@ NEW_RULES = ("unless_few_prompts",)
 """Rules that 0.1.0 did not have and that its runs go on without, whatever is set."""
 
 
-ADDED_SETTINGS = ("marks", "candidates_from", "judge_all", *NEW_RULES)
+ADDED_SETTINGS = ("marks", "candidates_from", "judge_all", "stop_fn", *NEW_RULES)
 """Settings that 0.1.0 did not have: left out while they are UNSET, so that its runs go on."""
 
 

@@ -262,7 +262,7 @@ class PairMaker:
         if config.candidates_from is not None:
             of_source = self.known_prompts, self.known_candidates
             self.taken = taken_prompts(ctx, config.candidates_from, *of_source)
-        self.known_judgements = Groups(out.known(Judgement), prompt_id_of_judgement)
+        self.known_judgements = Groups(out.known(Judgement), self.prompt_id_of)
         self.known_records = Groups(out.known(self.record_type))
         rows = ctx.rows.get("prompt_dataset", ())
         self.num_prompts = len(rows if self.taken is None else self.taken)
@@ -375,17 +375,15 @@ class PairMaker:
         Returns the records of all processes by prompt id, and counts in `drops` what all of them
         left out. Raises JudgeError on every process if the judge cannot be used.
         """
-        # 1. sample what is missing
-        block = [self.with_known_records(prompt) for prompt in prompts]
-        self.sample(block)
-        # 2. judge what is missing
-        failure = self.judge_missing(block)
-        if self.judge.judges_blocks:
-            self.judge_block(block, failure)
-        # 3. pair
-        local_drops = DropCounts()
-        local_records = {judged.prompt.id: self.pair(judged, local_drops) for judged in block}
-        # 4. check the scores; all processes stop if one has to
+        # 1. sample and judge what is missing
+        block, failure = self.sampled_and_judged(prompts)
+        # 2. pair
+        local_drops, local_records = DropCounts(), dict[str, list[Any]]()
+        for judged in block:
+            of_prompt = local_records.setdefault(prompt_id_of(judged.prompt.id), [])
+            of_prompt += self.pair(judged, local_drops)
+        # 3. check the scores; all processes stop if one has to
+        counted = set[str]()
         for judged in block:
             judgements = self.judge.own(judged.judgements)
             scores = self.judge.scores(judged.candidates, judgements)
@@ -393,17 +391,38 @@ class PairMaker:
             if not self.has_judged(judged, judged.answers):
                 skipped = len(judged.answers) - len(self.shown_to_judge(judged))
             made = made_by_judging(judgements)
-            self.tally.add(judged.candidates, made, scores, skipped=skipped)
+            prompt_id = prompt_id_of(judged.prompt.id)
+            again = prompt_id in counted
+            self.tally.add(judged.candidates, made, scores, skipped=skipped, again=again)
+            counted.add(prompt_id)
         failure = failure or self.watcher.see_scores(self.tally.judge)
         failures = [text for text in self.ctx.runtime.gather([failure]) if text]
         if failures:
             raise JudgeError(failures[0])
-        # 5. gather the records of all processes
+        # 4. gather the records of all processes
         records = dict[str, list[Any]]()
         for part, dropped in self.ctx.runtime.gather([(local_records, local_drops)]):
             records |= part
             drops.add(dropped)
         return records
+
+    def sampled_and_judged(
+        self, prompts: Sequence[Prompt]
+    ) -> tuple[list[JudgedPrompt], str | None]:
+        """This process's prompts of a block with all their records, missing ones made and stored.
+
+        With them the text of an error if the judge cannot be used, else None.
+        """
+        block = [self.with_known_records(prompt) for prompt in prompts]
+        return block, self.make_missing(block)
+
+    def make_missing(self, block: Sequence[JudgedPrompt]) -> str | None:
+        """Sample and judge what is missing; the text of an error if the judge cannot be used."""
+        self.sample(block)
+        failure = self.judge_missing(block)
+        if self.judge.judges_blocks:
+            self.judge_block(block, failure)
+        return failure
 
     def keep(self, records: Sequence[Any]) -> None:
         """Store the records that are not on disk yet; the main process does it for all."""
@@ -519,6 +538,10 @@ class PairMaker:
         self.out.append(new)
         return prompts
 
+    def prompt_id_of(self, judgement: Judgement) -> str:
+        """The id of the prompt whose candidates were judged, as a JudgedPrompt has it."""
+        return prompt_id_of_judgement(judgement)
+
     def with_known_records(self, prompt: Prompt) -> JudgedPrompt:
         """A prompt with its candidates and judgements from disk."""
         candidates = sorted(self.known_candidates[prompt.id], key=order_of)
@@ -608,7 +631,7 @@ class PairMaker:
                 return failure
             self.out.append(new)
             for judgement in new:
-                if (judged := by_id.get(prompt_id_of_judgement(judgement))) is not None:
+                if (judged := by_id.get(self.prompt_id_of(judgement))) is not None:
                     judged.judgements.append(judgement)
             failure = self.watcher.see_parsed(self.ctx.stage, self.out.path)
             if failure is not None:
@@ -631,10 +654,10 @@ class PairMaker:
         by_id = {judged.prompt.id: judged for judged in block}
         known_ids = {j.id for judged in block for j in judged.judgements}
         made = self.judge.judge_block(self.ctx, candidates_PG, judgements)
-        new = [j for j in made if prompt_id_of_judgement(j) in by_id and j.id not in known_ids]
+        new = [j for j in made if self.prompt_id_of(j) in by_id and j.id not in known_ids]
         self.out.append(new)
         for judgement in new:
-            by_id[prompt_id_of_judgement(judgement)].judgements.append(judgement)
+            by_id[self.prompt_id_of(judgement)].judgements.append(judgement)
 
     def as_judged(self, candidate: Candidate) -> Candidate:
         """The candidate that the judge sees: with `postprocess_response` applied to its text.

@@ -282,11 +282,13 @@ class ServedModel:
 
 def check_sampling(decoding: Decoding) -> None:
     """Raise ConfigError if no server can do what is asked."""
-    if decoding.filter_fn is not None:
-        raise ConfigError(
-            "filter_fn is a Python function of logits, which no server can run. Leave it out of "
-            "the stage's SamplingConfig, or use the local engine."
-        )
+    functions = {"filter_fn": decoding.filter_fn, "stop_fn": decoding.stop_fn}
+    for name, function in functions.items():
+        if function is not None:
+            raise ConfigError(
+                f"{name} is a Python function, which no server can run. Leave it out of the "
+                "stage's SamplingConfig, or use the local engine."
+            )
 
 
 def first_choice(answer: Body) -> Mapping[str, Any] | None:
