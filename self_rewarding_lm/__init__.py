@@ -52,6 +52,7 @@ NAMES = {
     "stages.contrastive": "Contrast",
     "stages.meta_rewarding": "MetaJudgingConfig",
     "stages.pairing": "PairingConfig",
+    "stages.stepwise": "StepComparisonConfig",
     "stats": "wilson_interval",
     "trainer": "SPINTrainer SelfRewardingTrainer",
     "training.loss_config": "LossConfig",

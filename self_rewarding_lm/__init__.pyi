@@ -48,6 +48,7 @@ from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
 from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.stages.stepwise import StepComparisonConfig, StepwiseDPOConfig
 from self_rewarding_lm.stages.temporal import TemporalDPOConfig
 from self_rewarding_lm.stats import wilson_interval
 from self_rewarding_lm.trainer import SPINTrainer, SelfRewardingTrainer
@@ -120,6 +121,8 @@ __all__ = [
     "ServerEngine",
     "ServerJudge",
     "ShuffledJudge",
+    "StepComparisonConfig",
+    "StepwiseDPOConfig",
     "TEN_POINT_REWARD_CONFIG",
     "TemporalDPOConfig",
     "VerifierAccuracy",

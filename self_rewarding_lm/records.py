@@ -30,8 +30,10 @@ messages, such as `tools`."""
 class Prompt:
     """One prompt as it is used in one stage.
 
-    id: stage/row/pass. row: its row in the dataset. text: None if the row has only ids.
-    columns: the other columns of its row; text reward functions receive them.
+    id: stage/row/pass; of the question with an answer so far, which is gone on with step by step,
+    the id of the step that came last with "/then" (THEN) behind it. row: its row in the dataset.
+    text: None if the row has only ids. columns: the other columns of its row; text reward functions
+    receive them.
     completion: ids of the human answer if the row has one (SPIN), else None.
     messages: what the chat template rendered, with all that it reads; the first may hold VARIABLES.
     None if the text is taken as it is.
@@ -289,6 +291,11 @@ def to_json(record: Any) -> dict[str, Any]:
 
 FIRST = "first"
 """In ids of pairs, <stage>/first/...: trained on by a model that was trained ahead and not kept."""
+
+
+THEN, AGAIN = "then", "again"
+"""In ids of prompts: <candidate id>/then is gone on with behind that candidate; a prompt that is
+answered once more in the same place has /again1, /again2, ... behind its id."""
 
 
 def is_trained(record_id: str) -> bool:

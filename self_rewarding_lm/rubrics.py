@@ -82,6 +82,22 @@ Response B: {{ response_b }}
 Review:"""
 
 
+STEP_COMPARISON_PROMPT = """\
+A question is shown with an answer to it as far as it is written, and two steps, A and B, with which
+the answer could go on. Decide which of them is the better next step: what it says is right, it
+follows from what is there, and it brings the answer nearer to its end. Their order does not count,
+nor does their length. Do not write the answer yourself. Write a short review of at most 100 words,
+then end with the verdict on a line of its own, in the form "Better: <A or B>".
+
+The question, and the answer so far: {{ prompt }}
+
+Step A: {{ response_a }}
+
+Step B: {{ response_b }}
+
+Review:"""
+
+
 META_JUDGE_PROMPT = """\
 A judge was given a task: to rate a response to a user's request by a rubric. The task is shown
 below with the rubric, the request and the response, and then two answers that the judge gave to

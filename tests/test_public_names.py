@@ -31,7 +31,8 @@ OF_VERSION_0_1_0 = """
 """
 SINCE = """
     Advantage Callback CallableTokenizer CertaintyJudge Judge JudgeError MarkedRubric PairingError
-    SelfRewardGRPOConfig ShuffledJudge from_hub read_recipe read_yaml wilson_interval
+    SelfRewardGRPOConfig ShuffledJudge StepComparisonConfig StepwiseDPOConfig from_hub read_recipe
+    read_yaml wilson_interval
 """
 
 

@@ -10,7 +10,8 @@ from self_rewarding_lm.stages.contrastive import Contrast
 from self_rewarding_lm.stages.kinds import STAGES
 from self_rewarding_lm.stages.meta_rewarding import MetaJudgingConfig
 from self_rewarding_lm.stages.pairing import PairingConfig
+from self_rewarding_lm.stages.stepwise import StepComparisonConfig
 
-__all__ = ["STAGES", "Contrast", "MetaJudgingConfig", "PairingConfig"]
+__all__ = ["STAGES", "Contrast", "MetaJudgingConfig", "PairingConfig", "StepComparisonConfig"]
 __all__ += [stage.__name__ for stage in STAGES]
 globals().update({stage.__name__: stage for stage in STAGES})

@@ -15,6 +15,7 @@ from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
 from self_rewarding_lm.stages.sft import SFTConfig
 from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.stages.stepwise import StepwiseDPOConfig
 from self_rewarding_lm.stages.temporal import TemporalDPOConfig
 
 STAGES: tuple[type[FinetuneConfig], ...] = (
@@ -29,5 +30,6 @@ STAGES: tuple[type[FinetuneConfig], ...] = (
     DPOConfig,
     SelfPlayConfig,
     TemporalDPOConfig,
+    StepwiseDPOConfig,
 )
 """In a recipe a stage has the name that its class calls `folder_name`."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.data.datasets import read_prompt
 from self_rewarding_lm.errors import ConfigError, DataError, SelfRewardingError, StoreError
-from self_rewarding_lm.records import Candidate, Prompt
+from self_rewarding_lm.records import THEN, Candidate, Prompt
 from self_rewarding_lm.runs.run import Run, of_another_run
 from self_rewarding_lm.runs.stage_files import StageFiles
 from self_rewarding_lm.runs.stored import Groups
@@ -37,6 +37,11 @@ def source_of(stage: str, which: str, run: Run | None = None) -> StageFiles:
             raise ConfigError(
                 f"{words}: that stage has no candidates. Name one that samples: a stage of "
                 "self-reward, of an external reward, or of a kind made of these."
+            )
+        if any(name.endswith(f"/{THEN}") for name in files.stored(Prompt).ids()):
+            raise ConfigError(
+                f"{words}: that stage's candidates are steps of answers, and no responses to its "
+                "prompts. Name a stage that samples whole responses."
             )
     except StoreError as error:
         raise ConfigError(f"{words}: {error}") from error

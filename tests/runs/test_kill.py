@@ -34,6 +34,7 @@ from self_rewarding_lm.runs import lines, weights
 from self_rewarding_lm.runs import stage_folder as store
 from self_rewarding_lm.runs.run import REPORT
 from tests.stages.test_grpo import grpo
+from tests.stages.test_stepwise import stepwise
 from tests.support.processes import launched
 from tests.test_trainer import ROWS, SHORT, external, model64, self_reward, sft, trainer_of
 
@@ -332,6 +333,23 @@ def test_the_moments_of_a_run_are_all_seen(straight):
     names = {name.removeprefix("of/") for _, name in events}
     assert {"pairs.jsonl", "files.json.tmp", "state.safetensors", "done.json.tmp"} <= names
     assert {"metrics.jsonl", "candidates.0.jsonl", "run.json.tmp", "model.safetensors"} <= names
+
+
+@pytest.mark.slow
+def test_answers_that_grow_are_the_same_wherever_they_are_killed(tmp_path, monkeypatch):
+    """Behind each line that the stage appends: a position, steps, judgements, pairs."""
+    grows = lambda: [stepwise(optim=OPTIM, prompt_dataset=["tell 0", "tell 1"])]  # noqa: E731
+    monkeypatch.setattr(sys.modules[__name__], "stages", grows)
+    events = events_of(tmp_path / "straight")
+    before, mismatches = outcome(tmp_path / "straight"), []
+    places = [place for place, (op, _) in enumerate(events) if op == "append"]
+    for place in places:
+        folder = tmp_path / str(place)
+        assert disturbed(folder, place, "after", kill) == -signal.SIGKILL
+        mismatches += [(*events[place], what) for what in gone_wrong(folder, before)]
+        shutil.rmtree(folder)
+    print(f"{len(places)} kill points, {len(mismatches)} mismatches")
+    assert mismatches == [] and len(places) > 12
 
 
 @pytest.mark.slow
