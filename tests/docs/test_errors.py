@@ -53,6 +53,7 @@ from self_rewarding_lm import (
     SFTConfig,
     ShuffledJudge,
     SPINTrainer,
+    StepwiseDPOConfig,
     VerifierAccuracy,
     VoteJudge,
     compare,
@@ -419,6 +420,16 @@ def reference_that_moves(folder):
 @mistake("configuration", "A reward of judgements that compare nothing")
 def judge_reward_alone(folder):
     return lambda: SelfRewardGRPOConfig(prompt_dataset=PROMPTS, judge_reward=True)
+
+
+@mistake("configuration", "Steps that end nowhere")
+def steps_without_end(folder):
+    return lambda: StepwiseDPOConfig(prompt_dataset=PROMPTS, generation=SamplingConfig())
+
+
+@mistake("configuration", "Another stage's answers for answers that grow")
+def steps_of_another_stage(folder):
+    return lambda: StepwiseDPOConfig(prompt_dataset=PROMPTS, candidates_from="m1")
 
 
 @mistake("configuration", "An unknown name in the shorthand for the paper's stages")
