@@ -164,8 +164,9 @@ class TrainingConfig(FinetuneConfig):
                 "few_steps",
                 steps,
                 f"{steps} optimiser step{'s were' if steps != 1 else ' was'} taken, which hardly "
-                "make another model: nothing can be concluded from it. More rows, pairs or epochs "
-                "(optim.epochs) and a smaller optim.batch_size give more steps.",
+                f"make{'s' if steps == 1 else ''} another model: nothing can be concluded from it. "
+                "More rows, pairs or epochs (optim.epochs) and a smaller optim.batch_size give "
+                "more steps.",
             )
 
     def try_fit(self, ctx: Context, out: StageDir, objective: Objective) -> None:
