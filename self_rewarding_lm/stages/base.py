@@ -151,7 +151,8 @@ class TrainingConfig(FinetuneConfig):
             checks=self.checks,
             round_state=kept,
         )
-        logger.info("%s: %d rows, %d steps", ctx.stage, len(objective), training.total)
+        steps = f"{training.total} step{'' if training.total == 1 else 's'}"
+        logger.info("%s: %d rows, %s", ctx.stage, len(objective), steps)
         if (pairs := getattr(objective, "pairs", None)) is not None:
             ctx.told("on_pairs", pairs)
         return training.run()

@@ -753,12 +753,14 @@ class PairMaker:
         metrics: dict[str, Any] = {**tally.metrics(), **drops.metrics(*self.counted)}
         out.log({"step": self.ctx.round.first_step, **metrics})
         out.summary["metrics"] = metrics
+        unused = f"no {self.counted[1].removesuffix('s')} could have"
+        skipped = f" ({tally.skipped} that {unused} were not judged)" if tally.skipped else ""
         logger.info(
             "%s: %s, %d candidates%s, %d judgements, %d %ss; dropped: %s",
             ctx.stage,
             self.in_words(tally.prompts),
             tally.candidates,
-            f" ({tally.skipped} that no pair could have were not judged)" if tally.skipped else "",
+            skipped,
             tally.judgements,
             drops.kept,
             noun,
