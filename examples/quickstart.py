@@ -23,6 +23,7 @@ from self_rewarding_lm import (
     Run,
     SamplingConfig,
     SelfRewardDPOConfig,
+    SelfRewardGRPOConfig,
     SelfRewardingTrainer,
     SFTConfig,
     ShuffledJudge,
@@ -45,7 +46,9 @@ def build_model() -> torch.nn.Module:
     return TransformerWrapper(num_tokens=task.VOCAB_SIZE, max_seq_len=128, attn_layers=layers)
 
 
-def build_stages(data: task.TaskData, control: str, sft_steps: int = 700) -> list[FinetuneConfig]:
+def build_stages(
+    data: task.TaskData, control: str, sft_steps: int = 700, method: str = "dpo"
+) -> list[FinetuneConfig]:
     rows = data.instruction_rows * 21 + data.judge_rows
     high = OptimConfig(learning_rate=3e-3, warmup_steps=30, batch_size=40, betas=(0.9, 0.95))
     low = OptimConfig(learning_rate=4e-4, batch_size=32, betas=(0.9, 0.95))
@@ -53,22 +56,28 @@ def build_stages(data: task.TaskData, control: str, sft_steps: int = 700) -> lis
     if control == "sft":
         more = {"train_dataset": rows, "num_train_steps": 40, "dropout": 0, "optim": low}
         return [m1, SFTConfig(name="M2", **more), SFTConfig(name="M3", **more)]
-    return [m1] + [
-        SelfRewardDPOConfig(
-            name=name,
-            prompt_dataset=prompts,
-            generation=ANSWER,
-            judging=REVIEW,
-            num_sampled_reward_responses=1,  # a greedy review is the same each time
-            judge=ShuffledJudge() if control == "shuffled" else None,
-            prompts_per_block=len(prompts),
-            dpo_beta=0.3,
-            nll_weight=0.5,
-            dropout=0,
-            optim=low.model_copy(update={"epochs": 2}),
-        )
-        for name, prompts in zip(("M2", "M3"), data.round_prompts, strict=True)
-    ]
+    rounds = []
+    for name, prompts in zip(("M2", "M3"), data.round_prompts, strict=True):
+        own = {
+            "name": name,
+            "prompt_dataset": prompts,
+            "num_candidate_responses": 4,
+            "generation": ANSWER,
+            "judging": REVIEW,
+            "num_sampled_reward_responses": 1,  # a greedy review is the same each time
+            "judge": ShuffledJudge() if control == "shuffled" else None,
+            "dropout": 0,
+        }
+        if method == "dpo":  # all answers at once, the best of each prompt against the worst
+            how = {"prompts_per_block": len(prompts), "dpo_beta": 0.3, "nll_weight": 0.5}
+            optim = low.model_copy(update={"epochs": 2})
+            rounds.append(SelfRewardDPOConfig(**own, **how, optim=optim))
+        else:  # as many answers, and a step behind those of each 50 prompts
+            few = min(50, len(prompts))
+            how = {"prompts_per_round": few, "rounds": len(prompts) // few}
+            optim = low.model_copy(update={"batch_size": few * 4, "schedule": "constant"})
+            rounds.append(SelfRewardGRPOConfig(**own, **how, optim=optim))
+    return [m1, *rounds]
 
 
 def greedy(model: torch.nn.Module, prompts: list[str], how: SamplingConfig) -> list[str]:
@@ -102,6 +111,9 @@ class Measure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--control", choices=("none", "shuffled", "sft"), default="none")
+    parser.add_argument(
+        "--method", choices=("dpo", "grpo"), default="dpo", help="pairs, or policy gradients"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument(
@@ -115,7 +127,7 @@ def main() -> None:
     table = Measure(data)
     trainer = SelfRewardingTrainer(
         build_model(),
-        finetune_configs=build_stages(data, arguments.control),
+        finetune_configs=build_stages(data, arguments.control, method=arguments.method),
         tokenizer=task.Characters(),
         self_reward_prompt_config=REWARD,
         seed=arguments.seed,
@@ -128,10 +140,12 @@ def main() -> None:
     first, *_, last = (model["accuracy"] for model in table.models)
     seconds = time.time() - started
     print(
-        f"\nM3 minus M1: {last - first:+.1f} points in {seconds:.0f} s, control {arguments.control}"
+        f"\nM3 minus M1: {last - first:+.1f} points in {seconds:.0f} s, "
+        f"method {arguments.method}, control {arguments.control}"
     )
     if arguments.json:
-        result = {"seed": arguments.seed, "control": arguments.control, "seconds": seconds}
+        told = {"seed": arguments.seed, "control": arguments.control, "method": arguments.method}
+        result = {**told, "seconds": seconds}
         arguments.json.write_text(json.dumps({**result, "models": table.models}, indent=2))
     print(f"Every prompt, answer, review and pair: {run.folder}")
 

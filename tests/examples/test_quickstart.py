@@ -91,7 +91,7 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
     assert task.make_data(1, judge_rows=60) != task.make_data(2, judge_rows=60)
 
 
-def small_run(folder):
+def small_run(folder, method):
     """The quickstart's loop, small: a model of one layer, 10 steps and 10 prompts a round."""
     torch.manual_seed(0)
     layer = Decoder(dim=64, depth=1, heads=2, attn_dim_head=32, ff_mult=2)
@@ -104,7 +104,7 @@ def small_run(folder):
     )
     trainer = SelfRewardingTrainer(
         model,
-        finetune_configs=quickstart.build_stages(data, "none", sft_steps=10),
+        finetune_configs=quickstart.build_stages(data, "none", 10, method),
         tokenizer=task.Characters(),
         self_reward_prompt_config=reward,
         checkpoints_folder=folder,
@@ -116,15 +116,17 @@ def small_run(folder):
     return trainer(rehearse=False), table.models
 
 
-def test_a_checker_of_garbage_leaves_the_pairs_identical(tmp_path, monkeypatch):
-    honest, measured = small_run(tmp_path / "honest")
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_a_checker_of_garbage_leaves_what_is_trained_on_identical(method, tmp_path, monkeypatch):
+    honest, measured = small_run(tmp_path / "honest", method)
     noise = random.Random(0)
     garbage = lambda prompt, response: noise.randrange(6)  # noqa: E731
     monkeypatch.setattr(task, "points", garbage)
-    deceived, other = small_run(tmp_path / "deceived")
+    deceived, other = small_run(tmp_path / "deceived", method)
     assert measured != other  # the garbage was asked
     for stage in ("M2", "M3"):
-        assert honest.pairs(stage) and honest.pairs(stage) == deceived.pairs(stage)
+        one, other = (r.pairs(stage) or r.advantages(stage) for r in (honest, deceived))
+        assert one and one == other
 
 
 @pytest.mark.slow
