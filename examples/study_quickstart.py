@@ -16,12 +16,15 @@ import torch
 from study_jobs import M1, Job, Setting
 
 from self_rewarding_lm import (
+    CertaintyJudge,
     ConsistencyConfig,
     Contrast,
     ContrastiveDPOConfig,
     EMAReference,
     ExternalRewardDPOConfig,
     FinetuneConfig,
+    FunctionJudge,
+    Judge,
     MetaJudgingConfig,
     MetaRewardDPOConfig,
     OptimConfig,
@@ -81,10 +84,12 @@ def one(**changes: Any) -> Callable[[Lab], list[FinetuneConfig]]:
     return lambda lab: [plain(lab, **changes)]
 
 
-def oracle(lab: Lab, round: int) -> ExternalRewardDPOConfig:
-    def points(prompts: list[str], completions: list[str]) -> list[float]:
-        return [float(task.points(p, c)) for p, c in zip(prompts, completions, strict=True)]
+def points(prompts: list[str], completions: list[str]) -> list[float]:
+    """The checker's."""
+    return [float(task.points(p, c)) for p, c in zip(prompts, completions, strict=True)]
 
+
+def oracle(lab: Lab, round: int) -> ExternalRewardDPOConfig:
     return ExternalRewardDPOConfig(reward_model=points, **shared(lab, round))
 
 
@@ -163,6 +168,19 @@ def online(reference: Any) -> Callable[[Lab], list[FinetuneConfig]]:
     return stages
 
 
+def rewarded(judge: Judge | None = None) -> Callable[[Lab], list[FinetuneConfig]]:
+    """Two rounds of the quickstart's policy gradients, on as many answers as `plain`."""
+
+    def stages(lab: Lab) -> list[FinetuneConfig]:
+        _, *rounds = quickstart.build_stages(lab.data, "none", method="grpo")
+        return [
+            stage.model_copy(update={"name": f"round-{number}", "judge": judge})
+            for number, stage in enumerate(rounds, 1)
+        ]
+
+    return stages
+
+
 SETTINGS = (
     Setting("plain", "the paper's loop, two rounds", lambda lab: [plain(lab), plain(lab, 2)]),
     Setting(
@@ -231,6 +249,27 @@ SETTINGS = (
         ],
     ),
     Setting("simpo", "SimPO in place of DPO: no reference", one(loss="simpo", dpo_beta=2.0)),
+    Setting("grpo", "policy gradients on the own scores, two rounds", rewarded()),
+    Setting(
+        "grpo_shuffled",
+        "control: policy gradients on scores given to other candidates, two rounds",
+        rewarded(ShuffledJudge()),
+    ),
+    Setting(
+        "grpo_oracle",
+        "policy gradients, the checker as judge, two rounds",
+        rewarded(FunctionJudge(points)),
+    ),
+    Setting(
+        "grpo_votes",
+        "TTRL: policy gradients on votes over the whole answer, two rounds",
+        rewarded(VoteJudge(extract=lambda text: text)),
+    ),
+    Setting(
+        "grpo_certainty",
+        "policy gradients on the certainty of the model (KL from uniform), two rounds",
+        rewarded(CertaintyJudge()),
+    ),
 )
 
 
