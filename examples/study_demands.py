@@ -17,6 +17,7 @@ import demands
 import sentences
 import torch
 from peft import LoraConfig
+from smollm2 import smollm2_file
 from study_jobs import M1, Job, Setting
 
 from self_rewarding_lm import (
@@ -101,7 +102,7 @@ class Lab:
     def __init__(self, job: Job) -> None:
         torch.manual_seed(job.seed)
         self.job, self.task = job, importlib.import_module(f"{job.task}_task")
-        self.source = job.model or sentences.default_model()
+        self.source = job.model or smollm2_file()
         rounds = (PROMPTS, 2 * PROMPTS)  # the second and the third are drawn together
         sizes = {"prompts_per_round": rounds, "held_out": HELD_OUT, "judge_items": JUDGE_ITEMS}
         self.data = self.task.make_data(job.seed, **sizes)
@@ -161,7 +162,7 @@ class Lab:
 
 def about(job: Job) -> dict[str, Any]:
     """What a result says of itself beside its figures."""
-    model = Path(job.model or sentences.default_model()).name
+    model = Path(job.model or smollm2_file()).name
     return {"prompts": PROMPTS, "held_out": HELD_OUT, "model": model}
 
 

@@ -93,7 +93,7 @@ def small(tmp_path, monkeypatch):
     model = tiny("llama", VOCAB, max_position_embeddings=1024)
     model.save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
-    sizes = {"first_prompts": 6, "prompts_per_round": (6, 5), "held_out": 4, "judge_items": 3}
+    sizes = {"first_prompts": 6, "prompts_per_round": (10, 10), "held_out": 4, "judge_items": 3}
     monkeypatch.setattr(sentences, "SMALL", sizes)
     monkeypatch.setattr(sentences, "SFT_STEPS", 2)
     monkeypatch.setattr(sentences, "PRECISION", "no")
@@ -114,18 +114,20 @@ def small(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_checker_of_garbage_leaves_the_pairs_identical(small, monkeypatch):
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_a_checker_of_garbage_leaves_what_is_trained_on_identical(method, small, monkeypatch):
     # the data are made with the checker before the loop begins: the same for both
     data = task.make_data(0, **sentences.SMALL)
     rows = task.make_judge_rows(data, [""] * len(data.first_prompts), 0, count=50)
     monkeypatch.setattr(task, "make_data", lambda *given, **sizes: data)
     monkeypatch.setattr(task, "make_judge_rows", lambda *given: rows)
-    honest, result = small("honest")
+    honest, result = small("honest", "--method", method)
     assert [model["name"] for model in result["models"]] == ["M0", "M1", "M2", "M3"]
-    assert {"task", "seed", "control", "model", "seconds"} < set(result)
+    assert {"task", "seed", "control", "method", "model", "seconds"} < set(result)
     noise = random.Random(0)
     monkeypatch.setattr(task, "holds", lambda *_: [noise.random() < 0.5 for _ in task.DEMANDS])
-    deceived, other = small("deceived")
+    deceived, other = small("deceived", "--method", method)
     assert result["models"] != other["models"]  # the garbage was asked
     for stage in ("M2", "M3"):
-        assert len(honest.pairs(stage)) and list(honest.pairs(stage)) == list(deceived.pairs(stage))
+        of_run = lambda run: list(run.pairs(stage) or run.advantages(stage))  # noqa: B023, E731
+        assert of_run(honest) and of_run(honest) == of_run(deceived)
