@@ -18,13 +18,25 @@ from self_rewarding_lm.scores import score_of
 
 
 class FunctionJudge(Judge):
-    """A text function in TRL's form: f(prompts, completions, **columns) -> list[float | None]."""
+    """A text function in TRL's form: f(prompts, completions, **columns) -> list[float | None].
+
+    Raises JudgeError for a function that does not take `prompts` and `completions` by these names.
+    """
 
     reads_weights = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
+        self.takes = signature(function)
+        try:
+            self.takes.bind_partial(prompts=[], completions=[])
+        except TypeError:
+            raise JudgeError(
+                f"reward function {self.name}{self.takes} must take its texts by the names prompts "
+                "and completions: f(prompts, completions), and behind these any columns of the "
+                "rows."
+            ) from None
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -32,6 +44,7 @@ class FunctionJudge(Judge):
         flat = [(p, c) for p, group in zip(prompts, candidates_PG, strict=True) for c in group]
         # 1. one call with a prompt and a completion for each candidate
         columns = self._columns([p for p, _ in flat])
+        self._check(columns, prompts)
         texts = [c.text for _, c in flat]
         scores = self.function(prompts=[p.text for p, _ in flat], completions=texts, **columns)
         scores = scores.tolist() if hasattr(scores, "tolist") else scores
@@ -50,10 +63,27 @@ class FunctionJudge(Judge):
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
         """The other columns of the rows that the function names, or all if it takes **columns."""
         names = {key for p in prompts for key in (p.columns or {})} - {"prompts", "completions"}
-        parameters = signature(self.function).parameters
+        parameters = self.takes.parameters
         if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
             names &= set(parameters)
         return {key: [(p.columns or {}).get(key) for p in prompts] for key in sorted(names)}
+
+    def _check(self, columns: dict[str, list[Any]], prompts: Sequence[Prompt]) -> None:
+        """Raise an error if the function must be given more than there is."""
+        given = {"prompts": [], "completions": [], **columns}
+        try:
+            self.takes.bind(**given)
+        except TypeError:
+            needed = (p for p in self.takes.parameters.values() if p.default is Parameter.empty)
+            several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+            missing = [p.name for p in needed if p.kind not in several and p.name not in given]
+            there = sorted({key for p in prompts for key in (p.columns or {})})
+            raise JudgeError(
+                f"reward function {self.name}{self.takes} takes {', '.join(missing)}, and no row "
+                "of prompt_dataset has a column of that name; columns: "
+                f"{', '.join(there) or 'none'}. "
+                "Name the column as the argument, or give the argument a default."
+            ) from None
 
 
 class ModuleJudge(Judge):

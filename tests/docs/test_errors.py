@@ -32,6 +32,7 @@ from self_rewarding_lm import (
     DPOConfig,
     EnsembleJudge,
     ExternalRewardDPOConfig,
+    FunctionJudge,
     HeldOutReward,
     ImplicitJudge,
     JudgeAnchor,
@@ -1186,6 +1187,16 @@ def reward_raises(folder):
 @mistake("judge", "A reward function with one score for all (rehearsal)")
 def reward_of_all(folder):
     return trainer(folder, external(lambda prompts, completions: 1.0))
+
+
+@mistake("judge", "A reward function that takes its texts by other names")
+def reward_of_other_names(folder):
+    return lambda: FunctionJudge(lambda prompts, texts: [1.0 for _ in texts])
+
+
+@mistake("judge", "A reward function that takes a column that no row has (rehearsal)")
+def reward_of_a_column(folder):
+    return trainer(folder, external(lambda prompts, completions, answer: [1.0] * len(answer)))
 
 
 @mistake("judge", "A reward module of a wrong shape (rehearsal)")

@@ -355,6 +355,20 @@ def test_no_columns_are_given_to_a_function_that_takes_none():
     assert len(list(FunctionJudge(right).judge(judging_context(), *with_columns()))) == 3
 
 
+def test_a_function_that_takes_no_completions_by_that_name_is_refused():
+    for function in (lambda prompts, texts: [1.0], lambda p, c: [1.0], lambda completions: [1.0]):
+        with pytest.raises(JudgeError, match="by the names prompts and completions"):
+            FunctionJudge(function)
+
+
+def test_a_function_that_takes_what_no_row_has_is_refused_with_the_columns():
+    def right(prompts, completions, solution, level):
+        raise AssertionError("called without what it needs")
+
+    with pytest.raises(JudgeError, match=r"takes solution, and no row.*columns: answer, level"):
+        FunctionJudge(right).judge(judging_context(), *with_columns())
+
+
 @pytest.mark.parametrize(
     ("returned", "read"),
     [
