@@ -11,6 +11,7 @@ quickstart: $(VENV)/installed
 
 real: $(VENV)/installed-real
 	$(RUN) examples/sentences.py --out runs/sentences --json runs/sentences.json $(REAL)
+	$(RUN) examples/sentences_picture.py docs/results/sentences_*.json --own runs/sentences.json --out runs/sentences.png
 
 test: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -1,8 +1,9 @@
 """Draws what `sentences.py --json` wrote: held-out accuracy after each stage, a line a control.
 
-    python examples/sentences_picture.py docs/results/sentences-*.json --out docs/real_model.png
+    python examples/sentences_picture.py docs/results/sentences_*.json --out docs/real_model.png
 
-A line goes through the medians of its seeds, between the lowest and the highest.
+A line goes through the medians of its seeds, between the lowest and the highest. `--own` draws one
+more run by itself, beside those results that are of its task.
 """
 
 import argparse
@@ -42,10 +43,10 @@ def draw(results: list[dict], out: Path, own: dict | None = None) -> None:
                           color=colour, alpha=0.15, linewidth=0)  # fmt: skip
     if own:
         stages, values = zip(*((m["name"], m["accuracy"]) for m in own["models"][1:]), strict=True)
-        label = f"this run (seed {own['seed']}, {WORDS[own['control']][0]})"
+        label = f"{own['model']}, seed {own['seed']}, {WORDS[own['control']][0]}"
         axes.plot(stages, values, color="black", linestyle="--", marker="x", label=label)
-    seeds = sorted({result["seed"] for result in results})
-    axes.set_title(f"Held-out requests met in all demands; seeds {', '.join(map(str, seeds))}")
+    seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
+    axes.set_title("Held-out requests met in all demands" + (f"; seeds {seeds}" if seeds else ""))
     axes.set_ylabel("% of held-out requests")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
@@ -61,7 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the PNG file")
     told = parser.parse_args()
     own = json.loads(told.own.read_text()) if told.own else None
-    draw([json.loads(path.read_text()) for path in told.results], told.out, own)
+    results = [json.loads(path.read_text()) for path in told.results]
+    draw([r for r in results if own is None or r["task"] == own["task"]], told.out, own)
     print(f"written: {told.out}")
 
 

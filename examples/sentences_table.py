@@ -35,21 +35,40 @@ def gain(result: dict) -> float:
     return result["models"][-1]["accuracy"] - result["models"][1]["accuracy"]
 
 
+def by_control(results: list[dict]) -> list[tuple[str, list[dict]]]:
+    """The runs of each control, by seed, with its name in words."""
+    found = []
+    for control in (name for name in WORDS if any(r["control"] == name for r in results)):
+        some = sorted((r for r in results if r["control"] == control), key=lambda r: r["seed"])
+        found.append((WORDS[control], some))
+    return found
+
+
+def middle(some: list[dict]) -> list[str]:
+    """The medians of some runs: of each model after M0, and of the gain behind M1."""
+    columns = zip(*([m["accuracy"] for m in r["models"][1:]] for r in some), strict=True)
+    return [*(f"{median(column):.1f}" for column in columns), f"{median(map(gain, some)):+.1f}"]
+
+
 def runs(results: list[dict]) -> list[str]:
     """A line a run: held-out accuracy of each model after M0, and the gain behind M1."""
     names = [model["name"] for model in results[0]["models"][1:]]
     lines = head("scores", "seed", *names, f"{names[-1]} - {names[0]}")
-    for control in (name for name in WORDS if any(r["control"] == name for r in results)):
-        some = sorted((r for r in results if r["control"] == control), key=lambda r: r["seed"])
+    for words, some in by_control(results):
         lines += [
-            line(WORDS[control], r["seed"], *map(accuracy, r["models"][1:]), f"{gain(r):+.1f}")
-            for r in some
+            line(words, r["seed"], *map(accuracy, r["models"][1:]), f"{gain(r):+.1f}") for r in some
         ]
         if len(some) > 1:
-            columns = zip(*([m["accuracy"] for m in r["models"][1:]] for r in some), strict=True)
-            middle = [f"**{median(column):.1f}**" for column in columns]
-            total = f"**{median(map(gain, some)):+.1f}**"
-            lines.append(line(f"**{WORDS[control]}**", "median", *middle, total))
+            lines.append(line(f"**{words}**", "median", *(f"**{m}**" for m in middle(some))))
+    return lines
+
+
+def medians(results: list[dict]) -> list[str]:
+    """A line a control: medians over its seeds, and each seed's gain."""
+    names = [model["name"] for model in results[0]["models"][1:]]
+    lines = head("scores", *names, f"{names[-1]} - {names[0]}", "each seed's")
+    for words, some in by_control(results):
+        lines.append(line(words, *middle(some), ", ".join(f"{gain(r):+.1f}" for r in some)))
     return lines
 
 
