@@ -116,7 +116,7 @@ def small_run(folder, method):
     return trainer(rehearse=False), table.models
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_checker_of_garbage_leaves_what_is_trained_on_identical(method, tmp_path, monkeypatch):
     honest, measured = small_run(tmp_path / "honest", method)
     noise = random.Random(0)

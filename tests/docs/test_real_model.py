@@ -1,0 +1,58 @@
+"""The figures of the example on a pretrained model are those of its result files."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import sentences_table as table  # noqa: E402
+
+PAGE = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results():
+    found = [json.loads(p.read_text()) for p in (ROOT / "docs/results").glob("sentences_*.json")]
+    return sorted(found, key=lambda result: (result["control"], result["seed"]))
+
+
+@pytest.fixture(scope="module")
+def own(results):
+    return [result for result in results if result["control"] == "none"]
+
+
+def test_the_tables_of_runs_are_made_of_the_result_files(results):
+    assert "\n".join(table.runs(results)) in PAGE
+    assert "\n".join(table.medians(results)) in README
+
+
+def test_the_table_of_models_is_made_of_the_result_files(own):
+    assert "\n".join(table.models(own)) in PAGE
+
+
+@pytest.mark.parametrize("key", ["answers", "reviews"])
+def test_the_texts_are_those_that_the_models_wrote(key, own):
+    assert "\n".join(table.texts(own[0], key)) in PAGE
+
+
+def test_every_result_counts_what_it_says(results):
+    for result in results:
+        for model in result["models"]:
+            low, high = model["interval"]
+            assert low <= model["accuracy"] <= high
+            assert sum(model["right_tied_wrong"]) == model["pairs"]
+
+
+def test_the_picture_is_of_one_task(own, tmp_path):
+    pytest.importorskip("matplotlib")
+    import sentences_picture
+
+    sentences_picture.draw(own, tmp_path / "all.png", {**own[0], "seed": 0})
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="json, sentences"):
+        sentences_picture.draw(own, tmp_path / "none.png", {**own[0], "task": "json"})
