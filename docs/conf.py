@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.errors import ExtensionError
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -33,13 +35,22 @@ html_math_renderer = "mathml"
 html_theme_options = {"navigation_with_keys": True}
 
 
+def mathml(node: Any, as_block: bool) -> str:
+    """A formula as MathML; an error names its page."""
+    try:
+        return tex2mathml(node.astext(), as_block=as_block)
+    except MathError as error:
+        place = f"{node.document['source']}, in {node.astext()!r}"
+        raise ExtensionError(f"{place}: {error}") from error
+
+
 def inline(translator: Any, node: Any) -> None:
-    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    translator.body.append(mathml(node, as_block=False))
     raise SkipNode
 
 
 def block(translator: Any, node: Any) -> None:
-    formula = tex2mathml(node.astext(), as_block=True)
+    formula = mathml(node, as_block=True)
     translator.body.append(f'<div style="overflow-x: auto">{formula}</div>')
     raise SkipNode
 
