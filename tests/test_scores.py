@@ -133,7 +133,9 @@ def test_variances_that_tie_are_broken_by_the_first():
 @pytest.mark.parametrize("measure", ["kendall", "spearman"])
 def test_rankings_with_ties_are_compared_as_such(measure):
     """By rounding the tied candidates had an order, and a correlation with the earlier model."""
-    judge = ComparingJudge(FunctionJudge(len), ConsistencyConfig(measure=measure))
+    judge = ComparingJudge(
+        FunctionJudge(lambda prompts, completions: []), ConsistencyConfig(measure=measure)
+    )
     candidates = candidates_of("a", "b", "c")
     before = judgements_of([[(3,)], [(1,)], [(2,)]], "previous/")
     assert judge.smoothing(candidates, judgements_of(TIED) + before) is None

@@ -28,14 +28,13 @@ class FunctionJudge(Judge):
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
-        self.takes = signature(function)
         try:
+            self.takes = signature(function)
             self.takes.bind_partial(prompts=[], completions=[])
-        except TypeError:
+        except (TypeError, ValueError):  # it takes others, or does not say what it takes
             raise JudgeError(
-                f"reward function {self.name}{self.takes} must take its texts by the names prompts "
-                "and completions: f(prompts, completions), and behind these any columns of the "
-                "rows."
+                f"reward function {self.name} must take its texts by the names prompts and "
+                "completions: f(prompts, completions), and behind these any columns of the rows."
             ) from None
 
     def judge(

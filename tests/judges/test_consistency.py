@@ -41,7 +41,9 @@ CANDIDATES = [Candidate(name, "s/0/0", (1,), "x", True, 9) for name in NAMES]
 
 def smoothing(now, before, order=None, **settings):
     """1 - c where judgements come in any order."""
-    judge = ComparingJudge(FunctionJudge(len), ConsistencyConfig(**settings))
+    judge = ComparingJudge(
+        FunctionJudge(lambda prompts, completions: []), ConsistencyConfig(**settings)
+    )
     found = [Judgement(f"{n}/j0", (n,), "f", s) for n, s in zip(NAMES, now, strict=False)]
     found += [
         Judgement(f"{n}/previous/j0", (n,), "previous:f", s)

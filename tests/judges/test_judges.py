@@ -356,7 +356,8 @@ def test_no_columns_are_given_to_a_function_that_takes_none():
 
 
 def test_a_function_that_takes_no_completions_by_that_name_is_refused():
-    for function in (lambda prompts, texts: [1.0], lambda p, c: [1.0], lambda completions: [1.0]):
+    others = (lambda prompts, texts: [1.0], lambda p, c: [1.0], lambda completions: [1.0], len, max)
+    for function in others:
         with pytest.raises(JudgeError, match="by the names prompts and completions"):
             FunctionJudge(function)
 
@@ -907,7 +908,7 @@ def test_judgements_are_counted_if_an_object_does_not_say_their_ids():
 
 
 def test_only_judges_that_ask_the_policy_read_its_weights():
-    text = FunctionJudge(len)
+    text = FunctionJudge(lambda prompts, completions: [])
     fixed = [text, ModuleJudge(len), VoteJudge(), EnsembleJudge([text, VoteJudge()])]
     fixed.append(SelfJudge(REWARD, JUDGING, 1, model=adapt(Successor(TEXT_VOCAB))))
     asking = [SelfJudge(REWARD, JUDGING, 1), PairwiseJudge(), ImplicitJudge()]

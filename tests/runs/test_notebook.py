@@ -53,7 +53,7 @@ def run(tmp_path_factory):
 def test_a_config_shows_what_was_given():
     table = cells(SamplingConfig(temperature=1.0, stop=("<b>&",)))
     assert table.rows == [["setting", "given"], ["stop", "('<b>&',)"], ["temperature", "1.0"]]
-    assert table.caption == "SamplingConfig, 7 by default"
+    assert table.caption == "SamplingConfig, 8 by default"
 
 
 def test_a_run_shows_its_stages(run):
