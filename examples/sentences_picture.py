@@ -43,7 +43,8 @@ def draw(results: list[dict], out: Path, own: dict | None = None) -> None:
                           color=colour, alpha=0.15, linewidth=0)  # fmt: skip
     if own:
         stages, values = zip(*((m["name"], m["accuracy"]) for m in own["models"][1:]), strict=True)
-        label = f"{own['model']}, seed {own['seed']}, {WORDS[own['control']][0]}"
+        how = ", policy gradients" if own.get("method") == "grpo" else ""
+        label = f"{own['model']}, seed {own['seed']}, {WORDS[own['control']][0]}{how}"
         axes.plot(stages, values, color="black", linestyle="--", marker="x", label=label)
     seeds = ", ".join(map(str, sorted({result["seed"] for result in results})))
     axes.set_title("Held-out requests met in all demands" + (f"; seeds {seeds}" if seeds else ""))

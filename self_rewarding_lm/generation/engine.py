@@ -20,8 +20,7 @@ class Decoding:
 
     end_ids: the tokens that end it. stop: the texts that end it; stop_fn: the function of its text
     that ends it. is_stop: whether new ids are ended by one of these. logprobs: whether completions
-    shall have them. The others are as in
-    SamplingConfig.
+    shall have them. The others are as in SamplingConfig.
     """
 
     temperature: float = 1.0
