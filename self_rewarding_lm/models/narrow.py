@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from self_rewarding_lm.models.inference import evaluating, is_slow
 from self_rewarding_lm.models.interface import SHARE_OF_FREE, device_of, free_bytes
 from self_rewarding_lm.models.policy import without_adapters
-from self_rewarding_lm.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +118,14 @@ class NarrowMatrices:
                     self._use(stack, layer, self._copies[id(layer)])
             yield
 
+    def narrow(self, layer: Any) -> Tensor | None:
+        """A layer's copy, if `torch.autocast` would cast its present matrix to it now."""
+        copy, kind = self._copies.get(id(layer)), self.device.type
+        if copy is None or copy.is_merged or not torch.is_autocast_enabled(kind):
+            return None
+        is_present = copy.state == self._state(layer, torch.get_autocast_dtype(kind))
+        return copy.narrow if is_present else None
+
     def _use(self, stack: ExitStack, layer: Any, copy: _Copy) -> None:
         """Have a layer's forwards use its copy until the stack is closed."""
         kind, wide, narrow = self.device.type, layer.weight, copy.narrow
@@ -180,19 +187,6 @@ class NarrowMatrices:
         if said != self._told:
             logger.info("sampling: %s", said)
             self._told = said
-
-
-@contextmanager
-def cast_once(module: nn.Module, runtime: Runtime) -> Iterator[None]:
-    """Within, mixed precision casts the matrices that are not trained once for all forwards.
-
-    Under FSDP each forward casts them, as they are whole within it alone.
-    """
-    with ExitStack() as stack:
-        if not runtime.shards:
-            with runtime.accelerator.autocast():
-                stack.enter_context(NarrowMatrices(module, trains=True).used())
-        yield
 
 
 def numbers_of(tensor: Tensor) -> tuple[int, int]:

@@ -20,8 +20,8 @@ from self_rewarding_lm.checks import Checker, ChecksConfig, not_finite
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import Interrupted, StoreError
+from self_rewarding_lm.models.fused import cast_once
 from self_rewarding_lm.models.inference import modes_kept
-from self_rewarding_lm.models.narrow import cast_once
 from self_rewarding_lm.models.noise import RowNoise
 from self_rewarding_lm.models.policy import dropout_set, rates_at_work
 from self_rewarding_lm.records import stable_hash

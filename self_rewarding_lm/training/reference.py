@@ -25,8 +25,8 @@ from self_rewarding_lm.config import Config
 from self_rewarding_lm.context import Context
 from self_rewarding_lm.errors import TrainingError
 from self_rewarding_lm.models.batching import grouped
+from self_rewarding_lm.models.fused import cast_once
 from self_rewarding_lm.models.inference import evaluating
-from self_rewarding_lm.models.narrow import cast_once
 from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import Ids, PreferencePair, ReferenceLogprobs
 from self_rewarding_lm.runs.lines import Picked
