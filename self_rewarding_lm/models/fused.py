@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from self_rewarding_lm.models.narrow import NarrowMatrices
+from self_rewarding_lm.models.policy import Policy
 from self_rewarding_lm.runtime import Runtime
 
 
@@ -72,8 +73,9 @@ class FusedAdapters:
 def cast_once(module: nn.Module, runtime: Runtime) -> Iterator[None]:
     """Within, mixed precision casts the matrices that are not trained once for all forwards.
 
-    What linear layers with a LoRA read is cast once for all that read it. Under FSDP each forward
-    casts all of it, as weights are whole within it alone.
+    That is the head's too, by which a policy multiplies without its layer. What linear layers with
+    a LoRA read is cast once for all that read it. Under FSDP each forward casts all of it, as
+    weights are whole within it alone.
     """
     with ExitStack() as stack:
         if not runtime.shards:
@@ -81,6 +83,9 @@ def cast_once(module: nn.Module, runtime: Runtime) -> Iterator[None]:
                 copies = NarrowMatrices(module, trains=True)
                 stack.enter_context(copies.used())
             stack.enter_context(FusedAdapters(module, copies).used())
+            policy = runtime.unwrapped(module)
+            if isinstance(policy, Policy):
+                stack.enter_context(policy.head_narrowed(copies.narrow))
         yield
 
 

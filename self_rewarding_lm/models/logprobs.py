@@ -7,7 +7,8 @@ that tokens x vocabulary numbers never exist at once.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,19 @@ class Head:
         """The logits of hidden states, all at once."""
         return _scaled(self.project(hidden), self.scale, self.softcap)
 
+    def cast(self, kind: str) -> "Head":
+        """This head in the type in which `torch.autocast` multiplies now, on a kind of device.
+
+        A head that is no linear layer stays as it is.
+        """
+        if self.weight is None or not torch.is_autocast_enabled(kind):
+            return self
+        narrow = torch.get_autocast_dtype(kind)
+        weight = self.weight.to(narrow)
+        bias = None if self.bias is None else self.bias.to(narrow)
+        project = partial(F.linear, weight=weight, bias=bias)
+        return replace(self, project=project, weight=weight, bias=bias)
+
 
 def label_logprobs(
     hidden: Float[Tensor, "n d"],
@@ -80,21 +94,15 @@ def label_logprobs(
     """
     weights = vocab * hidden.shape[-1]
     rows = max(1, (logits_at_once or max(LEAST_LOGITS, weights)) // vocab)
-    labels = labels.long()
+    labels, head = labels.long(), head.cast(hidden.device.type)
     if head.weight is None:
         parts = [
             checkpoint(_part_logprobs, hidden[part], labels[part], head, use_reentrant=False)
             for part in _parts(len(hidden), rows)
         ]
         return torch.cat(parts)  # type: ignore[arg-type]
-    weight, bias = head.weight, head.bias
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        narrow = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(narrow), weight.to(narrow)
-        bias = None if bias is None else bias.to(narrow)
-    settings = (head.scale, head.softcap, rows)
-    return _LinearLogprobs.apply(hidden.to(weight.dtype), weight, bias, labels, settings)
+    hidden, settings = hidden.to(head.weight.dtype), (head.scale, head.softcap, rows)
+    return _LinearLogprobs.apply(hidden, head.weight, head.bias, labels, settings)
 
 
 def label_measures(
@@ -105,6 +113,7 @@ def label_measures(
     Without gradients. Measures are of float32 logits at least, whatever the type of the head.
     """
     rows = max(1, max(LEAST_LOGITS, vocab * hidden.shape[-1]) // vocab)
+    head = head.cast(hidden.device.type)
     hidden = hidden if head.weight is None else hidden.to(head.weight.dtype)
     parts = [measure(_exact(head.logits(hidden[part]))) for part in _parts(len(hidden), rows)]
     return torch.cat(parts)

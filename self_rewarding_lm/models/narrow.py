@@ -119,9 +119,14 @@ class NarrowMatrices:
             yield
 
     def narrow(self, layer: Any) -> Tensor | None:
-        """A layer's copy, if `torch.autocast` would cast its present matrix to it now."""
+        """A layer's copy, if `torch.autocast` would cast its present matrix to it now.
+
+        None for a matrix that is trained on.
+        """
         copy, kind = self._copies.get(id(layer)), self.device.type
         if copy is None or copy.is_merged or not torch.is_autocast_enabled(kind):
+            return None
+        if self.trains and layer.weight.requires_grad:
             return None
         is_present = copy.state == self._state(layer, torch.get_autocast_dtype(kind))
         return copy.narrow if is_present else None
@@ -129,19 +134,21 @@ class NarrowMatrices:
     def _use(self, stack: ExitStack, layer: Any, copy: _Copy) -> None:
         """Have a layer's forwards use its copy until the stack is closed."""
         kind, wide, narrow = self.device.type, layer.weight, copy.narrow
-        made_of = numbers_of(wide)
+        made_of, held = numbers_of(wide), list[Tensor]()  # what the copy stands for in a forward
 
         def put(layer: Any, _: Any) -> None:
-            if self.trains and numbers_of(wide) != made_of:
-                return  # a callback has put other weights in
+            is_other = layer.weight is not wide or numbers_of(wide) != made_of
+            if self.trains and (is_other or wide.requires_grad):
+                return  # a callback has put other weights in, or has them trained
             casts = torch.is_autocast_enabled(kind)
-            if casts and torch.get_autocast_dtype(kind) == narrow.dtype:
-                layer._parameters["weight"] = narrow
-            elif copy.is_merged:
-                layer._parameters["weight"] = narrow.to(wide.dtype)
+            casts = casts and torch.get_autocast_dtype(kind) == narrow.dtype
+            if casts or copy.is_merged:
+                held.append(layer.weight)
+                layer._parameters["weight"] = narrow if casts else narrow.to(wide.dtype)
 
         def restore(layer: Any, *_: Any) -> None:
-            layer._parameters["weight"] = wide
+            if held:
+                layer._parameters["weight"] = held.pop()
 
         stack.callback(layer.register_forward_pre_hook(put).remove)
         stack.callback(layer.register_forward_hook(restore, always_call=True).remove)

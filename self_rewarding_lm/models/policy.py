@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,20 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.module
         self.token_model = model
+        self._narrow: Callable[[Any], Tensor | None] | None = None
+
+    @contextmanager
+    def head_narrowed(self, narrow: Callable[[Any], Tensor | None]) -> Iterator[None]:
+        """Within, the head multiplies by the copy of its matrix that there is.
+
+        narrow: gives the copy of a layer's matrix in the type in which it is multiplied now; None
+        if there is none.
+        """
+        before, self._narrow = self._narrow, narrow
+        try:
+            yield
+        finally:
+            self._narrow = before
 
     def forward(
         self,
@@ -138,6 +152,9 @@ class Policy(nn.Module):
         rows, columns = rows.to(device), columns.to(device)
         before = where[rows, (columns - 1).clamp(min=0)]
         head, vocab = training.head(), model.vocab
+        if head.weight is not None and self._narrow is not None:
+            copy = self._narrow(head.project)
+            head = head if copy is None else replace(head, weight=copy)
         if measure is None:
             logprobs = label_logprobs(hidden[before], labels, head, vocab=vocab)
         else:

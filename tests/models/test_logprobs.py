@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import tensor
 
-from self_rewarding_lm.models.logprobs import Head, label_logprobs, masked_sum, token_logprobs
+from self_rewarding_lm.models import logprobs
+from self_rewarding_lm.models.logprobs import (
+    Head,
+    kl_from_uniform,
+    label_logprobs,
+    label_measures,
+    masked_sum,
+    token_logprobs,
+)
 
 RAGGED = [[3, 0, 6, 2, 1, 5], [4, 4, 0], [2]]  # vocabulary of 7
 LONGEST = max(map(len, RAGGED))
@@ -251,3 +259,27 @@ def test_under_autocast_products_are_narrow_and_log_probs_are_not():
     assert 0 < (found - exact).abs().max() < 64 * 2**-8  # logits of about 50, a product of 5 terms
     found.sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_under_autocast_measures_cast_the_head_once_and_are_those_of_its_layer(kind, monkeypatch):
+    """Four pieces of five rows each; the layer itself casts for each."""
+    monkeypatch.setattr(logprobs, "LEAST_LOGITS", 1)
+    options = dict(HEADS[kind])
+    hidden, weight = random_logits(20, 5).float(), random_logits(7, 5, seed=1).float()
+    bias = random_logits(7, seed=2).float() if options.pop("bias", False) else None
+    head, casts = head_of(weight, bias, **options), []
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                casts.append(args[0] is weight)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = torch.cat([head.logits(hidden[i : i + 5]) for i in range(0, 20, 5)])
+        with Noting():
+            found = label_measures(hidden, head, kl_from_uniform, vocab=7)
+    assert sum(casts) == 1
+    assert whole.dtype == torch.bfloat16
+    assert torch.equal(found, kl_from_uniform(whole.float()))

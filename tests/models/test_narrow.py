@@ -11,19 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("peft")
 import peft
 
-from self_rewarding_lm import OptimConfig, RewardConfig
+from self_rewarding_lm import DPOConfig, EMAReference, OptimConfig, RewardConfig
 from self_rewarding_lm.errors import JudgeError
 from self_rewarding_lm.generation.engine import Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.generation.score_trie import ScoreTrie
-from self_rewarding_lm.models import narrow
+from self_rewarding_lm.models import fused, narrow
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.fused import cast_once
 from self_rewarding_lm.models.loading import with_adapter
 from self_rewarding_lm.models.narrow import SURVIVES, NarrowMatrices
-from self_rewarding_lm.models.policy import Policy, dropout_set
+from self_rewarding_lm.models.policy import Policy, dropout_set, response_logprobs
 from self_rewarding_lm.runtime import Runtime
-from tests.support.hf_models import tiny
+from self_rewarding_lm.training.reference import LiveReference
+from tests.support.hf_models import KINDS, tiny
 from tests.support.models import TEXT_VOCAB, Recurrent, text_tokens, transformer
 from tests.test_trainer import JUDGE, self_reward, trainer_of
 
@@ -409,3 +410,191 @@ def test_matrices_that_are_trained_have_no_copy():
     with torch.autocast("cpu", BF16), copies.used():
         frozen = sum(p.numel() for p in module.model.layers[0].parameters() if p.ndim == 2)
         assert copies.nbytes == 2 * frozen
+
+
+# the head, by which a policy multiplies without its layer
+
+
+def vectors_trained(module):
+    """All matrices are frozen, the embeddings too."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.ndim < 2)
+    return module
+
+
+def with_bias(module):
+    """A head with a bias, which is trained."""
+    old = module.lm_head
+    module.lm_head = nn.Linear(old.in_features, old.out_features)
+    with torch.no_grad():
+        module.lm_head.weight.copy_(old.weight)
+        module.lm_head.bias.normal_(generator=torch.Generator().manual_seed(3))
+    return module
+
+
+HEADS = {
+    **{kind: (lambda kind=kind: tiny(kind)) for kind in KINDS},
+    **{
+        f"{kind}, {'tied' if tied else 'untied'}": (
+            lambda kind=kind, tied=tied: tiny(kind, tie_word_embeddings=tied)
+        )
+        for kind, tied in [("llama", True), ("qwen3", True), ("gemma3", False)]
+    },
+    "softcap": lambda: tiny("gemma3", final_logit_softcapping=3.0),
+    "bias": lambda: with_bias(tiny("llama")),
+    "x-transformers": transformer,
+}
+
+
+def head_of(module) -> nn.Module:
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return base.lm_head if hasattr(base, "lm_head") else base.to_logits
+
+
+def bf16() -> Runtime:
+    return Runtime({"cpu": True, "mixed_precision": "bf16"}, quiet=True)
+
+
+def equal(found, wanted) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_heads_frozen_matrix_is_cast_once_and_all_is_what_autocast_gives(name):
+    module = vectors_trained(HEADS[name]())
+    policy, matrix = Policy(adapt(module)), head_of(module).weight
+    wanted = gradients_of(module, policy)
+    with Casts([matrix]) as casts, cast_once(policy, bf16()):
+        found = gradients_of(module, policy)
+    assert equal(found, wanted)
+    assert casts.counts[matrix.data_ptr()] == 1
+    with Casts([matrix]) as casts:
+        assert equal(gradients_of(module, policy), wanted)
+    assert casts.counts[matrix.data_ptr()] == 2  # no copy is left
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_beside_adapters_the_head_is_cast_once_for_references_and_training(
+    kind, is_fused, monkeypatch
+):
+    if not is_fused:
+        monkeypatch.setattr(fused, "_only_adapter", lambda layer: None)
+    module = adapted(LARGE, kind, fan_in_fan_out=kind == "gpt2")
+    policy, matrix = Policy(adapt(module)), head_of(module).weight
+
+    def outcome() -> list[torch.Tensor]:
+        sequences = [((3, 1, 4), (1, 5)), ((2, 7), (1, 8, 2, 8))]
+        with cast_once(policy, bf16()), torch.autocast("cpu", BF16):
+            of_reference = [response_logprobs(policy, [one])[0] for one in sequences]
+            return [*map(torch.tensor, of_reference), *gradients_of(module, policy)]
+
+    with Casts([matrix]) as casts:
+        found = outcome()
+    assert casts.counts[matrix.data_ptr()] == 1
+    monkeypatch.setattr(Policy, "head_narrowed", lambda self, narrow: nullcontext())
+    with Casts([matrix]) as casts:
+        assert equal(found, outcome())
+    assert casts.counts[matrix.data_ptr()] == 5
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_a_head_that_peft_wraps_gives_what_autocast_gives(options):
+    targets = ["q_proj"] if "modules_to_save" in options else ["q_proj", "lm_head"]
+    module = adapted(LARGE, target_modules=targets, **options)
+    policy = Policy(adapt(module))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_only_adapter", lambda layer: None)  # which rounds otherwise
+        wanted = gradients_of(module, policy)
+        with cast_once(policy, bf16()):
+            assert equal(gradients_of(module, policy), wanted)
+
+
+def written(module, name, layer):
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
+
+
+def given_other_numbers(module, name, layer):
+    layer.weight.data = 1.5 * layer.weight.data
+
+
+def given_another_parameter(module, name, layer):
+    layer.weight = nn.Parameter(1.5 * layer.weight.detach(), False)
+
+
+def replaced(module, name, layer):
+    other = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    other.weight = nn.Parameter(1.5 * layer.weight.detach(), False)
+    module.set_submodule(name, other)
+
+
+def trained(module, name, layer):
+    layer.weight.requires_grad_(True)
+
+
+CHANGES = [written, given_other_numbers, given_another_parameter, replaced, trained]
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.layers.0.mlp.up_proj"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_a_callback_changes_while_a_model_trains_is_as_it_left_it(change, name):
+    module = vectors_trained(tiny("llama"))
+    policy = Policy(adapt(module))
+    with cast_once(policy, bf16()):
+        before = gradients_of(module, policy)
+        change(module, name, module.get_submodule(name))
+        changed = module.get_submodule(name).weight
+        found = gradients_of(module, policy)
+        assert module.get_submodule(name).weight is changed
+    assert equal(found, gradients_of(module, policy))
+    assert change is trained or not torch.equal(found[0], before[0])
+    assert len(found) == len(before) + (change is trained)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_reference_that_moves_is_asked_with_its_own_head(is_trained):
+    module = vectors_trained(tiny("llama", tie_word_embeddings=True))
+    module.lm_head.requires_grad_(is_trained)
+    policy = Policy(adapt(module))
+    live = LiveReference(EMAReference())
+    live.begin(policy)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+
+    def outcome() -> list[torch.Tensor]:
+        found = gradients_of(module, policy)
+        with live.in_place(policy), torch.autocast("cpu", BF16):
+            reference = policy(IDS)
+        return [reference, *found, *gradients_of(module, policy)]
+
+    wanted = outcome()
+    with cast_once(policy, bf16()):
+        assert equal(outcome(), wanted)
+    assert not torch.equal(wanted[0], wanted[1])
+
+
+def test_where_weights_are_whole_within_a_forward_alone_each_forward_casts_the_head():
+    runtime = bf16()
+    runtime.shards = True
+    module = vectors_trained(tiny("llama"))
+    policy, matrix = Policy(adapt(module)), module.lm_head.weight
+    wanted = gradients_of(module, policy)
+    with Casts([matrix]) as casts, cast_once(policy, runtime):
+        assert equal(gradients_of(module, policy), wanted)
+    assert casts.counts[matrix.data_ptr()] == 2
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_stage_casts_the_head_once_for_its_reference_and_once_for_its_training(tmp_path, epochs):
+    module = tiny("llama", vocab=TEXT_VOCAB)
+    rows = [{"prompt": f"say {i}", "chosen": f"i say {i}", "rejected": "no"} for i in range(4)]
+    stage = DPOConfig(train_dataset=rows, optim=OptimConfig(batch_size=2, epochs=epochs))
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    mixed = {"cpu": True, "mixed_precision": "bf16"}
+    trainer = trainer_of(tmp_path, [stage], module, peft_config=lora, accelerate_kwargs=mixed)
+    with Casts([module.lm_head.weight]) as casts:
+        trainer(rehearse=False)
+    assert casts.counts[module.lm_head.weight.data_ptr()] == 2
