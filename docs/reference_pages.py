@@ -18,6 +18,7 @@ from self_rewarding_lm.describe import REQUIRED, Setting, config_in, settings_of
 from self_rewarding_lm.recipes.settings import STAGE_KINDS, RecipeSettings
 from self_rewarding_lm.recipes.settings_file import recipe_text
 
+README = Path(__file__).parents[1] / "README.md"
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -29,7 +30,7 @@ def write_pages(folder: Path) -> None:
     stages = {name: it for name, it in settings.items() if _is(it, FinetuneConfig)}
     others = {name: it for name, it in public.items() if name not in settings}
     pages = {
-        "stages": _stages([it for it in stages.values() if it is not FinetuneConfig]),
+        "stages": _stages([it for it in in_order(stages) if it is not FinetuneConfig]),
         "settings": _settings([it for name, it in settings.items() if name not in stages]),
         "names": _names(others),
         "command": _command(),
@@ -39,6 +40,13 @@ def write_pages(folder: Path) -> None:
         path, text = folder / f"{name}.md", "\n".join(lines) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
+
+
+def in_order(stages: dict[str, type[Config]]) -> list[type[Config]]:
+    """SFT and self-reward first, then the other stages in the order of README's table of stages."""
+    table = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    names = dict.fromkeys(["SFTConfig", "SelfRewardDPOConfig", *table, *stages])
+    return [stages[name] for name in names if name in stages]
 
 
 def _stages(stages: list[type[Config]]) -> Iterator[str]:
@@ -66,8 +74,8 @@ def _stages(stages: list[type[Config]]) -> Iterator[str]:
 
 
 def _settings(configs: list[type[Config]]) -> Iterator[str]:
-    yield "# Settings\n\nWhat stages and the trainer are told in objects of their own; all of it in"
-    yield "one file: [every setting as YAML](recipe.md).\n"
+    yield "# Settings objects\n\nWhat stages and the trainer are told in objects of their own; all"
+    yield "of it in one file: [every setting as YAML](recipe.md).\n"
     found = dict.fromkeys([*configs, RecipeSettings])
     for cls in list(found):
         nested = (config_in(field.annotation) for field in cls.model_fields.values())
@@ -153,7 +161,7 @@ def _signature(name: str, it: Callable[..., Any]) -> str:
 
 
 def _command() -> Iterator[str]:
-    yield "# The command\n\nWhat `self-rewarding-lm COMMAND --help` prints.\n"
+    yield "# Flags of every command\n\nWhat `self-rewarding-lm COMMAND --help` prints.\n"
     commands = next(
         action
         for action in cli.make_parser()._actions

@@ -28,6 +28,14 @@ def test_every_public_name_has_a_section(pages):
     assert sorted(set(titles) & set(self_rewarding_lm.__all__)) == sorted(self_rewarding_lm.__all__)
 
 
+def test_stages_begin_with_those_of_the_paper_and_go_on_as_in_the_readme(pages):
+    titles = [it for it in re.findall(r"^## (\w+)$", pages["stages"], re.M) if it[0].isupper()]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+Config)` \|", readme, re.M)
+    assert titles[:2] == ["SFTConfig", "SelfRewardDPOConfig"]
+    assert titles[2:] == [name for name in table if name not in titles[:2]]
+
+
 def test_every_setting_is_there_with_its_default(pages):
     told = pages["stages"] + pages["settings"]
     owners = (getattr(self_rewarding_lm, name) for name in self_rewarding_lm.__all__)
