@@ -87,7 +87,7 @@ GROUPS = {
 }
 MOST_FORWARDS = 80  # looks at the model when it is taken, and the rehearsals of two stages
 INTRODUCTION = """\
-# Errors
+# Error messages
 
 Mistakes and what the library says to them. This page is written by the tests that make each of
 these mistakes (`make errors`), so the words are those of the present code. Every error is a
@@ -1605,8 +1605,14 @@ def page(results: dict[str, Made]) -> str:
         for found in MISTAKES:
             if found.group == group:
                 told = results[found.id]
-                parts.append(f"\n**{found.what}.** `{told.name}`\n\n```text\n{told.words}\n```\n")
+                parts.append(f"\n### {found.what}\n\n`{told.name}`\n")
+                parts.append(f"\n```text\n{told.words}\n```\n")
     return "".join(parts)
+
+
+def test_each_mistake_has_an_anchor_of_its_own():
+    anchors = [re.sub(r"\W+", "-", found.what.lower()).strip("-") for found in MISTAKES]
+    assert len(set(anchors)) == len(anchors)
 
 
 @pytest.fixture(scope="module")
