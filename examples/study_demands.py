@@ -30,7 +30,9 @@ from self_rewarding_lm import (
     Prompt,
     RewardConfig,
     Run,
+    SamplingConfig,
     SelfRewardDPOConfig,
+    SelfRewardGRPOConfig,
     SelfRewardingTrainer,
     ShuffledJudge,
     load_causal_lm,
@@ -53,6 +55,9 @@ COMPARISON = ComparisonConfig(
     score_mode="expected",
     forced_ending="at_once",
 )
+
+VERDICT = COMPARISON.model_copy(update={"score_mode": "sampled", "forced_ending": False})
+"""The same, with a verdict that the model writes, which can be trained."""
 
 Score = Callable[[Prompt, Candidate, Judgement], float | None]
 """A score of a candidate and of what was written of it."""
@@ -122,6 +127,11 @@ class Lab:
         pool = self.job.folder(POOL).resolve()
         judge = Reread(Run.open(pool).judgements("M2"), answers, score)
         return self.round(**{"candidates_from": f"{pool}:M2", "judge": judge, **changes})
+
+    def rewarded(self, **changes: Any) -> SelfRewardGRPOConfig:
+        """The example's policy gradients in the place of that round, with some settings changed."""
+        _, stage, _ = sentences.build_stages(self.data, [], self.task, "none", "grpo")
+        return stage.model_copy(update={"init_from": self.weights(M1, M1), **changes})
 
     def points(self, prompt: Prompt, candidate: Candidate, judgement: Judgement) -> float:
         """The checker's score."""
@@ -199,6 +209,18 @@ def shuffled(lab: Lab) -> list:
     return [stage.model_copy(update={"judge": ShuffledJudge(of=stage.judge)})]
 
 
+def rewarded(judge: Judge | None = None) -> Callable[[Lab], list]:
+    """Policy gradients on as many answers as `base`, a step behind those of each 10 prompts."""
+    return lambda lab: [lab.rewarded(judge=judge)]
+
+
+def serl(lab: Lab) -> list:
+    """Any two answers compared in both orders, twice each; the verdicts are trained as well."""
+    judging = SamplingConfig(temperature=0.9, top_p=None, max_new_tokens=8)
+    how = {"comparison": VERDICT, "judging": judging, "num_sampled_reward_responses": 2}
+    return [lab.rewarded(judge_reward=True, length_window=0.2, min_parse_rate=0.0, **how)]
+
+
 def later_rounds(lab: Lab) -> list:
     """A second and a third round behind that of `base`, each on answers of its own model."""
     prompts = lab.data.round_prompts[1]
@@ -241,4 +263,16 @@ SETTINGS = (
         lambda lab: [lab.round(comparison=COMPARISON)],
     ),
     Setting("three_rounds", "two more rounds behind `base`", later_rounds, BASE),
+    Setting("grpo", "policy gradients on counted marks", rewarded()),
+    Setting(
+        "grpo_shuffled",
+        "control: policy gradients on scores given to other answers",
+        rewarded(ShuffledJudge()),
+    ),
+    Setting(
+        "serl",
+        "SERL: policy gradients on wins in comparisons, and on verdicts that agree with them; M1 "
+        "was not taught to compare",
+        serl,
+    ),
 )
