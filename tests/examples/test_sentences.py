@@ -19,6 +19,7 @@ import sentences_task as task  # noqa: E402
 
 from self_rewarding_lm import RewardConfig, Run, SamplingConfig  # noqa: E402
 from tests.support.hf_models import VOCAB, tiny, word_tokenizer  # noqa: E402
+from tests.support.processes import one, two  # noqa: E402
 
 REQUEST = (
     'Write a sentence that starts with "She", contains "milk" and "market", and ends with "home".'
@@ -131,3 +132,29 @@ def test_a_checker_of_garbage_leaves_what_is_trained_on_identical(method, small,
     for stage in ("M2", "M3"):
         of_run = lambda run: list(run.pairs(stage) or run.advantages(stage))  # noqa: B023, E731
         assert of_run(honest) and of_run(honest) == of_run(deceived)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(tmp_path):
+    tiny("llama", VOCAB, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    flags = [
+        EXAMPLES / "sentences.py",
+        "--small",
+        "--control",
+        "sft",
+        "--model",
+        tmp_path / "model",
+    ]
+
+    def places(name):
+        return ["--out", tmp_path / name, "--json", tmp_path / f"{name}.json"]
+
+    said = one(*flags, *places("one"))
+    both = two(*flags, *places("two"), ACCELERATE_USE_CPU="true")
+    assert both.count("M3 minus M1") == said.count("M3 minus M1") == 1
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    m0, *trained = first["models"]
+    assert second["models"][0] == {**m0, "log_loss": pytest.approx(m0["log_loss"], rel=1e-5)}
+    assert [m["name"] for m in second["models"][1:]] == [m["name"] for m in trained]
+    assert all(len(m["answers"]) == 10 for m in second["models"])
