@@ -11,7 +11,13 @@ SERVER = ["openai>=2.0"]
 BITSANDBYTES = ["bitsandbytes>=0.46"]  # optimisers in 8 bit, models in 4 bit
 NOTEBOOKS = ["matplotlib>=3.9", "ipykernel>=7.0"]
 EXAMPLES = [*NOTEBOOKS, "reasoning-gym>=0.1.25"]
-DOCS = ["matplotlib>=3.9", "sphinx>=9.0", "furo>=2025.9.25", "myst-parser>=5.0"]
+DOCS = [
+    "matplotlib>=3.9",
+    "sphinx>=9.0",
+    "furo>=2025.9.25",
+    "myst-parser>=5.0",
+    "sphinx-copybutton>=0.5.2",
+]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",  # a worker a core

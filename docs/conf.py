@@ -22,7 +22,7 @@ import self_rewarding_lm  # noqa: E402
 
 project = "self_rewarding_lm"
 release = version = self_rewarding_lm.__version__
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx_copybutton"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -35,6 +35,9 @@ html_css_files = ["site.css"]
 html_show_copyright = False
 html_math_renderer = "mathml"
 html_theme_options = {"navigation_with_keys": True}
+copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"  # code, and no output
+copybutton_prompt_text = r"\$ |>>> "  # prompts, which are not copied
+copybutton_prompt_is_regexp = True
 
 
 def mathml(node: Any, as_block: bool) -> str:

@@ -1,5 +1,5 @@
 """The site as a reader finds it: the landing page names every page, titles tell pages apart; built,
-it fits a telephone and needs no network."""
+it fits a telephone, needs no network, and its code can be copied."""
 
 import re
 import subprocess
@@ -74,3 +74,19 @@ def test_errors_wrap_and_each_has_an_anchor(site, browser):
     anchors = browser.run("[...document.querySelectorAll('h3')].map((it) => it.parentNode.id)")
     assert len(anchors) > 150 and "a-setting-is-misspelt" in anchors
     assert [name for name in anchors if re.fullmatch(r"id\d+", name)] == []
+
+
+@pytest.mark.slow
+def test_code_has_a_button_that_copies_it_without_prompts_and_output_has_none(site, browser):
+    browser.look(1400)
+    browser.open(site / "index.html")
+    browser.run("document.querySelector('.highlight-bash code, .highlight-bash pre').prepend('$ ')")
+    browser.page.hover(".highlight-bash")
+    browser.page.click(".highlight-bash .copybtn")
+    browser.run("document.body.prepend(document.createElement('textarea'))")
+    browser.page.focus("textarea")
+    browser.press("Control+V")
+    assert browser.page.input_value("textarea") == 'pip install -c constraints.txt ".[hf]"'
+    browser.open(site / "errors.html")
+    assert browser.run("document.querySelectorAll('pre').length") > 150
+    assert browser.run("document.querySelectorAll('.copybtn').length") == 0
