@@ -56,3 +56,11 @@ def test_the_picture_is_of_one_task(own, tmp_path):
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="json, sentences"):
         sentences_picture.draw(own, tmp_path / "none.png", {**own[0], "task": "json"})
+
+
+def test_what_make_real_took_is_in_its_result_file():
+    run = json.loads((ROOT / "docs/results/make_real_0.json").read_text())
+    m1, m2, m3 = (f"{model['accuracy']:.1f}" for model in run["models"][1:])
+    assert f"seed {run['seed']} took {run['seconds'] / 60:.1f} minutes" in PAGE
+    assert f"went from {m1} to {m2} to {m3} % (" in PAGE
+    assert f"takes\n{run['seconds'] / 60:.0f} minutes" in README
