@@ -74,8 +74,8 @@ def _stages(stages: list[type[Config]]) -> Iterator[str]:
 
 
 def _settings(configs: list[type[Config]]) -> Iterator[str]:
-    yield "# Settings objects\n\nWhat stages and the trainer are told in objects of their own; all"
-    yield "of it in one file: [every setting as YAML](recipe.md).\n"
+    yield "# Settings objects\n\nSettings that stages and the trainer take as objects; all of them"
+    yield "in one file: [every setting as YAML](recipe.md).\n"
     found = dict.fromkeys([*configs, RecipeSettings])
     for cls in list(found):
         nested = (config_in(field.annotation) for field in cls.model_fields.values())

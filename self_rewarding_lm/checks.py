@@ -40,14 +40,16 @@ class Check(Config):
     """A limit and what happens beyond it. None takes the check's own default."""
 
     limit: float | None = Field(default=None, ge=0)
+    """The limit beyond which the check acts; what it limits is said in ChecksConfig."""
     action: Literal["warn", "error", "off"] | None = None
+    """"warn" logs a warning once, "error" stops the stage, "off" does nothing."""
 
 
 class ChecksConfig(Config):
-    """Checks of numbers that go wrong. They change no result: a run may go on with others.
+    """Limits for numbers that go wrong, a setting of every stage that trains.
 
-    Each has a limit and an action: "warn" says it once, "error" stops the stage, "off". What they
-    mean and what to do is in docs/troubleshooting.md. Defaults are ours.
+    Checks change no results, so they may differ when a run is resumed. docs/troubleshooting.md says
+    what each means and what to do. Defaults are ours.
     """
 
     scores_not_finite: Check = Check(limit=0.0, action="error")
@@ -62,13 +64,13 @@ class ChecksConfig(Config):
     """Share of the meta-judge's verdicts for the judgement with the higher score
     (meta/prefers_higher_score) over the limit, from 64 on."""
     few_pairs: Check = Check(limit=1.0, action="warn")
-    """Pairs per pair that was asked for (num_generated_preference_pairs), under the limit."""
+    """Pairs as a share of num_generated_preference_pairs, under the limit."""
     pairs_per_prompt: Check = Check(limit=0.1, action="warn")
-    """Pairs per prompt that was worked, under the limit."""
+    """Pairs per prompt that was sampled, under the limit."""
     cut_off: Check = Check(limit=0.3, action="warn")
     """Share of responses that were cut off (completions/clipped_ratio), over the limit."""
     repeated_prompts: Check = Check(limit=2.0, action="warn")
-    """Times that a round asks each prompt, over the limit."""
+    """Times that a round uses each prompt, over the limit."""
     identical_pairs: Check = Check(limit=0.5, action="warn")
     """Share of contrasts whose two responses are the same (contrast/identical_rate) over the limit,
     from 64 on."""
@@ -79,11 +81,11 @@ class ChecksConfig(Config):
     few_steps: Check = Check(limit=10, action="warn")
     """Optimiser steps of the stage, under the limit."""
     lost_updates: Check = Check(limit=0.5, action="warn")
-    """Share of weights that a step of the learning rate leaves as they are, over the limit."""
+    """Share of weights that a step of the learning rate does not change, over the limit."""
     accuracy_at_start: Check = Check(limit=0.99, action="warn")
     """rewards/accuracies at step 1, of 8 pairs or more, over the limit."""
     loss_stuck: Check = Check(limit=20, action="warn")
-    """Steps one after the other whose DPO loss reads 0.693, over the limit."""
+    """Consecutive steps whose DPO loss is 0.693, over the limit."""
     both_fall: Check = Check(limit=0.5, action="warn")
     """What the chosen responses lost, as a share of rewards/margins, over ten steps."""
 
@@ -136,7 +138,7 @@ def not_finite(where: str, seen: str, records: Sequence[str], advice: str) -> Tr
     names = ", ".join(records[:NAMED]) or "unknown"
     more = f" and {len(records) - NAMED} more" if len(records) > NAMED else ""
     return TrainingError(
-        f"{where}: {seen}. In: {names}{more}. {advice} (check not_finite, told in {PAGE}.)"
+        f"{where}: {seen}. In: {names}{more}. {advice} (check not_finite, explained in {PAGE}.)"
     )
 
 
@@ -179,7 +181,7 @@ class Checker:
         side = "at least" if name in _UNDER else "at most"
         message = (
             f"{self.stage}: {words} (check {name}: {seen:.4g}, and {side} {limit:.4g} is expected; "
-            f"set by checks.{name}, told in {PAGE}.)"
+            f"set by checks.{name}, explained in {PAGE}.)"
         )
         if action == "error":
             return message

@@ -85,29 +85,34 @@ MAX_NUMBERS = 1001
 
 
 class SamplingConfig(Config):
-    """How tokens are sampled. Defaults: temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3)."""
+    """How a stage, a judge or `generate` samples tokens.
+
+    Defaults: temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3).
+    """
 
     temperature: float = Field(default=0.7, ge=0)
     """0 takes the likeliest token."""
     top_p: float | None = Field(default=0.9, gt=0, le=1)
-    """The likeliest tokens that have this much probability together; None: all."""
+    """Sample only from the likeliest tokens that together have this probability; None: from all."""
     top_k: int | None = Field(default=None, ge=1)
-    """So many of the likeliest tokens; None: all."""
+    """Sample only from this many of the likeliest tokens; None: from all."""
     min_p: float | None = Field(default=None, ge=0, le=1)
-    """Tokens with at least this share of the likeliest one's probability; None: all."""
+    """Sample only from tokens with at least this share of the likeliest one's probability; None:
+    from all."""
     max_new_tokens: int = Field(default=256, ge=1)
-    """New tokens, the prompt not counted; shortened to the room that a prompt leaves."""
+    """New tokens at most, the prompt not counted; fewer if the model has no room for more."""
     min_new_tokens: int = Field(default=0, ge=0)
-    """No end token before this many; a stop text ends a response all the same."""
+    """No end token is sampled before this many tokens; a stop text still ends a response."""
     stop: tuple[str, ...] = ()
     """Texts that end a response wherever they stand; they stay in it."""
     stop_fn: Object = None
-    """A function text -> bool: whether a response of that text is at its end. It is asked behind
-    each token, in this process only."""
+    """A function text -> bool: whether a response with that text is complete. It is called after
+    each token, with the local engine only."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Over 1: tokens that are there already become less likely (arXiv:1909.05858)."""
+    """Over 1: tokens that already occur become less likely (arXiv:1909.05858)."""
     filter_fn: Object = None
-    """A function logits (rows, vocabulary) -> logits of that shape, before all other filters."""
+    """A function logits (rows, vocabulary) -> logits of that shape, applied before all other
+    filters."""
 
     @model_validator(mode="after")
     def _lengths(self) -> "SamplingConfig":
@@ -119,7 +124,7 @@ class SamplingConfig(Config):
         return self
 
     def shortened(self, tokens: int = 2) -> "SamplingConfig":
-        """The same settings for at most so many new tokens, as rehearsals sample."""
+        """The same settings with at most this many new tokens, as rehearsals sample."""
         new = min(tokens, self.max_new_tokens)
         least = min(new, self.min_new_tokens)
         return self.model_copy(update={"max_new_tokens": new, "min_new_tokens": least})
@@ -128,35 +133,37 @@ class SamplingConfig(Config):
 class SelfInstruct(Config):
     """New prompts that a model writes, as the `prompt_dataset` of a stage (arXiv:2401.10020, 2.2).
 
-    The model is shown examples and goes on with the list (Self-Instruct, arXiv:2212.10560); what it
+    The model is shown examples and continues the list (Self-Instruct, arXiv:2212.10560); what it
     writes is filtered and kept until there are `num_prompts`.
     """
 
     seed_dataset: Object
-    """Prompts by people: the first examples. New prompts too like them are left out."""
+    """Prompts by people: the first examples. New prompts that are too similar to them are left
+    out."""
     num_prompts: int = Field(ge=1)
-    """New prompts to keep. The paper says how many pairs came of its prompts, not their number."""
+    """New prompts to keep. The paper gives the number of its pairs, not of its prompts."""
     model: Object = "current"
     """Who writes: "current" (the weights of the stage's start), "initial", an earlier stage's name,
     or a module. The paper: a fixed Llama 2-Chat 70B."""
     tokenizer: Object = None
-    """The tokenizer of a module of its own; default the trainer's."""
+    """The tokenizer of `model`, if that is a module; default the trainer's."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_p=0.9)
     """Temperature 0.6, top-p 0.9 (arXiv:2401.10020, 3.1.3)."""
     num_seed_examples: int = Field(default=6, ge=1)
-    """Of the seeds, at random for each list."""
+    """Seeds shown for each list, drawn at random (arXiv:2401.10020, 3.1.3: 6 and 2 generated)."""
     num_generated_examples: int = Field(default=2, ge=0)
-    """6 + 2 (arXiv:2401.10020, 3.1.3); seeds stand in while there are no generated ones."""
+    """Generated prompts shown for each list; seeds take their place while there are none."""
     min_words: int = Field(default=4, ge=1)
-    """Of a new prompt."""
+    """Fewest words of a new prompt (Self-Instruct's code: 4 to 150)."""
     max_words: int = Field(default=150, ge=1)
-    """From 4 to 150 words (Self-Instruct's code)."""
+    """Most words of a new prompt."""
     max_rouge_l: float = Field(default=0.7, gt=0, le=1)
-    """Greatest ROUGE-L F to a seed or a kept prompt."""
+    """Greatest ROUGE-L F of a new prompt with a seed or a kept prompt."""
     keywords: tuple[str, ...] | None = None
-    """Words that a prompt must not have; None: those for what a text model cannot do."""
+    """Words that a prompt must not have; None: words for images, files and other things that a
+    text model cannot handle."""
     samples_per_round: int = Field(default=32, ge=1)
-    """Lists that are written at once; the next ones may show what these gave."""
+    """Lists that are written at once; later lists may show prompts of these."""
     max_samples: int | None = Field(default=None, ge=1)
     """Lists at most. Default: four for each wanted prompt."""
 
@@ -177,14 +184,14 @@ OPTIMIZERS = ("adamw", "muon", "adamw_8bit", "paged_adamw_8bit", "adafactor", "s
 
 
 class OptimConfig(Config):
-    """How weights are fitted. None takes the stage's own default."""
+    """How a stage trains: optimiser, learning rate, batches. None takes the stage's own default."""
 
     learning_rate: float | None = Field(default=None, gt=0)
     """Defaults: SFT 5.5e-6, preference stages 1e-6 (arXiv:2401.10020, 3.1.3), SPIN 5e-7
     (arXiv:2401.01335)."""
     final_learning_rate: float | None = Field(default=None, ge=0)
-    """At the last step. Defaults: SFT 1.1e-6, preference stages 1e-7, SPIN a tenth of the first;
-    a tenth of learning_rate where that is given."""
+    """At the last step. Defaults: SFT 1.1e-6, preference stages 1e-7, SPIN a tenth of the first; a
+    tenth of learning_rate if that is given."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """From learning_rate to final_learning_rate at the last optimiser step; the paper's is cosine.
     "constant" stays at learning_rate."""
@@ -192,38 +199,40 @@ class OptimConfig(Config):
     """First steps, in which the learning rate rises evenly to learning_rate. Below 1: a share of
     all steps, as in transformers, rounded up."""
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the rows; excludes num_train_steps. Defaults: SFT 3, SPIN 2, preference 1."""
+    """Passes over the rows; cannot be given with num_train_steps. Defaults: SFT 3, SPIN 2,
+    preference stages 1."""
     batch_size: int = Field(default=16, ge=1)
-    """Rows or pairs an optimiser step, over all processes (the paper's 16)."""
+    """Rows or pairs of an optimiser step, over all processes (the paper's 16)."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens, padding included, that go through the model at once: memory and speed; the gradient
-    is the same but for rounding. None: up to 16,384, as many as half of the free memory holds when
-    the stage begins; a stage that goes on keeps what it chose."""
+    """Tokens, padding included, that go through the model at once. It sets memory and speed; the
+    gradient is the same except for rounding. None: up to 16,384, as many as fit into half of the
+    free memory when the stage begins; a stage that is resumed keeps them."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows or pairs that go through the model at once at most."""
+    """Rows or pairs at most that go through the model at once."""
     gradient_checkpointing: bool = False
-    """Layers are computed again in the backward pass instead of being kept: about a third more
-    work for a fraction of the memory (arXiv:1604.06174). Models of transformers."""
+    """Compute layers again in the backward pass instead of keeping them: about a third more
+    work for a fraction of the memory (arXiv:1604.06174). Models of transformers only."""
     optimizer: Object = "adamw"
     """"adamw", "muon" (torch.optim.Muon for hidden matrices, AdamW for the rest), "adamw_8bit" and
     "paged_adamw_8bit" (bitsandbytes), "adafactor", "sgd" (without momentum), or a function from the
     list of trainable parameters to a torch optimiser."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW in any form."""
+    """The two betas of AdamW, in each of its forms."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of matrices: norms, biases and embeddings, a tied head included, are left out. A function as
-    optimizer sets its own."""
+    """Weight decay of matrices; norms, biases and embeddings, a tied head included, do not decay.
+    If optimizer is a function, it sets its own."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Longer gradients are scaled down to this norm; None: never."""
+    """Gradients with a greater norm are scaled down to it; None: never."""
     eval_every: int = Field(default=200, ge=1)
     """Steps between evaluations and early-stopping checks (the paper's 200)."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between copies of the weights, kept as checkpoint-<step>/ in the stage's folder."""
     save_state_every: int | None = Field(default=None, ge=1)
-    """Steps after which the state of training (weights, optimiser, step) is saved, so that a run
-    that is killed goes on from there."""
+    """Steps after which the state of training (weights, optimiser, step) is saved, from which a
+    run that was killed resumes."""
     save_state_minutes: float | None = Field(default=15.0, gt=0)
-    """The same by time. None: only by steps, and where a signal stops the run."""
+    """Minutes after which the state is saved. None: only after save_state_every steps, and if a
+    signal stops the run."""
 
     @model_validator(mode="after")
     def _optimizer_known(self) -> "OptimConfig":
@@ -262,24 +271,24 @@ class OptimConfig(Config):
 class MarkedRubric(Config):
     """The items of an additive rubric, and the words by which a judge marks each of them.
 
-    Small judges see and mark well and add badly: here the score is the sum of the points of the
-    items that the judge marked yes, whatever it says of the sum. A text with fewer or more marks
-    than items has no score. Words are matched as text, in any case, through Markdown.
+    The score is the sum of the points of the items that the judge marked yes; a sum that it states
+    is ignored, because small judges often add badly. A text with fewer or more marks
+    than items has no score. Words are matched as text, ignoring case and Markdown.
     """
 
     items: int | tuple[str, ...]
-    """How many items there are. Or their names, where the judge writes the same ones each time: the
-    first name then stands before the first mark, each further one between two marks."""
+    """How many items there are. Or their names, if the judge writes the same ones each time: the
+    first name must stand before the first mark, each further one between two marks."""
     yes: str
-    """What the judge writes behind an item that is met, such as ", yes."."""
+    """What the judge writes after an item that is met, such as ", yes."."""
     no: str
-    """What it writes behind one that is not, such as ", no."."""
+    """What it writes after an item that is not met, such as ", no."."""
     points: tuple[float, ...] | None = None
-    """What each item is worth, all above 0. None: 1 each."""
+    """The points of each item, all above 0. None: 1 each."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the items; none if they are only counted."""
+        """The names of the items; empty if only their number is given."""
         return self.items if isinstance(self.items, tuple) else ()
 
     @property
@@ -290,7 +299,7 @@ class MarkedRubric(Config):
 
     @property
     def score_range(self) -> tuple[float, float]:
-        """From no item met to all."""
+        """The score with no item met, and the score with all items met."""
         return 0.0, float(exact_sum(map(exact, self.worth)))
 
     @model_validator(mode="after")
@@ -319,9 +328,10 @@ def _bare(words: str) -> str:
 
 
 class RewardConfig(Config):
-    """A judge's prompt and how its answer is read: `marks`, or `parse_reward`, else the template.
+    """A reward prompt: what the judge is shown, and how its text becomes a score.
 
-    Every judgement records the way its score came (`source`).
+    The score is read by `marks`, or `parse_reward`, else `reward_regex_template`. Every judgement
+    records how its score came about (`source`).
     """
 
     template_variables: ClassVar[tuple[str, ...]] = ("prompt", "response")
@@ -329,25 +339,25 @@ class RewardConfig(Config):
     prompt_template: str
     """jinja2 text with {{ prompt }} and {{ response }}."""
     reward_regex_template: str | None = None
-    """Text with {{ reward }} where the number stands, e.g. "Score: {{ reward }}"."""
+    """Text with {{ reward }} in the place of the number, e.g. "Score: {{ reward }}"."""
     marks: MarkedRubric | None = None
-    """The judge's marks are counted and no number is read: for rubrics whose items it marks one
+    """Count the judge's marks instead of reading a number: for rubrics whose items it marks one
     after the other. `score_range` is then (0, the sum of the points)."""
     parse_reward: Object = None
-    """A function from the judge's text to a number, or None where there is none."""
+    """A function from the judge's text to a number, or None if there is none."""
     score_range: tuple[float, float] | None = None
-    """Scores outside are None."""
+    """Least and greatest score; a number outside is no score (None)."""
     allowed_scores: tuple[float, ...] | None = None
-    """All others are None."""
+    """The only numbers that are scores; any other is no score (None)."""
     auto_dedent: bool = True
-    """Take the common indentation and the outer empty lines off the template."""
+    """Remove the common indentation and the outer empty lines of the template."""
     score_mode: Literal["sampled", "expected"] = "sampled"
     """"sampled": the score that the judge wrote. "expected": the mean of the allowed numbers,
     weighted by their probabilities at the place where it wrote one. With `marks`: the sum over the
     items of the probability of yes, where it marked them, times their points."""
     forced_ending: bool | Literal["at_once"] = False
-    """True: where the judge gave no score that counts, the words before {{ reward }} are put behind
-    its text and the expected score is taken there. "at_once": it writes no review at all, so one
+    """True: if the judge wrote no valid score, the words before {{ reward }} are appended to
+    its text and the expected score is taken there. "at_once": it writes no review, so one
     forward judges a candidate, once."""
 
     @model_validator(mode="after")
@@ -386,7 +396,7 @@ class RewardConfig(Config):
     def model_copy(
         self, *, update: Mapping[str, Any] | None = None, deep: bool = False
     ) -> "RewardConfig":
-        """The same settings with others for `update`, which are checked as new ones are."""
+        """The same settings with those of `update` changed, which are checked as in a new one."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**{**given, **(update or {})})
 
@@ -430,9 +440,9 @@ class RewardConfig(Config):
 
 
 class ComparisonConfig(Config):
-    """A judge's prompt that shows two responses, and how its verdict is read.
+    """A judge prompt that shows two responses, and how its verdict is read.
 
-    Each two candidates are shown in both orders; judges that disagree with themselves say a tie.
+    Every two candidates are shown in both orders; if the two verdicts disagree it is a tie.
     """
 
     template_variables: ClassVar[tuple[str, ...]] = ("prompt", "response_a", "response_b")
@@ -440,11 +450,11 @@ class ComparisonConfig(Config):
     prompt_template: str = COMPARISON_PROMPT
     """jinja2 text with {{ prompt }}, {{ response_a }} and {{ response_b }}."""
     labels: tuple[str, str] = ("A", "B")
-    """What the judge calls the first and the second response, in upper and lower case as here."""
+    """What the judge calls the first and the second response; upper and lower case count."""
     tie_label: str | None = None
-    """What it says where neither is better; None: it has to choose."""
+    """What it says if neither is better; None: it has to choose."""
     verdict_prefix: str = "Better: "
-    """The words before its verdict."""
+    """The words that the judge writes before its verdict."""
     score_mode: Literal["sampled", "expected"] = "sampled"
     """"sampled": the verdict that the judge wrote. "expected": the labels' probabilities at the
     place where it wrote one, a tie counting half."""
@@ -479,7 +489,7 @@ TEN_POINT_REWARD_CONFIG = _scored(TEN_POINT_JUDGE_PROMPT, 10)
 
 
 class FinetuneConfig(Config):
-    """A stage. Subclass it and write `run` for a stage of your own.
+    """The base class of all stages. Subclass it and write `run` for a stage of your own.
 
     `run(ctx, out)` does the work: it reads what it needs from the context, writes its records to
     `out` and leaves the trained weights in the model; the trainer saves them afterwards.
@@ -487,35 +497,36 @@ class FinetuneConfig(Config):
 
     folder_name: ClassVar[str] = "custom"
     hub_tag: ClassVar[str | None] = None
-    """What a model card is found by on the hub, if the stage is a method of its own. The card cites
+    """The tag of its model card on the hub, if the stage is a method of its own. The card cites
     the papers that the class's docstring names."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the stage's folder and of `from_stage`; default: the kind of stage."""
+    """The stage's name, in its folder and for `from_stage`; default: the kind of stage."""
     init_from: str | Path = "previous"
-    """Weights it starts from: "previous", "initial", an earlier stage's name or a path."""
+    """Weights that the stage starts from: "previous", "initial", an earlier stage's name or a
+    path."""
 
     @abstractmethod
     def run(self, ctx: Any, out: Any) -> None:
         """Do the stage's work. ctx: Context, out: StageDir."""
 
     def see_result(self, ctx: Any, out: Any) -> None:
-        """Check what the stage did, when `run` is over. ctx, out: as of `run`. Default: nothing."""
+        """Check what the stage did, after `run`. ctx, out: as of `run`. Default: nothing."""
 
     def check(self, ctx: Any) -> None:
         """Raise an error for what is wrong and can be known before stage 1 begins."""
 
     def remarks(self, ctx: Any) -> list[str]:
-        """What is worth knowing before the stage begins, as words that a check prints."""
+        """Sentences that a check prints: what is worth knowing before the stage begins."""
         return []
 
     def shown(
         self, field: str, row: Any, where: str, tokens: Any
     ) -> list[tuple[str, Sequence[int], Sequence[bool]]]:
-        """What the model reads of a row of a dataset, for a preview. Default: nothing is known.
+        """What the model reads of a row of a dataset, for a preview. Default: nothing.
 
-        field: the dataset's. where: names the row in errors. tokens: Tokens. Of each text what it
-        is, its ids, and whether each of them is learnt.
+        field: the dataset's. where: names the row in errors. tokens: Tokens. Returns for each text
+        what it is, its ids, and whether each of them is learnt.
         """
         return []
 
@@ -527,19 +538,19 @@ class FinetuneConfig(Config):
         """
 
     def work(self, counting: Any) -> Any:
-        """The `Work` that a plan counts of the stage. counting: Counting. None if unknown."""
+        """The `Work` of the stage that a plan counts; None if unknown. counting: Counting."""
         return None
 
     def reward_names(self) -> tuple[str, ...]:
-        """Names of the trainer's reward prompts that the stage judges by."""
+        """Names of the trainer's reward prompts with which the stage judges."""
         return ()
 
     def weights_used(self) -> set[str]:
-        """Names of the weights that the stage asks for: "initial", earlier stages, paths."""
+        """Names of the weights that the stage needs: "initial", earlier stages, paths."""
         return {str(self.init_from)} - {"previous"}
 
     def datasets(self) -> dict[str, Any]:
-        """The datasets by field name: the fields that end in `_dataset` and are given."""
+        """The given datasets by field name: the fields whose names end in `_dataset`."""
         names = [name for name in type(self).model_fields if name.endswith("_dataset")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -553,9 +564,9 @@ class FromStage:
 
 @typed
 def from_stage(stage: str) -> FromStage:
-    """What the stage of that name made, as a dataset of a later stage.
+    """The records of the stage with that name, as a dataset of a later stage.
 
-    Of a preference stage its pairs: a DPO stage trains on them again, an SFT stage on the chosen
-    responses alone. Of an EFT stage its demonstrations, for an SFT stage.
+    A preference stage gives its pairs: a DPO stage trains on them again, an SFT stage on the chosen
+    responses alone. An EFT stage gives its demonstrations, for an SFT stage.
     """
     return FromStage(stage)

@@ -30,13 +30,11 @@ messages, such as `tools`."""
 class Prompt:
     """One prompt as it is used in one stage.
 
-    id: stage/row/pass; of the question with an answer so far, which is gone on with step by step,
-    the id of the step that came last with "/then" (THEN) behind it. row: its row in the dataset.
-    text: None if the row has only ids. columns: the other columns of its row; text reward functions
-    receive them.
-    completion: ids of the human answer if the row has one (SPIN), else None.
-    messages: what the chat template rendered, with all that it reads; the first may hold VARIABLES.
-    None if the text is taken as it is.
+    id: stage/row/pass; for the position after a step (StepwiseDPOConfig), the id of that step
+    followed by "/then" (THEN). row: its row in the dataset. text: None if the row has only ids.
+    columns: the other columns of its row; text reward functions receive them. completion: ids of
+    the human answer if the row has one (SPIN), else None. messages: the messages that the chat
+    template rendered; the first may hold VARIABLES. None if the text is taken as it is.
     """
 
     kind: ClassVar[str] = "prompts"
@@ -53,15 +51,14 @@ class Prompt:
 class Candidate:
     """One sampled response; id: <prompt id>/<sample>.
 
-    ids: the new tokens, its end token included.
-    finished: True if it ended by itself, False if max_new_tokens cut it off, None if no end token
-    is known. max_new_tokens: the limit that was in force for it.
-    tokens: "re-encoded" if a server gave a text and the ids are its encoding; None if they are
-    those that were sampled. reason: why there is no response (a server refused its request); then
-    it has no ids and no text, nobody judges it and no pair has it. shown_id: the Prompt that the
-    model was shown, if that is not the one that this answers. logprobs: of its tokens as the
-    sampler had them, at temperature 1, before filters, to four digits; None if the stage does not
-    ask or the sampler gives none.
+    ids: the new tokens, its end token included. finished: True if it ended by itself, False if
+    max_new_tokens cut it off, None if no end token is known. max_new_tokens: the limit that was in
+    force for it. tokens: "re-encoded" if a server gave a text and the ids are its encoding; None if
+    they are those that were sampled. reason: why there is no response (a server refused its
+    request); then it has no ids and no text, is not judged and is in no pair. shown_id: the Prompt
+    that the model was shown, if it is not the one that this answers. logprobs: those of its tokens
+    in the sampler, at temperature 1, before filters, to four digits; None if the stage does not
+    need them or the sampler gives none.
     """
 
     kind: ClassVar[str] = "candidates"
@@ -83,10 +80,10 @@ MOVED = "moved"
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a judge said once of one candidate (or, comparing, of two); id: <candidate id>/j<k>.
+    """One judgement of a judge on one candidate, or on two; id: <candidate id>/j<k>.
 
-    score: None if none could be read, and reason says why. text: the judge's words, None for
-    judges that only give numbers. source: how the score came: `sampled` (read in the text),
+    score: None if none could be read, and reason says why. text: what the judge wrote, None for
+    judges that only give numbers. source: how the score came about: `sampled` (read in the text),
     `expected` (the mean over the allowed numbers at the place of the text's number), `forced` (the
     same after a score prefix that was appended), `compared`, `given` (by a function or module),
     `moved` (that of another candidate, see ShuffledJudge).
@@ -112,7 +109,7 @@ class Judgement:
 
     @property
     def is_moved(self) -> bool:
-        """Whether it is only the score of another candidate, and nobody judged for it."""
+        """Whether its score is that of another candidate (ShuffledJudge)."""
         return self.source == MOVED
 
 
@@ -140,8 +137,8 @@ class MetaJudgement:
 class PreferencePair:
     """A better and a worse response to one prompt; id: the prompt's id.
 
-    chosen_id and rejected_id name the candidates; None for a response that was not sampled here
-    (a human answer). The scores are None if nobody scored. messages: those of the prompt, if a
+    chosen_id and rejected_id name the candidates; None for a response that was not sampled here (a
+    human response). The scores are None if there was no judge. messages: those of the prompt, if a
     chat template rendered it. Numbers for losses, if the dataset or a stage gives them: weight, by
     which the pair's loss is multiplied (None: 1); win_probability and rejected_win_probability, how
     likely each response wins (None: 1, and 1 less the other); label_smoothing, how likely the two
@@ -171,8 +168,8 @@ class PreferencePair:
 class Advantage:
     """How much better a response is than the others to its prompt; id: stage/row/pass/sample.
 
-    candidate_id: the response's candidate, whose id is another one if another stage sampled it.
-    score: what the judge's scores come to. advantage: by which the response is made likelier.
+    candidate_id: the response's candidate, whose id differs if another stage sampled it.
+    score: the score of the response. advantage: how much likelier training makes it.
     """
 
     kind: ClassVar[str] = "advantages"
@@ -207,7 +204,7 @@ class RankedReplies:
     """Replies to one prompt, ranked by people; id: stage/row.
 
     prompt: a text, or messages. ranks: 0 is best; replies of equal rank were not ordered. group:
-    shared by rows that belong together (a message tree), which are no independent evidence.
+    shared by rows that are not independent of each other (those of a message tree).
     """
 
     kind: ClassVar[str] = "ranked"

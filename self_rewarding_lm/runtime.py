@@ -245,9 +245,7 @@ class Stopping:
                     signal.signal(number, self._heard)
             yield
         except Interrupted:
-            logger.warning(
-                "Stopped. Everything until here is on disk: run the same again to go on."
-            )
+            logger.warning("Stopped. Everything so far is on disk: run the same again to resume.")
             raise
         finally:
             for number, handler in before.items():
@@ -286,7 +284,7 @@ class Stopping:
         if self._acts_at_once:
             raise Interrupted(name)
         logger.warning(
-            "%s: finishing the record or step at hand, then saving. Once more stops at once.", name
+            "%s: finishing the current record or step, then saving. Once more stops at once.", name
         )
 
 
@@ -327,14 +325,14 @@ class Runtime:
             logger.info("%s on %s%s", processes, self.device.type, kind)
         if self.accelerator.gradient_accumulation_steps != 1:  # of the launch
             logger.warning(
-                "gradient_accumulation_steps=%d of accelerate's launch is left aside: a step is "
-                "optim.batch_size rows, whatever micro-batches they are worked through in.",
+                "gradient_accumulation_steps=%d of accelerate's launch is ignored: a step is "
+                "optim.batch_size rows, however many micro-batches they take.",
                 self.accelerator.gradient_accumulation_steps,
             )
             self.accelerator.gradient_accumulation_steps = 1
         if self.world > 1 and self.accelerator.ddp_handler is not None:
             logger.warning(
-                "DistributedDataParallelKwargs are left aside: gradients are summed once a step, "
+                "DistributedDataParallelKwargs are ignored: gradients are summed once a step, "
                 "without DDP."
             )
 

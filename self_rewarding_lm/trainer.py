@@ -79,24 +79,24 @@ class SelfRewardingTrainer:
     Face causal LM is taken as it is, or by its folder, hub name or .gguf file; those are loaded in
     `torch_dtype` (default float32), with `device_map`, or with `load_in_4bit` (bitsandbytes).
     peft_config: train and save a LoRA adapter in place of all weights; with `merge_adapter` the
-    merged model is written to <checkpoints_folder>/merged after the last stage.
-    finetune_configs: a list of stages, or a dict for create_default_paper_config(**dict).
-    tokenizer: a Hugging Face tokenizer, or an object with encode and decode. tokenizer_encode: in
-    its place, str -> 1-D tensor of any number dtype, with tokenizer_decode, tensor -> str. Stages
-    that see only ids need neither. chat_template: a name (plain, chatml, llama-3, gemma, zephyr),
-    jinja text, or "raw"; default the tokenizer's own.
-    self_reward_prompt_config: the judge's prompt, or several by name.
+    merged model is written to <checkpoints_folder>/merged after the last stage. finetune_configs: a
+    list of stages, or a dict for create_default_paper_config(**dict). tokenizer: a Hugging Face
+    tokenizer, or an object with encode and decode. tokenizer_encode: in its place, str -> 1-D
+    tensor of any number dtype, with tokenizer_decode, tensor -> str. Stages that see only ids need
+    neither. chat_template: a name (plain, chatml, llama-3, gemma, zephyr), jinja text, or "raw";
+    default the tokenizer's own. self_reward_prompt_config: the judge's prompt, or several by name.
     eos_id: the end token; default the tokenizer's eos_token_id. pad_id: accepted but not needed,
     since masks come from lengths. seed: of sampling, of the order of rows and of dropout.
     checkpoints_folder: the run directory. keep_stages: how many finished stages keep their weights
     on disk: the last ones, and those that a later stage uses; default all. accelerate_kwargs: for
     accelerate.Accelerator. engine: default LocalEngine(); ServerEngine(...) generates with an
-    inference server. callbacks: objects that are told of pairs, steps and stages, see Callback.
-    report_to: trackers that get all metrics, by Accelerate's names ("wandb", "tensorboard", ...);
-    those that write files write to <checkpoints_folder>/trackers. quiet: no progress, warnings only
-    (as SELF_REWARDING_LM_QUIET=1). report: write report.html into the run when it is done.
+    inference server. callbacks: objects whose methods are called at pairs, steps and stages, see
+    Callback. report_to: trackers that get all metrics, by Accelerate's names ("wandb",
+    "tensorboard", ...); those that write files write to <checkpoints_folder>/trackers. quiet: no
+    progress, warnings only (as SELF_REWARDING_LM_QUIET=1). report: write report.html into the run
+    when it is done.
 
-    Raises an error for whatever can be known to be wrong before the first stage: ConfigError,
+    Raises an error for everything that is known to be wrong before the first stage: ConfigError,
     DataError, TokenizerError, AdapterError, JudgeError, ArgumentTypeError.
     """
 
@@ -255,7 +255,7 @@ class SelfRewardingTrainer:
         return run
 
     def ways(self) -> list[str]:
-        """How generation and training go with this model, and why they go no faster way."""
+        """How this model is decoded and trained, and why no faster way is used."""
         precision = self.runtime.accelerator.mixed_precision
         mixed = "" if precision == "no" else f", mixed precision {precision}"
         generating = f"by {type(self.engine).__name__}"
@@ -265,7 +265,7 @@ class SelfRewardingTrainer:
         return [f"generation: {generating}", f"training: {training}"]
 
     def products_unused(self) -> str | None:
-        """Words if this CPU has products in bfloat16 with which the run would be faster."""
+        """A sentence if this CPU has bfloat16 products with which the run would be faster."""
         mixed = self.runtime.accelerator.mixed_precision != "no"
         return products_unused_by(self.model, device_of(self.model), mixed=mixed)
 
@@ -415,7 +415,7 @@ def _is_same_dataset(first: Any, second: Any) -> bool:
 
 
 class SPINTrainer(SelfRewardingTrainer):
-    """A trainer of one SPIN stage (arXiv:2401.01335).
+    """A trainer with a single SPIN stage (arXiv:2401.01335).
 
     train_sft_dataset: rows with a prompt and a completion, as for SFT. spin_lambda, or
     spin_kwargs=dict(λ=...): lambda of Eq. 4.7. checkpoint_every: steps between copies of the

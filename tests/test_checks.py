@@ -109,8 +109,8 @@ def test_a_check_warns_once_stops_or_is_off_beyond_its_limit_alone(name, said):
         Checker(only(name, limit=limit, action="error"), "dpo").see(name, bad, "bad.")
     side = "at least" if under else "at most"
     assert str(caught.value) == (
-        f"dpo: bad. (check {name}: {bad}, and {side} 0.5 is expected; set by checks.{name}, told "
-        "in docs/troubleshooting.md.)"
+        f"dpo: bad. (check {name}: {bad}, and {side} 0.5 is expected; set by checks.{name}, "
+        "explained in docs/troubleshooting.md.)"
     )
 
 

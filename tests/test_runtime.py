@@ -34,7 +34,7 @@ def test_accumulation_of_the_launch_divides_nothing_and_is_told(tmp_path, monkey
     monkeypatch.setenv(ACCUMULATION, "4")
     with caplog.at_level(logging.WARNING, "self_rewarding_lm"):
         assert_same(trained(tmp_path / "launched"), plain)
-    assert "gradient_accumulation_steps=4 of accelerate's launch is left aside" in caplog.text
+    assert "gradient_accumulation_steps=4 of accelerate's launch is ignored" in caplog.text
     assert Runtime({"cpu": True}, quiet=True).accelerator.gradient_accumulation_steps == 1
 
 
@@ -121,7 +121,7 @@ def test_two_processes_say_so_and_refuse_two_models(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert output.count("2 processes on cpu") == 1
-    assert output.count("DistributedDataParallelKwargs are left aside") == 2
+    assert output.count("DistributedDataParallelKwargs are ignored") == 2
     for rank in (0, 1):
         assert f"{rank}: processes were given models of different weights" in output
 

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = "stopped."
         if options.command is run:
             without = " (without --overwrite)" if options.overwrite else ""
-            words = f"stopped; the same command{without} goes on with this run."
+            words = f"stopped; the same command{without} resumes this run."
         print(f"\nself-rewarding-lm: {words}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `show ... | head`; what is left to flush goes to a pipe of our own

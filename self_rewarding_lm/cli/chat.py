@@ -41,7 +41,7 @@ BETWEEN = " | "
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="RUN[:STAGE]", help=STAGE_HELP)
     parser.add_argument("--sampling", metavar="YAML", help="as '{temperature: 0}'")
-    parser.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--tokenizer", metavar="T", help="default: the model's own")
     parser.add_argument("--chat-template", metavar="NAME", help="default: the tokenizer's own")
     parser.add_argument("--torch-dtype", metavar="TYPE", help="of the models (default: float32)")
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         Talk(open_context(checkpoint(name), opening), sampling, options.system) for name in names
     ]
     if not all(talk.keeps for talk in talks):
-        print("There is no chat template: each question stands alone.", file=sys.stderr)
+        print("There is no chat template: earlier turns are not kept.", file=sys.stderr)
     try:
         for question in _questions():
             if question == NEW:

@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge-model", metavar="M", help="who judges, as --model of `judge`")
     parser.add_argument("--judge", metavar="OBJECT", help="module:attribute of another judge")
     add_judging_flags(parser)
-    parser.add_argument("--module", metavar="OBJECT", help="module:attribute; takes the weights")
+    parser.add_argument("--module", metavar="OBJECT", help="module:attribute; weights go into it")
     parser.add_argument("--verifier", metavar="OBJECT", help="module:attribute of a function")
     parser.add_argument("--sampling", metavar="YAML", help="as '{max_new_tokens: 512}'")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="for each prompt (1)")

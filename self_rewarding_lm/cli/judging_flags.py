@@ -17,7 +17,7 @@ def add_judging_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--score",
         choices=("sampled", "expected"),
-        help="read what the judge wrote, or take the mean of the numbers by their probabilities",
+        help="read what the judge wrote, or average all scores by their probabilities",
     )
     parser.add_argument(
         "--at-once", action="store_true", help="ask for the score alone, without a review"

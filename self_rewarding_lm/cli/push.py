@@ -20,7 +20,7 @@ token is the one of `hf auth login` or of the environment variable HF_TOKEN.
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", metavar="RUN[:STAGE]", help=STAGE_HELP)
     parser.add_argument("name", metavar="OWNER/NAME", help="the repository")
-    parser.add_argument("--public", action="store_true", help="a new repository is for all to see")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -80,7 +80,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other setting of a recipe, such as paper.batch_size=8; may come several times",
+        help="any other setting of a recipe, such as paper.batch_size=8; may be repeated",
     )
 
 

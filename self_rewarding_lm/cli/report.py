@@ -9,13 +9,13 @@ DESCRIPTION = "Write a run, or several side by side, as one HTML file."
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; they may still be going")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; runs may be active")
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the first run")
     parser.add_argument(
-        "--examples", type=int, metavar="N", help="prompts that it holds at most (default: 2000)"
+        "--examples", type=int, metavar="N", help="most prompts in it (default: 2000)"
     )
     parser.add_argument(
-        "--watch", action="store_true", help="write it again and again while a run goes on"
+        "--watch", action="store_true", help="write it every ten seconds during a run"
     )
 
 

@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="start anew: delete the earlier run's files first"
     )
     parser.add_argument(
-        "--no-rehearsal", action="store_true", help="begin without trying all stages in short"
+        "--no-rehearsal", action="store_true", help="do not try all stages on a few rows first"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, warnings only")
 

@@ -9,7 +9,7 @@ DESCRIPTION = "Print a run's stages, numbers and a few prompts."
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="the run's folder; it may still be going")
+    parser.add_argument("folder", metavar="RUN", help="the run's folder; it may be active")
     parser.add_argument("--stage", metavar="S", help="one stage, by name or number (from 1)")
     parser.add_argument(
         "--prompts",

@@ -34,5 +34,5 @@ def named_stage(named: str) -> "tuple[Run, str]":
         return run, stage_name(run, stage)
     done = [name for name in run.stages if run.is_done(name)]
     if not done:
-        raise StoreError(f"no stage of {folder} is done yet; `run` with its recipe goes on.")
+        raise StoreError(f"no stage of {folder} is done yet; `run` with its recipe resumes it.")
     return run, done[-1]

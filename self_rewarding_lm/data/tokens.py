@@ -300,7 +300,7 @@ class Tokens:
             logger.warning(
                 "%s: the weights in %s were saved with another chat template than the one in use: "
                 "reference and policy will read prompts in a form that these weights were not "
-                "trained on. (check template_differs, told in docs/troubleshooting.md.)",
+                "trained on. (check template_differs, explained in docs/troubleshooting.md.)",
                 stage,
                 weights,
             )

@@ -101,8 +101,8 @@ def _warn_of_decay(ctx: Context, out: StageDir) -> None:
                 "%s: the loop's own mean score rose from %.4g (stage %s) to %.4g, while its "
                 "judge's agreement with people fell from %.3f to %.3f (pairwise accuracy on the "
                 "anchor, ties as a half). The scores are no longer a sign of better responses: "
-                "stop here, or go back to stage %s. How much of it may be chance is told in "
-                "docs/evaluation.md.",
+                "stop here, or go back to stage %s. docs/evaluation.md says how much of it may be "
+                "chance.",
                 *(ctx.stage, own_before, stage, own, anchor_before, anchor, stage),
             )
         return

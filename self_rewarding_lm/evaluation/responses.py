@@ -37,7 +37,12 @@ class ResponseMeasures:
 
 
 def measure_responses(texts: Sequence[str]) -> ResponseMeasures:
-    """Measure the texts of responses."""
+    """Length, diversity and repetition of responses, given as texts.
+
+    The result has count; characters and words, means over responses; distinct, by n = 1, 2, 3 the
+    different n-grams of words divided by all; repetition, the share of a response's 3-grams that
+    occur earlier in it; empty, the share of responses without a word. A measure of nothing is None.
+    """
     words = [text.split() for text in texts]
     repetitions = [share for split in words if (share := repetition(split)) is not None]
     return ResponseMeasures(

@@ -12,9 +12,9 @@ from self_rewarding_lm.scores import candidate_scores
 
 
 class Judge:
-    """Scores candidates. A subclass writes `judge`; everything else has a default.
+    """The base class of judges, which score candidates. A subclass writes `judge`.
 
-    `make_judge` gives these defaults to any object with a method `judge` too.
+    Everything else has a default; any object with a method `judge` gets these defaults too.
     """
 
     name: str = "judge"
@@ -28,8 +28,8 @@ class Judge:
     judges_blocks: bool = False
     """Whether `judge_block` has judgements to add."""
     needs_all: bool = False
-    """Whether its judgement of a candidate needs the prompt's others, also those that can be in no
-    pair; they are not shown to judges that do not."""
+    """Whether its judgement of a candidate needs the other candidates of the prompt, also those
+    that can be in no pair. Other judges do not get these."""
 
     def judge(
         self, ctx: Context, prompts: Sequence[Prompt], candidates_PG: Sequence[Sequence[Candidate]]
@@ -66,23 +66,24 @@ class Judge:
         candidates_PG: Sequence[Sequence[Candidate]],
         judgements: Sequence[Judgement],
     ) -> list[Judgement]:
-        """Judgements that are made of those of a stage's whole block, in all its processes.
+        """Further judgements, made from those of a stage's whole block, over all its processes.
 
-        candidates_PG: of each prompt of the block. judgements: all of theirs that `judge` gave. It
-        asks no model, and each process gets the same from it; ids are none of `judgement_ids`.
+        candidates_PG: for each prompt of the block its candidates. judgements: all that `judge`
+        gave for them. It uses no model and gives the same in each process; its ids are none of
+        `judgement_ids`.
         """
         return []
 
     def scores(
         self, candidates: Sequence[Candidate], judgements: Iterable[Judgement]
     ) -> dict[str, float | None]:
-        """The score of each of one prompt's candidates by its id; None if it is unknown."""
+        """The scores of one prompt's candidates, by candidate id; None if a score is unknown."""
         return candidate_scores(candidates, judgements)
 
     def scores_of_all(
         self, candidates_PG: Sequence[Sequence[Candidate]], judgements: Iterable[Judgement]
     ) -> dict[str, float | None]:
-        """The scores of several prompts' candidates, made prompt by prompt."""
+        """The scores of several prompts' candidates, by candidate id."""
         place_of = {c.id: place for place, group in enumerate(candidates_PG) for c in group}
         judgements_PG: list[list[Judgement]] = [[] for _ in candidates_PG]
         for judgement in judgements:
@@ -104,7 +105,7 @@ class Judge:
         return list(judgements)
 
     def weights_used(self) -> set[str]:
-        """Names of the weights that it asks the context for: "initial", stages, paths."""
+        """Names of the weights that the judge needs: "initial", stages, paths."""
         return set()
 
     def check_outside_stages(self) -> None:

@@ -24,16 +24,16 @@ MEASURES: dict[str, Measure | None] = {
 
 
 class CertaintyJudge(Judge):
-    """The mean certainty of the present weights over a response's tokens, its end token included.
+    """Scores a response by how sure the current weights are of it, as a mean over its tokens.
 
-    measure: "kl_uniform", KL(uniform || pi(. | what is before)), the self-certainty of
-    arXiv:2505.19590; "entropy", the entropy of pi with the sign changed; "logprob", log pi of the
-    token. All are in nats, and more is surer. pi is the model's own distribution over its whole
+    The end token is included. measure: "kl_uniform", KL(uniform || pi(. | tokens before)), the
+    self-certainty of arXiv:2505.19590; "entropy", the negative entropy of pi; "logprob", log pi of
+    the token. All are in nats; higher is surer. pi is the model's own distribution over its whole
     vocabulary, at temperature 1 and without filters. micro_batch_tokens: tokens that go through the
     model at once (default as in OptimConfig). A response has no score if it has no tokens
     (`empty`), is longer than the model's limit (`too_long`), or the mean is infinite (`not_finite`:
-    with "kl_uniform" if the model gives a token no probability at all). Raises JudgeError for a
-    measure that there is not.
+    with "kl_uniform" if the model gives a token no probability at all). Raises JudgeError for an
+    unknown measure.
 
     The candidates of a prompt go through the model together and with no others, once.
     """

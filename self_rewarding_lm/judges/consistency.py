@@ -33,16 +33,17 @@ MEASURES = {"kendall": kendall_tau_b, "spearman": spearman}
 
 
 class ConsistencyConfig(Config):
-    """Pairs count more, the more an earlier model ranks the candidates as the present one does."""
+    """Weights pairs by how far an earlier model and the current one rank the candidates alike."""
 
     previous: str | Path = INITIAL
     """Weights of the earlier model: "initial", an earlier stage's name or a path."""
     by: Literal["judge", "implicit"] = "judge"
-    """What ranks: the stage's own judge, asked once more with the earlier weights in the model; or
-    log pi(y|x) - log pi_initial(y|x) of each, summed (of initial weights, where that is 0, the mean
-    log pi_initial of a token; Algorithm 1)."""
+    """How each model ranks: "judge", by the stage's own judge, once more with the earlier weights;
+    "implicit", by log pi(y|x) - log pi_initial(y|x), summed over tokens (for the initial weights,
+    where this is 0, by the mean log pi_initial of a token; Algorithm 1)."""
     over: Literal["prompt", "mean"] = "mean"
-    """Whether all pairs have the mean over the prompts (the paper's), or each prompt its own."""
+    """"mean": all pairs get the mean over the prompts (the paper's); "prompt": each pair gets the
+    value of its own prompt."""
     measure: Literal["kendall", "spearman"] = "kendall"
     """The rank correlation; of Kendall's it is tau-b, which allows for ties."""
 
@@ -214,11 +215,11 @@ def smoothed(
     metrics = {"consistency/undefined_share": 1 - len(known) / max(1, len(of_prompts))}
     if mean is None:
         logger.warning(
-            "%s: of no prompt with a pair do the present and the earlier model (%s) both rank "
+            "%s: for no prompt with a pair do the current and the earlier model (%s) both rank "
             "the candidates: one of them gives all the same score, or none. The pairs are trained "
-            "without a label smoothing; a judge with finer scores "
+            "on without label smoothing; a judge with finer scores "
             f"({setting('score_mode', 'expected')}) or "
-            f"{setting('by', 'implicit')} would tell.",
+            f"{setting('by', 'implicit')} could rank them.",
             ctx.stage,
             config.previous,
         )

@@ -91,11 +91,11 @@ class Member(Judge):
 class EnsembleJudge(Judge):
     """Several judges of any kind: a candidate's score is the weighted mean of their scores.
 
-    judges: judges, or (judge, weight) with a weight over 0 (default 1). They should score on one
-    scale. Text functions and reward modules are judges too. filters: (judge, least score). A
+    judges: judges, text functions or reward modules, or (judge, weight) with a weight over 0
+    (default 1). They should score on one scale. filters: (judge, least score). A
     candidate to which a filter gives less, or no score, has no score and is counted as `filtered`.
     A candidate has no score either if one of `judges` gives it none: a mean over fewer judges does
-    not measure the same thing. A judge that is given twice is asked once. Each judgement is kept
+    not measure the same thing. A judge that is given twice judges once. Each judgement is kept
     under the label of its member: m0, m1, ... in the order in which the judges first occur.
     """
 

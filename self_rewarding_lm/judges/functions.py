@@ -18,9 +18,11 @@ from self_rewarding_lm.scores import score_of
 
 
 class FunctionJudge(Judge):
-    """A text function in TRL's form: f(prompts, completions, **columns) -> list[float | None].
+    """Scores by a text function in TRL's form: f(prompts, completions, **columns) -> scores.
 
-    Raises JudgeError for a function that does not take `prompts` and `completions` by these names.
+    columns: the other columns of the prompt rows. The scores are a list of float or None, one for
+    each completion. Raises JudgeError for a function that does not take `prompts` and `completions`
+    by these names.
     """
 
     reads_weights = False
@@ -86,11 +88,12 @@ class FunctionJudge(Judge):
 
 
 class ModuleJudge(Judge):
-    """A reward module or function: ids (b, t) -> (b,), (b, 1) or (b, classes).
+    """Scores by a reward module or function: ids (b, t) -> (b,), (b, 1) or (b, classes).
 
-    It is called with prompts and responses of equal length, at most max_rows at once, without
-    padding. From classes the score is the expected class number under their softmax. Outputs whose
-    number of columns follows the length are no classes: they raise JudgeError.
+    A row of ids is a prompt and a response. Rows of equal length are given together, at most
+    max_rows at once, without padding. From classes the score is the expected class number under
+    their softmax. Outputs whose number of columns follows the length are no classes: they raise
+    JudgeError.
     """
 
     reads_weights = False

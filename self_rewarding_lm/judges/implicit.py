@@ -23,17 +23,17 @@ Sums = Mapping[str, float]
 
 
 class ImplicitJudge(Judge):
-    """log pi(y|x) - log pi_ref(y|x), summed over the response's tokens, without the beta of DPO.
+    """Scores by DPO's implicit reward, log pi(y|x) - log pi_ref(y|x), summed, without beta.
 
-    reference: the weights of pi_ref: "initial", an earlier stage's name or a path; None leaves
-    log pi_ref out. weights: those of pi, named in the same way; default the present ones.
-    length_mean: divide the reward by the number of the response's tokens; by default only without a
-    reference (the first round of arXiv:2410.12735, where pi_ref is pi). micro_batch_tokens: tokens
-    that go through the model at once (default as in OptimConfig). A response has no score if it has
-    no tokens (`empty`) or is longer than the model's limit (`too_long`).
+    reference: the weights of pi_ref: "initial", an earlier stage's name or a path; None leaves log
+    pi_ref out. weights: those of pi, named in the same way; default the current ones. length_mean:
+    divide the reward by the number of the response's tokens; by default only without a reference
+    (the first round of arXiv:2410.12735, where pi_ref is pi). micro_batch_tokens: tokens that go
+    through the model at once (default as in OptimConfig). A response has no score if it has no
+    tokens (`empty`) or is longer than the model's limit (`too_long`).
 
     The candidates of a prompt go through the model together and with no others. So a reward is the
-    same bit for bit, whatever else is judged and however the work is stopped or shared.
+    same bit for bit, whatever else is judged, for any number of processes and interruptions.
     """
 
     name = "implicit"
@@ -61,7 +61,7 @@ class ImplicitJudge(Judge):
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """Names of the weights whose log-probs make the reward: pi's, then the reference's."""
+        """Names of the weights whose log-probs the reward uses: pi's, then the reference's."""
         return (self.weights,) if self.reference is None else (self.weights, self.reference)
 
     def of(self, candidate: Candidate, sums: Mapping[str, Sums]) -> Judgement:

@@ -24,7 +24,7 @@ from self_rewarding_lm.scores import score_of
 
 
 class RewardModelJudge(Judge):
-    """A sequence-classification model that reads prompt and response as a conversation.
+    """Scores by a sequence-classification model that reads prompt and response as a conversation.
 
     model: a folder, a name on the hub or a module. tokenizer: default the one beside the model.
     chat_template: a name or Jinja text; default the tokenizer's own. torch_dtype: default that of

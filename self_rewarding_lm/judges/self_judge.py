@@ -24,11 +24,12 @@ from self_rewarding_lm.scores import ParsedScore
 class SelfJudge(Judge):
     """A model scores each candidate with a reward prompt (arXiv:2401.10020, 2.2).
 
-    num_judgements: of each candidate; always 1 if `reward.forced_ending` is "at_once", because
-    nothing is sampled then and all would be equal. model: the judge (the LLM annotator of
+    sampling: how judgements are sampled. num_judgements: of each candidate; always 1 if
+    `reward.forced_ending` is "at_once", because nothing is sampled then. name: in the judgements.
+    model: the judge (the LLM annotator of
     arXiv:2402.04792), which reads the policy's tokens; None for the policy itself. first: the
     number of the first judgement of a candidate, if other judges make those before. asker: answers
-    the questions in place of a model.
+    the judge prompts in place of a model.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class PairwiseJudge(Judge):
     candidates from them. N candidates take N (N - 1) judgements, `num_judgements` times.
 
     sampling: default temperature 0.7, top-p 0.9 (arXiv:2401.10020, 3.1.3). model: the judge; None
-    for the policy itself. asker: answers the questions in place of a model.
+    for the policy itself. asker: answers the judge prompts in place of a model.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ CUT = ("length", "max_tokens")
 
 
 class ServerJudge(Judge):
-    """A model at an OpenAI-compatible address judges (the LLM annotator of arXiv:2402.04792).
+    """A model on an OpenAI-compatible server judges (the LLM annotator of arXiv:2402.04792).
 
     As `rewarding_model` of a self-reward stage it uses the stage's reward prompts (or comparison),
     `judging` and number of judgements. As `judge=` of any stage it uses those given here.
@@ -72,7 +72,7 @@ class ServerJudge(Judge):
     timeout, max_retries: as for ServerEngine.
 
     Scores are read in the model's text. Raises ConfigError for expected and forced scores, which
-    need the policy's own tokens, for filter_fn and stop_fn, and at the first question for settings
+    need the policy's own tokens, for filter_fn and stop_fn, and at the first request for settings
     that the server refuses.
     """
 

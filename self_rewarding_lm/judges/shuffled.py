@@ -21,15 +21,14 @@ UNMOVED = "unmoved"
 
 
 class ShuffledJudge(Judge):
-    """The scores of another judge, dealt anew among the candidates of a block by chance.
+    """A control: shuffles another judge's scores among the candidates of a block.
 
     of: the judge whose scores are moved: any Judge, an object with a method `judge`, a function of
-    texts, a module. None: the stage's own, with its reward prompts. A block are the stage's
-    `prompts_per_block` prompts; with 1 scores stay within their prompt. In a block the scores are
-    the same numbers, equally often, and which candidate has which is a function of the stage's seed
-    and the candidates' ids alone. All orders are equally likely, so a candidate may keep its own.
-    What moves is what a candidate's judgements come to. A candidate whose judgements have no score
-    hands on that it has none; one that was not judged has no part in it.
+    texts, a module. None: the stage's own, with its reward prompts. A block is
+    `prompts_per_block` prompts of the stage; with 1, scores stay within their prompt. The block
+    keeps its scores, in an order that is a function of the stage's seed and the candidates' ids
+    alone. All orders are equally likely, so a candidate may keep its own score. A missing score of
+    a judged candidate is moved like any other; candidates that were not judged take no part.
 
     The inner judge's judgements stay on disk as they are, `<candidate id>/unmoved/j0`, by
     `unmoved:<judge>`. The score that counts is `<candidate id>/j0` by `shuffled`, whose source is
@@ -81,7 +80,7 @@ class ShuffledJudge(Judge):
         candidates_PG: Sequence[Sequence[Candidate]],
         judgements: Sequence[Judgement],
     ) -> list[Judgement]:
-        """A judgement of each judged candidate, with the score of a candidate drawn by chance."""
+        """For each judged candidate a judgement with the score of a randomly drawn candidate."""
         # 1. what the inner judge's judgements come to; `inner` is empty unless it moves some itself
         inner = self.member.judge_block(ctx, candidates_PG, judgements)
         own = self.member.own([*judgements, *inner])

@@ -102,7 +102,7 @@ class VoteJudge(Judge):
     extract: "number" (`last_number`), "choice" (`last_choice`), or a function from a response's
     text to its answer (any value that can be compared and hashed) or None. The share is of all
     candidates of the prompt (k of arXiv:2411.04109, section 2), those without an answer included;
-    these have no score (`no_answer`). A judgement's text is the answer. No model is asked.
+    these have no score (`no_answer`). A judgement's text is the answer. No model is used.
     """
 
     reads_weights = False

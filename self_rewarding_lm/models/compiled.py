@@ -37,8 +37,8 @@ def uncompiled(module: nn.Module) -> nn.Module:
         vars(part).pop("_is_torch_compile", None)  # a mark of torch's
     if was_compiled:
         logger.warning(
-            "the %s is compiled (torch.compile): it is run as it is, without the compiled code, "
-            "which does not go with rows of ever other lengths. Its weights are the same.",
+            "the %s is compiled (torch.compile): its own module is run, without the compiled code, "
+            "which would be compiled again for each length of rows. Its weights are the same.",
             type(module).__name__,
         )
     return module

@@ -57,8 +57,8 @@ class GgufOpener:
             folder = self._keep(file, name, partial(_write_model, module), size)
         if folder is not None:
             logger.info(
-                "%s is opened from %s, which was made of it and holds %.0f MB. Delete that folder "
-                "to have the room back; %s names another place for such folders.",
+                "%s is opened from %s, a copy of %.0f MB. You may delete that folder; %s names "
+                "another place for such folders.",
                 *(file.name, folder, (self.cache.size(folder) or 0) / 1e6, CACHE_VARIABLE),
             )
         if folder is not None and (module is None or options.get("device_map") is not None):

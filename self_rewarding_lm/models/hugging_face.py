@@ -215,7 +215,7 @@ class HuggingFaceModel:
             return
         if self.cache_limit < math.inf:
             logger.warning(
-                "%s: rows that come to %d tokens or more cost a whole forward a token, as its "
+                "%s: in rows of %d tokens or more each token costs a whole forward, because its "
                 "cache takes no rows of different lengths beyond that.",
                 name,
                 self.cache_limit,
@@ -229,7 +229,7 @@ class HuggingFaceModel:
             )
         if not self.pads and self.training is not None and not self.training.packs:
             logger.warning(
-                "%s is trained on rows of one length at a time, as padded rows get other logits.",
+                "%s is trained on rows of one length at a time: padding changes its logits.",
                 name,
             )
 

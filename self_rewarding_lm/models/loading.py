@@ -99,8 +99,8 @@ def load_causal_lm(
 
     A folder may hold an adapter of peft: then its base model is loaded too, and the adapter can be
     trained further. torch_dtype: by default float32, in which the updates of small learning rates
-    are not rounded away. cache_folder: where a GGUF file that was read is kept as a folder, from
-    which it opens in a second; default what the environment variable SELF_REWARDING_LM_CACHE names,
+    are not rounded away. cache_folder: where the weights of a GGUF file are kept once they were
+    read, so that it opens in a second; default the environment variable SELF_REWARDING_LM_CACHE,
     else self_rewarding_lm in the user's cache directory. The tokenizer is None if there is none.
     Raises ConfigError for what cannot be found or read.
     """

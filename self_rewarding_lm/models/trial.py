@@ -110,7 +110,7 @@ def beyond_rounding(way: str, error: float) -> str | None:
     if error > 1:
         logger.warning(
             "%s gives logits that differ by %.1f times what rounding does with these weights; it "
-            "is used all the same, as its parts are known to be right.",
+            "is used all the same, because its parts are known to be right.",
             way,
             error,
         )

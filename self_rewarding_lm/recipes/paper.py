@@ -51,41 +51,38 @@ def paper_recipe(
 
     `sft_baseline`: M0 on the instruction rows. `eft`: the baseline writes judgements of the
     human-ranked replies. `m1`: M0 again, on the instruction rows and those judgements. `m2`, `m3`:
-    each answers new prompts, judges its answers and is trained on best against worst by DPO.
+    the model answers new prompts, judges its responses and is trained on best against worst by DPO.
     Sections in brackets are the paper's.
 
-    ift: Instruction rows with a human answer, 3,200 in the paper (3.1.1).
-    prompts: New prompts: one dataset for all rounds, a tuple with one a round, or SelfInstruct.
+    ift: Instruction rows with a human response, 3,200 in the paper (3.1.1).
+    prompts: New prompts: one dataset for all rounds, a tuple with one for each, or SelfInstruct.
     ranked: Replies ranked by people, for EFT (3.1.1). None: no EFT, and m1 is trained on the
         instruction rows alone, without a baseline before it (the ablation of 3.2).
     valid_ift: Held-out instruction rows; their loss is logged.
-    iterations: Rounds of self-rewarding behind m1 (3.1.3).
+    iterations: Rounds of self-rewarding after m1 (3.1.3).
     num_generated_preference_pairs: Pairs of each round; the last of several numbers holds for all
-        further rounds. None: the paper's 3,964 and 6,942 (3.1.3) where the prompts suffice for them
-        in one pass, else what one pass gives.
-    num_candidate_responses: Responses sampled to a prompt, N (3.1.3).
-    num_sampled_reward_responses: Judgements of a response, averaged (3.1.3).
-    temperature: Of sampled responses and judgements (3.1.3).
-    top_p: Of sampled responses and judgements (3.1.3).
-    max_new_tokens: Of a response and of a judgement; ours, the paper does not say.
-    sft_learning_rates: At the first and the last step of supervised stages, cosine (3.1.3).
-    dpo_learning_rates: At the first and the last step of the rounds, cosine (3.1.3).
-    sft_epochs: Passes over the rows of supervised stages. Default: the stage's, 3 (ours).
-    dpo_epochs: Passes over the pairs of a round. Default: the stage's, 1 (ours).
-    batch_size: Rows or pairs an optimiser step (3.1.3).
-    dropout: While training (3.1.3).
-    dpo_beta: beta of DPO (3.1.3).
-    early_stopper_eval_module: A module or function of the model -> one number, asked every
-        eval_every steps of a round; training stops where it no longer rises. None: no early
-        stopping. The paper stopped by a judge's comparison on 253 prompts (3.1.3).
-    eval_every: Steps between these checks (3.1.3).
-    positive_only: In place of DPO, M0 is trained anew in each round, on the seed data and the
+        further rounds. None: the paper's 3,964 and 6,942 (3.1.3) if one pass over the prompts can
+        give them, else what one pass gives.
+    num_candidate_responses: Responses sampled to each prompt, N (3.1.3).
+    num_sampled_reward_responses: Judgements of each response, averaged (3.1.3). temperature:
+    Temperature of sampled responses and judgements (3.1.3). top_p: Top-p of sampled responses and
+    judgements (3.1.3). max_new_tokens: Most tokens of a response and of a judgement; ours, the
+    paper does not say. sft_learning_rates: At the first and the last step of supervised stages,
+    cosine (3.1.3). dpo_learning_rates: At the first and the last step of the rounds, cosine
+    (3.1.3). sft_epochs: Passes over the rows of supervised stages. Default: the stage's, 3 (ours).
+    dpo_epochs: Passes over the pairs of a round. Default: the stage's, 1 (ours). batch_size: Rows
+    or pairs of an optimiser step (3.1.3). dropout: Dropout in training (3.1.3). dpo_beta: beta of
+    DPO (3.1.3). early_stopper_eval_module: A module or function of the model -> one number, called
+    every eval_every steps of a round; training stops when it no longer rises. None: no early
+    stopping. The paper stopped by a judge's comparison on 253 prompts (3.1.3). eval_every: Steps
+    between these checks (3.1.3). positive_only: In place of DPO, M0 is trained anew in each round,
+    on the seed data and the
         responses with the top score (the comparison of 3.2).
     sft: Further settings of the supervised stages, over all of the above.
     eft: Further settings of the EFT stage.
     self_reward: Further settings of the rounds.
 
-    Raises ConfigError where a setting is unknown or out of its range.
+    Raises ConfigError if a setting is unknown or out of its range.
     """
     if iterations < 0:
         raise ConfigError(f"iterations must be 0 or more; got {iterations}.")
@@ -145,10 +142,11 @@ def create_default_paper_config(
     """M0 -> SFT -> M1 -> self-reward DPO -> M2 -> self-reward DPO -> M3 (arXiv:2401.10020).
 
     `paper_recipe` has the paper's EFT step too. self_reward_prompt_dataset: one dataset for all
-    rounds, or a tuple with one a round. num_generated_preference_pairs: a number a round; default
-    two rounds with the paper's 3,964 and 6,942 (3.1.3) where the prompts suffice for them in one
-    pass, else what one pass gives. dpo_num_train_steps: optimiser steps a round; default: one
-    epoch. sft_config and self_reward_config: further settings of SFTConfig and SelfRewardDPOConfig.
+    rounds, or a tuple with one for each. num_generated_preference_pairs: a number for each round;
+    default two rounds with the paper's 3,964 and 6,942 (3.1.3) if one pass over the prompts can
+    give them, else what one pass gives. dpo_num_train_steps: optimiser steps of a round; default:
+    one epoch. sft_config and self_reward_config: further settings of SFTConfig and
+    SelfRewardDPOConfig.
     """
     common = {
         "num_train_steps": dpo_num_train_steps,

@@ -24,7 +24,7 @@ STAGE_KINDS = {stage.folder_name: stage for stage in STAGES}
 
 
 class LoraSettings(Config):
-    """A LoRA adapter, in peft's words."""
+    """A LoRA adapter; the settings have peft's names."""
 
     r: int = Field(default=16, ge=1)
     """Rank."""
@@ -47,26 +47,26 @@ class RecipeSettings(Config):
     """M0: a folder that save_pretrained wrote, a name on the hub, a .gguf file, or
     package.module:attribute (a torch module, or a function without arguments that makes one)."""
     out: str = "checkpoints"
-    """The run's folder. The same recipe with the same folder goes on where it was stopped."""
+    """The run's folder. The same recipe with the same folder resumes where it was stopped."""
     paper: Object = None
     """The paper's stages; the settings are those of paper_recipe."""
     stages: Object = None
     """In place of `paper`: a list of stages of your own."""
     reward_prompts: Object = None
-    """How responses are judged, by name; stages judge by `default` unless they name another."""
+    """Reward prompts by name; stages use `default` unless they name another."""
     engine: Object = None
-    """A server that generates and judges with the stages' weights (docs/server.md); null: this
+    """A server that generates and judges with the stages' weights (docs/server.md). None: this
     process does."""
     tokenizer: str | None = None
-    """A folder, a name on the hub or package.module:attribute. null: the model's own."""
+    """A folder, a name on the hub or package.module:attribute. None: the model's own."""
     chat_template: str | None = None
-    """plain, chatml, llama-3, gemma, zephyr, jinja text, or raw (texts as they are). null: the
-    tokenizer's own, plain where it has none."""
+    """plain, chatml, llama-3, gemma, zephyr, jinja text, or raw (texts as they are). None: the
+    tokenizer's own, or plain if it has none."""
     torch_dtype: str | None = None
-    """Of a model that is loaded by name: auto, float32, bfloat16 (bf16), float16, float64. null:
-    float32, in which small learning rates are not rounded away."""
+    """Type of the weights: auto, float32, bfloat16 (bf16), float16, float64. None: float32, in
+    which updates at small learning rates are not rounded away."""
     device_map: str | dict[str, int | str] | None = None
-    """Where the parts of a model are put (transformers), for one process alone."""
+    """Devices of the parts of a model (transformers); for a single process."""
     load_in_4bit: bool = False
     """Load the model in 4 bits (bitsandbytes); with `peft`."""
     peft: LoraSettings | None = None
@@ -74,16 +74,16 @@ class RecipeSettings(Config):
     merge_adapter: bool = False
     """Write the model with the adapter merged to <out>/merged after the last stage."""
     keep_stages: int | None = Field(default=None, ge=1)
-    """How many of the stages that are done keep their weights on disk, the last ones. null: all."""
+    """How many finished stages keep their weights on disk: the last ones. None: all."""
     report: bool = True
     """Write report.html into the run's folder when the run is done."""
     report_to: str | tuple[str, ...] = ()
     """Trackers that get all metrics: wandb, tensorboard, mlflow, trackio, comet_ml, aim, ... as
     Accelerate names them; one, or a list. Their files are in <out>/trackers."""
     eos_id: int | None = Field(default=None, ge=0)
-    """The token that ends a response. null: the tokenizer's and the model's own."""
+    """The token that ends a response. None: those of the tokenizer and the model."""
     seed: int = 0
-    """Of sampling, of the order of rows and of dropout."""
+    """Seed of sampling, of the order of rows and of dropout."""
     accelerate: dict[str, Any] = Field(default={})
     """Arguments of accelerate.Accelerator, for example {mixed_precision: bf16}."""
 
@@ -95,11 +95,11 @@ class RecipeSettings(Config):
 
 
 class RubricSettings(RewardConfig):
-    """A reward prompt that begins with one of the library's own."""
+    """A reward prompt that changes settings of one of the library's own."""
 
     rubric: Literal["paper", "short"] = "paper"
-    """Where the settings that are not given come from: `paper` is the paper-length additive
-    rubric, `short` the one of 700 characters for models with little room."""
+    """The reward prompt whose settings are taken if they are not given: `paper` is the paper-length
+    additive rubric, `short` one of 700 characters for models with little room."""
 
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

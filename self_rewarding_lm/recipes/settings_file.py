@@ -34,10 +34,10 @@ A recipe: the whole of Self-Rewarding Language Models (arXiv:2401.10020), from M
   self-rewarding-lm run recipe.yaml
 
 `self-rewarding-lm run --settings` prints this file. Lines that begin with two marks say what a
-setting is; lines that begin with one hold a setting at its default: take the mark and the space
-behind it away to change it. Everything is checked before any work. Relative paths start at this
-file's folder. Flags (`self-rewarding-lm run --help`) stand above what the file says. An editor with
-a YAML language server completes and checks the file by the schema that the first line names
+setting is; lines that begin with one hold a setting at its default: remove the mark and the space
+after it to change the setting. Everything is checked before any work. Relative paths start at this
+file's folder. Flags (`self-rewarding-lm run --help`) override the file. An editor with a YAML
+language server completes and checks the file by the schema that the first line names
 (`self-rewarding-lm schema` prints it).
 
 A dataset is one of:
@@ -50,8 +50,7 @@ A dataset is one of:
                      prompts are wanted; further settings below
   several            [one, another], one after the other
   one a round        {rounds: [one, another]}, for the prompts of `paper`
-Functions, modules and classes are named package.module:attribute. None, in what is said here, is
-null in the file.
+Functions, modules and classes are named package.module:attribute. Write null for None.
 """
 
 

@@ -89,12 +89,12 @@ def write_report(
     *,
     examples: int = EXAMPLES,
 ) -> Path:
-    """Write the page of one or several runs, which may still be going on; its path.
+    """Write the report of one or several runs as an HTML file. Returns its path.
 
-    out: default report.html in the folder of the first run. examples: prompts, with all that
-    came of them, that the page holds at most; their numbers count all. Raises ConfigError without
-    a run, StoreError if a folder holds none, a record's file was changed, or the page cannot be
-    written.
+    The runs may still be active. out: default report.html in the folder of the first run.
+    examples: most prompts that the page shows with their candidates; all other numbers count
+    everything. Raises ConfigError without a run, StoreError if a folder holds none, a record's file
+    was changed, or the page cannot be written.
     """
     runs = [runs] if isinstance(runs, str | Path | Run) else runs
     if not runs:
@@ -153,7 +153,7 @@ def report_at_end(run: Run) -> None:
         logger.info("report: %s", write_report([run]))
     except Exception as error:
         logger.warning(
-            "the report of %s could not be written (%s: %s); the run is whole. Try again with "
+            "the report of %s could not be written (%s: %s); the run is complete. Try again with "
             "`self-rewarding-lm report %s`.",
             run.folder,
             type(error).__name__,
@@ -262,7 +262,7 @@ def _about(run: RunFigures) -> str:
 def _facts(run: RunFigures) -> Iterator[tuple[str, str]]:
     """What the run took in all, and what came of it: names and numbers."""
     totals = run.totals
-    yield "time in all", _with_lost(run.seconds, sum(stage.lost for stage in run.stages))
+    yield "total time", _with_lost(run.seconds, sum(stage.lost for stage in run.stages))
     named = {"prompts": "prompts", "pairs": "pairs", "steps": "steps", **TOKENS}
     yield from ((named[key], number(totals[key])) for key in named if key in totals)
 

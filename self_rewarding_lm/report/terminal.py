@@ -175,7 +175,7 @@ def _why_none(noun: str, responses: Sequence[Response], settings: dict[str, Any]
     ]
     scored = [response for response in whole if response.score is not None]
     scores = [response.score for response in scored if response.score is not None]
-    needs = f"and a {noun} needs two that are whole"
+    needs = f"and a {noun} needs two that are complete"
     least = 1 if cut and settings.get("cut_off") == "lowest" else 2  # the others have a score too
     if len(whole) < least and reasons:
         return f"{len(reasons)} of {len(candidates)} have no response ({reasons[0]}), {needs}"
@@ -184,11 +184,11 @@ def _why_none(noun: str, responses: Sequence[Response], settings: dict[str, Any]
     if len(whole) > 1 and len({response.text or response.ids for response in whole}) == 1:
         return "all responses are the same (identical)"
     if any(response.has_parts for response in whole):
-        return "what the parts of its scores come to made none"
+        return "the scores, as made from their parts, gave none"
     if len(scored) < least:
         return f"{len(whole) - len(scored)} of {len(whole)} have no score, and a {noun} needs two"
     if min(scores) == max(scores):
-        return f"the best and the worst have one score, {number(scores[0])} (tie)"
+        return f"the best and the worst have the same score, {number(scores[0])} (tie)"
     margin = settings.get("min_margin") or 0.0
     if max(scores) - min(scores) < margin:
         return f"the scores differ by less than min_margin, {number(margin)}"

@@ -1,4 +1,4 @@
-"""What a person would say of a run, in two or three sentences.
+"""The verdict on a run, in two or three sentences.
 
 Reads metrics and counts prompts; reads no other record. Limits are those of the checks.
 """
@@ -130,7 +130,7 @@ MEASURES = (
 def _in_words(made: Made) -> str:
     different = f" ({made.rows:,} different)" if made.rows < made.prompts else ""
     source = f" from {_count(made.prompts, 'prompt')}{different}" if made.prompts else ""
-    cut = "" if made.cut is None else f", {percent(made.cut)} of the answers were cut off"
+    cut = "" if made.cut is None else f", {percent(made.cut)} of the responses were cut off"
     return (
         f"{made.name}: {_count(made.pairs, made.noun)}{source}{cut}, {_count(made.steps, 'step')}"
     )
@@ -144,13 +144,13 @@ def _judging(made: Made) -> Iterator[str]:
     if made.is_unread:
         yield f"The judge could hardly be read: {read}."
     elif made.tells_nothing:
-        yield f"The judge gave one score to {percent(made.commonest or 0)} of the answers."
+        yield f"The judge gave one score to {percent(made.commonest or 0)} of the responses."
     else:
         tied = "" if made.tied is None else f", best and worst tie in {percent(made.tied)}"
         spread = (
             "" if made.commonest is None else f", its commonest is {percent(made.commonest)} of all"
         )
-        yield f"The judge tells answers apart: {read}{spread}{tied}."
+        yield f"The judge tells responses apart: {read}{spread}{tied}."
 
 
 def _supervised(figures: Sequence[StageFigures]) -> Iterator[str]:
@@ -194,7 +194,7 @@ def _is_accuracy(key: str) -> bool:
 def _advice(made: Sequence[Made]) -> str:
     """What to change, the most urgent first."""
     advice = {
-        "raise max_new_tokens, so that answers end": any(one.was_cut for one in made),
+        "raise max_new_tokens, so that responses end": any(one.was_cut for one in made),
         "make the reward prompt fit what the judge writes, or score_mode: expected": any(
             one.is_unread for one in made
         ),

@@ -73,7 +73,7 @@ class Cache:
             if self.root not in _given_up:
                 _given_up.add(self.root)
                 logger.warning(
-                    "nothing new is kept in %s (%s: %s); what can be kept is made again each time. "
+                    "nothing can be kept in %s (%s: %s); it is made again each time. "
                     "%s names another folder.",
                     *(self.root, type(error).__name__, f"{error!s:.300}", CACHE_VARIABLE),
                 )

@@ -11,17 +11,17 @@ from self_rewarding_lm.runs.run import Run
 
 
 class Callback:
-    """What a run tells of: write the methods that you want; the others do nothing.
+    """Methods that a run calls: write those that you want; the others do nothing.
 
     An object of any other class with some of these methods is a callback too. `ctx` is the stage's
     context, as `run` of a stage of your own gets it. An error that a method raises ends the run,
-    which goes on from there when it is started again.
+    which can be resumed from there.
     """
 
     def check(self, ctx: Any) -> None:
         """Called once for each stage before the first begins, on all processes.
 
-        Raise an error for whatever can be known to be wrong by then.
+        Raise an error for everything that is known to be wrong by then.
         """
 
     def on_pairs(self, ctx: Any, pairs: Sequence[PreferencePair]) -> None:
@@ -33,16 +33,15 @@ class Callback:
     def on_step_end(self, ctx: Any, metrics: Mapping[str, float], step: int) -> None:
         """An optimiser step is done and logged; called on all processes.
 
-        metrics: what metrics.jsonl holds of it: loss, grad_norm, learning_rate, ... step: from 1,
-        over all rounds of the stage.
+        metrics: its line in metrics.jsonl: loss, grad_norm, learning_rate, ... step: from 1, over
+        all rounds of the stage.
         """
 
     def on_stage_trained(self, ctx: Any, out: Any) -> None:
         """The stage's weights are in the model and on disk, and it is not yet done; called on all
         processes.
 
-        Metrics (`out.log`) and `out.summary` can still be added to. Called again if a run is
-        stopped in it.
+        `out.log` and `out.summary` can still be written. Called again if the run is stopped in it.
         """
 
     def on_stage_end(self, run: Run, stage: str, model: nn.Module) -> None:

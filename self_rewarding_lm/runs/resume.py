@@ -194,7 +194,7 @@ def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any
             "random model: the same torch.manual_seed; after an interruption: a fresh model), or "
             f"{_anew()}."
         )
-    logger.warning("%s; it is trained again from those of now.", words)
+    logger.warning("%s; it is trained again from the present ones.", words)
 
 
 def _remove_run(folder: Path, stages: Sequence[str]) -> None:

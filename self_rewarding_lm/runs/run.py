@@ -55,9 +55,9 @@ def of_another_run(which: str) -> bool:
 class Run:
     """Reads a run directory. A stage is named by its name, its folder or its place (0, 1, ...).
 
-    Records come as sequences that read a record when it is asked for; `list(...)` takes them all
-    into memory. They are those that were on disk when the sequence was made.
-    `Run.open(folder)` raises StoreError if the folder holds no run.
+    Records are sequences that read a record from disk when it is accessed; `list(...)` reads all
+    into memory. They are those that were on disk when the sequence was made. `Run.open(folder)`
+    raises StoreError if the folder holds no run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,6 +67,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
+        """The run in a folder. Raises StoreError if the folder holds none."""
         if not (Path(folder) / "run.json").exists():
             raise StoreError(f"{folder} holds no run: there is no run.json in it.")
         return cls(Path(folder))
@@ -91,27 +92,32 @@ class Run:
 
     @property
     def format(self) -> int:
-        """By which rules the run makes its records: 1 if version 0.1.0 began it, else 2."""
+        """The version of the rules by which records are made: 1 if 0.1.0 began the run, else 2."""
         return self.info["format"]
 
     @property
     def begun(self) -> datetime:
-        """When it began; templates that ask for the date get this one, whenever the run goes on."""
+        """When the run began; templates that ask for the date get this one, also when resumed."""
         return datetime.strptime(self.info["created"], "%Y-%m-%dT%H:%M:%S%z")
 
     def is_done(self, stage: str | int) -> bool:
+        """Whether the stage is finished."""
         return self.stage(stage).is_done
 
     def prompts(self, stage: str | int) -> Sequence[Prompt]:
+        """The prompts that the stage has used."""
         return self.stage(stage).stored(Prompt)
 
     def candidates(self, stage: str | int) -> Sequence[Candidate]:
+        """The responses that the stage sampled, or took from another stage."""
         return self.stage(stage).stored(Candidate)
 
     def judgements(self, stage: str | int) -> Sequence[Judgement]:
+        """The judgements of the stage's candidates."""
         return self.stage(stage).stored(Judgement)
 
     def meta_judgements(self, stage: str | int) -> Sequence[MetaJudgement]:
+        """The comparisons of two judgements (MetaRewardDPOConfig)."""
         return self.stage(stage).stored(MetaJudgement)
 
     def pairs(self, stage: str | int) -> Sequence[PreferencePair]:
@@ -123,16 +129,19 @@ class Run:
         return self.stage(stage).stored(Advantage)
 
     def demonstrations(self, stage: str | int) -> Sequence[Demonstration]:
+        """The responses that the stage made for supervised training (EFT, SelfRewardSFTConfig)."""
         return self.stage(stage).stored(Demonstration)
 
     def training_data(self, stage: str | int) -> Sequence[Demonstration | PreferencePair]:
-        """What `from_stage` stands for: the stage's demonstrations, or its pairs if it has none."""
+        """What `from_stage` reads: the stage's demonstrations, or its pairs if it has none."""
         return self.demonstrations(stage) or self.pairs(stage)
 
     def reference(self, stage: str | int) -> Sequence[ReferenceLogprobs]:
+        """The log-probs of the stage's pairs under its reference."""
         return self.stage(stage).stored(ReferenceLogprobs)
 
     def rows(self, stage: str | int) -> Sequence[TrainingRow]:
+        """The rows that a supervised stage trained on, as token ids."""
         return self.stage(stage).stored(TrainingRow)
 
     def preference_rows(self, stage: str | int) -> Sequence[dict[str, Any]]:

@@ -39,35 +39,37 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingConfig(FinetuneConfig):
-    """A stage that fits weights.
+    """A stage that trains weights.
 
-    Its length is `num_train_steps` or `optim.epochs`, not both; early stopping may end it sooner.
+    It trains for `num_train_steps` or `optim.epochs`, not both; early stopping may end it sooner.
     """
 
     default_learning_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-7)
     default_epochs: ClassVar[int] = 1
 
     max_seq_len: int | None = Field(default=None, ge=2)
-    """Prompt and response together; longer rows are cut at the end. Default: the model's limit."""
+    """Tokens of prompt and response together; longer rows are cut at the end. Default: the model's
+    limit."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """While training (the paper's 0.1); sampling, judging and the reference are always without. At
-    0 jitter of routers and layers that are left out are off too. An adapter keeps its own rate
-    (lora_dropout) unless it is given here."""
+    """Dropout in training (the paper's 0.1); sampling, judging and the reference have none. 0 also
+    switches off router jitter and layer drop. An adapter keeps its own rate (lora_dropout) unless
+    it is given here."""
     num_train_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps."""
+    """Optimiser steps of the stage, in place of optim.epochs."""
     early_stopper_eval_module: Object = None
-    """A module or function of the model -> one number, asked every optim.eval_every steps; or
+    """A module or function of the model -> one number, called every optim.eval_every steps; or
     HeldOutReward, WinRateOverLast, VerifierAccuracy (docs/evaluation.md)."""
     early_stopper_mode: Literal["max", "min"] = "max"
-    """Whether more or less of that number is better."""
+    """Whether a higher or a lower number is better."""
     early_stopper_patience: int = Field(default=1, ge=1)
-    """Checks without a better score before training stops."""
+    """Checks without a better number before training stops."""
     optim: OptimConfig = OptimConfig()
-    """How weights are fitted."""
+    """How the stage trains."""
     on_bad_row: OnBadRow = "raise"
-    """A row that cannot be used: an error that names it; or "skip", it is left out and counted."""
+    """A row that cannot be used: "raise", an error that names it; "skip", it is left out and
+    counted."""
     checks: ChecksConfig = ChecksConfig()
-    """Numbers that go wrong, and what happens then."""
+    """Limits for numbers that go wrong, and what happens beyond them."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingConfig":
@@ -164,8 +166,8 @@ class TrainingConfig(FinetuneConfig):
             Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell).see(
                 "few_steps",
                 steps,
-                f"{steps} optimiser step{'s were' if steps != 1 else ' was'} taken, which hardly "
-                f"make{'s' if steps == 1 else ''} another model: nothing can be concluded from it. "
+                f"the stage took {steps} optimiser step{'s' if steps != 1 else ''}, which hardly "
+                f"change{'s' if steps == 1 else ''} the model: nothing can be concluded from it. "
                 "More rows, pairs or epochs (optim.epochs) and a smaller optim.batch_size give "
                 "more steps.",
             )
@@ -322,7 +324,7 @@ def report_unanswered(ctx: Context, out: StageDir, candidates: Iterable[Candidat
     if missing:
         out.log({"step": 0, **{f"pairs/dropped_{k}": n for k, n in sorted(missing.items())}})
         found = ", ".join(f"{n} {reason}" for reason, n in missing.most_common())
-        logger.warning("%s: rows without an answer of the server: %s", ctx.stage, found)
+        logger.warning("%s: rows without a response from the server: %s", ctx.stage, found)
 
 
 def see_cut(checker: Checker, cut: int, sequences: int, limit: int | None) -> None:
@@ -331,7 +333,7 @@ def see_cut(checker: Checker, cut: int, sequences: int, limit: int | None) -> No
         "rows_truncated",
         cut / max(1, sequences),
         f"{cut} sequences of {sequences} were longer than {limit} tokens (max_seq_len) and were "
-        "cut at the end; they lost their end token, so an end is not learnt from them. Raise "
+        "cut at the end; without their end token the model does not learn to end. Raise "
         "max_seq_len, or leave long rows out.",
     )
 

@@ -45,20 +45,19 @@ NO_ROOM = "no_room"
 
 
 class Contrast(Config):
-    """Two texts, one of which is shown with a prompt: for a property, and against it.
+    """Two texts that are shown with a prompt, one for each response: for a property and against it.
 
     Their wording should be alike, so that responses differ in the property alone
     (arXiv:2307.12950, section 3).
     """
 
     positive: str = Field(min_length=1)
-    """Asks for the property; what it gives is chosen."""
+    """Asks for the property; the response to it is chosen."""
     negative: str = Field(min_length=1)
-    """Asks against it; what it gives is rejected."""
+    """Asks against the property; the response to it is rejected."""
     kind: Literal["system", "prefix", "suffix"] = "system"
-    """"system": a system message, behind the prompt's own where it has one. "prefix", "suffix":
-    before or behind the text of the last user message, with nothing between that you do not
-    write."""
+    """"system": a system message, after the prompt's own if it has one. "prefix", "suffix":
+    directly before or after the text of the last user message."""
 
     @model_validator(mode="after")
     def _differ(self) -> "Contrast":
@@ -339,9 +338,9 @@ class ContrastMaker(PairMaker):
                 "identical_pairs",
                 metrics["contrast/identical_rate"],
                 f"{counts['identical']} of {counts['finished']} prompts got the same response on "
-                "both sides of their contrast and give no pair: the model does not heed the "
+                "both sides of their contrast and give no pair: the model ignores the "
                 "contrasts. Raise generation.temperature, make the texts differ more, or try "
-                f"{setting('kind', 'prefix')} where the model was not trained with system "
+                f"{setting('kind', 'prefix')} if the model was not trained with system "
                 "messages.",
             )
 
@@ -402,12 +401,13 @@ class NoJudge(Judge):
 
 
 class ContrastiveDPOConfig(SelfRewardDPOConfig):
-    """The response to a prompt with a positive text wins against that to it with a negative one.
+    """DPO on contrastive pairs, without a judge: RLCD's pairs (arXiv:2307.12950).
 
-    Both responses are sampled from the present weights, and trained on as responses to the prompt
-    alone. No judge scores them unless `confirm` asks the one that SelfRewardDPOConfig would ask.
-    Defaults: beta 0.1, learning rate 5e-7, one epoch, as in known implementations with system
-    messages; arXiv:2307.12950 trains a reward model on such pairs, and then the policy by PPO.
+    Of each prompt two responses are sampled from the current weights, one with a text that asks for
+    a property, which is chosen, and one with a text that asks against it, which is rejected. Both
+    are trained on as responses to the prompt alone. A judge scores them only if `confirm` is set.
+    Defaults: beta 0.1, learning rate 5e-7, one epoch, as in an implementation with system
+    messages; the paper trains a reward model on such pairs, and then the policy by PPO.
     """
 
     folder_name: ClassVar[str] = "contrastive"
@@ -424,14 +424,15 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
     )
 
     contrasts: tuple[str | Contrast, ...] = Field(default=tuple(GROUPS), min_length=1)
-    """Groups of paired system messages that ship ("harmless", "helpful", "complete",
-    "informative"), and Contrast(positive=..., negative=..., kind=...) of your own. Each prompt gets
-    one pair of all these, by a hash of the seed and its id."""
+    """Groups of contrasts that ship ("harmless", "helpful", "complete", "informative"), and
+    Contrast(positive=..., negative=..., kind=...) of your own. Each prompt gets one of all these
+    contrasts, by a hash of the seed and its id."""
     confirm: Literal["none", "drop", "reorder"] = "none"
-    """"none": the positive side is chosen. "drop": pairs in which the judge gives the positive side
-    no higher score are left out. "reorder": the judge's better one is chosen; ties are left out."""
+    """"none": the positive side is chosen. "drop": pairs in which the judge does not give the
+    positive side the higher score are left out. "reorder": the response with the higher score is
+    chosen; ties are left out."""
     num_candidate_responses: int = Field(default=2, ge=2, le=2)
-    """One on each side."""
+    """Always 2, one on each side."""
     generation: SamplingConfig = SamplingConfig()
     """How responses are sampled on both sides; the temperature must be over 0."""
 

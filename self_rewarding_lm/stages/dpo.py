@@ -18,7 +18,7 @@ from self_rewarding_lm.stages.work import Counting, Work
 
 
 class DPOConfig(PreferenceConfig):
-    """Pairs from a dataset: rows of texts, messages or ids, or `from_stage(...)`.
+    """DPO on given pairs: rows of texts, messages or ids, or `from_stage(...)`.
 
     Rows: `{"prompt", "chosen", "rejected"}`; or `{"chosen", "rejected"}`, two lists of messages
     that begin alike (rows.preference_row).
@@ -29,7 +29,7 @@ class DPOConfig(PreferenceConfig):
     train_dataset: Object
     """Pairs to train on."""
     valid_dataset: Object = None
-    """Held-out ones; their loss is logged every optim.eval_every steps."""
+    """Held-out pairs; their loss is logged every optim.eval_every steps."""
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         self._read_pair(row, where, ctx)

@@ -217,57 +217,58 @@ class Examples:
 
 
 class BuildEFTConfig(FinetuneConfig):
-    """Judge prompts with the answers that a judge should give, made of human-ranked replies.
+    """Makes judging examples from human-ranked replies; an SFT stage trains on them (EFT).
 
-    "judgements" is the paper's way (3.1.1): the current weights, there the SFT baseline, judge
-    every reply; judgements whose scores are in the order of the human ranking are kept, and of
-    scores that come too often a part is discarded. The target is the judge's text as it wrote it;
-    the score is the one it states (`RewardConfig.as_written`).
-    "ranks" asks no model and is for models that cannot judge yet: the target is the reward
-    template alone with a score made of the rank, see `scores_of_ranks`.
-    Of each reply there is one demonstration at most.
+    An example is a judge prompt with the text that the judge should write. This stage trains
+    nothing itself. There are three methods.
+    "judgements" is the paper's (arXiv:2401.10020, 3.1.1): the current weights, there the SFT
+    baseline, judge every reply; judgements whose scores agree with the human ranking are kept, and
+    a part of those with too frequent scores is discarded. The target is the judge's text as it
+    wrote it; the score is the one it states. One example of each reply at most.
+    "ranks" uses no model and is for models that cannot judge yet: the target is the reward
+    template with a score made from the rank. One example of each reply at most.
     "comparisons" is rejection sampling against known-better replies (Self-Taught Evaluators,
     arXiv:2408.02666, 3): any two that people ranked differently are compared, in one order; the
-    first judgement with the right verdict is kept, and A and B are balanced. One demonstration a
-    pair at most.
-
-    Trains nothing.
+    first judgement with the right verdict is kept, and verdicts A and B are balanced. One example
+    of each pair at most.
     """
 
     folder_name: ClassVar[str] = "eft"
 
     ranked_dataset: Object
-    """Replies ranked by people, at least two a row, see `ranked_row`; pairs of an earlier
-    stage too."""
+    """Replies ranked by people, at least two in a row (docs/data.md), or pairs of an earlier
+    stage."""
     method: Literal["judgements", "ranks", "comparisons"] = "judgements"
-    """Whether the model's own judgements are taken, scores are made of the ranks, or two replies
-    are compared."""
+    """Whether examples are the model's own judgements, scores made from the ranks, or the model's
+    comparisons of two replies."""
     num_judgements: int | None = Field(default=None, ge=1)
-    """Attempts, of which the first that agrees is taken. "judgements": judgement k of every reply
-    of a row makes one order; default 3, what the paper draws to score (3.1.3), for it does not say
-    how many it drew here. "comparisons": of each pair; default 15 (arXiv:2408.02666, 3.3)."""
+    """Attempts, of which the first that agrees is kept. "judgements": the k-th judgements of all
+    replies of a row are one attempt; default 3, as many as the paper draws to score (3.1.3),
+    because it does not say how many it drew here. "comparisons": for each pair; default 15
+    (arXiv:2408.02666, 3.3)."""
     judging: SamplingConfig = SamplingConfig()
     """How judgements are sampled."""
     self_reward_config_keyname: str = "default"
-    """Which of the trainer's reward prompts; "comparisons" asks by none of them."""
+    """Which of the trainer's reward prompts is used; "comparisons" uses none of them."""
     comparison: ComparisonConfig | None = None
-    """How two replies are shown and the verdict is said, for "comparisons". None: the library's
-    own way."""
+    """For "comparisons": how two replies are shown, and how the verdict is read. None: the
+    library's own prompt."""
     accept: Accept = "instruction"
-    """"instruction": an attempt counts where all replies of the row have a score and all that
-    people ordered are in that order. "reply": each reply by itself, where it stands rightly to all
-    others that have a score. A tie is no agreement. The paper asks that the order of the scores
-    agrees with the human ranking, and does not say what a tie is."""
+    """"instruction": an attempt is kept if all replies of the row have a score and the scores are
+    in the human order. "reply": each reply by itself, if its score is in the human order with all
+    others that have a score. A tie is no agreement. The paper requires that the order of the scores
+    agrees with the human ranking, and does not say how a tie counts."""
     max_score_share: float | None = Field(default=0.5, gt=0, le=1)
-    """No score has more than this share of what is kept; with n different scores never under 1/n.
+    """Greatest share of one score among the kept examples; with n different scores never under 1/n.
     The paper discards a part of the commonest score without saying how much; 0.5 is ours. With
-    "comparisons" of the two verdicts: 0.5 keeps as many A as B."""
+    "comparisons" it is the share of one verdict: 0.5 keeps as many A as B."""
     max_per_score: int | None = Field(default=None, ge=1)
-    """No score is kept more often than this."""
+    """Greatest number of kept examples with one score."""
     min_kept: int = Field(default=1, ge=0)
-    """Fewer demonstrations are an error that says what to try; 0 goes on without any."""
+    """If fewer examples are kept, that is an error that says what to try; 0 allows none."""
     on_bad_row: OnBadRow = "raise"
-    """A row that is no ranking: an error that names it; or "skip", it is left out and counted."""
+    """A row that is no ranking: "raise", an error that names it; "skip", it is left out and
+    counted."""
 
     def check(self, ctx: Context) -> None:
         if self.method == "comparisons":

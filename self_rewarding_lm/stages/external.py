@@ -14,7 +14,9 @@ from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 
 
 class ExternalRewardDPOConfig(SampledPreferenceConfig):
-    """As self-reward, with `reward_model` as the judge.
+    """DPO on the model's own responses, scored by a reward model or function you give.
+
+    All else is as in SelfRewardDPOConfig.
 
     reward_model: a module or function ids (b, t) of prompt and response -> (b,), (b, 1) or
     (b, classes) (the expected class counts); a text function f(prompts, completions, **columns)
@@ -26,7 +28,8 @@ class ExternalRewardDPOConfig(SampledPreferenceConfig):
     reward_model: Object
     """A module or function of ids, a function of texts, or a Judge."""
     min_parse_rate: float = Field(default=0.0, ge=0, le=1)
-    """A reward from outside may mean its None; set a share here to be stopped by too many."""
+    """Least share of responses with a score, checked from the 64th on. Default 0: a reward function
+    may return None on purpose."""
 
     def given_judge(self) -> Any:
         given = self.unshuffled_judge

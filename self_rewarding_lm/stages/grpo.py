@@ -195,15 +195,15 @@ class GroupMaker(PairMaker):
 
 
 class SelfRewardGRPOConfig(SelfRewardDPOConfig):
-    """Groups of responses, scored by a judge, and a policy gradient on their advantages.
+    """Policy gradients on scored responses instead of pairs: GRPO and its relatives.
 
-    Of G responses to a prompt each is made likelier by how far its score is above the group's mean:
-    GRPO (arXiv:2402.03300); by its settings DAPO (arXiv:2503.14476, the defaults here), Dr. GRPO
-    (arXiv:2503.20783), RLOO (arXiv:2402.14740) or GSPO (arXiv:2507.18071); with VoteJudge as the
-    judge TTRL (arXiv:2504.16084), with its own scores RLSR (arXiv:2505.08827), with `comparison`
-    and `judge_reward` SERL (arXiv:2511.07922). `optim.batch_size` counts responses. With `rounds`
-    each round has fresh responses: see docs/policy_gradients.md. Settings of pairs (dpo_beta,
-    min_margin, ...) are refused.
+    Each of G responses to a prompt becomes likelier by how far its score is above the group's mean
+    (GRPO, arXiv:2402.03300). Other settings give DAPO (arXiv:2503.14476, the defaults here), Dr.
+    GRPO (arXiv:2503.20783), RLOO (arXiv:2402.14740) or GSPO (arXiv:2507.18071); VoteJudge as the
+    judge gives TTRL (arXiv:2504.16084), the model's own scores RLSR (arXiv:2505.08827),
+    `comparison` with `judge_reward` SERL (arXiv:2511.07922). `optim.batch_size` counts responses.
+    With `rounds` each round samples fresh responses: see docs/policy_gradients.md. Settings of
+    pairs (dpo_beta, min_margin, ...) are refused.
     """
 
     folder_name: ClassVar[str] = "grpo"
@@ -218,10 +218,10 @@ class SelfRewardGRPOConfig(SelfRewardDPOConfig):
     num_candidate_responses: int = Field(default=8, ge=2)
     """G, the responses of a group. Default: TRL's."""
     generation: SamplingConfig = SamplingConfig(temperature=1.0, top_p=None)
-    """How responses are sampled. By default as the policy itself has it: what filters and other
-    temperatures change is no part of the ratio."""
+    """How responses are sampled. By default from the policy itself, without filters: the ratio does
+    not correct for filters and other temperatures."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """While training, of adapters too; it is noise in the ratio."""
+    """Dropout in training, of adapters too; it is noise in the ratio."""
     baseline: Baseline = "mean"
     """What a score is compared with: the group's "mean", or the mean of the "others" (RLOO)."""
     scale: Scale = "std"
@@ -232,25 +232,25 @@ class SelfRewardGRPOConfig(SelfRewardDPOConfig):
     "token", all tokens (DAPO); "constant", responses of generation.max_new_tokens each (Dr.
     GRPO)."""
     ratio: Ratio = "token"
-    """Whether the probability of each token, or of each whole response, per token, is compared
-    with what it was when the round began ("sequence": GSPO, whose clip_low and clip_high are about
-    3e-4 and 4e-4)."""
+    """What is compared with its probability at the start of the round: each "token", or each whole
+    response, per token ("sequence": GSPO, whose clip_low and clip_high are about 3e-4 and
+    4e-4)."""
     clip_low: float = Field(default=0.2, gt=0, le=1)
-    """A ratio under 1 less this makes a bad response no less likely."""
+    """Below a ratio of 1 - clip_low, a bad response is not made less likely."""
     clip_high: float = Field(default=0.28, gt=0)
-    """A ratio over 1 and this makes a good response no likelier. Default: that of DAPO."""
+    """Above a ratio of 1 + clip_high, a good response is not made likelier. Default: DAPO's."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the distance (k3) from `reference`. 0: no reference is asked."""
+    """Weight of the distance (k3) from `reference`. 0: no reference is computed."""
     cut_off: Literal["drop", "lowest"] = "drop"
     """Responses without an end: "drop" leaves them out of their group; "lowest" gives them the
     judge's lowest score, or that of their group if the judge's scale is not known."""
     length_window: float | None = Field(default=None, gt=0, lt=1)
-    """With `comparison`: a response wins only against one whose length differs by no more than this
+    """With `comparison`: a win counts only if the two lengths differ by no more than this
     share, and then |loser| / |winner| (0.2 in SERL). None: lengths do not count."""
     judge_reward: bool = False
-    """With `comparison`: the judgements are trained beside the responses, each on whether it agrees
-    with the ranking that all of them come to (SERL). Of each comparison in each order there are
-    num_sampled_reward_responses judgements then (8 in SERL), which are a group."""
+    """With `comparison`: train on the judgements too, each by whether it agrees
+    with the ranking that all of them give (SERL). Each comparison in each order then has
+    num_sampled_reward_responses judgements (8 in SERL), which are a group."""
 
     @model_validator(mode="after")
     def _compares(self) -> "SelfRewardGRPOConfig":

@@ -78,7 +78,7 @@ Verdicts = Mapping[tuple[int, int], int]
 
 
 class MetaJudgingConfig(ComparisonConfig):
-    """How the model compares two of its judgements; each two are shown in both orders."""
+    """How the model compares two of its judgements; every two are shown in both orders."""
 
     template_variables: ClassVar[tuple[str, ...]] = ("judge_prompt", "judgement_a", "judgement_b")
 
@@ -86,7 +86,7 @@ class MetaJudgingConfig(ComparisonConfig):
     """jinja2 text with {{ judge_prompt }} (what the judge was asked, with the rubric, the request
     and the response in it), {{ judgement_a }} and {{ judgement_b }}."""
     sampling: SamplingConfig = SAMPLING
-    """How comparisons are sampled; as judgements are."""
+    """How comparisons are sampled; default: as judgements."""
 
 
 class MetaRewardDPOConfig(SelfRewardDPOConfig):
@@ -94,8 +94,8 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
 
     For each prompt, the same model as a meta-judge compares the judgements of the response whose
     judgements differ most; the best and the worst become a pair whose prompt is the judge prompt.
-    Wins in the place that wins less often in the whole stage count more. Defaults of the paper: 7
-    responses, 11 judgements each, temperature 0.8, top-p 0.95, beta 0.1, learning rate 5e-6 (its
+    Wins in the position that wins less often in the whole stage count more. Defaults of the paper:
+    7 responses, 11 judgements each, temperature 0.8, top-p 0.95, beta 0.1, learning rate 5e-6 (its
     last value, a tenth, is our choice). docs/meta_rewarding.md has the rest.
     """
 
@@ -103,29 +103,29 @@ class MetaRewardDPOConfig(SelfRewardDPOConfig):
     default_learning_rates: ClassVar[tuple[float, float]] = (5e-6, 5e-7)
 
     num_candidate_responses: int = Field(default=7, ge=2)
-    """K of the paper."""
+    """Responses sampled to each prompt, K of the paper."""
     num_sampled_reward_responses: int = Field(default=11, ge=1)
-    """N of the paper: judgements of each candidate; their mean is its score."""
+    """Judgements of each candidate, N of the paper; their mean is its score."""
     generation: SamplingConfig = SAMPLING
     """How responses are sampled: the paper's temperature 0.8 and top-p 0.95."""
     judging: SamplingConfig = SAMPLING
-    """How judgements are sampled: as responses are."""
+    """How judgements are sampled; default: as responses."""
     train_judge: bool = True
-    """Whether judgements are compared and trained on. The paper: in its first two iterations of
-    four; one stage is one iteration."""
+    """Whether judgements are compared and trained on. In the paper this is so in the first two of
+    four iterations; a stage is one iteration."""
     meta_judging: MetaJudgingConfig = MetaJudgingConfig()
     """How two judgements are compared."""
     max_judgements_compared: int | None = Field(default=None, ge=2)
-    """Of a response's judgements so many are compared, the first that differ. Each two are compared
-    twice, so 11 take 110 comparisons a prompt. None: all."""
+    """How many of a response's judgements are compared, the first that differ. Every two are
+    compared twice, so 11 take 110 comparisons per prompt. None: all."""
     max_judgement_length: int | None = Field(default=None, ge=1)
     """Characters of a chosen judgement at most; a longer one drops its pair. The paper: 1,100 in
     the first, 1,000 in the second iteration."""
     drop_equal_scores: bool = False
     """Drop pairs of judgements that give the same score, as NeMo-Aligner's implementation does."""
     judge_share: float | None = Field(default=None, gt=0, lt=1)
-    """Share of judge pairs among all pairs of the stage at most; those of the first prompts stay.
-    None: no limit (the paper names none)."""
+    """Greatest share of judge pairs among all pairs of the stage; those of the first prompts are
+    kept. None: no limit (the paper names none)."""
 
     @model_validator(mode="after")
     def _judges_itself(self) -> "MetaRewardDPOConfig":

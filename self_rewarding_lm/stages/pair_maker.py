@@ -57,59 +57,61 @@ class PairSettings(PreferenceConfig):
 
     prompt_dataset: Object
     """Texts, message lists, ids, `{"prompt": ...}` rows or any row with a prompt part
-    (rows.prompt_of); or SelfInstruct(...), which has new prompts written."""
+    (docs/data.md); or SelfInstruct(...), with which a model writes new prompts."""
     num_generated_preference_pairs: int | None = Field(default=None, ge=1)
-    """None: all that one pass over the prompts gives. With `rounds`: of each."""
+    """Pairs to make, in each round. None: all that one pass over the prompts gives."""
     unless_few_prompts: Literal[True] | None = None
-    """True: where one pass over the prompts cannot give so many pairs, it is made in their place,
-    as with None. The recipe's own numbers have it; numbers that are given mean just that."""
+    """True: if one pass over the prompts cannot give num_generated_preference_pairs, the stage
+    makes one pass, as with None. paper_recipe sets it for the paper's own numbers."""
     rounds: int = Field(default=1, ge=1)
-    """Times that pairs are made and trained on; optimiser and schedule go through all of them."""
+    """Times that pairs are made and trained on; optimiser and schedule continue through all."""
     prompts_per_round: int | None = Field(default=None, ge=1)
     """Prompts of each round. None: as many as its pairs need."""
     num_candidate_responses: int = Field(default=4, ge=2)
-    """N of arXiv:2401.10020, 3.1.3."""
+    """Responses sampled to each prompt, N of arXiv:2401.10020, 3.1.3."""
     generation: SamplingConfig = SamplingConfig()
     """How responses are sampled."""
     postprocess_response: Object = None
-    """A function str -> str: what judges see of a response in place of its text; what is trained
-    stays as it was sampled. Without thoughts, for example:
+    """A function str -> str: what judges see of a response in place of its text; training uses the
+    response as it was sampled. Without thoughts, for example:
     `lambda text: re.sub(r"(?s)<think>.*?</think>\\s*", "", text)`."""
     judge_all: bool = False
-    """Judge candidates too that can be in no pair, whatever they are scored (docs/pairs.md): those
+    """Judge also candidates that can be in no pair, whatever their scores (docs/pairs.md): those
     that were cut off, and all of a prompt with fewer than two others. It costs judgements and
     makes no more pairs; measures of the judge are then of all responses."""
     judge: Object = None
     """A Judge of your own in place of the stage's, or a class of judges that needs no settings,
     such as VoteJudge; ShuffledJudge moves the scores of the stage's own (docs/controls.md)."""
     prompts_per_block: int = Field(default=32, ge=1)
-    """Prompts that are worked at most between two looks at how many pairs there are. A block ends
-    with a pass over the prompts, and the first has no more than there shall be pairs."""
+    """Prompts that are sampled and judged at most before the pairs are counted again. A block ends
+    with a pass over the prompts; the first one has no more prompts than pairs to make."""
     max_prompt_passes: int | None = Field(default=None, ge=1)
     """Passes over the prompts at most. Default: four times what the pairs need."""
     candidates_from: str | None = None
-    """Whose candidates are judged, in place of new ones: an earlier stage's name, or FOLDER:STAGE
-    of another run. Its prompts come with them, and must be those of the same rows of
-    `prompt_dataset`; `generation` and `num_candidate_responses` are not used. If `init_from` is not
-    what sampled them, they are no samples of the weights that are trained (off-policy)."""
+    """The stage whose candidates are judged in place of new ones: an earlier stage's name, or
+    FOLDER:STAGE of another run. Its prompts must be those of the same rows of `prompt_dataset`;
+    `generation` and `num_candidate_responses` are not used. If the stage does not start from the
+    weights that sampled them (`init_from`), they are off-policy."""
     reuse_prompts: bool = False
-    """Begin at the first prompt though an earlier stage used it."""
+    """Begin at the first prompt even if an earlier stage used it."""
     min_parse_rate: float = Field(default=0.2, ge=0, le=1)
     """Least share of judgements with a score, checked from the 64th on; 0 turns it off."""
     min_margin: float = Field(default=0.0, ge=0)
     """Least difference of the two scores of a pair."""
     is_valid_reward: Object = None
-    """float -> bool; a candidate whose mean score is not valid is left out."""
+    """A function float -> bool; candidates for whose mean score it returns False are left out."""
     is_valid_reward_pair: Object = None
-    """(chosen, rejected) scores as scalar tensors -> bool."""
+    """A function of the scores (chosen, rejected), scalar tensors, -> bool; pairs for which it
+    returns False are left out."""
     pick_paired_rewards_fn: Object = None
-    """Scores (n,) as a tensor -> indices (2,) of chosen and rejected. None: `pairing` picks."""
+    """A function from a prompt's scores, a tensor (n,), to the indices (2,) of chosen and rejected.
+    None: `pairing` picks."""
     pairing: PairingConfig = PairingConfig()
     """Which candidates become pairs. Default: the best against the worst."""
     mix_pairs: tuple[str, ...] = ()
     """Names of earlier stages whose pairs are trained on beside the stage's own."""
     consistency: ConsistencyConfig | None = None
-    """Pairs count by how far an earlier model ranks the candidates alike (arXiv:2410.12735)."""
+    """Weight pairs by how far an earlier model ranks the candidates alike (arXiv:2410.12735)."""
 
     @model_validator(mode="after")
     def _one_picker(self) -> "PairSettings":
@@ -138,7 +140,7 @@ class PairSettings(PreferenceConfig):
         if number is None or self.pairs_wanted(prompts, run_format) is not None:
             return None
         return (
-            f"{prompts:,} prompts, which are each asked once: they are too few for the "
+            f"{prompts:,} prompts, each used once: they are too few for the "
             f"{number:,} pairs of the paper. num_generated_preference_pairs sets another number"
         )
 
@@ -790,7 +792,7 @@ class PairMaker:
                 drops.kept / wanted,
                 f"{drops.kept} {noun}s instead of {wanted} after max_prompt_passes over the "
                 f"prompts; dropped: {drops.in_words()}. Give more prompts or passes, or change "
-                "what the most frequent reason says; training goes on with these by default.",
+                "what the most frequent reason says. By default the stage trains on these.",
             )
 
     def in_words(self, prompts: int) -> str:

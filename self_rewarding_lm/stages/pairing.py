@@ -25,7 +25,7 @@ Pick = Literal["best_worst", "best_random", "top_bottom", "all_margins"]
 class PairingConfig(Config):
     """How pairs are picked from scored candidates (docs/pairs.md).
 
-    A candidate's length is counted in characters of its text, in tokens where it has none.
+    A candidate's length is counted in characters of its text, or in tokens if it has no text.
     """
 
     pick: Pick = "best_worst"
@@ -37,19 +37,20 @@ class PairingConfig(Config):
     length_control: Rho | tuple[Rho, ...] = 0.0
     """rho of Meta-Rewarding (arXiv:2407.19594, 2.2), for best_worst: of the candidates whose score
     is within rho of the best the shortest wins, of those within rho of the worst the longest loses;
-    rho is a share of the spread of scores. A tuple: one a round, the last for all that follow. 0:
-    off."""
+    rho is a share of the spread of scores. A tuple: one for each round, the last for all later
+    ones. 0: off."""
     length_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Taken off a score for each 1,000 characters; candidates are compared by what is left."""
+    """Subtracted from a score for each 1,000 characters; candidates are compared by the rest."""
     max_chosen_length: int | None = Field(default=None, ge=1)
-    """No pair with a winner longer than this (2,500 in the first round of arXiv:2407.19594)."""
+    """Greatest length of a winner (2,500 in the first round of arXiv:2407.19594)."""
     min_chosen_score: float | None = Field(default=None, allow_inf_nan=False)
     """Least score of a winner (tau of arXiv:2411.04109)."""
     tie_break: Literal["first", "shorter", "variance"] = "first"
-    """Who stands for several of the best or the worst score: the first sampled; the shortest of the
-    best and the longest of the worst; the one whose judgements vary least."""
+    """Which of several candidates with the best or the worst score is taken: "first", the first
+    sampled; "shorter", the shortest of the best and the longest of the worst; "variance", the one
+    whose judgements vary least."""
     weight_by_margin: bool = False
-    """The difference of its two scores is a pair's weight in the loss (arXiv:2411.04109)."""
+    """Weight each pair's loss by the difference of its two scores (arXiv:2411.04109)."""
 
     @model_validator(mode="after")
     def _go_together(self) -> "PairingConfig":

@@ -40,8 +40,8 @@ class PreferenceConfig(TrainingConfig):
     """A stage that trains on pairs by DPO, by default against the weights it started from."""
 
     dpo_beta: float | tuple[float, ...] = 0.1
-    """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020. Given, of every loss. Several:
-    one a round, the last one goes on."""
+    """beta of Eq. 7 of arXiv:2305.18290; 0.1 in arXiv:2401.10020. If given, it is that of every
+    loss. Several: one for each round; the last holds for all later rounds."""
     nll_weight: float = Field(default=0.0, ge=0)
     """Weight of the winner's length-normalised NLL (alpha of arXiv:2404.19733, there 1)."""
     loss: Object = "dpo"
@@ -49,10 +49,11 @@ class PreferenceConfig(TrainingConfig):
     LossConfig(name, weight=..., its parameters), in a recipe {name: ..., weight: ...}, or a list
     of these, which are summed."""
     reference: Object = START
-    """Weights that pairs are compared with (docs/references.md): "start", those the stage starts
-    from; "round", those a round starts from; "initial", an earlier stage's name or a path; "none",
-    whose log-probs count as 0; or one that moves with the policy, EMAReference(decay=0.99) or
-    MixedReference(alpha=0.6, every=512), in a recipe {decay: 0.99} or {alpha: 0.6, every: 512}."""
+    """Weights with which the policy is compared (docs/references.md): "start", those the stage
+    starts from; "round", those a round starts from; "initial", an earlier stage's name or a path;
+    "none", whose log-probs count as 0; or weights that follow the policy, EMAReference(decay=0.99)
+    or MixedReference(alpha=0.6, every=512), in a recipe {decay: 0.99} or {alpha: 0.6, every:
+    512}."""
 
     @field_validator("loss")
     @classmethod
@@ -90,7 +91,7 @@ class PreferenceConfig(TrainingConfig):
         if len(betas) > rounds:
             raise ValueError(
                 f"dpo_beta has {len(betas)} values, one a round, and the stage has {rounds}. Give "
-                f"one value, or rounds={len(betas)} where the stage makes its pairs itself; of "
+                f"one value, or rounds={len(betas)} if the stage makes its pairs itself; of "
                 "several stages in a row each has a dpo_beta of its own"
             )
         return self

@@ -67,10 +67,10 @@ WRITING = "writing the new prompts is not counted, as it is not known how many l
 class SampledPreferenceConfig(PairSettings):
     """DPO on pairs of the model's own responses, ranked by a judge.
 
-    Prompts are worked in blocks of `prompts_per_block`, in their order, until
+    Prompts are sampled and judged in blocks of `prompts_per_block`, in their order, until
     `num_generated_preference_pairs` are kept; the stage trains on these. A later stage with the
     same prompt dataset continues after the last prompt used, unless it sets `reuse_prompts`. With
-    `rounds`, the weights that each round trained answer the prompts of the next
+    `rounds`, each round samples from the weights that the one before has trained
     (docs/references.md).
     """
 

@@ -37,29 +37,30 @@ OTHER = "another model judges: its memory and time are not in this plan"
 
 
 class SelfRewardDPOConfig(SampledPreferenceConfig):
-    """N candidates a prompt, several judgements each, best against worst by their mean, DPO.
+    """A round of self-rewarding: the model answers, judges its own responses and is trained by DPO.
 
-    Defaults of arXiv:2401.10020, 3.1.3: N = 4, temperature 0.7, top-p 0.9, 3 judgements,
-    beta 0.1, learning rate 1e-6 -> 1e-7, batch 16.
+    Of N candidates for each prompt, the one with the highest mean score is chosen and the one with
+    the lowest is rejected. Defaults of arXiv:2401.10020, 3.1.3: N = 4, temperature 0.7, top-p 0.9,
+    3 judgements, beta 0.1, learning rate 1e-6 -> 1e-7, batch 16.
     """
 
     folder_name: ClassVar[str] = "self_reward"
     hub_tag: ClassVar[str | None] = "self-rewarding"
 
     num_sampled_reward_responses: int = Field(default=3, ge=1)
-    """Judgements of each candidate; their mean is its score. One where nothing is sampled
+    """Judgements of each candidate; their mean is its score. One if nothing is sampled
     (forced_ending="at_once"), one in each order with `comparison`."""
     judging: SamplingConfig = SamplingConfig()
-    """How judgements are sampled; the paper's are sampled as responses are (3.1.3)."""
+    """How judgements are sampled; default: as responses, as in the paper (3.1.3)."""
     self_reward_config_keyname: str | tuple[str, ...] = DEFAULT
-    """Which of the trainer's reward prompts. With several each judges every candidate, and the mean
-    of what each comes to is the score; so they should have one scale."""
+    """Which of the trainer's reward prompts is used. With several each judges every candidate, and
+    the mean of their scores is the candidate's; so they should have the same scale."""
     comparison: ComparisonConfig | None = None
     """In place of reward prompts: the judge is shown two candidates and says which is better, for
-    all two in both orders. A candidate's score is the mean of 1 won, 0.5 tied, 0 lost."""
+    every two in both orders. A candidate's score is the mean of 1 (won), 0.5 (tied), 0 (lost)."""
     rewarding_model: Object = None
-    """A module that judges in place of the policy (with the same tokens), ServerJudge(url=...,
-    model=...) for a model behind an address, or any Judge."""
+    """Another judge than the policy: a module with the same tokens, ServerJudge(url=..., model=...)
+    for a model on a server, or any Judge."""
 
     @model_validator(mode="after")
     def _prompts_named(self) -> "SelfRewardDPOConfig":

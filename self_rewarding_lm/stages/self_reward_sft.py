@@ -32,7 +32,7 @@ CURRENT = "current"
 
 
 class SelfRewardSFTConfig(SelfRewardDPOConfig):
-    """N candidates a prompt, several judgements each, SFT on all that have the top score.
+    """Self-rewarding without pairs: SFT on the model's responses that it gave the top score.
 
     The paper adds such responses to the seed data and fine-tunes the base model again: give the
     seed data as `train_dataset` and `fit_from="initial"`. Learning rate and epochs are those of
@@ -49,15 +49,15 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
     )
 
     num_generated_preference_pairs: int | None = Field(default=None, ge=1)
-    """Top-scored responses to train on (the name is that of the DPO stages). None: all that one
+    """Responses to train on (the name is that of the DPO stages). None: all that one
     pass over the prompts gives. The paper: 11,254."""
     min_score: float | None = None
-    """Least mean score of a response that is learnt. None: the highest score that the reward prompt
-    allows (the paper's 5 of 5); with `comparison`, one that won against all others."""
+    """Least mean score of a response to train on. None: the highest score that the reward prompt
+    allows (the paper's 5 of 5); with `comparison`, that of a win against all others."""
     train_dataset: Object = None
-    """Rows that are learnt beside them, as SFTConfig takes them."""
+    """Further rows to train on, as SFTConfig takes them."""
     fit_from: str = CURRENT
-    """Weights that are trained: "current" (those that answered), "initial" or an earlier stage."""
+    """Weights that are trained: "current" (those that sampled), "initial" or an earlier stage."""
 
     @model_validator(mode="after")
     def _no_pairs(self) -> "SelfRewardSFTConfig":

@@ -17,7 +17,7 @@ from self_rewarding_lm.training.objectives import SupervisedObjective
 
 
 class SFTConfig(TrainingConfig):
-    """Likelihood of the responses; the prompts are read, not learnt.
+    """Supervised fine-tuning on prompts and responses; only the responses are learnt.
 
     Rows: `(ids, prompt_len)`, `(ids, prompt_mask)`, `{"prompt", "completion"}`, `{"messages"}`,
     `{"conversations"}`, `{"instruction", "input", "output"}`, `{"question", "choices", "answer"}`
@@ -32,7 +32,7 @@ class SFTConfig(TrainingConfig):
     train_dataset: Object
     """Rows to train on."""
     valid_dataset: Object = None
-    """Held-out ones; their loss is logged every optim.eval_every steps."""
+    """Held-out rows; their loss is logged every optim.eval_every steps."""
 
     def check_row(self, row: Any, where: str, ctx: Context) -> None:
         ids, targets = training_row(row, where, ctx.tokens)

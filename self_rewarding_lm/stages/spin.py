@@ -32,10 +32,11 @@ from self_rewarding_lm.stages.work import (
 
 
 class SelfPlayConfig(PreferenceConfig):
-    """The human answer always wins against the model's own, which the frozen opponent samples.
+    """Self-play (SPIN): the human response is chosen, the model's own response is rejected.
 
-    An iteration samples answers from the weights it starts from, which are opponent and reference,
-    then trains. Defaults: lambda 0.1, learning rate 5e-7, 2 epochs (arXiv:2401.01335, B.1).
+    An iteration samples responses from the weights it starts from, which are opponent and
+    reference, then trains. Defaults: lambda 0.1, learning rate 5e-7, 2 epochs (arXiv:2401.01335,
+    B.1).
     Rows: as for SFT, with a prompt and a completion.
     """
 
@@ -47,17 +48,17 @@ class SelfPlayConfig(PreferenceConfig):
     train_dataset: Object
     """Rows to train on."""
     valid_dataset: Object = None
-    """Held-out ones; their loss is logged every optim.eval_every steps."""
+    """Held-out rows; their loss is logged every optim.eval_every steps."""
     spin_lambda: float = Field(
         default=0.1, gt=0, validation_alias=AliasChoices("spin_lambda", "spin_λ")
     )
     """lambda of Eq. 4.7; it takes the place of dpo_beta."""
     iterations: int = Field(default=1, ge=1)
-    """Each samples from and trains against the weights of the one before."""
+    """Iterations; each samples from and trains against the weights of the one before."""
     mix_previous: bool = False
     """Train also on the pairs of the iteration before, as the authors do."""
     generation: SamplingConfig = SamplingConfig()
-    """How its own answers are sampled."""
+    """How the model's own responses are sampled."""
 
     @property
     def spin_λ(self) -> float:
@@ -179,7 +180,7 @@ class SelfPlayConfig(PreferenceConfig):
         Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell).see(
             "pairs_per_prompt",
             len(found) / max(1, len(humans)),
-            f"{len(found)} pairs of {len(humans)} rows: where the model's own answer is the human "
+            f"{len(found)} pairs of {len(humans)} rows: if the model's own response is the human "
             "one, token by token, there is nothing to learn. More iterations give nothing.",
         )
         return found

@@ -200,7 +200,7 @@ def name_of_next_try(position_id: str) -> str:
 
 
 class StepComparisonConfig(ComparisonConfig):
-    """How the judge is shown two next steps of an answer, in both orders."""
+    """How the judge compares two next steps of an answer, in both orders."""
 
     prompt_template: str = STEP_COMPARISON_PROMPT
     """jinja2 text with {{ prompt }} (the question and the answer so far), {{ response_a }} and
@@ -208,14 +208,14 @@ class StepComparisonConfig(ComparisonConfig):
 
 
 class StepwiseDPOConfig(SelfRewardDPOConfig):
-    """An answer grows step by step: the best of some next steps goes on, DPO on best and worst.
+    """DPO on the steps of an answer: at each step the best next step wins against the worst.
 
-    A step ends where `generation.stop` or `generation.stop_fn` says. Of a position, a question with
-    the steps before, `num_candidate_responses` next steps are sampled and all compared with each
-    other in both orders; best and worst by comparisons won are a pair, whose prompt is the
-    position. If no two steps differ in that, the step before is taken back and sampled anew. The
-    answer ends at the model's end token (arXiv:2503.03746; docs/pairs.md). All other defaults are
-    those of SelfRewardDPOConfig, ours for steps.
+    A step ends where `generation.stop` or `generation.stop_fn` says. At each position, the question
+    with the steps before, `num_candidate_responses` next steps are sampled and all compared with
+    each other in both orders. The step that wins most often is taken; it and the one that wins
+    least often are a pair, whose prompt is the position. If all win equally often, the step before
+    is removed and sampled anew. The answer ends at the model's end token (arXiv:2503.03746;
+    docs/pairs.md). All other defaults are those of SelfRewardDPOConfig, ours for steps.
     """
 
     folder_name: ClassVar[str] = "stepwise"
@@ -225,17 +225,17 @@ class StepwiseDPOConfig(SelfRewardDPOConfig):
     )
 
     num_candidate_responses: int = Field(default=4, ge=2)
-    """Next steps of each position."""
+    """Next steps sampled at each position."""
     generation: SamplingConfig = SamplingConfig(stop=("\n\n",))
     """How steps are sampled: `stop` (texts) or `stop_fn` (a function of a step's text) says where
-    one ends, `max_new_tokens` how long it may be; one that is cut off is not taken."""
+    one ends, `max_new_tokens` how long it may be; a step that is cut off is dropped."""
     comparison: StepComparisonConfig | None = StepComparisonConfig()
-    """How the judge is shown two next steps. null: reward prompts score each step by itself, with
+    """How the judge compares two next steps. None: reward prompts score each step by itself, with
     the position as the prompt."""
     max_steps: int = Field(default=20, ge=1)
-    """Steps of an answer at most; ours."""
+    """Most steps of an answer; ours."""
     max_rollbacks: int = Field(default=2, ge=0)
-    """How often a step of an answer may be taken back; then it ends there. Ours."""
+    """How often steps of an answer may be removed; after that the answer ends. Ours."""
 
     @model_validator(mode="after")
     def _steps_go_on(self) -> "StepwiseDPOConfig":

@@ -133,7 +133,8 @@ class NextMaker(AnchoredMaker):
 
 
 class TemporalDPOConfig(SelfRewardDPOConfig):
-    """Self-rewarding DPO with losers of an earlier model and winners of the next.
+    """Self-rewarding DPO with losers of an earlier model and winners of the next
+    (arXiv:2508.06026).
 
     For each prompt, the weights of the stage's start sample K candidates, and those of
     `rejected_from` sample K more; the judge scores all with the weights of the start. The best
@@ -147,12 +148,13 @@ class TemporalDPOConfig(SelfRewardDPOConfig):
     maker: ClassVar[type[PairMaker]] = AnchoredMaker
 
     num_candidate_responses: int = Field(default=7, ge=2)
-    """K of arXiv:2508.06026, of each model."""
+    """Responses that each model samples to a prompt, K of arXiv:2508.06026."""
     rejected_from: str | Path | None = INITIAL
-    """Whose the losers may be beside the stage's own: "initial", an earlier stage or a path. null:
-    nobody's. Its weights are loaded and put back in every block: see prompts_per_block."""
+    """Weights that also sample candidates, which may be losers: "initial", an earlier stage or a
+    path. None: only the stage's own. They are loaded and removed in every block: see
+    prompts_per_block."""
     chosen_from_next: bool = True
-    """Train a model ahead, whose responses may take the winners' places."""
+    """Train a model ahead, whose responses may replace the winners."""
 
     @model_validator(mode="after")
     def _picks_itself(self) -> "TemporalDPOConfig":

@@ -320,8 +320,8 @@ class Fit:
             return
         self.round_state.unseeded = True
         logger.warning(
-            "%s: %s in training, and these cannot be drawn for each row by itself: other numbers "
-            "come where rows go through the model in other micro-batches or processes.",
+            "%s: %s in training, and these cannot be drawn for each row by itself: they depend on "
+            "the micro-batches and processes in which rows go through the model.",
             self.ctx.stage,
             what,
         )
@@ -426,8 +426,8 @@ class Fit:
                 )
         if optimizers is None:
             logger.warning(
-                "%s: the optimiser keeps things that are neither tensors nor numbers; the state of "
-                "training is not saved, and a stopped stage is trained again from its start.",
+                "%s: the optimiser's state has more than tensors and numbers, so the state of "
+                "training is not saved, and a stopped stage trains again from its start.",
                 self.ctx.stage,
             )
 
@@ -457,7 +457,7 @@ class Fit:
             self.round_state.live.restore(tensors, words["reference_steps"])
         if self.stopper:
             self.stopper.resume(words["early_stopping"])
-        logger.info("%s: goes on behind step %d of %d", self.ctx.stage, words["step"], self.total)
+        logger.info("%s: resumes after step %d of %d", self.ctx.stage, words["step"], self.total)
 
     def _identity(self) -> dict[str, int]:
         """What tells this training from the others of its stage."""

@@ -19,7 +19,7 @@ NO_DEFAULT = inspect.Parameter.empty
 
 
 class LossConfig(Config):
-    """A loss of pairs: `LossConfig("dpo", weight=0.5, label_smoothing=0.1)`.
+    """A loss of a preference stage: `LossConfig("dpo", weight=0.5, label_smoothing=0.1)`.
 
     name: a key of `losses.PAIR_LOSSES`, or a function (PairBatch, *, parameters) -> (b,) tensor.
     parameters: what the function takes by name; without a beta here the stage's beta is used.
@@ -31,7 +31,7 @@ class LossConfig(Config):
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Factor of this loss in the sum."""
     parameters: dict[str, Any] = Field(default={})
-    """The function's own, by name."""
+    """Parameters of the loss function, by name."""
 
     def __init__(self, name: Any, /, weight: float = 1.0, **parameters: Any) -> None:
         checked = _checked_parameters(_function_of(name), parameters)

@@ -66,8 +66,8 @@ class Responses:
     logprobs: under the policy, summed over the response. lengths: in tokens. wins: how likely the
     response wins; unless its pair says so, 1 for a chosen and 0 for a rejected one. reference: as
     logprobs, under the reference; None if no loss reads it. tokens, reference_tokens: the same
-    token by token, from the response's first token on, 0 behind its end; None if no loss reads
-    them (see `reads`).
+    token by token, from the response's first token on, 0 after its end; None if no loss reads them
+    (see `reads`).
     """
 
     logprobs: Float[Tensor, " b"]
@@ -93,13 +93,20 @@ class Responses:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as a loss reads them."""
+    """What a loss function gets: b pairs with the log-probs of their responses.
+
+    chosen, rejected: each has `logprobs`, `lengths` and `wins`, and what the loss `reads` besides,
+    all of them tensors (b,), or (b, t) token by token.
+    """
 
     chosen: Responses
     rejected: Responses
 
     def margins(self) -> Float[Tensor, " b"]:
-        """h = D(w) - D(l)."""
+        """h = D(w) - D(l), (b,): how much more likely than under the reference, chosen - rejected.
+
+        Raises ConfigError if no reference was computed.
+        """
         return self.chosen.gains() - self.rejected.gains()
 
     def swapped(self) -> "PairBatch":
@@ -127,7 +134,11 @@ Function = TypeVar("Function", bound=PairLoss)
 def reads(
     *, reference: bool = True, tokens: bool = False, compares: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorates a loss of pairs with what it `Reads`; a loss without it reads a reference."""
+    """Decorates a loss function of your own with what it reads.
+
+    reference: log-probs under the reference; a function without this decorator reads them. tokens:
+    log-probs token by token. compares: whether a pair's label_smoothing applies to the loss.
+    """
 
     def decorate(function: Function) -> Function:
         function.reads = Reads(reference, tokens, compares)  # type: ignore[attr-defined]

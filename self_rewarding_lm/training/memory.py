@@ -109,7 +109,7 @@ def micro_batch_tokens(
     if tokens < MOST:
         logger.info(
             "%s: micro-batches of %d tokens: %.3g GiB are free, and a token keeps %.2f MB for the "
-            "backward pass (optim.micro_batch_tokens sets another number).",
+            "backward pass (optim.micro_batch_tokens sets the number).",
             *(ctx.stage, tokens, words["free_bytes"] / 2**30, words["bytes_per_token"] / 1e6),
         )
     return tokens

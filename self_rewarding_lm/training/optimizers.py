@@ -170,9 +170,9 @@ def warn_of_lost_updates(
     (checker or Checker(None, stage)).see(
         "lost_updates",
         share,
-        f"a step of learning rate {optim.learning_rate:.3g} leaves {share:.0%} of the weights as "
-        "they are: it is less than half of the distance to the next number of their type "
-        f"({', '.join(sorted(dtypes))}), so they learn nothing. Load the model in float32 (and set "
+        f"a step of learning rate {optim.learning_rate:.3g} does not change {share:.0%} of the "
+        "weights: it is less than half of the distance to the next number of their type "
+        f"({', '.join(sorted(dtypes))}). Load the model in float32 (and set "
         f"{mixed_precision('bf16')} for speed), train an adapter with {an_adapter()}, or take "
         "a higher learning rate.",
     )

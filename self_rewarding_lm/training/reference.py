@@ -246,11 +246,12 @@ class StoredReference(StoredLogprobs[PreferencePair, ReferenceLogprobs]):
 class EMAReference(Config):
     """The reference is a moving average of the policy: decay * ref + (1 - decay) * policy.
 
-    It begins as the stage's first weights. With decay 1 it stays there.
+    It begins as the stage's first weights. With decay 1 it never changes.
     """
 
     decay: float = Field(default=0.99, ge=0, le=1)
-    """What the reference keeps of itself; ours: it forgets half of the start in 69 updates."""
+    """The reference's share in an update. Default (ours): half of the start is left after 69
+    updates."""
     every: int = Field(default=1, ge=1)
     """Optimiser steps between two updates."""
 
@@ -261,13 +262,15 @@ class EMAReference(Config):
 
 
 class MixedReference(Config):
-    """TR-DPO (arXiv:2404.09656): ref <- alpha * policy + (1 - alpha) * ref every so many steps.
+    """A reference that moves every few steps: ref <- alpha * policy + (1 - alpha) * ref.
+
+    This is TR-DPO (arXiv:2404.09656).
 
     It begins as the stage's first weights. alpha = 1 is the paper's hard update.
     """
 
     alpha: float = Field(default=0.6, ge=0, le=1)
-    """The policy's share. Default: TRL's (`ref_model_mixup_alpha`)."""
+    """The policy's share in an update. Default: TRL's (`ref_model_mixup_alpha`)."""
     every: int = Field(default=512, ge=1)
     """tau, optimiser steps between two updates. Default: TRL's (`ref_model_sync_steps`)."""
 
@@ -300,7 +303,7 @@ class LiveReference:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
                 self.weights[name] = parameter.detach().to(wide, copy=True)
             size = sum(t.numel() * t.itemsize for t in self.weights.values()) / 2**30
-            logger.info("a reference that moves: a second copy of %.2f GiB of weights", size)
+            logger.info("a moving reference: a second copy of %.2f GiB of weights", size)
 
     @contextmanager
     def in_place(self, module: nn.Module) -> Iterator[None]:

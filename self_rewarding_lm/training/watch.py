@@ -57,8 +57,8 @@ class Watcher:
             "accuracy_at_start",
             accuracy,
             f"rewards/accuracies is {accuracy} at step 1. The reference is what the model was "
-            "when the stage began, so all rewards should be 0 there but for dropout and rounding: "
-            "the pairs' reference log-probs are those of other weights, or of other tokens "
+            "when the stage began, so all rewards should be 0 except for dropout and rounding: "
+            "the pairs' reference log-probs belong to other weights or other tokens "
             "(another chat template or precision).",
         )
 
@@ -71,7 +71,7 @@ class Watcher:
             "loss_stuck",
             self._stuck_steps,
             f"for {self._stuck_steps} steps the loss has been 0.693 (ln 2) with margins of 0: the "
-            "model gives chosen and rejected what its reference gives them, so nothing is learnt. "
+            "log-probs of the pairs are still those of the reference, so nothing is learnt. "
             "Unless this is a slow warm-up: raise optim.learning_rate or dpo_beta; see that "
             "weights are trained (requires_grad, an adapter that is switched on) and that their "
             "type can hold such small updates (lost_updates).",
@@ -89,9 +89,9 @@ class Watcher:
             "the chosen responses become less likely together with the rejected ones (over "
             f"{WINDOW} steps rewards/chosen is {chosen:.3g} on average, rewards/rejected "
             f"{rejected:.3g}). DPO only widens the gap between them; the probability goes to texts "
-            "that are in no pair. That need not be bad: in a few dozen steps of an adapter answers "
-            "can get better all the same, so measure them on held-out prompts before you change "
-            "anything. If they get worse, as they may over many steps: nll_weight "
+            "that are in no pair. That need not be bad: in a few dozen steps of an adapter "
+            "responses can still get better, so measure them on held-out prompts before you change "
+            "anything. If they get worse, as they may over many steps: set nll_weight "
             "(arXiv:2404.19733 takes 1), a larger dpo_beta, a lower learning rate, fewer epochs, "
             "or pairs that differ more.",
         )

@@ -145,7 +145,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_command(folder, done, 
     (folder / "stop").touch()
     command = ["run", str(folder / "recipe.yaml"), "--quiet"]
     assert main(command) == 130
-    assert "stopped; the same command goes on with this run." in capsys.readouterr().err
+    assert "stopped; the same command resumes this run." in capsys.readouterr().err
     half = Run.open(folder / "run")
     assert half.is_done("m1") and not half.is_done("m2")
     assert main(command) == 0
@@ -192,7 +192,7 @@ def test_check_tries_every_stage_and_begins_nothing(folder, capsys):
     assert told[5].startswith("generation: ") and told[6].startswith("training: ")
     assert not (folder / "run").exists()
     default = ["--set", "paper.num_generated_preference_pairs=null"]
-    once = "8 prompts, which are each asked once: they are too few for the 3,964 pairs of the"
+    once = "8 prompts, each used once: they are too few for the 3,964 pairs of the"
     assert main(["check", recipe, *default]) == 0
     assert f"  m2: well; {once}" in capsys.readouterr().out
     assert main(["plan", recipe, "--no-times", *default]) == 0

@@ -123,7 +123,7 @@ def test_where_no_prompt_has_tau_pairs_are_trained_as_they_are(tmp_path, caplog)
     ctx = context(Successor())
     found = smoothed(ctx, stage_dir(ctx, tmp_path), pairs_of(None, None), ConsistencyConfig())
     assert [p.label_smoothing for p in found] == [None, None]
-    assert "without a label smoothing" in caplog.text
+    assert "without label smoothing" in caplog.text
 
 
 class Fails:

@@ -1079,7 +1079,7 @@ def test_a_plan_counts_blocks_that_end_with_the_dataset_and_says_of_few_prompts(
         self_reward(**{**options, "num_generated_preference_pairs": 4, "prompts_per_block": 32}),
     )
     assert few.prompts == Range.of(12) and few.made == Range(0, 12)
-    assert "12 prompts, which are each asked once" in few.remarks[0]
+    assert "12 prompts, each used once" in few.remarks[0]
     assert often.prompts.least == 28 and often.made == Range.of(25)  # 4 at a time
     assert "asked 3 times each or more, as num_generated_preference_pairs is 25" in often.remarks[0]
     assert once.prompts.least == 16 and once.remarks == ()

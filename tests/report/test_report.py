@@ -243,7 +243,7 @@ def test_the_page_begins_with_what_the_run_took_in_all(tmp_path):
     names = ("prompts", "pairs", "steps", "sampled", "trained")
     assert [figures.totals[name] for name in names] == [4, 2, 2, 12, 24]
     told = "".join(Page(write_report([run])).text.split())
-    assert "timeinall1min48sandastoppedattemptofunknownlengthprompts4pairs2steps2" in told
+    assert "totaltime1min48sandastoppedattemptofunknownlengthprompts4pairs2steps2" in told
     nothing = run_figures(made_run(tmp_path / "new", {"sft": {}}), "new")
     assert nothing.seconds is None and nothing.totals == {}
 

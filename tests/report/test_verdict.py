@@ -29,8 +29,8 @@ def test_a_run_of_one_step_shows_nothing_and_says_so(tmp_path, caplog, monkeypat
     run = trainer_of(tmp_path, [stage], quiet=False)(rehearse=False)
     said = verdict(run)
     assert said == [
-        "external_reward: 4 pairs from 4 prompts, 0 % of the answers were cut off, 1 step.",
-        "The judge tells answers apart: 100 % of its judgements have a score, its commonest is 6.2 "
+        "external_reward: 4 pairs from 4 prompts, 0 % of the responses were cut off, 1 step.",
+        "The judge tells responses apart: 100 % of its judgements have a score, its commonest is 6.2 "
         "% of all, best and worst tie in 0 %.",
         f"Nothing can be concluded from external_reward: {TOO_LITTLE}.",
     ]
@@ -48,7 +48,7 @@ def test_ten_steps_are_enough_to_speak_of(tmp_path):
     assert warned(run) == set()
     assert verdict(run)[0].endswith(", 10 steps.") and "concluded" not in " ".join(verdict(run))
     strict = ChecksConfig(few_steps=Check(limit=11, action="error"))
-    with pytest.raises(TrainingError, match="10 optimiser steps were taken"):
+    with pytest.raises(TrainingError, match="the stage took 10 optimiser steps"):
         trainer_of(tmp_path / "strict", [sft(num_train_steps=10, checks=strict)])(rehearse=False)
 
 
@@ -59,8 +59,8 @@ def test_answers_that_are_cut_off_are_told_with_what_to_do(tmp_path):
     cut = sum(c.finished is False for c in candidates) / len(candidates)
     assert 0.3 < cut < 1 and "cut_off" in warned(run)
     first, *_, last = verdict(run)
-    assert f"{percent(cut)} of the answers were cut off" in first and "from 10 prompts" in first
-    assert last == "This can be better: raise max_new_tokens, so that answers end."
+    assert f"{percent(cut)} of the responses were cut off" in first and "from 10 prompts" in first
+    assert last == "This can be better: raise max_new_tokens, so that responses end."
     # a prompt with fewer than two whole answers has no pair, and the text says so
     whole = {
         prompt.id: sum(c.finished for c in candidates if c.prompt_id == prompt.id)
@@ -71,7 +71,9 @@ def test_answers_that_are_cut_off_are_told_with_what_to_do(tmp_path):
     parts = show_run(run, prompts=10).split("\n\n")
     for name in poor:
         [part] = [part for part in parts if part.startswith(f"{name}\n")]
-        told = f"no pair: {4 - whole[name]} of 4 were cut off, and a pair needs two that are whole"
+        told = (
+            f"no pair: {4 - whole[name]} of 4 were cut off, and a pair needs two that are complete"
+        )
         assert told in " ".join(part.split())
     strict = ChecksConfig(cut_off=Check(action="error"))
     stage = external(reward_model=rising(), checks=strict)
@@ -93,9 +95,9 @@ def test_a_run_that_stopped_without_a_pair_says_why(tmp_path):
         trainer_of(tmp_path, [stage])(rehearse=False)
     run = Run.open(tmp_path)
     text = " ".join(show_run(run).split())
-    assert "no pair: the best and the worst have one score, 1 (tie)" in text
+    assert "no pair: the best and the worst have the same score, 1 (tie)" in text
     assert "external_reward: 0 pairs from 40 prompts (10 different)" in text
-    assert "The judge gave one score to 100 % of the answers." in text
+    assert "The judge gave one score to 100 % of the responses." in text
     assert "use score_mode: expected or another judge" in text
     assert "external_reward stopped: no preference pair could be made from 40 prompts" in text
 

@@ -588,4 +588,4 @@ def test_a_prompt_without_a_group_says_why(tmp_path):
         judge = FunctionJudge(lambda prompts, completions: [2.0] * len(completions))
         trainer_of(tmp_path, [grpo(judge=judge)])(rehearse=False)
     text = show_run(Run.open(tmp_path))
-    assert "no group: the best and the worst have one score, 2 (tie)" in text
+    assert "no group: the best and the worst have the same score, 2 (tie)" in text

@@ -426,7 +426,7 @@ def test_a_number_that_gives_way_is_one_pass_where_the_prompts_are_too_few(tmp_p
         with caplog.at_level("INFO", logger="self_rewarding_lm"):
             run = trainer_of(folder, [stage], quiet=False)(rehearse=False)
         assert len(rows_asked(run)) == asked
-        assert ("12 prompts, which are each asked once" in caplog.text) == bool(rule)
+        assert ("12 prompts, each used once" in caplog.text) == bool(rule)
         assert ("24 prompts (12 different)" in caplog.text) == (rule is None)
         caplog.clear()
     enough = external(reward_model=rising(), unless_few_prompts=True, prompt_dataset=TWELVE)

@@ -151,13 +151,13 @@ class LaunchedServer:
             self._signal(signal.SIGTERM)
             if not self._ends_within(self.stop_timeout):
                 logger.warning(
-                    "the server (process %d) goes on %g seconds after SIGTERM; it is killed",
+                    "the server (process %d) still runs %g seconds after SIGTERM; it is killed",
                     process.pid,
                     self.stop_timeout,
                 )
                 self._signal(signal.SIGKILL)
                 if not self._ends_within(AFTER_KILL_SECONDS):
-                    logger.warning("children of the server %d are still there", process.pid)
+                    logger.warning("children of the server %d still run", process.pid)
             self.process = None
         if self.log is not None:
             self.log.close()
