@@ -1,4 +1,4 @@
-"""The README's code is what the tests run, and its claims about files are true."""
+"""The code of README and docs/examples.md is what the tests run, and its claims about files are true."""
 
 import ast
 import re
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from self_rewarding_lm import FinetuneConfig, Run, SFTConfig
+from self_rewarding_lm import Run, SFTConfig
 from self_rewarding_lm.errors import JudgeError
-from tests.test_trainer import model64, sft, trainer_of, weights_of
+from tests.test_trainer import sft, trainer_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README + EXAMPLES, re.DOTALL)
 SEEDS = ROOT.parent / "shared" / "seeds" / "002_e10b03e72cbcf2f1.txt"
 
 
@@ -79,22 +80,10 @@ def test_the_second_example_trains_by_self_play():
     assert len([m for m in run.metrics("spin") if "loss" in m]) == 14  # 2 epochs of 7 steps
 
 
-def test_the_stage_of_ones_own_as_the_readme_prints_it(tmp_path):
-    names = {}
-    exec(block("class AddNoise"), names)
-    stage = names["AddNoise"]()
-    assert isinstance(stage, FinetuneConfig)
-    model = model64()
-    before = weights_of(model)
-    run = trainer_of(tmp_path / "checkpoints", [stage], model)()
-    assert run.summary("noise") == {"scale": 1e-3}
-    assert not torch.equal(before["head.weight"], model.state_dict()["head.weight"])
-
-
 def test_reading_a_run_as_the_readme_prints_it(capsys, tmp_path):
     from tests.test_trainer import self_reward
 
-    trainer_of(tmp_path / "checkpoints", [self_reward()])()
+    trainer_of(tmp_path / "runs" / "paper", [self_reward(name="m2")])()
     exec(block("Run.open"), {})
     assert len(capsys.readouterr().out.splitlines()) >= 3
 
