@@ -413,7 +413,7 @@ class RewardConfig(Config):
             )
         if self.forced_ending:
             raise ValueError(
-                "forced_ending puts words behind a text that lead to one number, and marks stand "
+                "forced_ending appends words that lead to one number, but marks stand "
                 f"within a review; leave one of them out. {setting('score_mode', 'expected')} "
                 "takes the "
                 "probabilities of the marks in the review that was written"

@@ -763,7 +763,7 @@ def _asks_for_fsdp(kwargs: Mapping[str, Any], world: int) -> bool:
         )
     if world == 1:
         raise ConfigError(
-            "FSDP was asked for and there is one process, so that nothing can be spread. Start "
+            "FSDP was asked for and there is one process, so nothing can be sharded. Start "
             "several with `accelerate launch --num_processes N ...`, or leave FSDP out."
         )
     return True

@@ -435,7 +435,7 @@ def test_keep_stages_leaves_the_last_ones_weights_and_all_records(keep, left, tm
     assert [name for name in names if (run.stage(name).path / "model").exists()] == left
     assert all(len(run.rows(name)) == 6 and run.is_done(name) for name in names)
     if keep == 1:
-        with pytest.raises(StoreError, match="keep_stages had them deleted"):
+        with pytest.raises(StoreError, match="keep_stages deleted them"):
             run.weights("sft")
 
 

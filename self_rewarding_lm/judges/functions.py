@@ -36,7 +36,7 @@ class FunctionJudge(Judge):
         except (TypeError, ValueError):  # it takes others, or does not say what it takes
             raise JudgeError(
                 f"reward function {self.name} must take its texts by the names prompts and "
-                "completions: f(prompts, completions), and behind these any columns of the rows."
+                "completions: f(prompts, completions), and after these any columns of the rows."
             ) from None
 
     def judge(

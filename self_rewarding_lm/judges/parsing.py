@@ -417,6 +417,6 @@ def call_parse_reward(parse_reward: Callable[[str], object], text: str) -> Parse
     except Exception as error:
         raise JudgeError(
             f"parse_reward raised {type(error).__name__}: {error}. It must return a number, or "
-            f"None where there is no score. It was given: {text[:300]!r}"
+            f"None if there is no score. It was given: {text[:300]!r}"
         ) from error
     return score_of(value)

@@ -267,7 +267,7 @@ def _check(prompt: RewardConfig | ComparisonConfig, sampling: SamplingConfig) ->
     if prompt.score_mode == "expected" or prompt.forced_ending:
         raise ConfigError(
             "a ServerJudge reads what the model says; its tokens are not the policy's, so expected "
-            f"and forced scores are not to be had. Use {setting('score_mode', 'sampled')} without "
+            f"and forced scores cannot be computed. Use {setting('score_mode', 'sampled')} without "
             "forced_ending "
             "(several judgements make a mean), or ServerEngine for the policy's own judging."
         )

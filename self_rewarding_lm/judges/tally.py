@@ -242,7 +242,7 @@ class JudgeWatcher:
             self.not_finite / self.judged,
             f"{self.not_finite} of {self.judged} judgements gave NaN or infinity, such as "
             f"{', '.join(ids[:8])}. A reward function or module has to give finite numbers, or "
-            "None where there is no score; with a judging model its logits are not finite: the "
+            "None if there is no score; with a judging model its logits are not finite: the "
             "training before has diverged, or its type is too narrow. The last ones are not "
             "stored and will be judged again.",
         )

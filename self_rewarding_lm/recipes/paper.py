@@ -196,7 +196,7 @@ def paper_config_of(settings: Mapping[str, Any]) -> list[FinetuneConfig]:
         words = f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
         raise ConfigError(
             f"finetune_configs=dict(...) takes what create_default_paper_config takes: "
-            f"{', '.join(known)}. Of what came, {words}."
+            f"{', '.join(known)}. Of what was given, {words}."
         )
     return create_default_paper_config(**settings)
 

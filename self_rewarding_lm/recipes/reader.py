@@ -497,10 +497,10 @@ class Reader:
         return rows if rows is WRONG else getattr(rows, part.value)
 
     def _lines(self, node: Node, keys: Keys) -> Node:
-        """[first, behind the last] as a list of the lines from the one to the other."""
+        """[first, end] as a list of the lines from first to end - 1."""
         ends = node.plain()
         if not isinstance(ends, list) or len(ends) != 2 or not all(map(_is_line, ends)):
-            words = "must be [first, behind the last], lines counted from 0, such as [0, 70]"
+            words = "must be [first, end], lines counted from 0, such as [0, 70]"
             self.refuse(node, keys, f"{words}; got {shape(node)}.")
             return replace(node, value=None)
         return replace(node, value=[replace(node, value=line) for line in range(*ends)])

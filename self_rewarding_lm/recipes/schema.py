@@ -31,7 +31,7 @@ OBJECT = {
 
 
 LINES = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}
-"""[first, behind the last], as a recipe names lines of a file of trees."""
+"""[first, end], as a recipe names lines of a file of trees."""
 
 
 PLAIN = (str, int, float, list, type(None))

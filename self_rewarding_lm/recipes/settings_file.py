@@ -68,7 +68,9 @@ EXAMPLES = {
 """Values of settings that are required, and of some others; a required one without is `...`."""
 
 
-LINES_IN_WORDS = "[first, behind the last]: lines of the file, counted from 0, such as [0, 70]."
+LINES_IN_WORDS = (
+    "[first, end]: lines first to end - 1 of the file, counted from 0, such as [0, 70]."
+)
 
 
 STAGES_MARK = "In place of `paper`: stages of your own"

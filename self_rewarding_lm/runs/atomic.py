@@ -17,8 +17,8 @@ LEDGER = "files.json"
 
 
 GOES_ON = (
-    "What was written before is whole and is kept; mend the cause (room on the disk, a folder that "
-    "can be written to) and start the run again: it goes on from there."
+    "What was written before is complete and is kept; remove the cause (room on the disk, a folder "
+    "that can be written to) and start the run again: it resumes from there."
 )
 """What to do when a file of a run cannot be written."""
 
@@ -130,7 +130,7 @@ def changed(path: Path) -> StoreError:
         f"{path} is not the file that was written: it was changed, cut or damaged afterwards. Put "
         "the right one back; or delete the stage's folder (and those of later stages) to have all "
         "of it made again. To use it as it is, delete its line from "
-        f"{LEDGER} beside it: then nobody vouches for it."
+        f"{LEDGER} beside it: then it is no longer checked."
     )
 
 

@@ -206,7 +206,7 @@ class Run:
         files = StageFiles(self.folder) if initial else self.stage(stage)
         path = files.weights(INITIAL if initial else "model")
         if path is None:
-            why = "it is not done, or keep_stages had them deleted"
+            why = "it is not done, or keep_stages deleted them"
             raise StoreError(f"the weights of stage {stage!r} are not in {self.folder}: {why}.")
         return path
 

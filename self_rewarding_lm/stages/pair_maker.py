@@ -454,8 +454,8 @@ class PairMaker:
         if judged.judgements and all(j.reason == "too_long" for j in judged.judgements):
             raise JudgeError(
                 f"{self.ctx.stage}: the judge's prompt with the shortest of the first "
-                f"{len(prompts)} prompts ({len(prompt.ids)} tokens) and an answer of two tokens "
-                "leaves the judge no room to answer. Use a shorter reward prompt."
+                f"{len(prompts)} prompts ({len(prompt.ids)} tokens) and a response of two tokens "
+                "leaves the judge no room to write. Use a shorter reward prompt."
             )
         # 3. pair it as if the answers were finished and scored differently
         judged.candidates = [replace(c, finished=None) for c in judged.candidates]

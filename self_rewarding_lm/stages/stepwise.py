@@ -244,11 +244,11 @@ class StepwiseDPOConfig(SelfRewardDPOConfig):
         if refused:
             raise ValueError(
                 f"{', '.join(refused)}: this stage samples each step itself, and the step that "
-                "wins most is chosen and goes on"
+                "wins most often is taken"
             )
         if not self.generation.stop and self.generation.stop_fn is None:
             raise ValueError(
-                "generation says nowhere where a step ends: give its stop (such as a blank line, "
+                "generation does not say where a step ends: give its stop (such as a blank line, "
                 '("\\n\\n",)) or its stop_fn, a function of a step\'s text'
             )
         return self

@@ -439,7 +439,7 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
         ),
         (
             PAPER.replace("ift.jsonl", "{open_assistant: trees.jsonl, part: ift, trees: [1]}"),
-            "line 3: paper.ift.trees: must be [first, behind the last]",
+            "line 3: paper.ift.trees: must be [first, end]",
         ),
         (
             PAPER.replace("ift.jsonl", "{open_assistant: trees.jsonl, part: ift, lange: en}"),

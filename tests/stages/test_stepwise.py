@@ -357,7 +357,7 @@ def test_in_a_conversation_the_steps_are_the_beginning_of_the_answer(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"generation": SamplingConfig()}, "says nowhere where a step ends"),
+        ({"generation": SamplingConfig()}, "does not say where a step ends"),
         ({"pairing": PairingConfig(pick="best_random")}, "what pairing picks by"),
         ({"consistency": ConsistencyConfig()}, "consistency: this stage samples each step"),
         ({"candidates_from": "m1"}, "candidates_from: this stage samples each step"),

@@ -366,7 +366,7 @@ class HttpClient:
             404: "Is the url right (without /v1/...), is the model's name one of GET /v1/models, "
             "and does the server offer this path?",
         }
-        hint = hints.get(problem.status or 0, "Is it running? Start again to go on from here.")
+        hint = hints.get(problem.status or 0, "Is it running? Start again to resume from here.")
         words = f"{problem.in_words}): {problem.message[:500]}"
         return f"the server {self.url} {does} ({words}. {hint}"
 
