@@ -60,8 +60,8 @@ def test_first_example_runs_to_its_end_with_a_parse_reward_that_gives_numbers():
             num_generated_preference_pairs=(6, 5),
             self_reward_config=dict(
                 prompts_per_block=8,
-                generation=SamplingConfig(max_new_tokens=64),  # the default's 256
-                judging=SamplingConfig(max_new_tokens=64),
+                generation=SamplingConfig(max_new_tokens=16),  # the default's 256
+                judging=SamplingConfig(max_new_tokens=16),
             ),
         ),
         self_reward_prompt_config=RewardConfig(
