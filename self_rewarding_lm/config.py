@@ -23,7 +23,7 @@ from self_rewarding_lm.rubrics import (
     TEN_POINT_JUDGE_PROMPT,
 )
 from self_rewarding_lm.scores import exact, exact_sum
-from self_rewarding_lm.text import html_table
+from self_rewarding_lm.text import amount, html_table
 
 
 class Config(BaseModel):
@@ -317,7 +317,8 @@ class MarkedRubric(Config):
         worth = self.worth
         if len(worth) != count or not all(0 < point < math.inf for point in worth):
             raise ValueError(
-                f"points must be {count} numbers above 0, one for each item; got {self.points}"
+                f"points must be {amount(count, 'number')} above 0, one for each item; got "
+                f"{self.points}"
             )
         return self
 

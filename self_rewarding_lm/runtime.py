@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from self_rewarding_lm.errors import ConfigError, Interrupted, said
 from self_rewarding_lm.sharding import Sharded, send_from_main, sum_gradients, whole
-from self_rewarding_lm.text import markdown_table, printable
+from self_rewarding_lm.text import amount, markdown_table, printable
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +150,12 @@ class Progress(tqdm):
         return self._time()  # type: ignore[attr-defined]
 
     def _words(self, *, is_running: bool = False) -> str:
-        whole = f" of {self.total:,}" if self.total is not None and self.n != self.total else ""
-        unit = self.unit if self.n == 1 and not whole else f"{self.unit}s"
-        notes = [f"{self.n / self.total:.0%}"] if is_running and whole and self.total else []
+        done, total = amount(self.n, self.unit), self.total
+        if total is not None and self.n != total:
+            done = f"{self.n:,} of {amount(total, self.unit)}"
+        notes = [f"{self.n / total:.0%}"] if is_running and total and self.n != total else []
         notes += [f"{self.initial:,} of them earlier"] if self.initial else []
-        said = f"{self.desc.removesuffix(': ')}: {self.n:,}{whole} {unit}"
+        said = f"{self.desc.removesuffix(': ')}: {done}"
         said += f" ({', '.join(notes)})" if notes else ""
         if not is_running:
             return said
@@ -173,7 +174,7 @@ class Progress(tqdm):
         if self._part is None:
             return ""
         done, total, unit, began = self._part
-        said = f"{done:,} of {total:,} {unit}s ({done / max(1, total):.0%})"
+        said = f"{done:,} of {amount(total, unit)} ({done / max(1, total):.0%})"
         if not with_time or not 0 < done < total:
             return said
         return f"{said}, {time_left((self._now() - began) / done * (total - done))}"
@@ -320,7 +321,7 @@ class Runtime:
 
     def _tell_processes(self) -> None:
         if self.shows:
-            processes = "1 process" if self.world == 1 else f"{self.world} processes"
+            processes = amount(self.world, "process", "processes")
             kind = ", which share weights and gradients (FSDP2)" if self.shards else ""
             logger.info("%s on %s%s", processes, self.device.type, kind)
         if self.accelerator.gradient_accumulation_steps != 1:  # of the launch

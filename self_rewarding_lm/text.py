@@ -20,6 +20,14 @@ def number(value: float | None, unknown: str = "unknown") -> str:
     return f"{value:.4g}"
 
 
+def amount(count: int, noun: str, plural: str | None = None) -> str:
+    """A count and what is counted: "1 row", "2,000 rows".
+
+    plural: of the noun, if it is not the noun and an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def duration(seconds: float | None) -> str:
     """A time in its two largest units; "unknown" for None."""
     if seconds is None:

@@ -62,6 +62,7 @@ from self_rewarding_lm.scores import rounding_each_step
 from self_rewarding_lm.stages.base import stage_names
 from self_rewarding_lm.stages.rehearsal import rehearse_stages
 from self_rewarding_lm.stages.spin import SelfPlayConfig
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,8 @@ class SelfRewardingTrainer:
         total = len(self.stages)
         first = next((place for place in range(total) if not run.is_done(place)), total)
         if first > 0:
-            logger.info("%d of %d stages are done already in %s", first, total, self.folder)
+            of_all = f"{first} of {amount(total, 'stage')}"
+            logger.info("%s done already in %s", of_all, self.folder)
             self.token_model.load(run.weights(first - 1))
             self._drop_old_weights(run, first - 1)
         # 3. run the stages that are not done

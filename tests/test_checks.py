@@ -540,7 +540,7 @@ def test_rows_that_lose_their_end(tmp_path, said, kind):
     assert {"step": 0, "rows/truncated": 4} in run("cut", 4, 0.4).metrics(0)
     assert said() == ["rows_truncated"]
     for _ in range(2):  # also when the stage goes on
-        with pytest.raises(DataError, match="4 sequences of 8 were longer than 4 tokens"):
+        with pytest.raises(DataError, match="4 of 8 sequences cut at 4 tokens"):
             run("error", 4, 0.4, "error")
     if kind == "sft":
         assert not Run.open(tmp_path / "error").rows(0)  # so that other rows can be given

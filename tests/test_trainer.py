@@ -993,6 +993,6 @@ def test_a_run_reads_back_while_it_is_not_finished(tmp_path):
     (tmp_path / "01-self_reward" / "done.json").unlink()
     unfinished = Run.open(tmp_path)
     assert not unfinished.is_done(0) and len(unfinished.pairs(0)) == 4
-    assert "0 of 1 stages done" in repr(unfinished)
+    assert "0 of 1 stage done" in repr(unfinished)
     assert json.loads((tmp_path / "run.json").read_text())["stages"] == ["01-self_reward"]
     assert run.settings(0)["settings"]["dpo_beta"] == 0.1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from self_rewarding_lm.cli.judging_flags import Flags, loaded_tokenizer
 from self_rewarding_lm.cli.stages import STAGE_HELP, named_model
-from self_rewarding_lm.text import printable
+from self_rewarding_lm.text import amount, printable
 
 if TYPE_CHECKING:
     from self_rewarding_lm.records import Candidate
@@ -116,7 +116,11 @@ def _shown(names: Sequence[str], answers: "Sequence[Candidate]") -> str:
     """The answers: one as it is, two in columns on a terminal, one below the other elsewhere."""
     texts = [
         printable((answer.text or "").strip())
-        + (f" (cut off at {answer.max_new_tokens} tokens)" if answer.finished is False else "")
+        + (
+            f" (cut off at {amount(answer.max_new_tokens, 'token')})"
+            if answer.finished is False
+            else ""
+        )
         for answer in answers
     ]
     if len(texts) == 1:

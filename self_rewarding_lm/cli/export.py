@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from self_rewarding_lm.text import amount
+
 SUMMARY = "write what a stage trained on in TRL's columns"
 
 
@@ -24,5 +26,5 @@ def run(options: argparse.Namespace) -> int:
     opened = Run.open(options.folder)
     stage = stage_name(opened, options.stage)
     count = export_stage(opened, stage, Path(options.to), force=options.force)
-    print(f"{options.to}: {count} rows of stage {stage}")
+    print(f"{options.to}: {amount(count, 'row')} of stage {stage}")
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from self_rewarding_lm.cli.judging_flags import Flags, add_judging_flags, loaded_tokenizer
 from self_rewarding_lm.errors import ConfigError, JudgeError
-from self_rewarding_lm.text import printable
+from self_rewarding_lm.text import amount, printable
 
 if TYPE_CHECKING:
     from self_rewarding_lm.records import Judgement
@@ -79,8 +79,8 @@ def _nothing_read(judgements: "Sequence[Judgement]") -> str:
     reasons = Counter(str(j.reason) for j in judgements).most_common()
     said = ", ".join(f"{count} {reason}" for reason, count in reasons)
     return (
-        f"none of {len(judgements)} judgements has a score: {said}. What the judge wrote:\n"
-        f"{unread_texts(judgements)}\n"
+        f"none of {amount(len(judgements), 'judgement')} has a score: {said}. "
+        f"What the judge wrote:\n{unread_texts(judgements)}\n"
         "Take the score from the probabilities of the numbers (--score expected), and without a "
         "review before it (--score expected --at-once); or give its texts more room (--judging "
         "'{max_new_tokens: 512}') if they are cut off; or name a --reward whose template says how "

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from self_rewarding_lm.errors import ConfigError
+from self_rewarding_lm.text import amount
 
 if TYPE_CHECKING:
     from self_rewarding_lm.recipes.reader import Recipe
@@ -118,4 +119,5 @@ def in_order(recipe: "Recipe") -> str:
     from self_rewarding_lm.stages.base import stage_names
 
     names = stage_names(recipe.stages)
-    return f"The recipe is in order: {len(names)} stages in {recipe.folder}: {', '.join(names)}."
+    stages = amount(len(names), "stage")
+    return f"The recipe is in order: {stages} in {recipe.folder}: {', '.join(names)}."

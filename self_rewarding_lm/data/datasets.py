@@ -34,6 +34,7 @@ from self_rewarding_lm.data.tables import is_table, table_rows
 from self_rewarding_lm.data.tokens import Tokens
 from self_rewarding_lm.errors import DataError, TokenizerError
 from self_rewarding_lm.records import Demonstration, PreferencePair, Prompt, RankedReplies
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +266,7 @@ class BadRows:
         reasons = "\n".join(f"  {reason}" for reason in self.reasons)
         if 0 < total <= self.count:
             raise DataError(
-                f"{name}: none of {total} rows can be used. The first reasons:\n{reasons}"
+                f"{name}: none of {amount(total, 'row')} can be used. The first reasons:\n{reasons}"
             )
         if self.count and warn:
             logger.warning(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from self_rewarding_lm.errors import ConfigError, DataError, said
 from self_rewarding_lm.runs.installed import install
 from self_rewarding_lm.runs.lines import Lazy, LineFile
+from self_rewarding_lm.text import amount
 
 if TYPE_CHECKING:
     import pyarrow
@@ -192,10 +193,9 @@ def _csv_rows(path: Path, name: str) -> list[dict[str, str]]:
             for fields in filter(None, reader):  # an empty line is no row
                 if len(fields) != len(head):
                     raise DataError(
-                        f"{name}: {path}, line {reader.line_num}: the row has {len(fields)} "
-                        "fields, "
-                        f"and the first line names {len(head)}. A field with commas or line ends "
-                        'stands in "...".'
+                        f"{name}: {path}, line {reader.line_num}: the row has "
+                        f"{amount(len(fields), 'field')}, and the first line names {len(head)}. "
+                        'A field with commas or line ends stands in "...".'
                     )
                 rows.append(dict(zip(head, fields, strict=True)))
     except (csv.Error, UnicodeDecodeError) as error:

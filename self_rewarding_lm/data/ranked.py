@@ -30,6 +30,7 @@ from self_rewarding_lm.records import (
     RankedReplies,
     is_number,
 )
+from self_rewarding_lm.text import amount
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def _check_ranking(replies: Any, ranks: Any, where: str) -> None:
         raise DataError(f"{where}: ranks must be numbers, 0 for the best; got {str(ranks)[:80]}.")
     if len(replies) < 2 or len(replies) != len(ranks):
         raise DataError(
-            f"{where}: at least two replies with a rank each are needed; got {len(replies)} "
-            f"replies and {len(ranks)} ranks."
+            f"{where}: at least two replies with a rank each are needed; got "
+            f"{amount(len(replies), 'reply', 'replies')} and {amount(len(ranks), 'rank')}."
         )
     if len(set(ranks)) < 2:
         raise DataError(

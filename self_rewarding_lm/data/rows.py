@@ -38,6 +38,7 @@ from self_rewarding_lm.records import (
     RankedReplies,
     is_number,
 )
+from self_rewarding_lm.text import amount
 
 PAIR_NUMBERS = {
     "weight": math.inf,
@@ -140,7 +141,8 @@ def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool,
     targets = tuple(i > 0 and not p for i, p in enumerate(marked.is_prompt))
     if not any(targets):
         raise DataError(
-            f"{where}: nothing to learn: the prompt takes all {len(marked.ids)} tokens of the row."
+            f"{where}: nothing to learn: the prompt takes all of the row's "
+            f"{amount(len(marked.ids), 'token')}."
         )
     return marked.ids, targets
 
@@ -391,8 +393,8 @@ def _prompt_mask(value: Any, ids: Ids, where: str) -> tuple[bool, ...]:
         if len(value) == len(ids):
             return tuple(value)
     raise DataError(
-        f"{where}: beside {len(ids)} ids there must be prompt_len, an int from 0 to {len(ids)}, "
-        f"or prompt_mask, {len(ids)} booleans; got {str(value)[:80]}."
+        f"{where}: beside {amount(len(ids), 'id')} there must be prompt_len, an int from 0 to "
+        f"{len(ids)}, or prompt_mask, {amount(len(ids), 'boolean')}; got {str(value)[:80]}."
     )
 
 

@@ -15,6 +15,7 @@ from itertools import combinations
 
 from self_rewarding_lm.errors import DataError
 from self_rewarding_lm.stats import kendall_tau_b, spearman
+from self_rewarding_lm.text import amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class RankedScores:
         if len(self.ranks) != len(self.scores):
             raise DataError(
                 f"every reply needs a rank and a score (or None); group {self.group!r} has "
-                f"{len(self.ranks)} ranks and {len(self.scores)} scores."
+                f"{amount(len(self.ranks), 'rank')} and {amount(len(self.scores), 'score')}."
             )
         known = [*self.ranks, *(s for s in self.scores if s is not None)]
         if not all(math.isfinite(number) for number in known):

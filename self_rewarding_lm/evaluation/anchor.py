@@ -15,6 +15,7 @@ from self_rewarding_lm.evaluation.judge_quality import judge_ranked, read_ranked
 from self_rewarding_lm.judges.make import check_judge, make_judge, top_score_of
 from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stats import Interval
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,9 @@ class JudgeAnchor:
         out.log({"step": step, **metrics})
         out.summary["anchor"] = metrics
         logger.info(
-            "%s: judges %d human-ranked rows with pairwise accuracy %s (ties as a half; 95 %% %s)",
+            "%s: judges %s with pairwise accuracy %s (ties as a half; 95 %% %s)",
             ctx.stage,
-            len(self.rows),
+            amount(len(self.rows), "human-ranked row"),
             _decimals(metrics.get(WATCHED)),
             _decimals_of(evaluation.intervals[WATCHED.removeprefix("anchor/")]),
         )

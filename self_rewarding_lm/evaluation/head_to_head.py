@@ -48,6 +48,7 @@ from self_rewarding_lm.runs.stage_folder import RECORDS_AT_ONCE, StageDir
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.runtime import Runtime
 from self_rewarding_lm.stats import Rate, ratio_interval
+from self_rewarding_lm.text import amount
 
 T = TypeVar("T", Candidate, Judgement)
 
@@ -407,9 +408,9 @@ def _comparison(
     if not any(known is not None for known in outcomes):
         wrote = f" What it wrote:\n{unread_texts(judgements)}\n" if judgements else " "
         raise JudgeError(
-            f"the judge gave no verdict on any of {len(groups)} pairs of responses.{wrote}Make its "
-            "prompt fit what it writes, raise judging.max_new_tokens, or take the labels' "
-            f"probabilities ({setting('score_mode', 'expected')}, "
+            f"the judge gave no verdict on any of {amount(len(groups), 'pair')} of responses."
+            f"{wrote}Make its prompt fit what it writes, raise judging.max_new_tokens, or take the "
+            f"labels' probabilities ({setting('score_mode', 'expected')}, "
             f"{setting('forced_ending', 'at_once')})."
         )
     rates = win_rates(

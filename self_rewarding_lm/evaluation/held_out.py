@@ -24,6 +24,7 @@ from self_rewarding_lm.judges.make import check_judge, make_judge
 from self_rewarding_lm.records import Candidate, Prompt
 from self_rewarding_lm.runs.stored import id_order
 from self_rewarding_lm.scores import candidate_scores, exact, mean_score
+from self_rewarding_lm.text import amount
 
 HALF = Fraction(1, 2)
 
@@ -85,9 +86,9 @@ class HeldOutReward:
         known = [score for _, score in scores if score is not None]
         if not known:
             raise JudgeError(
-                f"{ctx.stage}: the judge gave no score to any of {len(scores)} held-out prompts' "
-                "responses; nothing to compare. Make its prompt fit what it writes, or raise "
-                "judging.max_new_tokens."
+                f"{ctx.stage}: the judge gave no score to any response to "
+                f"{amount(len(scores), 'held-out prompt')}; nothing to compare. Make its "
+                "prompt fit what it writes, or raise judging.max_new_tokens."
             )
         return {"score": float(sum(map(exact, known)) / len(known))}
 

@@ -5,36 +5,42 @@ from collections.abc import Sequence
 from self_rewarding_lm.evaluation.head_to_head import Comparison, Side
 from self_rewarding_lm.evaluation.judge_quality import JudgeEvaluation
 from self_rewarding_lm.stats import Interval, Rate
-from self_rewarding_lm.text import aligned
+from self_rewarding_lm.text import aligned, amount
 
 
 def judge_table(evaluation: JudgeEvaluation) -> str:
     """A judge's measures, one a line."""
     agreed, pairs = evaluation.agreement, evaluation.agreement.pairs
     interval, undefined = evaluation.intervals, f"{agreed.uncorrelated} undefined, left out"
-    untied = f"of {pairs.agree + pairs.disagree} untied pairs"
-    top, instructions = f"of {agreed.best_count} top scores", f"of {agreed.ordered} instructions"
+    untied = f"of {amount(pairs.agree + pairs.disagree, 'untied pair')}"
+    top = f"of {amount(agreed.best_count, 'top score')}"
+    ordered = f"of {amount(agreed.ordered, 'instruction')}"
+    judgements = f"of {amount(len(evaluation.judgements), 'judgement')}"
     rows = [
         ("pairwise accuracy", pairs.accuracy, interval["accuracy"], untied),
         ("  ties as a half", pairs.accuracy_ties_half, interval["accuracy_ties_half"], ""),
         ("  tie rate", pairs.tie_rate, interval["tie_rate"], f"{pairs.tied} tied"),
         ("5-best", agreed.best_precision, interval["best_precision"], top),
-        ("exact match", agreed.exact_match, interval["exact_match"], instructions),
+        ("exact match", agreed.exact_match, interval["exact_match"], ordered),
         ("Spearman", agreed.spearman, interval["spearman"], undefined),
         ("Kendall tau-b", agreed.kendall, interval["kendall"], undefined),
-        ("parse rate", evaluation.parse_rate, None, f"of {len(evaluation.judgements)} judgements"),
+        ("parse rate", evaluation.parse_rate, None, judgements),
         ("self-agreement", evaluation.self_agreement, None, "same score, not corrected for chance"),
     ]
     position, calibration = evaluation.position, evaluation.calibration
     if position is not None:
-        words = f"of {position.first + position.second} verdicts, {position.ties} ties"
+        verdicts = amount(position.first + position.second, "verdict")
+        words = f"of {verdicts}, {amount(position.ties, 'tie')}"
         rows.append(("for the first shown", position.first_share, None, words))
-        words = f"of {position.compared} pairs"
+        words = f"of {amount(position.compared, 'pair')}"
         rows.append(("both orders agree", position.consistency, None, words))
     if calibration is not None:
-        words = f"bins of 0.1, {calibration.pairs} pairs"
+        words = f"bins of 0.1, {amount(calibration.pairs, 'pair')}"
         rows.append(("calibration error", calibration.error, None, words))
-    head = f"{agreed.replies} replies to {agreed.instructions} prompts in {agreed.groups} groups"
+    head = (
+        f"{amount(agreed.replies, 'reply', 'replies')} to {amount(agreed.instructions, 'prompt')} "
+        f"in {amount(agreed.groups, 'group')}"
+    )
     lines = [head, "", *_measures_in_lines(rows)]
     if calibration is not None:
         bins = [(f"{b.predicted:.2f}", f"{b.agreed:.2f}", f"{b.count}") for b in calibration.bins]
@@ -62,7 +68,7 @@ def comparison_table(comparison: Comparison, names: Sequence[str]) -> str:
         rows.append(("both orders agree", position.consistency, None, "of pairs"))
     first, second = _measures(comparison.first), _measures(comparison.second)
     unknown = f", {rates.unknown} without a verdict" if rates.unknown else ""
-    lines = [f"{names[0]} against {names[1]}: {rates.prompts} prompts{unknown}", ""]
+    lines = [f"{names[0]} against {names[1]}: {amount(rates.prompts, 'prompt')}{unknown}", ""]
     sides = [(f"{label:18}", _number(first[label]), _number(second[label])) for label in first]
     lines += [*_measures_in_lines(rows), "", *aligned([("", "first", "second"), *sides], "<>")]
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from self_rewarding_lm.generation.schedule import Group
 from self_rewarding_lm.models.interface import Plan, Session, TokenModel, device_of
 from self_rewarding_lm.models.logprobs import next_logprobs
 from self_rewarding_lm.records import Ids
+from self_rewarding_lm.text import amount
 
 AHEAD = 256
 """Tokens of prompts that are computed before there is room for their rows: a forward of few tokens
@@ -262,8 +263,9 @@ class Flight:
                 "maximum. It must leave one token at least, and no NaN."
             )
         what = "NaN" if logits.isnan().any() else "no finite maximum"
+        new = amount(len(self.running[rows[0]].new_ids), "token")
         return not_finite(
-            f"generating, {len(self.running[rows[0]].new_ids)} tokens behind the prompt",
+            f"generating, {new} behind the prompt",
             f"the model's logits have {what}, so nothing can be sampled",
             names,
             "Records of a stage begin with its name; those that were finished are on disk. The "

@@ -27,6 +27,7 @@ from self_rewarding_lm.models.narrow import NarrowMatrices
 from self_rewarding_lm.models.packed import PackedMatrices
 from self_rewarding_lm.records import Ids
 from self_rewarding_lm.runtime import MemoryUsedUpError, give_back_memory, memory_told
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -219,10 +220,10 @@ class LocalEngine:
         held = "half of what is free" if self.cache_bytes is None else f"{self.cache_bytes:,}"
         return memory_told(
             what,
-            f"{rows} sequences ran at once: allow fewer max_new_tokens, or{from_python} lower "
-            f"LocalEngine(max_rows=...) (now {self.max_rows}), cache_bytes=... (now {held}) or "
-            f"max_prefill_tokens=... (now {self.max_prefill_tokens:,}). A run goes on with another "
-            "engine; what it has finished is on disk.",
+            f"{amount(rows, 'sequence')} ran at once: allow fewer max_new_tokens, or{from_python} "
+            f"lower LocalEngine(max_rows=...) (now {self.max_rows}), cache_bytes=... (now {held}) "
+            f"or max_prefill_tokens=... (now {self.max_prefill_tokens:,}). A run goes on with "
+            "another engine; what it has finished is on disk.",
         )
 
     @contextmanager

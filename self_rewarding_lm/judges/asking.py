@@ -20,6 +20,7 @@ from self_rewarding_lm.judges.parsing import VerdictForm, opened_thought
 from self_rewarding_lm.models.interface import TokenModel
 from self_rewarding_lm.records import Judgement, stable_hash
 from self_rewarding_lm.scores import ParsedScore
+from self_rewarding_lm.text import amount
 
 MIN_ANSWER_TOKENS = 16
 
@@ -272,7 +273,7 @@ class Asker:
         ending = self._ending_length(reader)
         answer = 0 if self.forced_ending == "at_once" else MIN_ANSWER_TOKENS
         if limit is not None and length + ending + answer >= limit:
-            words = f"{answer + ending} tokens of answer"
+            words = f"{amount(answer + ending, 'token')} of answer"
             raise JudgeError(
                 f"the judge's prompt_template alone has {length} tokens, and the judge takes "
                 f"{limit}: no room for a response and {words}. Shorten it."

@@ -15,6 +15,7 @@ from self_rewarding_lm.models.inference import evaluating
 from self_rewarding_lm.models.interface import device_of
 from self_rewarding_lm.records import Candidate, Judgement, Prompt
 from self_rewarding_lm.scores import score_of
+from self_rewarding_lm.text import amount
 
 
 class FunctionJudge(Judge):
@@ -53,7 +54,7 @@ class FunctionJudge(Judge):
             came = f"{len(scores)}" if isinstance(scores, Sequence) else f"{scores!r:.200}"
             raise JudgeError(
                 f"reward function {self.name} must return one score (or None) for each of the "
-                f"{len(flat)} completions; got {came}."
+                f"{amount(len(flat), 'completion')}; got {came}."
             )
         # 2. each number becomes a score, or None with its reason
         return [

@@ -18,6 +18,7 @@ from self_rewarding_lm.generation.score_trie import MIN_SCORE_MASS
 from self_rewarding_lm.judges.asking import FIRST_LOOK
 from self_rewarding_lm.records import Candidate, Judgement, MetaJudgement
 from self_rewarding_lm.scores import both_orders, candidate_scores
+from self_rewarding_lm.text import amount
 
 
 @dataclass
@@ -240,8 +241,8 @@ class JudgeWatcher:
         return self.checker.failing(
             "scores_not_finite",
             self.not_finite / self.judged,
-            f"{self.not_finite} of {self.judged} judgements gave NaN or infinity, such as "
-            f"{', '.join(ids[:8])}. A reward function or module has to give finite numbers, or "
+            f"{self.not_finite} of {amount(self.judged, 'judgement')} gave NaN or infinity, such "
+            f"as {', '.join(ids[:8])}. A reward function or module has to give finite numbers, or "
             "None if there is no score; with a judging model its logits are not finite: the "
             "training before has diverged, or its type is too narrow. The last ones are not "
             "stored and will be judged again.",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from self_rewarding_lm.errors import AdapterError, ConfigError
 from self_rewarding_lm.models.logprobs import Head
 from self_rewarding_lm.models.packing import Packing
+from self_rewarding_lm.text import amount
 
 SHARE_OF_FREE = 0.5
 """Of the memory that is free when a session begins (ours): the rest is for the forwards' needs."""
@@ -83,9 +84,10 @@ class Plan:
             plan = replace(plan, max_rows=plan.max_rows - 1, is_cut=True)
         if plan.tokens * bytes_per_token > allowed:
             raise ConfigError(
-                f"the keys and values of prompts of {self.longest} tokens with {self.max_new} new "
-                f"ones take {plan.tokens * bytes_per_token / 2**20:.3g} MiB even for "
-                f"{plan.max_rows} rows, and {allowed / 2**20:.3g} MiB are allowed. Raise "
+                f"the keys and values of prompts of {amount(self.longest, 'token')} with "
+                f"{amount(self.max_new, 'new one')} take "
+                f"{plan.tokens * bytes_per_token / 2**20:.3g} MiB even for "
+                f"{amount(plan.max_rows, 'row')}, and {allowed / 2**20:.3g} MiB are allowed. Raise "
                 "cache_bytes of LocalEngine, or use shorter prompts or fewer new tokens."
             )
         return plan

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from self_rewarding_lm.models.inference import evaluating, is_slow
 from self_rewarding_lm.models.interface import SHARE_OF_FREE, device_of, free_bytes
 from self_rewarding_lm.models.policy import without_adapters
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,9 @@ class NarrowMatrices:
             if some:
                 share = _survives(sum(c.added for c in some), sum(c.lost for c in some))
                 would = "survives" if is_merged else "would survive a merge"
-                parts.append(f"{words} {len(some)} layers ({max(share, 0):.0%} of it {would})")
+                parts.append(
+                    f"{words} {amount(len(some), 'layer')} ({max(share, 0):.0%} of it {would})"
+                )
         said = (
             f"{len(self._copies)} matrices are cast to {str(dtype).removeprefix('torch.')} once "
             f"({self.nbytes / 2**20:,.0f} MiB); the adapter is {' and '.join(parts)}"

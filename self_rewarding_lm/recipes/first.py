@@ -22,7 +22,7 @@ from self_rewarding_lm.recipes.reader import read_recipe
 from self_rewarding_lm.recipes.yaml_nodes import parse_yaml
 from self_rewarding_lm.runs.atomic import OTHER_PLACE, system_errors
 from self_rewarding_lm.runs.installed import SCHEMA
-from self_rewarding_lm.text import number
+from self_rewarding_lm.text import amount, number
 
 RECIPE = "recipe.yaml"
 
@@ -138,7 +138,7 @@ def write_first_recipe(
         )
     ] + [
         f"{shape.name} with {number(shape.parameters)} parameters on {machine}: {chosen.words}; "
-        f"{number(prompts)} prompts make {_rounds(prompts)}."
+        f"{amount(prompts, 'prompt')} make{'s' if prompts == 1 else ''} {_rounds(prompts)}."
     ]
 
 

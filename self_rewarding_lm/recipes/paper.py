@@ -14,6 +14,7 @@ from self_rewarding_lm.stages.eft import BuildEFTConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.self_reward_sft import SelfRewardSFTConfig
 from self_rewarding_lm.stages.sft import SFTConfig
+from self_rewarding_lm.text import amount
 
 PAPER_PAIRS = (3964, 6942)
 """Preference pairs of the two rounds (arXiv:2401.10020, 3.1.3)."""
@@ -220,7 +221,7 @@ def _rounds(
     if len(prompts) != len(counts):
         raise ConfigError(
             "prompts as a tuple are one dataset a round: "
-            f"there are {len(counts)} rounds, and the tuple has {len(prompts)}."
+            f"the tuple has {len(prompts)} for {amount(len(counts), 'round')}."
         )
     stages: list[FinetuneConfig] = []
     for place, (dataset, count) in enumerate(zip(prompts, counts, strict=True)):

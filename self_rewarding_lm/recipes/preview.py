@@ -23,7 +23,7 @@ from self_rewarding_lm.recipes.plan.plan import recipe_tokens
 from self_rewarding_lm.recipes.reader import Recipe
 from self_rewarding_lm.scores import number_text
 from self_rewarding_lm.stages.base import stage_names
-from self_rewarding_lm.text import printable
+from self_rewarding_lm.text import amount, printable
 
 A_RESPONSE, ANOTHER = "(a response)", "(another response)"
 """Stand in a judge prompt where the run puts what was sampled."""
@@ -68,8 +68,9 @@ def must_write(asks: RewardConfig | ComparisonConfig) -> Iterator[str]:
     elif asks.marks is not None:
         marks = asks.marks
         yield (
-            f"it must mark each of {len(marks.worth)} items with {marks.yes!r} or {marks.no!r}; "
-            f"the score is the sum of the points, 0 to {number_text(marks.score_range[1])}."
+            f"it must mark each of {amount(len(marks.worth), 'item')} with {marks.yes!r} or "
+            f"{marks.no!r}; the score is the sum of the points, 0 to "
+            f"{number_text(marks.score_range[1])}."
         )
         return
     elif asks.parse_reward is not None:
@@ -117,14 +118,14 @@ def _rows(
     if length is None:
         yield f"  {rows.name}: rows that an earlier stage will make"
         return
-    yield f"  {rows.name}: {length:,} rows"
+    yield f"  {rows.name}: {amount(length, 'row')}"
     limit = getattr(stage, "max_seq_len", None)
     for place in islice(rows.preview(), count):
         where = rows.where(place)
         for what, ids, learnt in stage.shown(field, rows.peek(place), where, tokens):
             cut = "" if limit is None or len(ids) <= limit else f", cut at {limit} (max_seq_len)"
             ids, learnt = ids[:limit], learnt[:limit]
-            numbers = f"{len(ids)} tokens, {sum(learnt)} learnt{cut}"
+            numbers = f"{amount(len(ids), 'token')}, {sum(learnt)} learnt{cut}"
             yield printable(f"  {where}: {what}, {numbers}")
             yield from _indented(_marked(ids, learnt, tokens, mark))
 

@@ -21,7 +21,7 @@ from self_rewarding_lm.runs.run import Run
 from self_rewarding_lm.runs.stage_files import read_json
 from self_rewarding_lm.runs.weights import CARD
 from self_rewarding_lm.stages.kinds import STAGES
-from self_rewarding_lm.text import markdown_table, number
+from self_rewarding_lm.text import amount, markdown_table, number
 from self_rewarding_lm.training.losses import PAIR_LOSSES
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,9 @@ def card_text(run: Run, stage: str, folder: Path) -> str:
     what = f"{kind} with {number(size)} parameters" if isinstance(size, int) else kind
     parts = [
         *(_head(folder, stages), f"# Stage {_plain(stage)}"),
-        f"A {what}, trained with self_rewarding_lm in {last} of {len(run.stages)} stages, seed "
-        f"{run.info.get('seed', 'unknown')}. `report.html` in the run's folder shows the run.",
+        f"A {what}, trained with self_rewarding_lm in {last} of "
+        f"{amount(len(run.stages), 'stage')}, seed {run.info.get('seed', 'unknown')}. "
+        "`report.html` in the run's folder shows the run.",
         "## Stages so far",
         _table(["stage", "kind", "starts from", "data", "steps"], map(_row, stages)),
         "## Numbers of the run",
@@ -366,7 +367,7 @@ def _table(head: list[str], rows: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = f"{len(value)} rows given in place" if isinstance(value, list) else str(value)
+    text = f"{amount(len(value), 'row')} given in place" if isinstance(value, list) else str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 

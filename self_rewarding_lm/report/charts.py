@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from self_rewarding_lm.report.markup import Safe, tag
-from self_rewarding_lm.text import number
+from self_rewarding_lm.text import amount, number
 
 WIDTH, HEIGHT = 360, 222
 
@@ -150,7 +150,7 @@ def bar_chart(
         inside = [x for x in ticks(edges[0], edges[-1], 4) if edges[0] <= x <= edges[-1]]
         parts += [_label(x_of(x), _tick(x)) for x in inside]
     most = max(bars, key=lambda bar: bar[1])
-    words = f"{len(bars)} bars; the highest is {most[0]} with {number(most[1])}"
+    words = f"{amount(len(bars), 'bar')}; the highest is {most[0]} with {number(most[1])}"
     rows = [(name, number(count)) for name, count in bars]
     svg = _drawing(key, title, words, parts)
     return Chart(key, title, svg, Table(title, [across, up], rows, texts=0))

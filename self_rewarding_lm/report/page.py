@@ -59,7 +59,7 @@ from self_rewarding_lm.report.words import (
 from self_rewarding_lm.runs.atomic import OTHER_PLACE, writing
 from self_rewarding_lm.runs.lock import is_at_work
 from self_rewarding_lm.runs.run import REPORT, Run
-from self_rewarding_lm.text import duration, number
+from self_rewarding_lm.text import amount, duration, number
 
 logger = logging.getLogger(__name__)
 
@@ -254,8 +254,8 @@ def _about(run: RunFigures) -> str:
     done = sum(stage.state == "done" for stage in run.stages)
     begun, seed, kind, size, _ = _origin(run)
     return (
-        f"{done} of {len(run.stages)} stages done; {kind}, {size} parameters; seed {seed}; begun "
-        f"{begun}"
+        f"{done} of {amount(len(run.stages), 'stage')} done; {kind}, {size} parameters; seed "
+        f"{seed}; begun {begun}"
     )
 
 
@@ -489,7 +489,7 @@ def _stage_charts(place: int, name: str, runs: Sequence[RunFigures]) -> dict[str
             titled = f"{title}{of_run}"
             chart = _bars(f"bars-{place}-{len(bars)}", titled, counted, across, up)
             if chart is None:
-                value = f"{number(counted.values[0])} ({counted.counts[0]:,} times)"
+                value = f"{number(counted.values[0])} ({amount(counted.counts[0], 'time')})"
                 rows.append([titled, *(value if i == style else None for i in range(len(runs)))])
             else:
                 bars.append(chart)

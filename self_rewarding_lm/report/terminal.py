@@ -23,7 +23,7 @@ from self_rewarding_lm.report.figures import StageFigures, is_metric, stage_figu
 from self_rewarding_lm.report.verdict import verdict
 from self_rewarding_lm.report.words import CURVES, ROUNDS, in_order
 from self_rewarding_lm.runs.run import Run
-from self_rewarding_lm.text import aligned, number, printable
+from self_rewarding_lm.text import aligned, amount, number, printable
 
 WIDTH = 100
 
@@ -79,7 +79,7 @@ def _heading(run: Run) -> list[str]:
     kind, size = str(model.get("class", "?")).rpartition(".")[2], model.get("parameters")
     words = f"{kind}, {size:,} parameters" if isinstance(size, int) else kind
     return _wrapped(
-        f"{run.folder}: {done} of {len(run.stages)} stages done; {words}; "
+        f"{run.folder}: {done} of {amount(len(run.stages), 'stage')} done; {words}; "
         f"seed {run.info.get('seed')}; begun {run.info.get('created')}",
         "",
     )

@@ -11,6 +11,7 @@ from self_rewarding_lm.checks import ChecksConfig
 from self_rewarding_lm.records import Prompt
 from self_rewarding_lm.report.figures import StageFigures, stage_figures
 from self_rewarding_lm.runs.run import Run
+from self_rewarding_lm.text import amount
 
 SHOWN = 3
 """Stages of which a verdict speaks, the last ones."""
@@ -129,10 +130,10 @@ MEASURES = (
 
 def _in_words(made: Made) -> str:
     different = f" ({made.rows:,} different)" if made.rows < made.prompts else ""
-    source = f" from {_count(made.prompts, 'prompt')}{different}" if made.prompts else ""
+    source = f" from {amount(made.prompts, 'prompt')}{different}" if made.prompts else ""
     cut = "" if made.cut is None else f", {percent(made.cut)} of the responses were cut off"
     return (
-        f"{made.name}: {_count(made.pairs, made.noun)}{source}{cut}, {_count(made.steps, 'step')}"
+        f"{made.name}: {amount(made.pairs, made.noun)}{source}{cut}, {amount(made.steps, 'step')}"
     )
 
 
@@ -158,7 +159,7 @@ def _supervised(figures: Sequence[StageFigures]) -> Iterator[str]:
     trained = [stage for stage in figures if stage.curves.get("loss")]
     for stage in trained[-1:]:
         losses = [value for _, value in stage.curves["loss"]]
-        steps = _count(int(stage.counts.get("steps", 0)), "step")
+        steps = amount(int(stage.counts.get("steps", 0)), "step")
         yield f"{stage.name}: {steps}, loss {losses[0]:.3g} -> {losses[-1]:.3g}."
 
 
@@ -204,10 +205,6 @@ def _advice(made: Sequence[Made]) -> str:
     if any(one.trains_too_little for one in made):
         wanted.append("give more prompts, pairs or epochs for more steps")
     return "; ".join(wanted)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def percent(share: float) -> str:

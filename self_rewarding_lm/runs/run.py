@@ -23,7 +23,7 @@ from self_rewarding_lm.records import (
 from self_rewarding_lm.runs.atomic import ledger
 from self_rewarding_lm.runs.lines import Picked, read_lines
 from self_rewarding_lm.runs.stage_files import DONE, EVENTS, StageFiles, check_ours, read_json
-from self_rewarding_lm.text import html_table
+from self_rewarding_lm.text import amount, html_table
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Run:
 
     def __repr__(self) -> str:
         done = sum(self.is_done(name) for name in self.stages)
-        return f"Run({str(self.folder)!r}, {done} of {len(self.stages)} stages done)"
+        return f"Run({str(self.folder)!r}, {done} of {amount(len(self.stages), 'stage')} done)"
 
     def _repr_html_(self) -> str:
         """The stages as a table."""

@@ -27,6 +27,7 @@ from self_rewarding_lm.runs.atomic import (
     writing,
 )
 from self_rewarding_lm.runs.stage_files import ADAPTER_FILE, MODEL_FILE
+from self_rewarding_lm.text import amount
 
 Tensors = Mapping[str, Tensor]
 """By name."""
@@ -251,8 +252,8 @@ def import_checkpoint(model: nn.Module, path: str | Path) -> None:
     if wrong := sorted(dict(ours.items() ^ theirs.items())):
         name = wrong[0]
         raise StoreError(
-            f"the weights in {path} do not fit this model; {len(wrong)} tensors differ, first "
-            f"{name}: {theirs.get(name, 'missing')} there, "
+            f"the weights in {path} do not fit this model; they differ in "
+            f"{amount(len(wrong), 'tensor')}, first {name}: {theirs.get(name, 'missing')} there, "
             f"{ours.get(name, 'missing')} in the model."
         )
     model.load_state_dict(held)

@@ -28,6 +28,7 @@ from self_rewarding_lm.stages.work import (
     row_shape,
     unknown_work,
 )
+from self_rewarding_lm.text import amount
 from self_rewarding_lm.training.early_stopping import EarlyStopping, StageEvaluation
 from self_rewarding_lm.training.fit import Fit, Trial
 from self_rewarding_lm.training.memory import micro_batch_tokens
@@ -153,8 +154,8 @@ class TrainingConfig(FinetuneConfig):
             checks=self.checks,
             round_state=kept,
         )
-        steps = f"{training.total} step{'' if training.total == 1 else 's'}"
-        logger.info("%s: %d rows, %s", ctx.stage, len(objective), steps)
+        rows, steps = amount(len(objective), "row"), amount(training.total, "step")
+        logger.info("%s: %s, %s", ctx.stage, rows, steps)
         if (pairs := getattr(objective, "pairs", None)) is not None:
             ctx.told("on_pairs", pairs)
         return training.run()
@@ -332,9 +333,9 @@ def see_cut(checker: Checker, cut: int, sequences: int, limit: int | None) -> No
     checker.see(
         "rows_truncated",
         cut / max(1, sequences),
-        f"{cut} sequences of {sequences} were longer than {limit} tokens (max_seq_len) and were "
-        "cut at the end; without their end token the model does not learn to end. Raise "
-        "max_seq_len, or leave long rows out.",
+        f"{cut} of {amount(sequences, 'sequence')} cut at {limit} tokens (max_seq_len): without "
+        "their end token the model does not learn to end. Raise max_seq_len, or leave long rows "
+        "out.",
     )
 
 

@@ -52,6 +52,7 @@ from self_rewarding_lm.stages.base import check_rows, read_once
 from self_rewarding_lm.stages.lengths import ranked_lengths
 from self_rewarding_lm.stages.ranges import UNKNOWN, Range
 from self_rewarding_lm.stages.work import Asking, Counting, Work, prompt_tokens
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -598,8 +599,9 @@ def examples_of_comparisons(
         "eft/agreed": len(examples),
     }
     words = (
-        f"{len(pairs)} pairs of {len(ranked)} instructions, {metrics['eft/parsed']} with a verdict "
-        f"that could be read, {len(examples)} with a right one"
+        f"{amount(len(pairs), 'pair')} of {amount(len(ranked), 'instruction')}, "
+        f"{metrics['eft/parsed']} with a verdict that could be read, "
+        f"{len(examples)} with a right one"
     )
     # 4. a judge that does not prefer a place is right equally often in both
     for place, better_first in (("first", True), ("second", False)):
@@ -713,7 +715,7 @@ def example(
 def replies_in_words(ranked: Sequence[RankedPrompt]) -> str:
     """How many replies and instructions there are, in words."""
     replies = sum(len(r.candidates) for r in ranked)
-    return f"{replies} replies to {len(ranked)} instructions"
+    return f"{amount(replies, 'reply', 'replies')} to {amount(len(ranked), 'instruction')}"
 
 
 def unread_texts(judgements: Mapping[str, Judgement]) -> str:

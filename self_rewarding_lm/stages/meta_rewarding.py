@@ -42,6 +42,7 @@ from self_rewarding_lm.stages.pair_maker import PairMaker
 from self_rewarding_lm.stages.sampled import SampledPreferenceConfig
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.work import Counting, Work
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -300,8 +301,9 @@ class JudgePairMaker:
         sampled = config.num_sampled_reward_responses
         compared = min(sampled, config.max_judgements_compared or sampled)
         most = len(prompt_ids) * compared * (compared - 1)
-        message = "%s: judgements of %d prompts are compared, in up to %d comparisons"
-        logger.info(message, ctx.stage, len(prompt_ids), most)
+        prompts, comparisons = amount(len(prompt_ids), "prompt"), amount(most, "comparison")
+        message = "%s: judgements of %s are compared, in up to %s"
+        logger.info(message, ctx.stage, prompts, comparisons)
         with ctx.runtime.progress(len(prompt_ids), f"{ctx.stage}: comparing", "prompt") as bar:
             for start in range(0, len(prompt_ids), config.prompts_per_block):
                 block = list(prompt_ids[start : start + config.prompts_per_block])
@@ -479,8 +481,9 @@ class JudgePairMaker:
         summary["judge_pairs"] = kept
         dropped = ", ".join(f"{n} {k}" for k, n in self.dropped.most_common() if n) or "none"
         level = logging.INFO if kept else logging.WARNING
-        message = "%s: %d comparisons of judgements, %d judge pairs; dropped: %s"
-        logger.log(level, message, stage, total, kept, dropped)
+        comparisons, judge_pairs = amount(total, "comparison"), amount(kept, "judge pair")
+        message = "%s: %s of judgements, %s; dropped: %s"
+        logger.log(level, message, stage, comparisons, judge_pairs, dropped)
         if self.followed.whole >= FIRST_LOOK:
             self.pair_maker.checker.see(
                 "meta_follows_scores",

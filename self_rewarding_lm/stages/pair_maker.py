@@ -48,6 +48,7 @@ from self_rewarding_lm.stages.pairing import (
 )
 from self_rewarding_lm.stages.preference import PreferenceConfig
 from self_rewarding_lm.stages.taken import next_place, own_prompt, taken_prompts
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +141,8 @@ class PairSettings(PreferenceConfig):
         if number is None or self.pairs_wanted(prompts, run_format) is not None:
             return None
         return (
-            f"{prompts:,} prompts, each used once: they are too few for the "
-            f"{number:,} pairs of the paper. num_generated_preference_pairs sets another number"
+            f"{amount(prompts, 'prompt')}, each used once: too few for the {number:,} pairs of "
+            "the paper. num_generated_preference_pairs sets another number"
         )
 
     @field_validator("judge")
@@ -454,8 +455,9 @@ class PairMaker:
         if judged.judgements and all(j.reason == "too_long" for j in judged.judgements):
             raise JudgeError(
                 f"{self.ctx.stage}: the judge's prompt with the shortest of the first "
-                f"{len(prompts)} prompts ({len(prompt.ids)} tokens) and a response of two tokens "
-                "leaves the judge no room to write. Use a shorter reward prompt."
+                f"{amount(len(prompts), 'prompt')} ({amount(len(prompt.ids), 'token')}) and a "
+                "response of two tokens leaves the judge no room to write. Use a shorter reward "
+                "prompt."
             )
         # 3. pair it as if the answers were finished and scored differently
         judged.candidates = [replace(c, finished=None) for c in judged.candidates]
@@ -498,8 +500,8 @@ class PairMaker:
         self.checker.see(
             "repeated_prompts",
             number,
-            f"pass {number} over the {self.num_prompts} prompts begins: those before gave {kept} "
-            f"{self.noun}s. {REPEATED}",
+            f"pass {number} over the {amount(self.num_prompts, 'prompt')} begins: those before "
+            f"gave {amount(kept, self.noun)}. {REPEATED}",
         )
 
     def next_prompt(self, place: int) -> int:
@@ -758,14 +760,13 @@ class PairMaker:
         unused = f"no {self.counted[1].removesuffix('s')} could have"
         skipped = f" ({tally.skipped} that {unused} were not judged)" if tally.skipped else ""
         logger.info(
-            "%s: %s, %d candidates%s, %d judgements, %d %ss; dropped: %s",
+            "%s: %s, %s%s, %s, %s; dropped: %s",
             ctx.stage,
             self.in_words(tally.prompts),
-            tally.candidates,
+            amount(tally.candidates, "candidate"),
             skipped,
-            tally.judgements,
-            drops.kept,
-            noun,
+            amount(tally.judgements, "judgement"),
+            amount(drops.kept, noun),
             drops.in_words(),
         )
         if drops.kept == 0:
@@ -774,23 +775,23 @@ class PairMaker:
             self.checker.see(
                 "cut_off",
                 tally.clipped / tally.answered,
-                f"{tally.clipped} of {tally.answered} responses were cut off before their end, and "
-                f"{self.cut_responses}. Raise generation.max_new_tokens (or max_seq_len), or train "
-                "the model to end first.",
+                f"{tally.clipped} of {amount(tally.answered, 'response')} cut off before the end, "
+                f"and {self.cut_responses}. Raise generation.max_new_tokens (or max_seq_len), or "
+                "train the model to end first.",
             )
         total = drops.kept + drops.prompts["surplus"]
         self.checker.see(
             "pairs_per_prompt",
             total / max(1, tally.prompts),
-            f"{self.in_words(tally.prompts)} gave {total} {noun}s; dropped: {drops.in_words()}. "
-            "The most frequent reason says what to change.",
+            f"{self.in_words(tally.prompts)} gave {amount(total, noun)}; dropped: "
+            f"{drops.in_words()}. The most frequent reason says what to change.",
         )
         wanted = self.wanted
         if wanted is not None:
             self.checker.see(
                 "few_pairs",
                 drops.kept / wanted,
-                f"{drops.kept} {noun}s instead of {wanted} after max_prompt_passes over the "
+                f"{amount(drops.kept, noun)} instead of {wanted} after max_prompt_passes over the "
                 f"prompts; dropped: {drops.in_words()}. Give more prompts or passes, or change "
                 "what the most frequent reason says. By default the stage trains on these.",
             )
@@ -798,7 +799,8 @@ class PairMaker:
     def in_words(self, prompts: int) -> str:
         """So many prompts that were worked, and how many of them are different rows."""
         different = len(self.rows_asked)
-        return f"{prompts} prompts" + (f" ({different} different)" if different < prompts else "")
+        asked_again = f" ({different} different)" if different < prompts else ""
+        return f"{amount(prompts, 'prompt')}{asked_again}"
 
     def nothing_made(self, prompts: str, drops: DropCounts) -> Exception:
         """The error of a stage in which no prompt gave a record. prompts: such as "32 prompts"."""

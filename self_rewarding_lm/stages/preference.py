@@ -19,6 +19,7 @@ from self_rewarding_lm.runs.stage_folder import StageDir
 from self_rewarding_lm.stages.base import TrainingConfig, see_cut
 from self_rewarding_lm.stages.ranges import NOTHING, Range
 from self_rewarding_lm.stages.work import Training
+from self_rewarding_lm.text import amount
 from self_rewarding_lm.training.loss_config import losses_in, read_by
 from self_rewarding_lm.training.objectives import PreferenceObjective
 from self_rewarding_lm.training.reference import (
@@ -191,8 +192,9 @@ def cut_pairs(
         checker.see(
             "equal_after_cut",
             1 - len(kept) / len(pairs),
-            f"{len(pairs) - len(kept)} of {len(pairs)} pairs left out: chosen and rejected are "
-            f"equal once cut to max_seq_len {limit}. Raise it, or make responses differ sooner.",
+            f"{len(pairs) - len(kept)} of {amount(len(pairs), 'pair')} left out: chosen and "
+            f"rejected are equal once cut to max_seq_len {limit}. Raise it, or make responses "
+            "differ sooner.",
         )
     else:
         raise NoPairError(

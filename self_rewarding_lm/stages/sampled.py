@@ -49,6 +49,7 @@ from self_rewarding_lm.stages.work import (
     new_tokens,
     prompt_tokens,
 )
+from self_rewarding_lm.text import amount
 from self_rewarding_lm.training.loss_config import losses_in, read_by
 from self_rewarding_lm.training.state import RoundState
 
@@ -204,7 +205,7 @@ class SampledPreferenceConfig(PairSettings):
             out.summary |= {"rounds": self.rounds, "rounds_without_pairs": rounds_without_pairs}
 
     def _log_round(self, ctx: Context, out: StageDir, num_pairs: int) -> None:
-        metrics, results = out.summary["metrics"], [f"{num_pairs} {self.maker.noun}s"]
+        metrics, results = out.summary["metrics"], [amount(num_pairs, self.maker.noun)]
         for name, label in (("judge/score_mean", "score"), ("completions/mean_length", "length")):
             if metrics.get(name) is not None:
                 results.append(f"mean {label} {metrics[name]:.4g}")
@@ -407,9 +408,9 @@ class SampledPreferenceConfig(PairSettings):
         elif self.num_generated_preference_pairs is None:
             setting = "max_prompt_passes"
         return (
-            f"{prompts:,} prompts will be asked {math.ceil(asked / prompts):,} times each or more, "
-            f"as {setting} is {getattr(self, setting):,}; answers to one prompt become alike. Give "
-            f"more prompts, or lower {setting}"
+            f"{amount(prompts, 'prompt')} will be asked {math.ceil(asked / prompts):,} times each "
+            f"or more, as {setting} is {getattr(self, setting):,}; answers to one prompt become "
+            f"alike. Give more prompts, or lower {setting}"
         )
 
     def _wanted_of(self, prompts: Range) -> int | None:

@@ -29,6 +29,7 @@ from self_rewarding_lm.stages.work import (
     prompt_tokens,
     row_shape,
 )
+from self_rewarding_lm.text import amount
 
 
 class SelfPlayConfig(PreferenceConfig):
@@ -180,8 +181,9 @@ class SelfPlayConfig(PreferenceConfig):
         Checker(self.checks, ctx.stage, warns=ctx.runtime.is_main, tell=out.tell).see(
             "pairs_per_prompt",
             len(found) / max(1, len(humans)),
-            f"{len(found)} pairs of {len(humans)} rows: if the model's own response is the human "
-            "one, token by token, there is nothing to learn. More iterations give nothing.",
+            f"{amount(len(found), 'pair')} of {amount(len(humans), 'row')}: if the model's own "
+            "response is the human one, token by token, there is nothing to learn. More "
+            "iterations give nothing.",
         )
         return found
 

@@ -14,6 +14,7 @@ from self_rewarding_lm.runs.stage_files import StageFiles
 from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.stages.ranges import UNKNOWN, Range
 from self_rewarding_lm.stages.work import Asking, Work
+from self_rewarding_lm.text import amount
 
 
 def source_of(stage: str, which: str, run: Run | None = None) -> StageFiles:
@@ -99,7 +100,7 @@ def own_prompt(ctx: Context, which: str, prompt: Prompt) -> Prompt:
     )
     advice = "Give the prompt_dataset that the candidates were sampled for."
     if prompt.row >= len(rows):
-        raise ConfigError(f"{words} has {len(rows)} rows. {advice}")
+        raise ConfigError(f"{words} has {amount(len(rows), 'row')}. {advice}")
     try:
         own = read_prompt(rows, prompt.row, prompt.id, ctx.tokens, None)
     except DataError as error:

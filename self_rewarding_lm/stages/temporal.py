@@ -28,6 +28,7 @@ from self_rewarding_lm.stages.pair_maker import JudgedPrompt, PairMaker
 from self_rewarding_lm.stages.pairing import DropCounts, Picker, Rated, pairable, ranked
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.work import Counting, Work
+from self_rewarding_lm.text import amount
 
 ANCHOR, NEXT = "anchor", "next"
 """Parts of candidate ids, <prompt id>/anchor/<k>, that name the weights which sampled them. Ids of
@@ -128,7 +129,7 @@ class NextMaker(AnchoredMaker):
         out.log({"step": 0, **metrics})
         out.summary["next_replaced"] = num_replaced
         if not kept_ids:
-            raise self.nothing_made(f"{len(first_pairs)} prompts", drops)
+            raise self.nothing_made(amount(len(first_pairs), "prompt"), drops)
         return Groups(out.known(PreferencePair)).in_order(kept_ids)
 
 

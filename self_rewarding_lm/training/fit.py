@@ -33,6 +33,7 @@ from self_rewarding_lm.runtime import (
     memory_told,
     random_numbers_kept,
 )
+from self_rewarding_lm.text import amount
 from self_rewarding_lm.training.early_stopping import EarlyStopping, Stopper
 from self_rewarding_lm.training.forwards import ROWS_AT_ONCE, Forwards, Sums
 from self_rewarding_lm.training.memory import MICRO_BATCH
@@ -190,7 +191,8 @@ class Fit:
                 if step % self.optim.eval_every == 0 or step == self.total:
                     self._evaluate(step)
                     if self._should_stop(step):
-                        logger.info("%s: stopped early after %d steps", self.ctx.stage, step)
+                        early = amount(step, "step")
+                        logger.info("%s: stopped early after %s", self.ctx.stage, early)
                         break
                 # 5. save the state of training if it is time; end here if a signal asked for it
                 self._save_if_due(step)

@@ -1,6 +1,7 @@
 """The command: a whole run of a tiny Hugging Face model, what it shows and exports, its errors."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from self_rewarding_lm.records import (
 )
 from self_rewarding_lm.runs.run import Run
 from tests.support.hf_models import tiny, word_tokenizer
+from tests.support.ones import ones_as_several
 
 OBJECTS = """\
 from pathlib import Path
@@ -192,7 +194,7 @@ def test_check_tries_every_stage_and_begins_nothing(folder, capsys):
     assert told[5].startswith("generation: ") and told[6].startswith("training: ")
     assert not (folder / "run").exists()
     default = ["--set", "paper.num_generated_preference_pairs=null"]
-    once = "8 prompts, each used once: they are too few for the 3,964 pairs of the"
+    once = "8 prompts, each used once: too few for the 3,964 pairs of the"
     assert main(["check", recipe, *default]) == 0
     assert f"  m2: well; {once}" in capsys.readouterr().out
     assert main(["plan", recipe, "--no-times", *default]) == 0
@@ -254,6 +256,39 @@ def test_all_settings_are_printed_as_a_recipe(capsys):
     schema = Path(first.removeprefix("# yaml-language-server: $schema="))
     assert schema.is_absolute() and main(["schema"]) == 0
     assert capsys.readouterr().out == schema.read_text()
+
+
+def test_one_of_each_is_nowhere_spoken_of_as_several(folder, capsys, caplog):
+    """One row, one prompt, one pair, one step: what commands print, log and write."""
+    write_lines(folder / "ift.jsonl", [{"prompt": "say 1", "completion": "one"}])
+    write_lines(folder / "ranked.jsonl", [{"prompt": "say 1", "replies": ["one", "no"]}])
+    write_lines(folder / "prompts.jsonl", [{"prompt": "tell 1"}])
+    recipe = str(folder / "recipe.yaml")
+    caplog.set_level(logging.INFO, "self_rewarding_lm")
+    few = ["--pairs", "[1]", "--set", "paper.sft.num_train_steps=1"]
+    run = str(folder / "run")
+    told, commands = (
+        "",
+        [
+            ["preview", recipe, *few],
+            ["plan", recipe, "--no-times", *few],
+            ["check", recipe, *few],
+            ["run", recipe, *few],
+            ["run", recipe, *few],
+            ["show", run],
+            ["report", run],
+            ["export", run, "--stage", "m2", "--to", str(folder / "pairs.jsonl")],
+        ],
+    )
+    for command in commands:
+        assert main(command) == 0
+        told += "".join(capsys.readouterr())
+    told += caplog.text
+    for words in ("1 prompt,", "3 candidates", "1 pair;", "1 row, 1 step", "1 row of stage m2"):
+        assert words in told
+    told += repr(Run.open(run)) + (folder / "run" / "report.html").read_text()
+    told += "".join(path.read_text() for path in (folder / "run").glob("*/*/README.md"))
+    assert not ones_as_several(told)
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_csv_file_has_texts_by_column(tmp_path):
     [
         (b"", "must name its columns"),
         (b"a,a\n1,2\n", "each once; it is 'a,a'"),
-        (b"a,b\n1,2\n3\n", "line 3: the row has 1 fields, and the first line names 2"),
+        (b"a,b\n1,2\n3\n", "line 3: the row has 1 field, and the first line names 2"),
         (b"a,b\n1,2,3\n", "line 2: the row has 3 fields"),
         (b"a\n\xff\n", "no CSV in UTF-8"),
         (b'a\n"b\n', "no CSV in UTF-8: unexpected end of data"),

@@ -662,8 +662,8 @@ def test_a_ranking_that_is_one_is_taken_as_it_is():
     [
         ("a", "a ranked row is a dict"),
         ({"prompt": "a"}, r"has no 'replies'; it has 'prompt'\. A ranked row is"),
-        ({"prompt": "a", "replies": ["x"]}, "at least two replies.*1 replies and 1 ranks"),
-        ({"prompt": "a", "replies": ["x", "y"], "ranks": [0]}, "2 replies and 1 ranks"),
+        ({"prompt": "a", "replies": ["x"]}, "at least two replies.*1 reply and 1 rank"),
+        ({"prompt": "a", "replies": ["x", "y"], "ranks": [0]}, "2 replies and 1 rank"),
         ({"prompt": "a", "replies": ["x", "y"], "ranks": [1, 1]}, "all 2 replies have the rank 1;"),
         ({"prompt": "a", "replies": ["x", "y"], "ranks": [0, None]}, "ranks must be numbers"),
         (

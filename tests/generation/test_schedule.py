@@ -180,7 +180,7 @@ def test_short_prompts_have_a_session_of_their_own_where_long_ones_leave_room_fo
 def test_one_row_that_does_not_fit_is_an_error_with_both_sizes():
     """A row of a prompt of 20 tokens and 5 new ones: the root of 19 once, 3 stems of 1, 5 own."""
     mib = 2**20
-    with pytest.raises(ConfigError, match=r"20 tokens.*5 new.*27 MiB.*1 rows.*26 MiB"):
+    with pytest.raises(ConfigError, match=r"20 tokens.*5 new.*27 MiB.*1 row, .*26 MiB"):
         list(plan_sessions(keeping(mib), [((1,) * 20, 5)], 8, 26 * mib))
     [(plan, _)] = plan_sessions(keeping(mib), [((1,) * 20, 5)], 8, 27 * mib)
     assert plan.max_rows == 1

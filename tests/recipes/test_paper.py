@@ -184,7 +184,7 @@ def test_prompts_may_be_one_dataset_a_round_or_written_by_a_model():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompts": (["a"],)}, "one dataset a round: there are 2 rounds, and the tuple has 1"),
+        ({"prompts": (["a"],)}, "one dataset a round: the tuple has 1 for 2 rounds"),
         ({"iterations": -1}, "iterations must be 0 or more; got -1"),
         ({"num_generated_preference_pairs": ()}, "is empty"),
         ({"sft": {"epochs": 1}}, "'epochs' is no setting"),

@@ -40,7 +40,7 @@ from self_rewarding_lm.runs.lock import locked
 from self_rewarding_lm.runs.run import REPORT
 from self_rewarding_lm.runs.stage_files import FORMAT
 from self_rewarding_lm.runtime import LogHandler
-from self_rewarding_lm.text import duration, number
+from self_rewarding_lm.text import amount, duration, number
 from tests.test_trainer import self_reward, sft, trainer_of
 
 HOSTILE = (
@@ -323,6 +323,13 @@ def test_numbers_and_times_are_written_for_people():
     assert [duration(x) for x in (None, 1.25, 59.9, 125, 7260)] == [
         "unknown", "1.2 s", "59.9 s", "2 min 5 s", "2 h 1 min",
     ]  # fmt: skip
+    assert [amount(x, "row") for x in (0, 1, 2, 2000)] == [
+        "0 rows",
+        "1 row",
+        "2 rows",
+        "2,000 rows",
+    ]
+    assert [amount(x, "reply", "replies") for x in (1, 2)] == ["1 reply", "2 replies"]
 
 
 def test_text_is_escaped_and_what_steers_is_shown_by_its_number():
@@ -469,7 +476,7 @@ def test_a_page_holds_as_many_examples_as_it_may_and_says_so(tmp_path):
 @pytest.mark.parametrize("stages", [{}, {"sft": {}}, {"sft": {"config.json": {}}}])
 def test_a_run_that_has_hardly_begun_has_a_report(tmp_path, stages):
     page = Page(write_report([made_run(tmp_path / "run", stages or {"sft": {}})]))
-    assert "0 of 1 stages done" in page.text and "No stage has examples" in page.text
+    assert "0 of 1 stage done" in page.text and "No stage has examples" in page.text
 
 
 def test_a_record_that_is_being_written_is_left_out(tmp_path):

@@ -235,7 +235,7 @@ def test_the_settings_of_the_filters_reach_them(tmp_path):
         return {"stage/new/0/0": "".join(f"\n{i}. {t}" for i, t in enumerate(texts, 9))[3:]}
 
     loose = dict(num_prompts=4, max_samples=1, min_words=2, max_rouge_l=0.8, keywords=("sell",))
-    with pytest.raises(DataError, match=r"gave 3 new prompts in 1 lists, .* out: 1 keyword\."):
+    with pytest.raises(DataError, match=r"gave 3 new prompts in 1 list, .* out: 1 keyword\."):
         write(tmp_path / "loose", Scripted(listed(texts)), **loose)
     kept = [r.text for r in new_of(stage_records(tmp_path / "loose")) if r.reason is None]
     assert kept == texts[:3]
@@ -496,7 +496,7 @@ def test_too_few_is_an_error_with_the_report_and_nothing_is_lost(tmp_path):
     for engine in (Scripted(lists), Scripted({})):  # the second time nothing is asked again
         with pytest.raises(DataError) as error:
             write(tmp_path, engine, num_prompts=9, max_samples=2)
-        assert "gave 1 new prompts in 2 lists, and 9 are wanted" in str(error.value)
+        assert "gave 1 new prompt in 2 lists, and 9 wanted" in str(error.value)
         assert "left out: 1 too_short, 1 keyword" in str(error.value)
         assert str(tmp_path / "instructions.jsonl") in str(error.value)
         rows = lines_of(tmp_path / "instructions.jsonl")
@@ -554,7 +554,7 @@ def test_sixteen_tokens_must_be_left_to_go_on_with_a_list(tmp_path):
         if room == 16:
             trainer_of(tmp_path, [one], Scripted({}), model=model)
             continue
-        words = f"1 examples leave no room .* has {len(text)} tokens"
+        words = f"no room for new prompts behind 1 example: .* has {len(text)} tokens"
         with pytest.raises(DataError, match=words):
             trainer_of(tmp_path, [one], Scripted({}), model=model)
 
@@ -562,7 +562,7 @@ def test_sixteen_tokens_must_be_left_to_go_on_with_a_list(tmp_path):
 def test_where_no_list_fits_that_is_an_error_when_the_trainer_is_built(tmp_path):
     model = Recurrent(VOCAB)
     model.max_seq_len = 300
-    with pytest.raises(DataError, match=r"8 examples leave no room .* takes 300, of which 16"):
+    with pytest.raises(DataError, match=r"no room .* behind 8 examples: .* takes 300, of which 16"):
         trainer_of(tmp_path, [stage()], Scripted({}), model=model)
 
 
@@ -577,7 +577,7 @@ def test_where_seeds_are_known_later_it_is_an_error_before_anything_is_written(t
     ]
     engine = Scripted({})
     trainer = trainer_of(tmp_path, stages, engine, model=model)
-    with pytest.raises(DataError, match="8 examples leave no room"):
+    with pytest.raises(DataError, match="behind 8 examples"):
         trainer(rehearse=False)
     assert not any(engine.weights.values())
 

@@ -23,6 +23,7 @@ from typing import Any
 from self_rewarding_lm.errors import ConfigError, ServerError
 from self_rewarding_lm.generation.server.window import Window
 from self_rewarding_lm.runs.installed import install
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +323,8 @@ class HttpClient:
             await asyncio.sleep(wait)
         is_lost = result.no_server if is_trial else self._answered == answered_before
         if is_lost:  # there is no server, or no other request was answered meanwhile
-            raise ServerError(self._message(result, f"gave no answer in {attempt + 1} tries"))
+            tries = amount(attempt + 1, "try", "tries")
+            raise ServerError(self._message(result, f"gave no answer in {tries}"))
         return Refusal(f"gave_up_{status or result.word}", result.message)
 
     async def _in_turn(

@@ -20,6 +20,7 @@ from self_rewarding_lm.errors import ConfigError, ServerError
 from self_rewarding_lm.generation.engine import Completion, Decoding, Request
 from self_rewarding_lm.generation.server.client import Body, HttpClient, Refusal
 from self_rewarding_lm.records import Ids
+from self_rewarding_lm.text import amount
 
 PATH = "/completions"
 
@@ -218,12 +219,13 @@ class ServedModel:
         sampled, how = answered_ids(choice), None
         if sampled is None:
             if len(text) > MOST_CHARACTERS * most:
-                raise MalformedAnswerError(f"{len(text)} characters for {most} tokens")
+                asked = amount(most, "token")
+                raise MalformedAnswerError(f"{len(text)} characters for {asked}")
             text = cut_behind_stop(text, decoding.stop)
             finish = "stop" if any(stop in text for stop in decoding.stop) else finish
             ids, how = self._encoded(text), RE_ENCODED
             if len(ids) > MOST_REENCODED * most:
-                raise MalformedAnswerError(f"{len(ids)} tokens for {most} that were asked for")
+                raise MalformedAnswerError(f"{len(ids)} tokens where {most} may come")
         else:
             ids = self._sampled(sampled, most)
         early = _end_of_early_stop(ids, decoding)
@@ -254,7 +256,7 @@ class ServedModel:
     def _sampled(self, ids: Sequence[Any], most: int) -> Ids:
         """The ids that a server gives, checked."""
         if len(ids) > most:
-            raise MalformedAnswerError(f"{len(ids)} ids for {most} tokens that were asked for")
+            raise MalformedAnswerError(f"{len(ids)} ids where {most} may come")
         vocab = self.tokens.vocab
         for token in ids:
             if type(token) is not int or token < 0 or (vocab is not None and token >= vocab):

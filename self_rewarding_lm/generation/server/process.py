@@ -151,7 +151,7 @@ class LaunchedServer:
             self._signal(signal.SIGTERM)
             if not self._ends_within(self.stop_timeout):
                 logger.warning(
-                    "the server (process %d) still runs %g seconds after SIGTERM; it is killed",
+                    "the server (process %d) still runs %g s after SIGTERM; it is killed",
                     process.pid,
                     self.stop_timeout,
                 )
@@ -174,7 +174,7 @@ class LaunchedServer:
                 logger.info("%s is healthy after %.0f s", self.url, time.monotonic() - began)
                 return
             if time.monotonic() - began > self.start_timeout:
-                waited = f"was not healthy after {self.start_timeout:g} seconds (start_timeout)"
+                waited = f"was not healthy after {self.start_timeout:g} s (start_timeout)"
                 raise ServerError(self._failure(waited))
             time.sleep(POLL_SECONDS)
 

@@ -12,6 +12,7 @@ from self_rewarding_lm.generation.server.reloading import Logprobs
 from self_rewarding_lm.models.inference import inferring
 from self_rewarding_lm.models.interface import TokenModel, device_of
 from self_rewarding_lm.records import Ids
+from self_rewarding_lm.text import amount
 
 ROWS, ROW = 32, 33
 """Rows that are compared, and tokens of each: so many that a cache of prefixes would hold them."""
@@ -85,10 +86,11 @@ class Proof:
         apart = _size(present[:, 1] - present[:, 0])
         if not len(present) or not apart <= MOST_APART:
             raise ServerError(
-                f"the server does not have the model's weights: their log-probs of {len(present)} "
-                f"tokens are {apart:.3g} apart (root of the mean square), and rounding makes "
-                f"{MOST_APART:g} at most. Nothing was generated. Does the command serve "
-                "{checkpoint}, in 16 bits at least? Without reload each stage starts a server."
+                f"the server does not have the model's weights: their log-probs of "
+                f"{amount(len(present), 'token')} are {apart:.3g} apart (root of the mean square), "
+                f"and rounding makes {MOST_APART:g} at most. Nothing was generated. Does the "
+                "command serve {checkpoint}, in 16 bits at least? Without reload each stage starts "
+                "a server."
             )
         if self._own is not None:
             now, then = (

@@ -23,6 +23,7 @@ from self_rewarding_lm.models.gguf import GgufOpener
 from self_rewarding_lm.models.interface import limit_of
 from self_rewarding_lm.models.loading import dtype_of, is_gguf, require, what_is_wrong, with_adapter
 from self_rewarding_lm.recipes.plan.memory import Adapter, Block
+from self_rewarding_lm.text import amount
 
 TRIED = 8  # numbers in the input with which an activation function is tried
 
@@ -289,7 +290,7 @@ def layers_of(module: nn.Module, count: int) -> nn.ModuleList:
     for part in module.modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return part
-    raise NotKnownError(f"the {type(module).__name__} has no list of {count} layers")
+    raise NotKnownError(f"the {type(module).__name__} has no list of {amount(count, 'layer')}")
 
 
 def block_of(layers: nn.ModuleList, config: Any) -> Block:
@@ -307,8 +308,9 @@ def block_of(layers: nn.ModuleList, config: Any) -> Block:
     feed_forward = [width for width, in_attention in widths if not in_attention]
     if len(attention) < 2 or len(feed_forward) not in (2, 3):
         raise NotKnownError(
-            f"a layer has {len(attention)} linear parts in its attention and {len(feed_forward)} "
-            "beside it; known are two or more, and two (plain) or three (gated)"
+            f"a layer has {amount(len(attention), 'linear part')} in its attention and "
+            f"{len(feed_forward)} beside it; known are two or more, and two (plain) or three "
+            "(gated)"
         )
     heads = int(config.num_attention_heads)
     rms, norms, head_norms = _norms(layer, config.hidden_size)

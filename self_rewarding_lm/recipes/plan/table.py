@@ -145,7 +145,7 @@ def _work_lines(stage: StagePlan) -> Iterator[str]:
         for name, asking in sampled:
             words = f"{name} {_range(asking.count, number)}"
             if asking.here:
-                words += f" of {_range(asking.new, number)} tokens"
+                words += f" of {_tokens(asking.new)}"
             parts.append(words)
         written = [asking.written for _, asking in sampled if asking.here]
         parts.append(f"tokens to generate {_range(sum(written, NOTHING), number)}")
@@ -155,8 +155,8 @@ def _work_lines(stage: StagePlan) -> Iterator[str]:
         micro = next((p.tokens for p in stage.phases if p.is_used and p.gradients), None)
         how = ", as many as half of the free memory holds" if stage.chooses else ""
         yield from _wrapped(
-            f"{noun} {_range(training.rows, number)} of {_range(training.row.tokens, number)} "
-            f"tokens; steps {_range(training.steps, number)}; tokens to train "
+            f"{noun} {_range(training.rows, number)} of {_tokens(training.row.tokens)}; "
+            f"steps {_range(training.steps, number)}; tokens to train "
             f"{_range(training.tokens, number)}; in micro-batches of {number(micro or 0)} "
             f"tokens{how}"
         )
@@ -205,6 +205,11 @@ def _total_lines(plan: RunPlan) -> Iterator[str]:
 def _cell(value: int | None) -> str:
     """A number of bytes as the memory table shows it."""
     return "unknown" if value is None else "-" if value == 0 else _size(value)
+
+
+def _tokens(value: Range) -> str:
+    said = _range(value, number)
+    return f"{said} token{'' if said == '1' else 's'}"
 
 
 def _range(value: Range, form: Callable[[int], str]) -> str:

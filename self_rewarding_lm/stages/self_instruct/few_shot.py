@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from self_rewarding_lm.data.control_tokens import Filled, fill
 from self_rewarding_lm.errors import ConfigError, DataError
+from self_rewarding_lm.text import amount
 
 _HEADER = (
     "Below is a numbered list of tasks that people gave to an assistant. Go on with the list: "
@@ -70,8 +71,9 @@ def few_shot_prompt(
     examples = from_model + _sample(seeds, num_seed + num_generated - len(from_model), rng)
     if not examples:
         raise DataError(
-            f"a few-shot prompt needs an example; got {len(seeds)} seeds and {len(generated)} "
-            f"generated ones for num_seed={num_seed}, num_generated={num_generated}. Give seeds."
+            f"a few-shot prompt needs an example; got {amount(len(seeds), 'seed')} and "
+            f"{amount(len(generated), 'generated one')} for num_seed={num_seed}, "
+            f"num_generated={num_generated}. Give seeds."
         )
     if empty := [example.id for example in examples if not example.text.strip()]:
         raise DataError(f"an example needs a text; that of {empty[0]!r} is empty. Leave it out.")

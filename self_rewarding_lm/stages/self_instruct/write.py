@@ -36,6 +36,7 @@ from self_rewarding_lm.stages.self_instruct.filters import (
     instruction_problem,
 )
 from self_rewarding_lm.stages.self_instruct.reading import PARSED_CHARACTERS, parse_instructions
+from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +108,12 @@ def write_prompts(
     out.log({"step": 0, **metrics})
     out.summary["new_prompts"] = metrics
     report = f"left out: {writing.counts.in_words()}"
-    logger.info("%s: %d new prompts from %d lists; %s", ctx.stage, len(kept), samples, report)
+    new, lists = amount(len(kept), "new prompt"), amount(samples, "list")
+    logger.info("%s: %s from %s; %s", ctx.stage, new, lists, report)
     if len(kept) < settings.num_prompts:
         raise DataError(
-            f"{ctx.stage}: the model gave {len(kept)} new prompts in {samples} lists, and "
-            f"{settings.num_prompts} are wanted; {report}. All that it wrote is in "
+            f"{ctx.stage}: the model gave {new} in {lists}, and {settings.num_prompts} wanted; "
+            f"{report}. All that it wrote is in "
             f"{out.path / 'instructions.jsonl'}. Try another model= (a larger or an instruction-"
             "tuned one), a higher sampling temperature or max_new_tokens, more seeds, a higher "
             "max_rouge_l or max_samples, or fewer num_prompts. A stage that has begun keeps its "
@@ -391,8 +393,9 @@ def _check_room(
         return
     shortest = min(len(author.tokens.prompt(few_shot.text).ids) for few_shot in lists.values())
     raise DataError(
-        f"{ctx.stage}: {len(next(iter(lists.values())).parents)} examples leave no room for new "
-        f"prompts: the shortest of {TRIED_LISTS} lists has {shortest} tokens, and the model that "
-        f"writes takes {author.model.max_len}, of which {ANSWER_TOKENS} must be left. Use shorter "
-        "seeds, fewer num_seed_examples or another model=."
+        f"{ctx.stage}: the model has no room for new prompts behind "
+        f"{amount(len(next(iter(lists.values())).parents), 'example')}: the shortest of "
+        f"{TRIED_LISTS} lists has {shortest} tokens, and the model that writes takes "
+        f"{author.model.max_len}, of which {ANSWER_TOKENS} must be left. Use shorter seeds, fewer "
+        "num_seed_examples or another model=."
     )
