@@ -577,10 +577,13 @@ def test_a_checkpoint_that_does_not_fit_says_why(tmp_path):
     path, model = tmp_path / "a.pt", torch.nn.Linear(3, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for held, words in (
-        (torch.nn.Linear(4, 2).state_dict(), "do not fit this model; 1 .*weight: \\(2, 4\\) there"),
+        (
+            torch.nn.Linear(4, 2).state_dict(),
+            "do not fit this model; they differ in 1 .*weight: \\(2, 4\\) there",
+        ),
         (
             torch.nn.Linear(3, 2, bias=False).state_dict(),
-            "do not fit this model; 1 .*bias: missing there",
+            "do not fit this model; they differ in 1 .*bias: missing there",
         ),
         ([1, 2], "holds no state dict"),
         ({"model": 3}, "holds no state dict"),

@@ -983,7 +983,7 @@ def test_the_share_of_padding_is_that_of_the_rows_that_went_through_together(tmp
 def test_long_rows_are_cut_counted_and_warned_of_once(tmp_path, caplog):
     run = trainer_of(tmp_path, [sft(max_seq_len=8)], eos_id=END)()
     assert all(len(row.ids) == 8 and row.ids[-1] != END for row in run.rows(0))
-    assert caplog.text.count("longer than 8 tokens") == 1
+    assert caplog.text.count("cut at 8 tokens") == 1
     assert {"step": 0, "rows/truncated": 6} in run.metrics(0)
 
 

@@ -98,7 +98,7 @@ def test_what_is_no_ranked_set_is_refused(ranks, scores, best, words):
 
 
 def test_lists_of_two_lengths_are_refused():
-    with pytest.raises(DataError, match="2 ranks and 1 scores"):
+    with pytest.raises(DataError, match="2 ranks and 1 score"):
         orders_agree([0, 1], [5])
     with pytest.raises(DataError, match="2 ranks and 3 scores"):
         agreeing([0, 1], [5, 4, 3])

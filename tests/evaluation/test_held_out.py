@@ -85,7 +85,7 @@ def test_responses_without_a_score_are_left_out_and_none_at_all_is_an_error():
     judge = lambda prompts, completions: [len(t) or None for t in completions]  # noqa: E731
     evaluation = begun(HeldOutReward(HELD_OUT, judge), ctx)
     assert evaluation.measure(ctx) == {"score": 3 / 2}
-    with pytest.raises(JudgeError, match="no score to any of 3 held-out prompts"):
+    with pytest.raises(JudgeError, match="no score to any response to 3 held-out prompts"):
         evaluation.measure(ctx)
 
 

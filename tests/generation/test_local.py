@@ -223,7 +223,7 @@ def test_memory_that_is_used_up_is_said_with_what_bounds_it(error):
     module.error = error
     engine = LocalEngine(max_rows=4, cache_bytes=1_000_000)
     words = (
-        r"out of memory while {}: .*allocate.*\. {} sequences .* lower LocalEngine\(max_rows=\.\.\.\) "
+        r"out of memory while {}: .*allocate.*\. {} sequence ran .* lower LocalEngine\(max_rows=\.\.\.\) "
         r"\(now 4\), cache_bytes=\.\.\. \(now 1,000,000\) or max_prefill_tokens=\.\.\. \(now 4,096\)"
     )
     with pytest.raises(ConfigError, match=words.format("sampling", 1)):

@@ -142,7 +142,10 @@ def test_a_review_that_was_cut_off_counts_if_all_its_marks_are_there(said, score
         (lambda: MarkedRubric(items=2, yes="yes", no="*Yes* "), "yes and no must differ"),
         (lambda: MarkedRubric(items=2, yes="yes", no="_"), "yes and no must differ"),
         (lambda: MarkedRubric(items=2, yes="y", no="n", points=(1,)), "points must be 2 numbers"),
-        (lambda: MarkedRubric(items=1, yes="y", no="n", points=(-1,)), "points must be 1 numbers"),
+        (
+            lambda: MarkedRubric(items=1, yes="y", no="n", points=(-1,)),
+            "points must be 1 number above 0",
+        ),
         (lambda: reward(parse_reward=len), "marks alone make the score.*leave out parse_reward"),
         (lambda: reward(reward_regex_template="{{ reward }}"), "leave out reward_regex_template"),
         (lambda: reward(allowed_scores=(1, 2)), "leave out allowed_scores"),
