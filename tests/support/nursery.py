@@ -32,6 +32,7 @@ def become(order: dict) -> None:
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             sys.argv = [first, *rest]
+            sys.path.insert(0, os.path.dirname(first))  # as `python FILE` does
             runpy.run_path(first, run_name="__main__")
         status = 0
     except SystemExit as end:
