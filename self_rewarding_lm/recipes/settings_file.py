@@ -33,12 +33,12 @@ A recipe: the whole of Self-Rewarding Language Models (arXiv:2401.10020), from M
 
   self-rewarding-lm run recipe.yaml
 
-`self-rewarding-lm run --settings` prints this file. Lines that begin with two marks say what a
-setting is; lines that begin with one hold a setting at its default: remove the mark and the space
-after it to change the setting. Everything is checked before any work. Relative paths start at this
-file's folder. Flags (`self-rewarding-lm run --help`) override the file. An editor with a YAML
-language server completes and checks the file by the schema that the first line names
-(`self-rewarding-lm schema` prints it).
+`self-rewarding-lm run --settings` prints this file. Lines that begin with two marks say what
+a setting is; lines that begin with one hold a setting at its default: remove the mark and the
+space after it to change the setting. Everything is checked before any work. Relative paths
+start at this file's folder. Flags (`self-rewarding-lm run --help`) override the file. An
+editor with a YAML language server completes and checks the file by the schema that the first
+line names (`self-rewarding-lm schema` prints it).
 
 A dataset is one of:
   a file             rows.jsonl, .json (both also .gz), .csv or .parquet
