@@ -53,6 +53,10 @@ def in_notebook() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
+SHARE = "this process's share"
+"""What a bar of the main process calls its own part of the work of several processes."""
+
+
 class Progress(tqdm):
     """Counts what is done of `total`, and shows it if `shows`. total: None if unknown.
 
@@ -65,6 +69,7 @@ class Progress(tqdm):
     ) -> None:
         self.is_live = sys.stderr.isatty() or in_notebook()
         self._part: tuple[int, int, str, float] | None = None  # done, of how many, unit, since when
+        self._part_is_share = False
         self.told_at = math.inf
         self._closed, self._telling = threading.Event(), threading.Lock()
         super().__init__(
@@ -83,16 +88,18 @@ class Progress(tqdm):
         if shows and not self.is_live:
             threading.Thread(target=self._tell_now_and_then, daemon=True).start()
 
-    def part(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+    def part(
+        self, items: Iterable[T], total: int, unit: str, *, is_share: bool = False
+    ) -> Iterator[T]:
         """The items as they come, counted beside what is done of the whole.
 
-        total: how many there will be.
+        total: how many there will be. is_share: other processes have items of their own.
         """
         if self.disable:
             yield from items
             return
         began = drawn_at = self._now()
-        self._part = (0, total, unit, began)
+        self._part, self._part_is_share = (0, total, unit, began), is_share
         try:
             for number, item in enumerate(items, 1):
                 yield item
@@ -175,6 +182,7 @@ class Progress(tqdm):
             return ""
         done, total, unit, began = self._part
         said = f"{done:,} of {amount(total, unit)} ({done / max(1, total):.0%})"
+        said = f"{SHARE}: {said}" if self._part_is_share else said
         if not with_time or not 0 < done < total:
             return said
         return f"{said}, {time_left((self._now() - began) / done * (total - done))}"
@@ -568,16 +576,22 @@ class Runtime:
             tracker.finish()
         self.accelerator.trackers = []
 
-    def progress(self, total: int | None, label: str, unit: str, done: int = 0) -> Progress:
-        """A bar and then a line on the main process, silent elsewhere."""
+    def progress(
+        self, total: int | None, label: str, unit: str, done: int = 0, *, is_share: bool = False
+    ) -> Progress:
+        """A bar and then a line on the main process, silent elsewhere.
+
+        is_share: what is counted is this process's part of the work, if there are several.
+        """
+        label = f"{label} ({SHARE})" if is_share and self.world > 1 else label
         bar = Progress(total, label, unit, shows=self.shows, done=done)
         self._bars = [*(b for b in self._bars if not b.disable), bar]
         return bar
 
     def counted(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
-        """The items, counted as they come beside what the progress around them shows."""
+        """This process's items, counted as they come beside what the progress around them shows."""
         bar = next((b for b in reversed(self._bars) if not b.disable), None)
-        return iter(items) if bar is None else bar.part(items, total, unit)
+        return iter(items) if bar is None else bar.part(items, total, unit, is_share=self.world > 1)
 
 
 _AT_WORK: ContextVar[Runtime | None] = ContextVar("the runtime of the run at work", default=None)

@@ -336,7 +336,7 @@ def _kept(
 ) -> list[T]:
     """The records that all processes make, behind a progress bar; on disk if there is a folder."""
     made: list[T] = []
-    with ctx.runtime.progress(total, f"compare: {label}", unit) as bar:
+    with ctx.runtime.progress(total, f"compare: {label}", unit, is_share=True) as bar:
         between, counted = ctx.runtime.stopping.between, bar.counting(records)
         lists = batched(between(counted), RECORDS_AT_ONCE) if out is None else out.keep(counted)
         for some in lists:

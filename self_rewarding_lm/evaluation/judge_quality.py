@@ -341,7 +341,8 @@ def judge_ranked(
     <stage>/<row>/0/<reply>/j<k>.
     """
     groups = _groups(ctx, ranked)
-    judgements = ctx.runtime.gather(_judge_groups(ctx, ctx.runtime.share(groups), judge))
+    mine = _judge_groups(ctx, ctx.runtime.share(groups), judge, is_share=True)
+    judgements = ctx.runtime.gather(mine)
     return _evaluation(judge, ranked, groups, judgements, top_score=top_score, seed=ctx.seed)
 
 
@@ -369,12 +370,15 @@ def _groups(ctx: Context, ranked: Sequence[RankedReplies]) -> list[Asked]:
     return [as_candidates(item, ctx.tokens) for item in named]
 
 
-def _judge_groups(ctx: Context, groups: Sequence[Asked], judge: Judge) -> list[Judgement]:
+def _judge_groups(
+    ctx: Context, groups: Sequence[Asked], judge: Judge, *, is_share: bool = False
+) -> list[Judgement]:
     prompts = [prompt for prompt, _ in groups]
     candidates_PG = [candidates for _, candidates in groups]
     total = sum(len(judge.judgement_ids(candidates)) for candidates in candidates_PG)
     judgements: list[Judgement] = []
-    with ctx.runtime.progress(total, f"{ctx.stage}: judging", "judgement") as bar:
+    label = f"{ctx.stage}: judging"
+    with ctx.runtime.progress(total, label, "judgement", is_share=is_share) as bar:
         judgements += bar.counting(judge.judge(ctx, prompts, candidates_PG))
     return judgements
 

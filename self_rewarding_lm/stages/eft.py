@@ -668,7 +668,8 @@ def ask(
     missing_ids = set(out.missing(Judgement, (q.id for group in questions for q in group)))
     missing = [[q for q in group if q.id in missing_ids] for group in questions]
     share = [q for group in ctx.runtime.share([g for g in missing if g]) for q in group]
-    with ctx.runtime.progress(len(share), f"{ctx.stage}: judging", "judgement") as bar:
+    label = f"{ctx.stage}: judging"
+    with ctx.runtime.progress(len(share), label, "judgement", is_share=True) as bar:
         for _ in out.keep(bar.counting(asker.ask(ctx, share))):
             pass
     out.merge(Judgement)

@@ -160,7 +160,8 @@ class SelfPlayConfig(PreferenceConfig):
         out.append(prompt for prompt in all_mine if prompt.id not in known_prompts)
         missing = [i for i, n in enumerate(humans.ids()) if _own_id(n, iteration) not in known]
         mine = Picked(humans, ctx.runtime.share(missing), asked)
-        with ctx.runtime.progress(len(mine), f"{ctx.stage}: own answers", "row") as bar:
+        label = f"{ctx.stage}: own answers"
+        with ctx.runtime.progress(len(mine), label, "row", is_share=True) as bar:
             limit = self.max_seq_len
             sampled = ctx.sample(mine, self.generation, 1, max_seq_len=limit)
             for candidate in bar.counting(sampled):

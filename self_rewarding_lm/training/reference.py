@@ -120,7 +120,8 @@ class StoredLogprobs(Generic[RowType, Logprobs]):
         is_complete = all(record_id in known for record_id in ids)
         mine = [] if is_complete else self.ctx.runtime.share([*range(len(ids))])
         # 2. compute the missing ones of this process's share, with the reference's weights
-        bar = self.ctx.runtime.progress(len(mine), "reference log-probs", self.noun)
+        label = "reference log-probs"
+        bar = self.ctx.runtime.progress(len(mine), label, self.noun, is_share=True)
         weights = self.ctx.weights(self.weights) if mine and self.weights else nullcontext()
         casting = cast_once(self.ctx.policy, self.ctx.runtime) if mine else nullcontext()
         bad, failures = list[str](), list[str]()

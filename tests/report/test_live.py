@@ -146,6 +146,25 @@ def test_candidates_are_counted_within_a_block_and_its_pairs_once_it_is_done(mon
     ]
 
 
+@pytest.mark.parametrize(("world", "share"), [(1, ""), (2, "this process's share")])
+def test_what_one_of_several_processes_counts_is_told_as_its_share(
+    world, share, monkeypatch, caplog
+):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    caplog.set_level(logging.INFO, "self_rewarding_lm")
+    runtime = Runtime(dict(cpu=True))
+    monkeypatch.setattr(runtime, "world", world)
+    with runtime.progress(4, "reference log-probs", "pair", is_share=True) as bar:
+        bar.update(4)
+    label = f"reference log-probs ({share})" if share else "reference log-probs"
+    assert shown(caplog)[-1] == f"{label}: 4 pairs in 00:00"
+    with runtime.progress(8, "m2", "prompt") as bar:
+        for number, _ in enumerate(runtime.counted(range(3), 3, "judgement"), 1):
+            told = bar._part_words(with_time=False)
+            part = f"{number - 1} of 3 judgements ({(number - 1) / 3:.0%})"
+            assert told == (f"{share}: {part}" if share else part)
+
+
 def test_a_file_gets_lines_also_while_nothing_is_done(monkeypatch, caplog):
     monkeypatch.setattr("sys.stderr", io.StringIO())
     monkeypatch.setattr(runtime, "EVERY", 0.02)
