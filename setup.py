@@ -38,7 +38,7 @@ TEST = [
 
 setup(
     name="self-rewarding-lm",
-    version="0.1.0",
+    version="0.2.0",
     description="Train a language model on rewards that it gives itself (arXiv:2401.10020)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -12,7 +12,7 @@ from typing import Any
 
 from self_rewarding_lm.moved import MovedModules
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 NAMES = {
     "checks": "Check ChecksConfig",

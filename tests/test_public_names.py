@@ -144,3 +144,15 @@ def test_the_new_places_are_there():
         path = package / file.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), file
     assert package.name == PACKAGE
+
+
+def test_package_setup_citation_and_changelog_name_the_same_version():
+    root = Path(self_rewarding_lm.__file__).parents[1]
+    version = self_rewarding_lm.__version__
+    for file, line in (
+        ("setup.py", f'    version="{version}",'),
+        ("CITATION.cff", f"version: {version}"),
+    ):
+        assert line in (root / file).read_text().splitlines(), file
+    titles = [s for s in (root / "CHANGELOG.md").read_text().splitlines() if s.startswith("## ")]
+    assert titles[0] == f"## {version}"
