@@ -321,7 +321,8 @@ class Runtime:
         self.stopping = Stopping()
         _check_processes(self.world)
         self.shows = self.is_main and not quiet and os.environ.get(QUIET_VARIABLE, "") in ("", "0")
-        _set_up_logging(self.shows)
+        if _AT_WORK.get() is None:  # else that run's log goes on as it was
+            _set_up_logging(self.shows)
         self._tell_processes()
         if self.world > 1:
             atexit.unregister(_leave_siblings)
@@ -463,8 +464,12 @@ class Runtime:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within, this is the runtime of the run at work, see `settings_at_work`."""
+        """Within, this is the runtime of the run at work, see `settings_at_work`.
+
+        The log shows what this runtime shows, whatever others have shown since it was made.
+        """
         before = _AT_WORK.set(self)
+        _set_up_logging(self.shows)
         try:
             yield
         finally:

@@ -1,6 +1,5 @@
 """A context without a trainer, and the checkpoints that an evaluation opens."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +39,11 @@ class Opening:
 
 
 def open_context(model: nn.Module | str | Path, opening: Opening) -> Context:
-    """A model's context; there is no run and no reward prompt in it."""
-    runtime = _runtime(opening.quiet)
+    """A model's context; there is no run and no reward prompt in it.
+
+    Device and precision are those of a run that is at work.
+    """
+    runtime = Runtime(settings_at_work(), quiet=opening.quiet)
     module, own_tokenizer = open_model(model, Loading(opening.torch_dtype))
     if module is not model:  # it was loaded here
         module.to(runtime.device)
@@ -64,18 +66,6 @@ def open_context(model: nn.Module | str | Path, opening: Opening) -> Context:
         rewards={},
         adapt=adapt,
     )
-
-
-def _runtime(quiet: bool) -> Runtime:
-    """A new runtime, with device and precision of a run that is at work.
-
-    It leaves the log level as it was: a trainer may have set it.
-    """
-    logger = logging.getLogger("self_rewarding_lm")
-    level = logger.level
-    runtime = Runtime(settings_at_work(), quiet=quiet)
-    logger.setLevel(level)
-    return runtime
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from self_rewarding_lm.judges.functions import FunctionJudge
 from self_rewarding_lm.judges.make import top_score_of
 from self_rewarding_lm.judges.self_judge import SelfJudge
 from self_rewarding_lm.records import RankedReplies, stable_hash
+from self_rewarding_lm.runtime import Runtime
 from tests.support.models import (
     ALPHABET,
     CHARACTERS,
@@ -202,16 +204,32 @@ def test_a_real_model_judges_the_same_twice_and_is_left_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_a_trainer_around_it_logs_as_before():
+@pytest.fixture
+def logger():
     logger = logging.getLogger("self_rewarding_lm")
     kept = logger.level
-    try:
-        for level in (logging.INFO, logging.WARNING):
-            logger.setLevel(level)
-            evaluated(quiet=level == logging.INFO)
+    logger.setLevel(logging.NOTSET)
+    yield logger
+    logger.setLevel(kept)
+
+
+def test_its_progress_is_in_the_log_unless_it_is_quiet(logger, caplog):
+    for quiet in (False, True, False):
+        caplog.clear()
+        evaluated(quiet=quiet)
+        lines = [text for text in caplog.messages if re.search(r"judging: \d+ judgements in", text)]
+        assert len(lines) == (not quiet)
+
+
+def test_a_run_around_it_logs_as_before(logger):
+    for quiet in (False, True):
+        runtime = Runtime({}, quiet=quiet)
+        evaluated(quiet=not quiet)
+        with runtime.at_work():
+            level = logger.level
+            assert level == (logging.WARNING if quiet else logging.INFO)
+            evaluated(quiet=not quiet)
             assert logger.level == level
-    finally:
-        logger.setLevel(kept)
 
 
 def test_a_judge_in_a_trainers_context_is_measured_alike():
