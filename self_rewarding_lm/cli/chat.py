@@ -27,7 +27,7 @@ Talk to a stage of a run, or ask two stages the same:
 
 What was said is kept and shown to the model again if the tokenizer has a chat template. /new begins
 another conversation; /quit, Ctrl-D and Ctrl-C end. A line of a pipe is a question too. In the place
-of a stage a folder or a name on the hub is asked.
+of a stage a folder, a GGUF file or a name on the hub is asked.
 """
 
 

@@ -18,14 +18,16 @@ Which of two models answers held-out prompts better, by a judge that is neither:
   self-rewarding-lm compare run:sft run:self_reward-2 --prompts held_out.jsonl --judge-model J
   self-rewarding-lm compare run:1 run:3 --prompts reasoning-gym:chain_sum --samples 8
 
-A model is RUN:STAGE (a name, or a number from 1), a folder or a name on the hub; for others than
-Hugging Face models give the module with --module. A judge that compares sees both orders; where
-these disagree it is a tie. Tasks of reasoning-gym bring a verifier.
+A model is RUN:STAGE (a name, or a number from 1), a folder, a GGUF file or a name on the hub; for
+others than Hugging Face models give the module with --module. A judge that compares sees both
+orders; where these disagree it is a tie. Tasks of reasoning-gym bring a verifier.
 """
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("first", metavar="FIRST", help="RUN:STAGE, a folder or a name on the hub")
+    parser.add_argument(
+        "first", metavar="FIRST", help="RUN:STAGE, or a folder, GGUF file or hub name"
+    )
     parser.add_argument("second", metavar="SECOND", help="the other model")
     parser.add_argument("--prompts", required=True, metavar="DATA", help="or reasoning-gym:NAME")
     parser.add_argument("--judge-model", metavar="M", help="who judges, as --model of `judge`")

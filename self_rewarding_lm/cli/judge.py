@@ -31,7 +31,7 @@ judge's texts are shown and the exit status is 1.
 """
 
 
-JUDGE = "who judges: a folder, a name on the hub, RUN[:STAGE] or module:attribute"
+JUDGE = "who judges: a folder, a GGUF file, a name on the hub, RUN[:STAGE] or module:attribute"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
