@@ -61,9 +61,9 @@ setup(
         "numpy>=2.0",
         "psutil>=6.0",
         "safetensors>=0.5",
-        "tqdm>=4.66",
+        "tqdm>=4.66.3",  # as datasets wants it
         "rapidfuzz>=3.9",
-        "PyYAML>=6.0",
+        "PyYAML>=6.0.1",  # 6.0 has no wheel for Python 3.11
     ],
     entry_points={"console_scripts": ["self-rewarding-lm = self_rewarding_lm.cli:main"]},
     extras_require={

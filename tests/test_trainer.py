@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_each_stage_has_its_own_files_and_done_comes_with_each(tmp_path):
         "reference.jsonl",
         *shared,
     }
-    assert run.info["seed"] == 0 and run.info["versions"]["torch"] == torch.__version__
+    assert run.info["seed"] == 0 and run.info["versions"]["torch"] == version("torch")
 
 
 def test_every_trained_pair_can_be_traced_to_its_prompt_candidates_and_judgements(tmp_path):
