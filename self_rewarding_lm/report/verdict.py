@@ -151,7 +151,13 @@ def _judging(made: Made) -> Iterator[str]:
         spread = (
             "" if made.commonest is None else f", its commonest is {percent(made.commonest)} of all"
         )
-        yield f"The judge tells responses apart: {read}{spread}{tied}."
+        ties_most = made.tied is not None and made.tied > 0.5
+        lead = (
+            "The judge gives the responses to most prompts one score"
+            if ties_most
+            else "The judge tells responses apart"
+        )
+        yield f"{lead}: {read}{spread}{tied}."
 
 
 def _supervised(figures: Sequence[StageFigures]) -> Iterator[str]:

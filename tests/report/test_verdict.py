@@ -102,6 +102,20 @@ def test_a_run_that_stopped_without_a_pair_says_why(tmp_path):
     assert "external_reward stopped: no preference pair could be made from 40 prompts" in text
 
 
+def test_a_judge_that_ties_in_most_prompts_is_not_said_to_tell_responses_apart(tmp_path):
+    def seldom(prompts, completions, **_):
+        """Scores that differ within one prompt of those that are asked about together."""
+        return [k * (prompt == prompts[0]) + 1.0 for k, prompt in enumerate(prompts)]
+
+    stage = external(reward_model=seldom, num_generated_preference_pairs=None, prompts_per_block=5)
+    run = trainer_of(tmp_path, [stage])(rehearse=False)
+    tied = run.metrics(0)[0]["judge/tie_rate"]
+    text = " ".join(verdict(run))
+    assert tied > 0.5 and f"best and worst tie in {percent(tied)}." in text
+    assert "The judge gives the responses to most prompts one score: 100 % of its " in text
+    assert "apart" not in text
+
+
 def test_a_run_without_pairs_of_its_own_tells_its_loss(tmp_path):
     run = trainer_of(tmp_path, [sft(optim=OptimConfig(batch_size=2, learning_rate=1e-2))])()
     losses = [line["loss"] for line in run.metrics(0) if "loss" in line]
