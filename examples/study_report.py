@@ -40,7 +40,7 @@ def report(page: Page, results: list[dict], words: dict[str, str]) -> str:
     titles = ["setting", "what it is", "accuracy", f"against {page.base}", *titles, "s"]
     table = ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *rows, ""]
     text = page.head.format(**filled) + "\n".join(table) + page.tail.format(**filled)
-    text += f"\nAll runs together took {seconds / 60:.0f} minutes of one core.\n"
+    text += f"\nThe times of all runs add up to {seconds / 60:.0f} minutes.\n"
     text += "\n## Read plainly\n\n" + "\n".join(r for r in readings if r) + "\n"
     return text + _later_rounds(results, words) + page.limits
 

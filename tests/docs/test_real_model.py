@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -38,6 +39,45 @@ def test_the_table_of_models_is_made_of_the_result_files(own):
 @pytest.mark.parametrize("key", ["answers", "reviews"])
 def test_the_texts_are_those_that_the_models_wrote(key, own):
     assert "\n".join(table.texts(own[0], key)) in PAGE
+
+
+def test_the_second_task_is_told_by_its_result_files():
+    found = [json.loads(p.read_text()) for p in (ROOT / "docs/results").glob("json_*.json")]
+    assert found
+    assert "\n".join(table.runs(found)) in PAGE
+    assert "\n".join(table.models(found)) in PAGE
+    answers = table.texts(found[0], "answers")
+    assert "\n".join(answers[: answers.index("")]) in PAGE
+
+
+DPO_BY_RATE = {
+    "M1": "none (the SFT model) |",
+    "rate_5e-5": "5e-5 | 0.3",
+    "base": "2e-4 | 0.3",
+    "rate_4e-4": "4e-4 | 0.3",
+    "nll_0": "2e-4 | 0",
+    "nll_1": "2e-4 | 1",
+}
+"""Of settings of the study: the learning rate and the NLL term, as the guide's table has them."""
+
+
+def test_the_learning_rates_of_an_adapter_are_those_of_the_study():
+    results = json.loads((ROOT / "docs/results/study_sentences.json").read_text())
+    guide = (ROOT / "docs/models.md").read_text()
+    means = {}
+    for name, told in DPO_BY_RATE.items():
+        runs = sorted((r for r in results if r["setting"] == name), key=lambda r: r["seed"])
+        found = [run["stages"][-1]["accuracy"] for run in runs]
+        assert [run["seed"] for run in runs] == [0, 1, 2]
+        means[name] = f"{fmean(found):.1f}"
+        each = ", ".join(f"{share:.1f}" for share in found)
+        assert f"| {told} | {means[name]} % ({each}) |" in guide
+    why = " ".join((ROOT / "docs/troubleshooting.md").read_text().split())
+    assert (
+        f"from {means['M1']} to {means['nll_0']} % of held-out requests without an NLL term, to "
+        f"{means['base']} % with `nll_weight=0.3`, and to {means['rate_5e-5']} % at a quarter of "
+        "the learning rate"
+    ) in why
 
 
 def test_every_result_counts_what_it_says(results):

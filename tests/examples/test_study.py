@@ -1,5 +1,6 @@
 """The study's page says what its results say, and its jobs go on. (Whole runs: slow.)"""
 
+import importlib
 import json
 import string
 import subprocess
@@ -40,6 +41,18 @@ def result(setting, seed, *accuracies, **more):
     stages = [{**STAGE, "accuracy": a} for a in accuracies]
     base = {"setting": setting, "seed": seed, "stages": stages, "seconds": 60.0}
     return {**base, "prompts": 500, "sft_steps": 700, **more}
+
+
+KEPT = [(name, page) for name, page in PAGES.items() if (EXAMPLES.parent / page.results).exists()]
+"""The tasks whose results are kept."""
+
+
+@pytest.mark.parametrize(("name", "page"), KEPT, ids=[name for name, _ in KEPT])
+def test_a_page_is_made_of_the_kept_results(name, page):
+    settings = importlib.import_module(study.TASKS[name]).SETTINGS
+    results = json.loads((EXAMPLES.parent / page.results).read_text())
+    written = report(page, results, {setting.name: setting.words for setting in settings})
+    assert (EXAMPLES.parent / page.target).read_text() == written
 
 
 RESULTS = [
@@ -96,7 +109,7 @@ def test_the_page_by_hand():
         "pairs a seed. 1 of 2 runs ended with NoPairError: nothing left" in page
     )
     assert rows["plain"][2].strip() == "60.0 ± 27.7"  # of the second rounds' table
-    assert "All runs together took 15 minutes of one core." in page
+    assert "The times of all runs add up to 15 minutes." in page
 
 
 def test_a_page_of_the_last_round_by_hand():
