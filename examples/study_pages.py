@@ -19,7 +19,7 @@ class Page:
     place: int
     columns: tuple[tuple[str, str, str], ...]
     by_seed: bool
-    """Whether the accuracy of each seed stands in the table."""
+    """Whether each seed's accuracy has a column; the page's own are then a table of their own."""
     folder: str
     results: str
     target: str
@@ -83,15 +83,17 @@ greedy answer meets in all demands; the loop never sees the checker. Sizes are s
 M1: {{m1}}.
 """,
         tail="""
-Accuracy and what stands beside it: mean of the seeds behind a setting's last round; ± is half of
-the 95 % interval (Student's t), which is wide with {seeds} seeds; in brackets each seed's. "Against
-base" is the mean of the differences seed by seed, with its interval. "Judge exact": the share of
-fixed answers whose points the model's own marks count rightly. "Distinct words" are those of all
-held-out answers together, "log-loss" is how unlikely the model before all training finds them, in
-nats a token. "Pairs right": the share of pairs in which the checker rates the chosen answer above
-the rejected one (ties count half). Seconds are of a run with its measurements, beside others on the
-machine, without what it took from other runs. Of so many comparisons at 95 % one in twenty is
+The first table: accuracy behind a setting's last round is the mean of the seeds; ± is half of the
+95 % interval (Student's t), which is wide with {seeds} seeds. "Against base" is the mean of the
+differences seed by seed, with its interval. Of so many comparisons at 95 % one in twenty is
 expected to look like more than chance where there is nothing.
+
+The second table has means, too. "Judge exact": the share of fixed answers whose points the model's
+own marks count rightly. "Distinct words" are those of all held-out answers together, "log-loss" is
+how unlikely the model before all training finds them, in nats a token. "Pairs right": the share of
+pairs in which the checker rates the chosen answer above the rejected one (ties count half). Seconds
+are of a run with its measurements, beside others on the machine, without what it took from other
+runs.
 """,
         limits="""
 ## What this does not show

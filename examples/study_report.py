@@ -35,11 +35,16 @@ def report(page: Page, results: list[dict], words: dict[str, str]) -> str:
     filled |= {"settings": len(rows), "seeds": len(first)}
     filled["m1"] = _with_interval([s["accuracy"] for s in first.values()], " %")
     if page.by_seed:
-        filled["m1"] += _of_seeds(first)
-    titles = [title for title, _, _ in page.columns]
-    titles = ["setting", "what it is", "accuracy", f"against {page.base}", *titles, "s"]
-    table = ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *rows, ""]
-    text = page.head.format(**filled) + "\n".join(table) + page.tail.format(**filled)
+        filled["m1"] += f" ({_of_seeds(first)})"
+    told = ["setting", "what it is", "accuracy", *(["each seed"] if page.by_seed else [])]
+    told += [f"against {page.base}"]
+    beside = [*(title for title, _, _ in page.columns), "s"]
+    if page.by_seed:
+        parts = [_table(told, [row[: len(told)] for row in rows])]
+        parts += [_table(["setting", *beside], [[row[0], *row[len(told) :]] for row in rows])]
+    else:
+        parts = [_table([*told, *beside], rows)]
+    text = page.head.format(**filled) + "".join(parts) + page.tail.format(**filled)
     text += f"\nThe times of all runs add up to {seconds / 60:.0f} minutes.\n"
     text += "\n## Read plainly\n\n" + "\n".join(r for r in readings if r) + "\n"
     return text + _later_rounds(results, words) + page.limits
@@ -58,7 +63,7 @@ def _only(results: list[dict], key: str) -> str:
 
 
 def _of_seeds(stages: dict[int, dict]) -> str:
-    return f" ({', '.join(format(s['accuracy'], '.1f') for s in stages.values())})"
+    return ", ".join(format(s["accuracy"], ".1f") for s in stages.values())
 
 
 def interval(values: list[float]) -> float | None:
@@ -80,23 +85,29 @@ def _mean(stages: dict[int, dict], key: str, form: str) -> str:
     return format(mean(values), form) if values else "-"
 
 
-def _row(page: Page, name: str, told: str, runs: list[dict], base: dict[int, dict]) -> str:
+def _table(titles: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown between two empty lines."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _row(page: Page, name: str, told: str, runs: list[dict], base: dict[int, dict]) -> list[str]:
+    """The cells of a setting, from its name to its seconds."""
     stages = _by_seed(runs, name, page.place)
     gained = _differences(stages, base)
     cells = [
         f"`{name}`",
         told,
         _with_interval([s["accuracy"] for s in stages.values()]),
+        *([_of_seeds(stages)] if page.by_seed else []),
         "" if name == page.base else _with_interval(gained, sign="+"),
         *(_mean(stages, key, form) for _, key, form in page.columns),
         f"{mean(r['seconds'] for r in runs):.0f}",
     ]
-    if page.by_seed and stages:
-        cells[2] += _of_seeds(stages)
     failed = [r["seed"] for r in runs if not r["stages"]]
     if failed:
         cells[1] += f" (no result with seed {', '.join(map(str, failed))})"
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def _differences(stages: dict[int, dict], others: dict[int, dict]) -> list[float]:
