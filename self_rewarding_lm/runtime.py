@@ -466,10 +466,11 @@ class Runtime:
     def at_work(self) -> Iterator[None]:
         """Within, this is the runtime of the run at work, see `settings_at_work`.
 
-        The log shows what this runtime shows, whatever others have shown since it was made.
+        The log shows what this runtime shows, whatever other runtimes showed since it was made.
         """
         before = _AT_WORK.set(self)
-        _set_up_logging(self.shows)
+        if logging.getLogger("self_rewarding_lm").level == _log_level:  # the user set no other
+            _set_up_logging(self.shows)
         try:
             yield
         finally:
@@ -796,12 +797,18 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return markdown_table(columns, cells)
 
 
+_log_level: int | None = None
+"""What `_set_up_logging` set last."""
+
+
 def _set_up_logging(shows: bool) -> None:
     """Show the library's log, unless the user has set up logging. shows: INFO too."""
+    global _log_level
     logger = logging.getLogger("self_rewarding_lm")
     if not logger.handlers and not logging.getLogger().handlers:
         handler = LogHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     if logger.level in (logging.NOTSET, logging.INFO, logging.WARNING):  # any other is the user's
-        logger.setLevel(logging.INFO if shows else logging.WARNING)
+        _log_level = logging.INFO if shows else logging.WARNING
+        logger.setLevel(_log_level)

@@ -232,6 +232,13 @@ def test_a_run_around_it_logs_as_before(logger):
             assert logger.level == level
 
 
+def test_a_level_that_the_user_set_holds_in_a_run(logger):
+    runtime = Runtime({})
+    logger.setLevel(logging.WARNING)
+    with runtime.at_work():
+        assert logger.level == logging.WARNING
+
+
 def test_a_judge_in_a_trainers_context_is_measured_alike():
     ctx = context(model(), stage="mine", tokens=text_tokens(), engine=Saying())
     found = judge_ranked(ctx, RANKED, SelfJudge(REWARD, SamplingConfig(), 1), top_score=5)
