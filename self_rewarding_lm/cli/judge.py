@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -74,13 +73,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _nothing_read(judgements: "Sequence[Judgement]") -> str:
     """The error of a judge of whose judgements none could be read, with what to do."""
-    from self_rewarding_lm.judges.tally import unread_texts
+    from self_rewarding_lm.judges.tally import unread_reasons, unread_texts
 
-    reasons = Counter(str(j.reason) for j in judgements).most_common()
-    said = ", ".join(f"{count} {reason}" for reason, count in reasons)
     return (
-        f"none of {amount(len(judgements), 'judgement')} has a score: {said}. "
-        f"What the judge wrote:\n{unread_texts(judgements)}\n"
+        f"none of {amount(len(judgements), 'judgement')} has a score: "
+        f"{unread_reasons(judgements)}. What the judge wrote:\n{unread_texts(judgements)}\n"
         "Take the score from the probabilities of the numbers (--score expected), and without a "
         "review before it (--score expected --at-once); or give its texts more room (--judging "
         "'{max_new_tokens: 512}') if they are cut off; or name a --reward whose template says how "

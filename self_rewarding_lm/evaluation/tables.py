@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from self_rewarding_lm.evaluation.head_to_head import Comparison, Side
 from self_rewarding_lm.evaluation.judge_quality import JudgeEvaluation
+from self_rewarding_lm.judges.tally import unread_reasons
 from self_rewarding_lm.stats import Interval, Rate
 from self_rewarding_lm.text import aligned, amount
 
@@ -16,6 +17,8 @@ def judge_table(evaluation: JudgeEvaluation) -> str:
     top = f"of {amount(agreed.best_count, 'top score')}"
     ordered = f"of {amount(agreed.ordered, 'instruction')}"
     judgements = f"of {amount(len(evaluation.judgements), 'judgement')}"
+    if unread := unread_reasons(evaluation.judgements):
+        judgements += f"; without a score: {unread}"
     rows = [
         ("pairwise accuracy", pairs.accuracy, interval["accuracy"], untied),
         ("  ties as a half", pairs.accuracy_ties_half, interval["accuracy_ties_half"], ""),
@@ -67,8 +70,12 @@ def comparison_table(comparison: Comparison, names: Sequence[str]) -> str:
         rows.append(("for the first shown", position.first_share, None, "of verdicts"))
         rows.append(("both orders agree", position.consistency, None, "of pairs"))
     first, second = _measures(comparison.first), _measures(comparison.second)
-    unknown = f", {rates.unknown} without a verdict" if rates.unknown else ""
-    lines = [f"{names[0]} against {names[1]}: {amount(rates.prompts, 'prompt')}{unknown}", ""]
+    lines = [f"{names[0]} against {names[1]}: {amount(rates.prompts, 'prompt')}"]
+    if rates.unknown:
+        unread = unread_reasons(comparison.judgements)
+        why = f"; judgements without a score: {unread}" if unread else ""
+        lines += [f"{rates.unknown:,} without a verdict{why}"]
+    lines += [""]
     sides = [(f"{label:18}", _number(first[label]), _number(second[label])) for label in first]
     lines += [*_measures_in_lines(rows), "", *aligned([("", "first", "second"), *sides], "<>")]
     return "\n".join(lines)

@@ -196,6 +196,12 @@ ADVICE = (
 )
 
 
+def unread_reasons(judgements: Iterable[Judgement | MetaJudgement]) -> str:
+    """Why judgements have no score, counted, the commonest first; "" if all have one."""
+    reasons = Counter(str(j.reason) for j in judgements if j.score is None).most_common()
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+
+
 def unread_texts(judgements: Iterable[Judgement | MetaJudgement]) -> str:
     """The first judgements without a score in lines: the reason, and what the judge wrote."""
     unread = islice((j for j in judgements if j.score is None), SHOWN)

@@ -22,6 +22,7 @@ from self_rewarding_lm.errors import (
     RunMismatchError,
     StoreError,
 )
+from self_rewarding_lm.evaluation.tables import comparison_table
 from self_rewarding_lm.evaluation.verifying import Verifier
 from self_rewarding_lm.runs.run import Run
 from tests.judges.test_ensemble import naive
@@ -82,6 +83,22 @@ def test_outcomes_rewards_and_lengths_are_those_of_the_texts():
     assert found.position is None
     turned = compared(model(1), model(), num_samples=3, judge=various).rates
     assert (turned.wins, turned.losses) == (rates.losses, rates.wins)
+
+
+def test_the_table_says_why_pairs_have_no_verdict():
+    def some(prompts, completions):
+        return [None if prompt == "six" else 1.0 for prompt in prompts]
+
+    lines = comparison_table(compared(judge=some), ("m1", "m2")).splitlines()
+    assert lines[:3] == [
+        "m1 against m2: 3 prompts",
+        "1 without a verdict; judgements without a score: 2 no_score",
+        "",
+    ]
+    assert comparison_table(compared(), ("m1", "m2")).splitlines()[:2] == [
+        "m1 against m2: 4 prompts",
+        "",
+    ]
 
 
 def test_a_judge_for_whom_the_first_place_counts_gives_ties_alone():

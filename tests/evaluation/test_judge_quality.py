@@ -11,6 +11,7 @@ from self_rewarding_lm import RewardConfig, SamplingConfig, evaluate_judge
 from self_rewarding_lm.data.ranked import as_candidates
 from self_rewarding_lm.errors import ConfigError, DataError
 from self_rewarding_lm.evaluation.judge_quality import judge_ranked
+from self_rewarding_lm.evaluation.tables import judge_table
 from self_rewarding_lm.generation.engine import Completion
 from self_rewarding_lm.generation.local import LocalEngine
 from self_rewarding_lm.judges.functions import FunctionJudge
@@ -202,6 +203,11 @@ def test_a_real_model_judges_the_same_twice_and_is_left_as_it_was():
     assert found.agreement.best_precision is None  # no limit to the scores is known
     assert module.training and all(p.requires_grad for p in module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_its_table_says_why_judgements_have_no_score():
+    [line] = [line for line in judge_table(evaluated()).splitlines() if line.startswith("parse")]
+    assert line.endswith("of 8 judgements; without a score: 1 no_score")
 
 
 @pytest.fixture
