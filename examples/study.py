@@ -54,9 +54,17 @@ def one_job(job: Job) -> None:
             else:
                 result["stages"] = room.setting_run(setting, job)
     except (JudgeError, PairingError) as error:  # a method may find no pair: that is a result
-        result |= {"stages": [], "error": f"{type(error).__name__}: {error}"}
+        result |= {"stages": [], "error": without_place(error, job)}
     result["seconds"] = time.time() - started
     write(job.result, result)
+
+
+def without_place(error: Exception, job: Job) -> str:
+    """An error's name and words; the study's folder is named without where it lies."""
+    text = f"{type(error).__name__}: {error}"
+    for place in (str(job.out.resolve()), str(job.out)):
+        text = text.replace(place, job.out.name)
+    return text
 
 
 def about(job: Job, room: ModuleType) -> dict[str, Any]:

@@ -36,15 +36,15 @@ def report(page: Page, results: list[dict], words: dict[str, str]) -> str:
     filled["m1"] = _with_interval([s["accuracy"] for s in first.values()], " %")
     if page.by_seed:
         filled["m1"] += f" ({_of_seeds(first)})"
-    told = ["setting", "what it is", "accuracy", *(["each seed"] if page.by_seed else [])]
-    told += [f"against {page.base}"]
-    beside = [*(title for title, _, _ in page.columns), "s"]
+    titles = ["setting", "what it is", "accuracy", *(["each seed"] if page.by_seed else [])]
+    titles += [f"against {page.base}"]
+    others = [*(title for title, _, _ in page.columns), "s"]
     if page.by_seed:
-        parts = [_table(told, [row[: len(told)] for row in rows])]
-        parts += [_table(["setting", *beside], [[row[0], *row[len(told) :]] for row in rows])]
+        tables = [_table(titles, [row[: len(titles)] for row in rows])]
+        tables += [_table(["setting", *others], [[row[0], *row[len(titles) :]] for row in rows])]
     else:
-        parts = [_table([*told, *beside], rows)]
-    text = page.head.format(**filled) + "".join(parts) + page.tail.format(**filled)
+        tables = [_table([*titles, *others], rows)]
+    text = page.head.format(**filled) + "".join(tables) + page.tail.format(**filled)
     text += f"\nThe times of all runs add up to {seconds / 60:.0f} minutes.\n"
     text += "\n## Read plainly\n\n" + "\n".join(r for r in readings if r) + "\n"
     return text + _later_rounds(results, words) + page.limits

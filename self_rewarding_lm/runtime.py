@@ -469,12 +469,18 @@ class Runtime:
         The log shows what this runtime shows, whatever other runtimes showed since it was made.
         """
         before = _AT_WORK.set(self)
-        if logging.getLogger("self_rewarding_lm").level == _log_level:  # the user set no other
-            _set_up_logging(self.shows)
+        self._show_log()
         try:
             yield
         finally:
             _AT_WORK.reset(before)
+            if (around := _AT_WORK.get()) is not None:
+                around._show_log()
+
+    def _show_log(self) -> None:
+        """Have the log show what this runtime shows, unless the user set a level meanwhile."""
+        if logging.getLogger("self_rewarding_lm").level == _log_level:
+            _set_up_logging(self.shows)
 
     def autocasted(self, results: Iterable[T]) -> Iterator[T]:
         """The results of forwards outside the prepared module, each computed in mixed precision.

@@ -238,6 +238,13 @@ def test_a_run_around_it_logs_as_before(logger):
             assert logger.level == level
 
 
+def test_a_run_goes_on_logging_after_a_quiet_one_within_it(logger):
+    with Runtime({}).at_work():
+        with Runtime({}, quiet=True).at_work():
+            assert logger.level == logging.WARNING
+        assert logger.level == logging.INFO
+
+
 def test_a_level_that_the_user_set_holds_in_a_run(logger):
     runtime = Runtime({})
     logger.setLevel(logging.WARNING)

@@ -153,6 +153,22 @@ DEMANDS = [
 # -- jobs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_an_error_is_kept_without_where_the_study_lay(tmp_path, monkeypatch, is_absolute):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "lab" if is_absolute else Path("lab")
+    job = Job("pairwise", 0, out, "sentences", 9)
+    error = ValueError(f"nothing is in {job.folder().resolve()}, see {job.folder()}")
+    kept = "ValueError: nothing is in lab/runs/pairwise-0, see lab/runs/pairwise-0"
+    assert study.without_place(error, job) == kept
+
+
+@pytest.mark.parametrize(("name", "page"), KEPT, ids=[name for name, _ in KEPT])
+def test_kept_errors_name_no_place_of_a_machine(name, page):
+    errors = [r.get("error", "") for r in json.loads((EXAMPLES.parent / page.results).read_text())]
+    assert not [error for error in errors if " /" in error]
+
+
 def test_what_a_setting_goes_on_from_is_run_before_it():
     settings = [
         Setting("later", "", list, "first"),
