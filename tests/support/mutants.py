@@ -4,7 +4,8 @@ A property is a function over (module, case). It is run with the module as it is
 it: the module's source with one piece of text replaced by another, executed as a module of its own.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -55,7 +56,10 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Property:
-    """What holds for a module and every case of `cases`. examples: in the slow tier."""
+    """What holds for a module and every case of `cases`.
+
+    examples: in the slow tier. built: cases that always come first, for what a search finds rarely.
+    """
 
     name: str
     module: str
@@ -63,10 +67,13 @@ class Property:
     check: Check
     mutants: tuple[Mutant, ...]
     examples: int
+    built: tuple[Any, ...]
 
     def run(self, code: ModuleType, profile: settings, *, hunted: bool = False) -> int:
         """Run it over a module; the number of examples. Raises what the property raises."""
-        count = 0
+        for case in self.built:
+            self.check(code, copy.deepcopy(case))
+        count = len(self.built)
 
         @profile
         @given(self.cases)
@@ -91,6 +98,7 @@ def over(
     *,
     mutants: dict[str, str],
     examples: int = 400,
+    built: Sequence[Any] = (),
 ) -> Callable[[Check], Check]:
     """Enter a function over (module, case) as a property. mutants: new texts by old ones."""
 
@@ -98,7 +106,7 @@ def over(
         name = check.__name__  # type: ignore[attr-defined]
         assert name not in PROPERTIES and mutants
         made = tuple(Mutant(module, old, new) for old, new in mutants.items())
-        PROPERTIES[name] = Property(name, module, cases, check, made, examples)
+        PROPERTIES[name] = Property(name, module, cases, check, made, examples, tuple(built))
         return check
 
     return enter

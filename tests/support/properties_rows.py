@@ -461,6 +461,16 @@ def _tree(draw):
     return tree
 
 
+def _ranked_tree(tree_id, *ranks):
+    """A tree whose first message has replies of these ranks, each with its own text."""
+    message = {"message_id": tree_id, "text": "ask", "role": "prompter", "lang": "en"}
+    replies = [
+        message | {"message_id": f"m{k}", "text": f"reply {k}", "role": "assistant", "rank": rank}
+        for k, rank in enumerate(ranks)
+    ]
+    return {"message_tree_id": tree_id, "prompt": message | {"replies": replies}}
+
+
 @over(
     "data.oasst",
     st.tuples(
@@ -480,6 +490,11 @@ def _tree(draw):
         'return "other_language" if is_other else None': "return None",
     },
     examples=500,
+    built=[
+        ([_ranked_tree("t", 0, 1), _ranked_tree("u", 0, 1)], "first", None, 0),
+        ([_ranked_tree("t", 0, 10**400)], "first", None, 0),
+        ([_ranked_tree("t", 0, math.nan)], "first", None, 0),
+    ],
 )
 def any_trees_are_read_or_refused(oasst, case):
     trees, depth, quality, seed = case
