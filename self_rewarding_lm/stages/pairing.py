@@ -281,24 +281,29 @@ def pairable(
 ) -> list[Candidate]:
     """The candidates of a prompt that can be in a pair, whatever they are scored; [] if none can.
 
-    They are `learnable`, two of them differ, and one may win: it is no longer than
-    `max_chosen_length`, and `may_win` says so. Else the prompt is dropped as `identical`,
-    `unpaired` (none may win) or `too_long_chosen`, or as `learnable` says.
+    They are `learnable`, two of them differ, and each may win or differs from one that may: one
+    that is no longer than `max_chosen_length` and of which `may_win` says so. If there is no pair,
+    the prompt is dropped as `identical`, `unpaired` (none may win) or `too_long_chosen`, or as
+    `learnable` says.
     """
     left = learnable(candidates, drops, least=2)
-    winners = [c for c in left if may_win is None or may_win(c)]
+    allowed = [c for c in left if may_win is None or may_win(c)]
+    longest = inf if max_chosen_length is None else max_chosen_length
+    winners = [c for c in allowed if length_of(c) <= longest]
     problems = {
         "identical": lambda: all(same_text(left[0], c) for c in left[1:]),
-        "unpaired": lambda: not winners,
-        "too_long_chosen": lambda: (
-            max_chosen_length is not None and min(map(length_of, winners)) > max_chosen_length
-        ),
+        "unpaired": lambda: not allowed,
+        "too_long_chosen": lambda: not winners,
     }
     problem = next((name for name, holds in problems.items() if left and holds()), None)
-    if problem is None:
-        return left
-    drops.prompts[problem] += 1
-    return []
+    if problem is not None:
+        drops.prompts[problem] += 1
+        return []
+    # who may not win and says what every winner says can neither win nor lose
+    kept = [c for c in left if c in winners or not all(same_text(c, w) for w in winners)]
+    if len(kept) < len(left):
+        drops.candidates["identical"] += len(left) - len(kept)
+    return kept
 
 
 def score_filters(

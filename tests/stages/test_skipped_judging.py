@@ -181,8 +181,13 @@ def test_winners_of_the_start_losers_of_an_earlier_model(tmp_path):
         c.id
         for group, own in zip(groups_of(run), of_start, strict=True)
         for c in that_may_pair(group)
+        if c in own or {w.text for w in own if w.finished} - {c.text}
         if any(c.finished for c in own)
     }
+    repeated = [
+        c for some in map(that_may_pair, groups_of(run)) for c in some if c.id not in wanted
+    ]
+    assert repeated and run.summary(0)["metrics"]["candidates/dropped_identical"] > 0
     assert judged_in(run) == wanted
     assert pairs_in(run) == pairs_in(every) != []
 
@@ -256,6 +261,9 @@ def candidate(number, text="a", finished=True, reason=None):
         ([("abc", True), ("abcd", True)], [], {"too_long_chosen": 1}, {}),
         ([("abc", True), ("ab", True)], [0, 1], {}, {}),
         ([("w", True), ("v", True)], [], {"unpaired": 1}, {}),
+        ([("w", True), ("a", True), ("v", True)], [0, 1, 2], {}, {}),
+        ([("w ", True), ("w", True), ("a", True)], [0, 1, 2], {}, {}),
+        ([("a  ", True), ("bcd", True), ("a", True)], [1, 2], {}, {"identical": 1}),
         ([], [], {"unfinished": 1}, {}),
     ],
 )

@@ -210,8 +210,11 @@ WRITTEN = st.tuples(
     st.tuples(st.lists(WRITTEN, max_size=4), st.none() | st.integers(1, 3), st.integers(0, 4)),
     mutants={
         "all(same_text(left[0], c) for c in left[1:])": "same_text(left[0], left[1])",
-        "not winners": "not left",
-        "min(map(length_of, winners)) > max_chosen_length": "max(map(length_of, winners)) > max_chosen_length",
+        "not allowed": "not left",
+        "lambda: not winners": "lambda: not left",
+        "c in winners or not all(": "not all(",
+        "not all(same_text(c, w) for w in winners)": "True",
+        "if length_of(c) <= longest": "if True",
         "{**responses, **WHOLE}": "WHOLE",
     },
     examples=300,
@@ -245,8 +248,14 @@ def only_candidates_that_some_scores_would_pair_are_judged(pairing, case):
                 paired |= {pair.chosen_id, pair.rejected_id}
     assert {c.id for c in found} == paired
     assert drops.prompts.total() == (not found) and drops.kept == 0
+    whole = [c for c in responses if c.finished is not False]
     if found:
         assert drops.candidates.total() == len(made) - len(found)
+        assert drops.candidates["identical"] == len(whole) - len(found)
+    if len(whole) > 1 and len({str(c.text).strip() for c in whole}) > 1:
+        none_may = not any(map(may_win, whole))
+        assert drops.prompts["unpaired"] == none_may
+        assert drops.prompts["too_long_chosen"] == (not found and not none_may)
 
 
 PICKING = st.fixed_dictionaries(
