@@ -60,6 +60,9 @@ class ChecksConfig(Config):
     ties: Check = Check(limit=0.9, action="warn")
     """Share of prompts whose best and worst candidate have the same score (judge/tie_rate) over the
     limit, from 64 prompts on."""
+    follows_position: Check = Check(limit=0.1, action="warn")
+    """Share of comparisons with one verdict in both orders (judge/position_agreement) under the
+    limit, from 64 on: the judge prefers a place, whichever response is shown there."""
     meta_follows_scores: Check = Check(limit=0.95, action="warn")
     """Share of the meta-judge's verdicts for the judgement with the higher score
     (meta/prefers_higher_score) over the limit, from 64 on."""
@@ -107,12 +110,15 @@ class ChecksConfig(Config):
 _MAY_EXCEED_ONE = ("pairs_per_prompt", "repeated_prompts", "few_steps", "loss_stuck", "both_fall")
 
 
-_UNDER = ("few_pairs", "pairs_per_prompt", "few_steps")
+_UNDER = ("few_pairs", "pairs_per_prompt", "few_steps", "follows_position")
 """Checks whose limit is a least value; that of all others is a greatest."""
 
 
 _ERRORS: dict[str, type[SelfRewardingError]] = {
-    **dict.fromkeys(("scores_not_finite", "one_score", "ties", "meta_follows_scores"), JudgeError),
+    **dict.fromkeys(
+        ("scores_not_finite", "one_score", "ties", "follows_position", "meta_follows_scores"),
+        JudgeError,
+    ),
     **dict.fromkeys(
         (
             *("few_pairs", "pairs_per_prompt", "repeated_prompts"),

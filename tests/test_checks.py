@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,14 @@ from self_rewarding_lm.errors import (
     ConfigError,
     DataError,
     JudgeError,
+    NoPairError,
     PairingError,
     TrainingError,
 )
 from self_rewarding_lm.generation.candidates import generate
 from self_rewarding_lm.generation.engine import Decoding, Request
 from self_rewarding_lm.generation.local import LocalEngine
+from self_rewarding_lm.judges.self_judge import PairwiseJudge
 from self_rewarding_lm.judges.tally import JudgeTally, JudgeWatcher
 from self_rewarding_lm.models.policy import response_logprobs
 from self_rewarding_lm.records import Judgement, PreferencePair, ReferenceLogprobs, TrainingRow
@@ -35,7 +37,16 @@ from self_rewarding_lm.training.objectives import PreferenceObjective, Supervise
 from self_rewarding_lm.training.reference import PairSums, StoredReference
 from self_rewarding_lm.training.watch import WINDOW, Watcher
 from tests.support.models import TEXT_VOCAB, VOCAB, Recurrent, adapt, context, stage_dir
-from tests.test_trainer import QUICK, external, model64, same, sft, trainer_of, weights_of
+from tests.test_trainer import (
+    QUICK,
+    external,
+    model64,
+    same,
+    self_reward,
+    sft,
+    trainer_of,
+    weights_of,
+)
 
 NAMES = list(ChecksConfig.model_fields)
 LN2 = math.log(2)
@@ -53,6 +64,26 @@ def said(caplog):
 def only(name: str, **values) -> ChecksConfig:
     """One check as given, the others off."""
     return OFF.model_copy(update={name: Check(**values)})
+
+
+@dataclass(frozen=True)
+class Prefers:
+    """Compares for a judge: by the place where a response is shown, or by when it was sampled."""
+
+    what: str
+
+    def ask(self, ctx, questions):
+        for question in questions:
+            one, other = (int(name.split("/")[-1]) for name in question.candidate_ids)
+            wins = 1.0 if self.what == "the first shown" else float(one < other)
+            yield Judgement(question.id, question.candidate_ids, "first", wins)
+
+
+def comparing(prefers: str, **options):
+    """A stage whose judge compares any two of five responses to each prompt in both orders."""
+    judge = PairwiseJudge(asker=Prefers(prefers))
+    settings = dict(num_candidate_responses=5, num_generated_preference_pairs=None)
+    return self_reward(judge=judge, **{**settings, **options})
 
 
 # Settings
@@ -94,7 +125,7 @@ def test_checks_that_do_not_exist_or_cannot_be_are_refused(given, words):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_check_warns_once_stops_or_is_off_beyond_its_limit_alone(name, said):
-    under = name in ("few_pairs", "pairs_per_prompt", "few_steps")
+    under = name in ("few_pairs", "pairs_per_prompt", "few_steps", "follows_position")
     limit = 0.5
     good, bad = (0.5, 0.4) if under else (0.5, 0.6)
     Checker(only(name, limit=limit, action="error"), "dpo").see(name, good, "well.")
@@ -459,6 +490,39 @@ def test_prompts_whose_responses_all_tie_are_seen():
 
     assert see(tallied(32)) is None and see(tallied(63, 63)) is None
     assert "of 64 prompts 52% have the same score" in (see(tallied(33)) or "")
+
+
+def test_comparisons_that_turn_with_the_order_are_seen_and_their_ties_not_blamed():
+    def tallied(agreed: int, compared: int = 64) -> JudgeTally:
+        tally = JudgeTally()
+        tally.tie.add(64, 64)
+        tally.position_agreement.add(agreed, compared)
+        return tally
+
+    def see(tally: JudgeTally) -> str:
+        checks = ChecksConfig(
+            follows_position=Check(action="error"), ties=Check(limit=0.5, action="error")
+        )
+        watcher = JudgeWatcher(Checker(checks, "dpo"), min_parse_rate=0.2)
+        return watcher.see_scores(tally) or ""
+
+    seen = see(tallied(6))
+    assert "of 64 comparisons in both orders 9% have one verdict" in seen
+    assert "(check follows_position: 0.09375, and at least 0.1 is expected" in seen
+    assert "check ties" in see(tallied(7)) and "check ties" in see(tallied(0, 63))
+
+
+@pytest.mark.parametrize("prefers", ["the first shown", "the first sampled"])
+def test_a_judge_that_prefers_the_first_shown_is_told_apart_from_ties(tmp_path, said, prefers):
+    stage = comparing(prefers, checks=ChecksConfig())
+    trainer = trainer_of(tmp_path, [stage])
+    if prefers == "the first shown":
+        with pytest.raises(NoPairError, match="comparisons follow the position, for another judge"):
+            trainer(rehearse=False)
+    else:
+        trainer(rehearse=False)
+    assert ("follows_position" in said()) == (prefers == "the first shown")
+    assert "ties" not in said()
 
 
 def test_a_parse_rate_under_the_limit_names_its_check():

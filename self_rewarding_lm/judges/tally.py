@@ -279,7 +279,10 @@ class JudgeWatcher:
         )
 
     def see_scores(self, tally: JudgeTally) -> str | None:
-        """The checks `one_score` and `ties`, of all judgements so far."""
+        """The checks `one_score`, `follows_position` and `ties`, of all judgements so far.
+
+        Scores that tie because the judge follows the position are no matter for `ties`.
+        """
         metrics, failure = tally.metrics(), None
         if tally.score.whole >= self.look:
             commonest, count = tally.rounded.most_common(1)[0]
@@ -295,7 +298,21 @@ class JudgeWatcher:
                 "prompt). Where scores differ by "
                 "less than 0.1 on purpose, switch this check off.",
             )
-        if failure is None and tally.tie.whole >= self.look:
+        agreed = metrics.get("judge/position_agreement", 1.0)
+        compared = tally.position_agreement.whole
+        follows = agreed < self.checker.checks.of("follows_position")[0] and compared >= self.look
+        if failure is None and follows:
+            failure = self.checker.failing(
+                "follows_position",
+                agreed,
+                f"of {compared} comparisons in both orders {agreed:.0%} have one verdict "
+                "(judge/position_agreement): the judge prefers the place and not the response, the "
+                "two orders cancel out, and nearly all pairs tie. More judgements or another "
+                "temperature change nothing. Train the model on comparisons first "
+                "(BuildEFTConfig), let it score each response by itself, or take another "
+                "comparison prompt or judge.",
+            )
+        elif failure is None and tally.tie.whole >= self.look:
             failure = self.checker.failing(
                 "ties",
                 metrics["judge/tie_rate"],

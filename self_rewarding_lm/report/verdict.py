@@ -31,7 +31,8 @@ class Made:
 
     rows: different rows among the prompts. cut: the share of responses that were cut off. steps:
     optimiser steps. parsed: the share of judgements with a score. commonest: the share of the
-    commonest score. tied: the share of prompts whose best and worst score are equal. None: unknown.
+    commonest score. tied: the share of prompts whose best and worst score are equal. agreed: the
+    share of comparisons with one verdict in both orders. None: unknown.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Made:
     parsed: float | None
     commonest: float | None
     tied: float | None
+    agreed: float | None
 
     @property
     def trains_too_little(self) -> bool:
@@ -59,6 +61,17 @@ class Made:
         """Whether nearly all scores are one."""
         limit = ChecksConfig().of("one_score")[0]
         return self.commonest is not None and self.commonest > limit
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether responses or judgements are such that a setting should be changed."""
+        return self.was_cut or self.tells_nothing or self.follows_position or self.is_unread
+
+    @property
+    def follows_position(self) -> bool:
+        """Whether hardly any comparison has one verdict in both orders."""
+        limit = ChecksConfig().of("follows_position")[0]
+        return self.agreed is not None and self.agreed < limit
 
     @property
     def is_unread(self) -> bool:
@@ -83,7 +96,7 @@ def verdict(run: Run) -> list[str]:
     if poor:
         names = " and ".join(one.name for one in poor)
         sentences.append(f"Nothing can be concluded from {names}: {_advice(poor)}.")
-    elif any(one.was_cut or one.tells_nothing or one.is_unread for one in made):
+    elif any(one.is_poor for one in made):
         sentences.append(f"This can be better: {_advice(made)}.")
     unfinished = next((stage for stage in figures if stage.state != "done"), None)
     if unfinished is not None and (sentences or unfinished.stopped):
@@ -124,8 +137,9 @@ MEASURES = (
     "judge/parse_rate",
     "judge/modal_share",
     "judge/tie_rate",
+    "judge/position_agreement",
 )
-"""Of the last round: cut, parsed, commonest, tied."""
+"""Of the last round: cut, parsed, commonest, tied, agreed."""
 
 
 def _in_words(made: Made) -> str:
@@ -144,6 +158,9 @@ def _judging(made: Made) -> Iterator[str]:
     read = f"{percent(made.parsed)} of its judgements have a score"
     if made.is_unread:
         yield f"The judge could hardly be read: {read}."
+    elif made.follows_position:
+        agreed = f"{percent(made.agreed or 0)} of its comparisons have one verdict in both orders"
+        yield f"The judge prefers a place, whichever response is shown there: {agreed}."
     elif made.tells_nothing:
         yield f"The judge gave one score to {percent(made.commonest or 0)} of the responses."
     else:
@@ -206,6 +223,9 @@ def _advice(made: Sequence[Made]) -> str:
             one.is_unread for one in made
         ),
         "use score_mode: expected or another judge": any(one.tells_nothing for one in made),
+        "train the model to compare, or let it score each response by itself": any(
+            one.follows_position for one in made
+        ),
     }
     wanted = [words for words, holds in advice.items() if holds]
     if any(one.trains_too_little for one in made):

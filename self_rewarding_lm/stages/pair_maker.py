@@ -807,7 +807,8 @@ class PairMaker:
         return NoPairError(
             f"{self.ctx.stage}: no preference pair could be made from {prompts}. "
             f"Dropped: {drops.in_words()}. 'unfinished' asks for more max_new_tokens; 'tie' "
-            "and 'identical' for a higher temperature or more judgements, 'unscored' for a "
+            "and 'identical' for a higher temperature or more judgements (where comparisons follow "
+            "the position, for another judge), 'unscored' for a "
             f"judge that can be read. The records are in {self.out.path}."
         )
 

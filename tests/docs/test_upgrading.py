@@ -27,7 +27,7 @@ def test_the_defaults_that_the_page_tells():
     assert SelfRewardDPOConfig(prompt_dataset=[]).judge_all is False
     for server in (ServerEngine, ServerJudge):
         assert default_of(server, "max_in_flight") is None
-    for name in ("cut_off", "few_steps", "repeated_prompts"):
+    for name in ("cut_off", "few_steps", "follows_position", "repeated_prompts"):
         assert getattr(ChecksConfig(), name).action == "warn"
 
 

@@ -13,6 +13,7 @@ from self_rewarding_lm.report.terminal import show_run
 from self_rewarding_lm.report.verdict import percent, verdict
 from tests.stages.test_pair_maker import rising
 from tests.support.models import END
+from tests.test_checks import comparing
 from tests.test_trainer import external, model64, sft, trainer_of
 
 TOO_LITTLE = "give more prompts, pairs or epochs for more steps"
@@ -114,6 +115,16 @@ def test_a_judge_that_ties_in_most_prompts_is_not_said_to_tell_responses_apart(t
     assert tied > 0.5 and f"best and worst tie in {percent(tied)}." in text
     assert "The judge gives the responses to most prompts one score: 100 % of its " in text
     assert "apart" not in text
+
+
+def test_a_judge_that_prefers_a_place_is_said_to(tmp_path):
+    stage = comparing("the first shown")
+    with pytest.raises(NoPairError):
+        trainer_of(tmp_path, [stage])(rehearse=False)
+    text = " ".join(verdict(Run.open(tmp_path)))
+    assert "The judge prefers a place, whichever response is shown there: 0 % of its comp" in text
+    assert "train the model to compare, or let it score each response by itself" in text
+    assert "apart" not in text and "one score" not in text
 
 
 def test_a_run_without_pairs_of_its_own_tells_its_loss(tmp_path):
