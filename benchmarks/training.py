@@ -198,7 +198,7 @@ def told_run(run: Run) -> None:
 
 
 def told_entry(entry: dict) -> None:
-    """Say what stands behind an entry: shares, tokens, checks."""
+    """Say what an entry rests on: shares, tokens, checks."""
     ours, peer = entry["work"]["ours"], entry["work"]["peer"]
     if entry["unit"] == "bytes":
         print(f"  {entry['ours'] / 1e9:.2f} GB against {entry['peer'] / 1e9:.2f} GB")

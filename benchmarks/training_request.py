@@ -20,7 +20,7 @@ class Setting:
 
     grouped: rows of similar length share a batch (`train_sampling_strategy`). live: the reference
     is a second model, asked in each step; else it is asked before, `reference_batch` pairs at once
-    (None: as many as in training). padding_free: rows stand one behind the other in one line.
+    (None: as many as in training). padding_free: rows stand one after the other in one line.
     """
 
     kind: str

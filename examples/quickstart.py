@@ -72,7 +72,7 @@ def build_stages(
             how = {"prompts_per_block": len(prompts), "dpo_beta": 0.3, "nll_weight": 0.5}
             optim = low.model_copy(update={"epochs": 2})
             rounds.append(SelfRewardDPOConfig(**own, **how, optim=optim))
-        else:  # as many answers, and a step behind those of each 50 prompts
+        else:  # as many answers, and a step after those of each 50 prompts
             few = min(50, len(prompts))
             how = {"prompts_per_round": few, "rounds": len(prompts) // few}
             optim = low.model_copy(update={"batch_size": few * 4, "schedule": "constant"})

@@ -76,7 +76,7 @@ def build_stages(
             how = {"prompts_per_block": len(prompts), "dpo_beta": 0.2, "nll_weight": 0.3}
             optim = low.model_copy(update={"epochs": 2})
             stages.append(SelfRewardDPOConfig(**own, **how, optim=optim))
-        else:  # as many answers, and a step behind those of each 10 prompts
+        else:  # as many answers, and a step after those of each 10 prompts
             how = {"prompts_per_round": 10, "rounds": len(prompts) // 10}
             optim = low.model_copy(update={"batch_size": 40, "schedule": "constant"})
             stages.append(SelfRewardGRPOConfig(**own, **how, optim=optim))

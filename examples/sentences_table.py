@@ -45,13 +45,13 @@ def by_control(results: list[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def middle(some: list[dict]) -> list[str]:
-    """The medians of some runs: of each model after M0, and of the gain behind M1."""
+    """The medians of some runs: of each model after M0, and of the gain after M1."""
     columns = zip(*([m["accuracy"] for m in r["models"][1:]] for r in some), strict=True)
     return [*(f"{median(column):.1f}" for column in columns), f"{median(map(gain, some)):+.1f}"]
 
 
 def runs(results: list[dict]) -> list[str]:
-    """A line a run: held-out accuracy of each model after M0, and the gain behind M1."""
+    """A line a run: held-out accuracy of each model after M0, and the gain after M1."""
     names = [model["name"] for model in results[0]["models"][1:]]
     lines = head("scores", "seed", *names, f"{names[-1]} - {names[0]}")
     for words, some in by_control(results):

@@ -118,7 +118,7 @@ def run_all(
 
     with ThreadPoolExecutor(workers) as pool:
         started: dict[tuple[str | None, int], Future] = {}
-        for job in jobs:  # each stands behind its `after`, so some worker always has work
+        for job in jobs:  # each stands after its `after`, so some worker always has work
             before = started.get((after[job.name], job.seed))
             started[job.name, job.seed] = pool.submit(work, job, before)
         try:

@@ -115,7 +115,7 @@ class Lab:
         _, self.own, _ = sentences.build_stages(self.data, [], self.task, "none")
 
     def weights(self, name: str, stage: str) -> Path:
-        """The folder of the weights behind a stage of a job with the same seed."""
+        """The folder of the weights after a stage of a job with the same seed."""
         return Run.open(self.job.folder(name)).weights(stage).parent.resolve()
 
     def round(self, **changes: Any) -> SelfRewardDPOConfig:
@@ -138,7 +138,7 @@ class Lab:
         return self.task.points(prompt.text, candidate.text)
 
     def run(self, stages: list[Any]) -> list[dict]:
-        """Train the stages; what the example measures behind each."""
+        """Train the stages; what the example measures after each."""
         marks = MarkedRubric(items=len(self.task.DEMANDS), yes=demands.YES, no=demands.NO)
         asked = {"prompt_template": self.task.JUDGE_PROMPT, "marks": marks}
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0, target_modules="all-linear")
@@ -187,7 +187,7 @@ def first_model(job: Job) -> list[dict]:
 
 
 def setting_run(setting: Setting, job: Job) -> list[dict]:
-    """What is measured behind each stage of a setting, and behind those that it goes on from."""
+    """What is measured after each stage of a setting, and after those that it goes on from."""
     lab = Lab(job)
     before: list[dict] = []
     if setting.after == BASE:
@@ -210,7 +210,7 @@ def shuffled(lab: Lab) -> list:
 
 
 def rewarded(judge: Judge | None = None) -> Callable[[Lab], list]:
-    """Policy gradients on as many answers as `base`, a step behind those of each 10 prompts."""
+    """Policy gradients on as many answers as `base`, a step after those of each 10 prompts."""
     return lambda lab: [lab.rewarded(judge=judge)]
 
 
@@ -222,7 +222,7 @@ def serl(lab: Lab) -> list:
 
 
 def later_rounds(lab: Lab) -> list:
-    """A second and a third round behind that of `base`, each on answers of its own model."""
+    """A second and a third round after that of `base`, each on answers of its own model."""
     prompts = lab.data.round_prompts[1]
     second = {
         "name": "M3",
@@ -262,7 +262,7 @@ SETTINGS = (
         "A or B for any two answers, in both orders; M1 was not taught to compare",
         lambda lab: [lab.round(comparison=COMPARISON)],
     ),
-    Setting("three_rounds", "two more rounds behind `base`", later_rounds, BASE),
+    Setting("three_rounds", "two more rounds after `base`", later_rounds, BASE),
     Setting("grpo", "policy gradients on counted marks", rewarded()),
     Setting(
         "grpo_shuffled",

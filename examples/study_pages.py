@@ -8,7 +8,7 @@ class Page:
     """What a task's page says beside its figures, and where it stands.
 
     Words in braces are filled: seeds, settings, m1, and what all results share. base: the setting
-    with which others are compared. place: behind which of a setting's rounds it is measured.
+    with which others are compared. place: after which of a setting's rounds it is measured.
     columns: of the table, each with its key in a result and the form of its mean.
     """
 
@@ -37,7 +37,7 @@ greedy answer solves; the loop never sees the checker. This page is written by
 M1: {m1}.
 """,
     tail="""
-Accuracy and what stands beside it: mean of the seeds behind the first round; ± is half of the 95
+Accuracy and what stands beside it: mean of the seeds after the first round; ± is half of the 95
 % interval (Student's t), which is wide with {seeds} seeds. "Against plain" is the mean of the
 differences seed by seed, with its interval. "Pairs right": the share of pairs in which the
 checker rates the chosen answer above the rejected one (ties count half). Seconds are of a whole
@@ -83,7 +83,7 @@ greedy answer meets in all demands; the loop never sees the checker. Sizes are s
 M1: {{m1}}.
 """,
         tail="""
-The first table: accuracy behind a setting's last round is the mean of the seeds; ± is half of the
+The first table: accuracy after a setting's last round is the mean of the seeds; ± is half of the
 95 % interval (Student's t), which is wide with {seeds} seeds. "Against base" is the mean of the
 differences seed by seed, with its interval. Of so many comparisons at 95 % one in twenty is
 expected to look like more than chance where there is nothing.

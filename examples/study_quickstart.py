@@ -308,7 +308,7 @@ def first_model(job: Job) -> list[dict]:
 
 
 def setting_run(setting: Setting, job: Job) -> list[dict]:
-    """What is measured behind each stage of a setting."""
+    """What is measured after each stage of a setting."""
     torch.manual_seed(job.seed)
     model, data = quickstart.build_model(), data_of(job.seed)
     started = Run.open(job.folder(M1))

@@ -1,7 +1,7 @@
 """The study's page, written from the results alone: means, intervals and a plain reading.
 
 An interval is Student's t over seeds at 95 %. A difference is taken seed by seed against the page's
-base behind the same round, so that what is a seed's own falls out of it. No torch here.
+base after the same round, so that what is a seed's own falls out of it. No torch here.
 """
 
 import math
@@ -51,7 +51,7 @@ def report(page: Page, results: list[dict], words: dict[str, str]) -> str:
 
 
 def _by_seed(results: list[dict], name: str, place: int) -> dict[int, dict]:
-    """What was measured behind a round of a setting, by seed, where the run came so far."""
+    """What was measured after a round of a setting, by seed, where the run came so far."""
     least = place + 1 if place >= 0 else -place
     runs = [r for r in results if r["setting"] == name and len(r["stages"]) >= least]
     return {r["seed"]: r["stages"][place] for r in sorted(runs, key=lambda r: r["seed"])}

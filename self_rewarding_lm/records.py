@@ -291,8 +291,8 @@ FIRST = "first"
 
 
 THEN, AGAIN = "then", "again"
-"""In ids of prompts: <candidate id>/then is gone on with behind that candidate; a prompt that is
-answered once more in the same place has /again1, /again2, ... behind its id."""
+"""In ids of prompts: <candidate id>/then is gone on with after that candidate; a prompt that is
+answered once more in the same place has /again1, /again2, ... after its id."""
 
 
 def is_trained(record_id: str) -> bool:

@@ -167,7 +167,7 @@ class Sharded:
             value.register_hook(through)
 
     def _end_backward(self) -> None:
-        """Units without a gradient of their inputs are reduced behind a backward."""
+        """Units without a gradient of their inputs are reduced after a backward."""
         self._complete("", self.twin)
         self._forwards.clear()
 

@@ -221,7 +221,7 @@ def context_of(kind: str):
 
 
 def judged(kind: str, judge, said: str, prompt: str, answers: list[str]):
-    """The prompts that a judge is given, its places behind them, its judgements."""
+    """The prompts that a judge is given, its places after them, its judgements."""
     engine = Saying(tokens_of(kind), said)
     ctx = replace(context_of(kind), engine=engine)
     found = list(judge.judge(ctx, *asked(prompt, answers)))

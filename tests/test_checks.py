@@ -392,7 +392,7 @@ def test_logits_that_are_not_finite_stop_generation_and_name_the_records(value, 
         generate(Broken(), prompts, sampling=sampling, num_samples=2)
     found = str(caught.value)
     assert set(re.findall(r"generate/\d+/\d+", found)) == {"generate/1/0", "generate/1/1"}
-    assert "0 tokens behind the prompt" in found and "check not_finite" in found
+    assert "0 tokens after the prompt" in found and "check not_finite" in found
 
 
 def test_a_filter_that_leaves_no_token_is_not_taken_for_a_diverged_model():

@@ -113,7 +113,7 @@ def test_a_run_goes_on_from_shares_to_one_process_and_the_other_way_round(sharde
     ids=["shares, shares", "shares, one", "one, shares"],
 )
 def test_training_that_was_stopped_goes_on_with_shares_or_in_one_process(first, then, tmp_path):
-    """Behind step 4 of 6, with AdamW's moments and the best weights so far."""
+    """After step 4 of 6, with AdamW's moments and the best weights so far."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
 
     def train(folder: Path, stop_after: int, settings: dict[str, str] | None) -> int:

@@ -111,7 +111,7 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 def spoken(message: Message) -> str:
-    """A message's text, its calls of tools behind it as JSON."""
+    """A message's text, its calls of tools after it as JSON."""
     calls = message.get("tool_calls")
     parts = (message["content"], _to_json(calls) if calls else "")
     return "\n".join(part for part in parts if part)

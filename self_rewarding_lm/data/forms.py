@@ -97,7 +97,7 @@ def preference_form(row: Row, where: str) -> Preference:
 
 
 def with_beginning(prompt: Any, row: Row, where: str) -> Any:
-    """A prompt behind the columns BEFORE of its row; as it is if the row has none of them.
+    """A prompt after the columns BEFORE of its row; as it is if the row has none of them.
 
     Raises DataError for columns of another kind, and if the prompt is ids.
     """
@@ -325,7 +325,7 @@ def _prompt_column(row: Row, where: str) -> Any:
 
 
 def _instruction(row: Row, where: str) -> str:
-    """Alpaca's instruction, with blank lines and the input, or Dolly's context, behind it."""
+    """Alpaca's instruction, with blank lines and the input, or Dolly's context, after it."""
     given = [name for name in ("instruction", *FURTHER) if row.get(name) is not None]
     first, *further = (text_of(row, name, where) for name in given or ["instruction"])
     return "\n\n".join([first, *(text for text in further if text.strip())])

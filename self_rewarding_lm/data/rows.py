@@ -84,7 +84,7 @@ def prompt_of(row: Any, where: str, tokens: Tokens) -> PromptRow:
     that has a prompt: `{"messages"}` and `{"conversations"}` (without the last message if it is
     the assistant's), `{"instruction", "input", "context"}`, `{"question", "choices"}`, `{"chosen",
     "rejected"}` with a shared beginning, `{"input", "output_1", "output_2"}`; a record of an
-    earlier stage. Behind `system`, `history` and what the chat template reads of `tools`,
+    earlier stage. After `system`, `history` and what the chat template reads of `tools`,
     `documents` and `chat_template_kwargs`. where: names the row in errors. Raises DataError for
     any other row, for one with images and for an empty prompt.
     """
@@ -116,7 +116,7 @@ def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool,
     Ids are taken as they are: `(ids, prompt_len)`, `(ids, prompt_mask)` (True on the prompt), and
     ids in place of any text below. So are records of earlier stages, of which the completion, or
     the chosen response, is learnt. Texts and messages become ids as in generation, and responses
-    get the end token behind them:
+    get the end token after them:
 
     - `{"prompt": text or messages, "completion": text or one message of the assistant}`
     - `{"messages": [...]}`, or that list alone: the last message, which must be the assistant's,
@@ -126,7 +126,7 @@ def training_row(row: Any, where: str, tokens: Tokens) -> tuple[Ids, tuple[bool,
     - `{"instruction", "input", "output"}` (Alpaca) and `{"instruction", "context", "response"}`
       (Dolly): the prompt is the instruction, a blank line and the input or context; that may be
       missing or empty.
-    - `{"question", "choices", "answer"}`: the prompt is the question with its choices behind A.,
+    - `{"question", "choices", "answer"}`: the prompt is the question with its choices after A.,
       B., ...; the completion is the right one, as `B. text`. answer is its place from 0, its
       letter or its text.
     - `{"text"}`: learnt from its second token on, without a template.
@@ -342,7 +342,7 @@ def _prompt(value: Any, where: str, tokens: Tokens) -> PromptRow:
 
 
 def _response_ids(prompt: Any, value: Any, whose: str, tokens: Tokens) -> Ids:
-    """The ids of a response: a text gets the end token behind it, ids are taken as they are."""
+    """The ids of a response: a text gets the end token after it, ids are taken as they are."""
     _check_there(value, whose)
     if not isinstance(value, str | Mapping):
         ids = tokens.checked(value, f"({whose})")
@@ -371,7 +371,7 @@ def _check_not_empty(ids: Ids, whose: str) -> None:
 
 
 def _whole_text_ids(text: Any, whose: str, tokens: Tokens) -> Ids:
-    """Ids with the end token; a text that was rendered may have one, with blanks behind it."""
+    """Ids with the end token; a text that was rendered may have one, with blanks after it."""
     ids = _ids(text, whose, tokens)
     last = max((i for i, token in enumerate(ids) if token in tokens.end_ids), default=None)
     if tokens.renders and last is not None and not (tokens.decode(ids[last:]) or "").strip():

@@ -20,7 +20,7 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁o
 
 
 CONTEXTS = ("\n", "<", "0", "a")
-"""Texts that a piece is encoded behind, so that it is no beginning; the first whose own ids stay as
+"""Texts that a piece is encoded after, so that it is no beginning; the first whose own ids stay as
 they are is taken."""
 
 
@@ -227,7 +227,7 @@ class HuggingFaceTokenizer:
         """The ids of a text in which no control token is recognised.
 
         Some vocabularies have a control token among their words, or recognise it whatever is asked.
-        The text is then cut behind the first character of each, until none remains.
+        The text is then cut after the first character of each, until none remains.
         """
         encode = self._encode if is_beginning else self._encode_continuation
         ids = encode(text, plain=True)

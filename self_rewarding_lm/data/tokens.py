@@ -78,7 +78,7 @@ class Tokens:
 
     Of its attributes, `renders` says whether a text is a user's message and goes through the
     template, `template` is that template's text (None if it is the tokenizer's own), `eos_id` the
-    token that is put behind a response (None if none is known), and `end_ids` are all tokens that
+    token that is put after a response (None if none is known), and `end_ids` are all tokens that
     end a response: end of turn and end of text.
     """
 
@@ -104,7 +104,7 @@ class Tokens:
             else tokenizer
         )
         self.vocab = vocab
-        # 2. the chat template, and what it writes behind an answer
+        # 2. the chat template, and what it writes after an answer
         is_raw = chat_template == RAW
         self.renders = not is_raw and (is_hugging_face or chat_template is not None)
         self._render, text = self._choose_template(None if is_raw else chat_template)
@@ -173,7 +173,7 @@ class Tokens:
         """The ids of a response to a prompt, up to and including its end token.
 
         completion: a text, or a message of the assistant that says more than a text (calls of
-        tools, a thought). With a chat template the ids are what it renders behind the prompt once
+        tools, a thought). With a chat template the ids are what it renders after the prompt once
         that is answered. Raises DataError if it then renders the prompt itself in another way, and
         if it shows nothing of the message.
         """
@@ -215,9 +215,9 @@ class Tokens:
                 f"and response, so what is generated from would not be what is trained on.\n"
                 f"prompt: {before!r}\nboth: {full!r}\n{self._remedy(asked, before, full)}"
             )
-        # 2. encode what stands behind the prompt
+        # 2. encode what stands after the prompt
         ids = self._encode_behind(before, full, mask)
-        # 3. cut it behind the first end token that the template wrote after the answer
+        # 3. cut it after the first end token that the template wrote after the answer
         tail = self._answer_end
         if not tail or not full.endswith(tail):
             tail = _text_behind(answer[0]["content"].strip(), full[len(before) :])
@@ -228,11 +228,11 @@ class Tokens:
         end = next((i for i in places if ids[i] in self.end_ids), None)
         if end is not None:
             return ids[: end + 1]
-        # 4. if it wrote none, put the end token behind the answer
+        # 4. if it wrote none, put the end token after the answer
         return self.ended(self._encode_behind(before, full.removesuffix(tail), mask))
 
     def conversation(self, messages: Sequence[Message], where: str = "the conversation") -> Ids:
-        """The ids of a whole conversation, with all that the template writes behind it."""
+        """The ids of a whole conversation, with all that the template writes after it."""
 
         def encode(mask: Mask | None, said: list[Message]) -> Ids:
             return self._encode_masked(self._render_text(said, False, where), mask)
@@ -268,7 +268,7 @@ class Tokens:
         return text
 
     def ended(self, ids: Ids) -> Ids:
-        """The ids with the end token behind them, if one is known."""
+        """The ids with the end token after them, if one is known."""
         return ids if self.eos_id is None or ids[-1:] == (self.eos_id,) else (*ids, self.eos_id)
 
     def save(self, folder: Path) -> None:
@@ -387,7 +387,7 @@ class Tokens:
                 f"The template puts {lead!r} before an answer that is to be written, and not "
                 f"before one that is there. Give {_template_setting()} its own text "
                 f"(tokenizer.chat_template), changed so that {lead!r} stands before the last "
-                "answer too and all of that answer behind it, its thought included"
+                "answer too and all of that answer after it, its thought included"
             )
         else:
             words = (
@@ -502,7 +502,7 @@ class Tokens:
         return self.checked(self.tokenizer.with_begin(list(ids)), "with a begin token")
 
     def _encode_behind(self, before: str, full: str, mask: Mask | None) -> Ids:
-        """The ids of what stands in `full` behind `before`, its beginning."""
+        """The ids of what stands in `full` after `before`, its beginning."""
         ids, head = self._encode_masked(full, mask), self._encode_masked(before, mask)
         if ids[: len(head)] == head:
             return ids[len(head) :]
@@ -518,7 +518,7 @@ class Tokens:
         return is_special and self.eos_id != own and "eos_token" not in str(template)
 
     def _turn_end_id(self) -> int | None:
-        """The first special token that the template writes behind an answer, if any."""
+        """The first special token that the template writes after an answer, if any."""
         ids = self.encode_part(self._answer_end)
         return next((i for i in ids if i in self.tokenizer.special), None)
 
@@ -548,7 +548,7 @@ def _template_setting() -> str:
 
 
 def _render_sample(render: Render, more: Sequence[str] = ()) -> str:
-    """A question with `more` turns behind it, rendered; "" if the template refuses it.
+    """A question with `more` turns after it, rendered; "" if the template refuses it.
 
     Without them the assistant's answer is begun.
     """
@@ -563,7 +563,7 @@ def _render_sample(render: Render, more: Sequence[str] = ()) -> str:
 
 
 def _text_behind(part: str, text: str) -> str:
-    """What stands behind the last occurrence of a part in a text; "" if there is none."""
+    """What stands after the last occurrence of a part in a text; "" if there is none."""
     return text.rpartition(part)[2] if part and part in text else ""
 
 

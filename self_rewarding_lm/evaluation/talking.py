@@ -1,4 +1,4 @@
-"""Talking to a model: what it is asked stands behind what was said before."""
+"""Talking to a model: what it is asked stands after what was said before."""
 
 from self_rewarding_lm.config import SamplingConfig
 from self_rewarding_lm.context import Context

@@ -265,7 +265,7 @@ class Flight:
         what = "NaN" if logits.isnan().any() else "no finite maximum"
         new = amount(len(self.running[rows[0]].new_ids), "token")
         return not_finite(
-            f"generating, {new} behind the prompt",
+            f"generating, {new} after the prompt",
             f"the model's logits have {what}, so nothing can be sampled",
             names,
             "Records of a stage begin with its name; those that were finished are on disk. The "

@@ -17,7 +17,7 @@ MIN_ROOT = 16
 
 
 MIN_SHARED = 8
-"""Tokens behind the root that prompts of one family begin with, at least."""
+"""Tokens after the root that prompts of one family begin with, at least."""
 
 
 @dataclass(frozen=True, slots=True)

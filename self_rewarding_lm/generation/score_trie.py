@@ -82,7 +82,7 @@ def build_trie(
     others: Iterable[Ids] = (),
     said: Mapping[float, str] = {},
 ) -> ScoreTrie:
-    """The trie of the encodings of scores, each of the same words with its number behind them.
+    """The trie of the encodings of scores, each of the same words with its number after them.
 
     others: further encodings of these words, which bound what all have in common. Given those of
     all ten digits, a digit that all scores begin with (10 to 19) is no context, so that its

@@ -200,7 +200,7 @@ class Asker:
     ) -> Iterator[Judgement]:
         """The judgements of readings; at places the score is the sum of the expected ones there.
 
-        `too_long` if the numbers behind a place have no room in the model.
+        `too_long` if the numbers after a place have no room in the model.
         """
         places: list[Place] = []
         owners: list[_Reading] = []  # of the places

@@ -44,7 +44,7 @@ class Member(Judge):
             head, judge = judgement.candidate_ids[0], f"{self.label}:{judgement.judge}"
             if not judgement.id.startswith(f"{head}/"):
                 raise JudgeError(
-                    f"a judgement's id must be its candidate's with something behind it, such as "
+                    f"a judgement's id must be its candidate's with something after it, such as "
                     f"{head}/j0; {type(self.inner).__name__} gave {judgement.id!r}."
                 )
             yield replace(judgement, id=self._labelled_id(judgement.id, head), judge=judge)

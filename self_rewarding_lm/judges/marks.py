@@ -1,4 +1,4 @@
-"""The marks of an additive rubric in a judge's text: behind each item a word for yes or for no.
+"""The marks of an additive rubric in a judge's text: after each item a word for yes or for no.
 
 What stands between the marks may be anything, and a sum that the judge states counts for nothing.
 """

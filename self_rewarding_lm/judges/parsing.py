@@ -281,7 +281,7 @@ def thought_is_open(text: str) -> bool:
 
 
 def behind_thoughts(text: str) -> int:
-    """Where the text behind its last closed thought begins; 0 without a thought."""
+    """Where the text after its last closed thought begins; 0 without a thought."""
     return max((mark.end() for mark in _THOUGHT.finditer(text) if mark["closes"]), default=0)
 
 

@@ -210,5 +210,5 @@ def check_comparison(comparison: ComparisonConfig, tokens: Tokens, limit: int | 
 
 
 def _comparison_id(one: Candidate, other: Candidate) -> str:
-    """<the first's id>/vs/<what is behind the prompt's id in the second's>."""
+    """<the first's id>/vs/<what is after the prompt's id in the second's>."""
     return f"{one.id}/vs/{other.id.removeprefix(f'{other.prompt_id}/')}"

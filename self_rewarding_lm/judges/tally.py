@@ -211,7 +211,7 @@ def unread_texts(judgements: Iterable[Judgement | MetaJudgement]) -> str:
 AT_ONCE_ADVICE = (
     "Change one of these: end the prompt_template so that a number is what must follow (it is "
     "asked "
-    "behind the words before {{{{ reward }}}} of reward_regex_template); train the model on judge "
+    "after the words before {{{{ reward }}}} of reward_regex_template); train the model on judge "
     "examples first (an SFT stage); {}, by which it writes a review before its score; use another "
     "rewarding_model; or lower min_parse_rate."
 )

@@ -254,7 +254,7 @@ class _Prompts:
         for i, span in enumerate(self.spans):  # what a span reuses was written by one before it
             packed, end = slice(span.start, span.start + span.count), span.reused + span.count
 
-            # 1. keep its keys and values, behind those that it reuses
+            # 1. keep its keys and values, after those that it reuses
             if span.reused:
                 before = _first((stem_keys[span.source], stem_values[span.source]), span.reused)
                 stem_keys[span.stem, ..., : span.reused] = before[0]

@@ -124,7 +124,7 @@ class Session(Protocol):
         ...
 
     def add(self, prompts: Sequence[int]) -> None:
-        """Add rows behind those in flight; prompts: the number of each row's prompt."""
+        """Add rows after those in flight; prompts: the number of each row's prompt."""
         ...
 
     def release(self, prompts: Sequence[int]) -> None:

@@ -108,7 +108,7 @@ def label_logprobs(
 def label_measures(
     hidden: Float[Tensor, "n d"], head: Head, measure: Measure, *, vocab: int
 ) -> Float[Tensor, " n"]:
-    """A measure of the distribution behind each hidden state, with a few logits at a time.
+    """A measure of the distribution after each hidden state, with a few logits at a time.
 
     Without gradients. Measures are of float32 logits at least, whatever the type of the head.
     """

@@ -31,7 +31,7 @@ class Stretch:
 class Layout:
     """Where the tokens of a forward's rows are: stretches of the flat rows x columns tokens.
 
-    padded: whether each row of the ids is one row, with padding behind it.
+    padded: whether each row of the ids is one row, with padding after it.
     """
 
     rows: int

@@ -76,7 +76,7 @@ class RowsApart:
         return max(cache.bytes_per_token for _, cache in self.groups)  # type: ignore[attr-defined]
 
     def _begin(self, places: Sequence[int]) -> list[tuple[list[int], Tensor]]:
-        """New groups for rows, computed whole; the places of each and the logits behind them."""
+        """New groups for rows, computed whole; the places of each and the logits after them."""
         parts = []
         for group in by_side([len(self.rows[i]) for i in places], self.side):
             some = [places[i] for i in group]

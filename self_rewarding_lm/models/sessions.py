@@ -80,7 +80,7 @@ Forward = Callable[[Tensor, Tensor, KeyValues], Tensor]
 
 @dataclass(eq=False, slots=True)
 class _Stem:
-    """A prompt's tokens behind the root, and their place in memory.
+    """A prompt's tokens after the root, and their place in memory.
 
     users: rows that go on from it, and one for each reason to keep it: that the prompt was not
     released, and that the next prompt may copy from it. Without users its place is free.

@@ -82,13 +82,13 @@ def must_write(asks: RewardConfig | ComparisonConfig) -> Iterator[str]:
         choice = _numbers(asks)
     words = f"{stated.partition('{{')[0]!r} and then {choice}"
     if at_once:
-        yield f"it writes nothing: behind its prompt stands {words}, each with its probability."
+        yield f"it writes nothing: after its prompt stands {words}, each with its probability."
         return
     yield f"it must write {words}; the last such statement counts."
     if asks.score_mode == "expected":
         yield "the score is the mean of what may stand there, weighed by its probabilities."
     if asks.forced_ending:
-        yield "where it states none, these words are put behind its text and that mean is taken."
+        yield "where it states none, these words are put after its text and that mean is taken."
 
 
 def _numbers(reward: RewardConfig) -> str:

@@ -77,7 +77,7 @@ STAGES_MARK = "In place of `paper`: stages of your own"
 
 
 def recipe_text(schema: str | None = None) -> str:
-    """A recipe with every setting: a few with values, the others behind a mark.
+    """A recipe with every setting: a few with values, the others after a mark.
 
     schema: where the JSON schema of recipes is, as the file tells editors.
     """
@@ -94,7 +94,7 @@ def recipe_text(schema: str | None = None) -> str:
         is_data = setting.name in ("ift", "ranked", "prompts")
         lines += _with_example(1, setting) if is_data else _commented(1, setting)
 
-    # 2. all others, behind marks
+    # 2. all others, after marks
     for setting in top.values():
         if setting.name not in ("model", "out", *NESTED):
             lines += ["", *_commented(0, setting)]
@@ -138,7 +138,7 @@ def _dataset_words() -> Iterator[str]:
 
 
 def _stages() -> Iterator[str]:
-    """All stages as a list behind marks; a setting that an earlier one has too is only named."""
+    """All stages as a list after marks; a setting that an earlier one has too is only named."""
     yield from _words(
         0,
         f"{STAGES_MARK}, one after the other; a stage may also be package.module:Class. Each kind "
@@ -170,9 +170,9 @@ def _with_example(base: int, setting: Setting) -> Iterator[str]:
 def _commented(
     base: int, setting: Setting, *, depth: int = 0, value: Any = REQUIRED
 ) -> Iterator[str]:
-    """A setting behind a mark, at `value` or its default.
+    """A setting after a mark, at `value` or its default.
 
-    base: levels of YAML before the mark; depth: levels behind it.
+    base: levels of YAML before the mark; depth: levels after it.
     """
     inset = 2 * depth
     mark = f"{'  ' * base}# {' ' * inset}"
@@ -196,7 +196,7 @@ def _commented(
 
 
 def _words(base: int, text: str, *, inset: int = 0) -> list[str]:
-    """Words behind two marks, in lines of at most 100 characters."""
+    """Words after two marks, in lines of at most 100 characters."""
     mark = f"{'  ' * base}## {' ' * inset}"
     lines: list[str] = []
     for line in text.splitlines() if "\n" in text else [text]:

@@ -87,7 +87,7 @@ def with_card(run: Run, stage: str, save: Callable[[Path], None]) -> Callable[[P
 
 
 def card_text(run: Run, stage: str, folder: Path) -> str:
-    """The card of a stage's weights in Markdown, behind the fields that the hub reads.
+    """The card of a stage's weights in Markdown, after the fields that the hub reads.
 
     folder: where the weights lie, whose config.json tells their kind. Two runs with equal results
     have the same card, whenever and wherever they were.

@@ -43,7 +43,7 @@ SAMPLE = ("prompt", "response", "role", "score", "judge")
 class Response:
     """A response to an example's prompt.
 
-    name: its candidate's id behind the prompt's; of a response that was not sampled in the stage
+    name: its candidate's id after the prompt's; of a response that was not sampled in the stage
     its own id, "given" or "demonstration". role: "chosen", "rejected" or "learnt". score: what its
     judgements come to, of a response in a pair or with an advantage that record's; None if it is
     not known. candidate: None if it was not sampled in the stage. advantage: by which it was made

@@ -31,11 +31,11 @@ GIVEN = "the given model"
 
 
 PHASES = {"begin": "data", "training": "training", "trained": "data"}
-"""What a stage does behind an event, until the next one of these and of ENDS."""
+"""What a stage does after an event, until the next one of these and of ENDS."""
 
 
 ENDS = ("done", "stopped")
-"""Behind which a stage does nothing."""
+"""After which a stage does nothing."""
 
 
 TRAINED = ("eval/", "early_stopping/")

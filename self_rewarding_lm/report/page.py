@@ -211,7 +211,7 @@ def _pieces(runs: Sequence[Run], at_most: int, every: float | None) -> Iterator[
 
 def _lines(parts: list[Part]) -> Iterator[Safe]:
     while parts:
-        yield from map(Safe, example_lines(parts.pop(0)))  # its files are closed behind it
+        yield from map(Safe, example_lines(parts.pop(0)))  # its files are closed after it
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -351,7 +351,7 @@ def _warnings(runs: Sequence[RunFigures]) -> Iterator[dict[str, Any]]:
 
 
 def _first_clause(words: str) -> tuple[str, str]:
-    """What was seen, and all that is said behind it."""
+    """What was seen, and all that is said after it."""
     end = re.search(r"(?= \()|[.;:](?=\s|$)", words)
     if end is None:
         return words, ""

@@ -231,7 +231,7 @@ def _said(judgement: Judgement, candidate: Candidate) -> str:
 
 
 def _text(role: str, text: str | None, ids: Sequence[int]) -> list[str]:
-    """A text in a few lines behind its role; ids if there is no text."""
+    """A text in a few lines after its role; ids if there is no text."""
     words = f"ids {' '.join(map(str, ids))}" if text is None else _joined(text)
     width = WIDTH - len(role) - 2
     lines = textwrap.wrap(words, width) or ['""']

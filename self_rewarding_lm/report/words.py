@@ -15,7 +15,7 @@ CURVES = {
     "learning_rate": "Learning rate",
     "early_stopping/score": "Score of early stopping",
 }
-"""Curves that are always shown; eval/... comes behind them, all others on demand."""
+"""Curves that are always shown; eval/... comes after them, all others on demand."""
 
 
 ROUNDS = {
@@ -36,7 +36,7 @@ ROUNDS = {
     "pairs/chosen_length": "Mean length of chosen responses, tokens",
     "pairs/rejected_length": "Mean length of rejected responses, tokens",
 }
-"""Numbers of a stage's data, in their order; anchor/... comes first, all others behind them."""
+"""Numbers of a stage's data, in their order; anchor/... comes first, all others after them."""
 
 
 SHARES = {
@@ -194,7 +194,7 @@ def _capital(name: str) -> str:
 
 
 def _small(words: str) -> str:
-    """Words behind a colon; NLL stays as it is."""
+    """Words after a colon; NLL stays as it is."""
     return words if words[:2].isupper() else words[:1].lower() + words[1:]
 
 

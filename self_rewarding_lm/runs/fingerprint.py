@@ -72,7 +72,7 @@ def as_named_now(value: Any) -> Any:
 
 
 def _qualified(module: str | None, name: str) -> str:
-    """An object's name behind its module, or behind the library's name for one of its own."""
+    """An object's name after its module, or after the library's name for one of its own."""
     is_ours = str(module).partition(".")[0] == LIBRARY
     return f"{LIBRARY if is_ours else module}.{name}"
 

@@ -168,7 +168,7 @@ class SealedFile(LineFile):
     """A file of sealed lines, given without their seals.
 
     Iterating raises StoreError at a line that is not what was written there. needed: whether lines
-    without a seal, as version 0.1.0 wrote them, are refused too; behind a sealed one they always
+    without a seal, as version 0.1.0 wrote them, are refused too; after a sealed one they always
     are.
     """
 

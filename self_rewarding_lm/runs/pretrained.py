@@ -43,7 +43,7 @@ def save_pretrained(module: nn.Module, folder: Path) -> None:
 def name_ends(folder: Path, end_ids: Sequence[int], pad_id: int | None, vocab: int) -> None:
     """Have a folder's generation config name the tokens at which responses end.
 
-    Those that it names already stay, behind them, and so does the rest. pad_id: taken if the config
+    Those that it names already stay, after them, and so does the rest. pad_id: taken if the config
     names none of the model's `vocab` tokens. Without a generation config nothing is done.
     """
     path = folder / GENERATION

@@ -295,7 +295,7 @@ class StageDir(StageFiles):
         """Delete the lines of metrics of later steps: training goes on after this one.
 
         A check for early stopping at this step stays if it is of a training that took the step, and
-        not the first one of a training that began behind it.
+        not the first one of a training that began after it.
         """
         path = self.path / "metrics.jsonl"
         if not self.runtime.is_main or not path.exists():

@@ -140,7 +140,7 @@ def render_both_sides(
     """Returns a prompt with the contrast's positive text, and the same with its negative text.
 
     If the prompt went through no chat template, the text stands before it (for kind "system" with
-    a blank line between) or behind it. If the template refuses system messages or leaves them out,
+    a blank line between) or after it. If the template refuses system messages or leaves them out,
     the text stands before the first message, with a blank line between.
 
     Raises DataError if the prompt has no text whose encoding is the prompt's ids.
@@ -182,7 +182,7 @@ def comes_from_data(prompt: Prompt, tokens: Tokens) -> bool:
 def _plain_with_text(
     prompt: Prompt, text: str, kind: str, tokens: Tokens, is_data: bool
 ) -> Rendered:
-    """A prompt without a chat template, with a text before or behind it."""
+    """A prompt without a chat template, with a text before or after it."""
     prompt_part, gap = (prompt.text or "", is_data), "\n\n" if kind == "system" else ""
     parts = [prompt_part, (text, False)] if kind == "suffix" else [(text + gap, False), prompt_part]
     return tokens.prompt(fill(parts))
@@ -199,7 +199,7 @@ def _render_messages(
 
 
 def _add_as_system(messages: list[Message], text: str) -> list[Message]:
-    """The text as the system message, or behind the one that is there."""
+    """The text as the system message, or after the one that is there."""
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": text}, *messages]
     return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
@@ -211,7 +211,7 @@ def _add_before_first(messages: list[Message], text: str) -> list[Message]:
 
 
 def _add_to_last_user(kind: str) -> AddText:
-    """Adds the text before (kind "prefix") or behind (any other) that of the last user message."""
+    """Adds the text before (kind "prefix") or after (any other) that of the last user message."""
 
     def add_text(messages: list[Message], text: str) -> list[Message]:
         users = [place for place, m in enumerate(messages) if m["role"] == "user"]

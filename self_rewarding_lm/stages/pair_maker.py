@@ -505,7 +505,7 @@ class PairMaker:
         )
 
     def next_prompt(self, place: int) -> int:
-        """Where a later stage goes on in the dataset behind prompts that were taken."""
+        """Where a later stage goes on in the dataset after prompts that were taken."""
         worked, rows = (self.taken or [])[:place], self.ctx.rows.get("prompt_dataset")
         after = 0 if rows is None else next_place(worked, len(rows))
         return max(self.ctx.first_prompt, after)

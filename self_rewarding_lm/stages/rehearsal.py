@@ -43,7 +43,7 @@ def rehearse_stages(trainer: Any, begun: Sequence[str] = ()) -> list[str]:
     """Rehearse the stages of a SelfRewardingTrainer; a line about each that says what was tried.
 
     begun: the folders of its stages within its own; a stage that is done there is left out. An
-    error of this library is raised again with the stage's name behind it, any other (a reward
+    error of this library is raised again with the stage's name after it, any other (a reward
     function's) as a RehearsalError; all processes raise. Nothing was begun then.
     """
     num_done = sum(StageFiles(trainer.folder / name).is_done for name in begun)

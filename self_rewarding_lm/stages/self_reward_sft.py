@@ -86,7 +86,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
         """Make demonstrations of top-scored responses; train on them and on `train_dataset`."""
         # 1. sample and judge responses, and keep those with the top score
         demonstrations = self.made(TopMaker, ctx, out)
-        # 2. make rows to train on, with the rows of train_dataset behind them
+        # 2. make rows to train on, with the rows of train_dataset after them
         top = Rows(demonstrations, f"{ctx.stage}: top-scored responses")
         supervised = self._supervised()
         rows = supervised.training_rows(ctx, top, f"{ctx.stage}/top", out)

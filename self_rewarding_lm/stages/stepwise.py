@@ -56,7 +56,7 @@ class StepMaker(PairMaker):
     """Lets the answers of a block grow together, a step at a time, and pairs their steps.
 
     A position is a Prompt of its own, whose candidates are next steps. Its id is that of the step
-    which was taken before, with "/then" behind it; "/again1", "/again2" and so on name positions
+    which was taken before, with "/then" after it; "/again1", "/again2" and so on name positions
     at which steps are sampled anew. So each record names all that it goes on from, and a stage that
     was stopped takes the same steps again, on the records that there are.
     """
@@ -138,7 +138,7 @@ class StepMaker(PairMaker):
         return rated[known.index(max(known))]
 
     def end_behind(self, answer: Answer) -> str | None:
-        """Why the answer ends behind the last step that was taken; None if it goes on."""
+        """Why the answer ends after the last step that was taken; None if it goes on."""
         judged, step = answer.taken[-1]
         limit = self.ctx.limit(self.config.max_seq_len)
         if step.ids[-1] in self.ctx.tokens.end_ids:

@@ -403,7 +403,7 @@ class Fit:
         if asked or is_late or step % (optim.save_state_every or self.total + 1) == 0:
             self._save_state(step)
         if asked:
-            raise Interrupted(f"{self.ctx.stage}: stopped behind step {step} of {self.total}")
+            raise Interrupted(f"{self.ctx.stage}: stopped after step {step} of {self.total}")
 
     def _save_state(self, step: int) -> None:
         """Write weights, optimisers, a moving reference and early stopping after `step` steps."""

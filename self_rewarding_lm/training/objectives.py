@@ -20,7 +20,7 @@ Sequences = list[tuple[tuple[int, ...], tuple[bool, ...]]]
 
 
 def behind(prompt: Ids, *responses: Ids) -> Sequences:
-    """Each response behind the prompt; its tokens are the targets."""
+    """Each response after the prompt; its tokens are the targets."""
     return [
         ((*prompt, *response), (*(False,) * len(prompt), *(True,) * len(response)))
         for response in responses
@@ -87,7 +87,7 @@ class SupervisedObjective:
 class PreferenceObjective:
     """The sum of several losses of pairs, against the log-probs of a reference.
 
-    A row is a pair: two sequences, the chosen response's and the rejected one's, each behind the
+    A row is a pair: two sequences, the chosen response's and the rejected one's, each after the
     prompt. A pair's own weight multiplies its loss; the divisor counts every pair as one.
 
     reference: summed log-probs of each pair; None if no loss reads them. reference_tokens: the same
@@ -230,7 +230,7 @@ def _win_probabilities(pair: PreferencePair) -> tuple[float, float]:
 def _from_first_target(
     logprobs: Float[Tensor, "b t"], targets: Bool[Tensor, "b t"]
 ) -> Float[Tensor, "b r"]:
-    """Each row's target log-probs moved to column 0, with 0 behind them.
+    """Each row's target log-probs moved to column 0, with 0 after them.
 
     A row's targets stand together; r is the longest row's number of them.
     """

@@ -101,7 +101,7 @@ def policy_gradient_loss(
 
 @dataclass(frozen=True)
 class PolicyGradientObjective:
-    """Responses, each with its advantage; a row is one response behind its prompt.
+    """Responses, each with its advantage; a row is one response after its prompt.
 
     old, reference: the stored log-probs of each row under the weights that it is a sample of, and
     under the reference; None as in `policy_gradient_loss`. sampled: candidates with the sampler's

@@ -218,7 +218,7 @@ def talk(monkeypatch, capsys):
 
 
 def greedy(folder, *messages):
-    """The text of five tokens that transformers gives behind a conversation."""
+    """The text of five tokens that transformers gives after a conversation."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer, GenerationConfig
 

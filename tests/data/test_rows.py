@@ -2,7 +2,7 @@
 
 The tokenizer of these tests: a is 1, b is 2, ... and the end token is 0. The vocabulary has 30.
 Its template writes u, s or a before a message of the user, the system or the assistant, and the
-end token behind an answer; so the message "b" of a user, to be answered, is "uba": 21, 2, 1.
+end token after an answer; so the message "b" of a user, to be answered, is "uba": 21, 2, 1.
 """
 
 import numpy as np
@@ -340,7 +340,7 @@ CHATS = {
         TALK_PROMPT,
     ),
     "ids stay ids": ({"prompt": [2], "completion": [3]}, (2, 3), 1),
-    "a text behind ids": ({"prompt": [2], "completion": "c"}, (2, 3, EOS), 1),
+    "a text after ids": ({"prompt": [2], "completion": "c"}, (2, 3, EOS), 1),
     "a text alone goes through no template": ({"text": "bc"}, (2, 3, EOS), 0),
 }
 
@@ -692,7 +692,7 @@ def test_a_row_that_is_no_ranking_is_an_error_that_names_it(row, words):
 
 
 def test_a_hugging_face_tokenizer_trains_on_what_is_generated_from():
-    """By its own template, which ends turns with <|im_end|> and puts a newline behind."""
+    """By its own template, which ends turns with <|im_end|> and puts a newline after."""
     pytest.importorskip("transformers")
     tokenizer = word_tokenizer(TEMPLATES["chatml"], adds_bos=True)
     tokens = Tokens(tokenizer, eos_id=None, vocab=300)

@@ -30,7 +30,7 @@ ENDS_TWICE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
 )
-"""In the manner of Phi-3's: behind a whole conversation stands the end of text as well."""
+"""In the manner of Phi-3's: after a whole conversation stands the end of text as well."""
 OWN = {
     "chatml": TEMPLATES["chatml"],
     "default system": DEFAULT_SYSTEM,
@@ -142,7 +142,7 @@ def test_a_tokenizer_of_a_base_model_gets_the_plain_template():
 
 
 def test_what_a_candidate_says_is_trained_on_as_it_was_sampled():
-    """Its text, put behind its prompt again, gives the sampled ids."""
+    """Its text, put after its prompt again, gives the sampled ids."""
     sampling = dict(temperature=100.0, top_p=None, max_new_tokens=3)  # about uniform
     for template in (DEFAULT_SYSTEM, WITH_BOS, NEWLINES, TRIMS, None):
         tokenizer = word_tokenizer(template, adds_bos=True)

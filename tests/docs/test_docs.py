@@ -14,7 +14,7 @@ Rules for a page:
   `accelerate launch`; targets of `make`, files of `python` and `pytest` and extras of `pip` must exist.
 - `yaml` blocks: with `model` a recipe, which is read in full (its files are those above) and then lies in the
   folder as recipe.yaml; else settings that a recipe knows.
-- `json` blocks are read; `text` and `bibtex` blocks are not. Other words behind the fence are an error.
+- `json` blocks are read; `text` and `bibtex` blocks are not. Other words after the fence are an error.
 
 The README's python blocks are checked here as if marked no-run; test_readme.py and test_readme_examples.py run
 them with smaller numbers.

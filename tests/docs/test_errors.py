@@ -117,7 +117,7 @@ is written to the run's folder: weights, random numbers and records are those of
 - Several processes rehearse everything, each by itself; an error on one is raised on all.
 - A stage of your own is tried where it has a method `rehearse(ctx, out)`, which must not change
   weights. `ctx` has a few rows of each dataset, no `ctx.run`, and the stage's name with
-  `(rehearsal)` behind it.
+  `(rehearsal)` after it.
 """
 
 

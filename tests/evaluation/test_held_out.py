@@ -164,7 +164,7 @@ def test_what_it_knows_of_the_last_check_passes_through_json():
 
 
 def stopping(how=None, **saving):
-    """SFT of nine steps with a check behind each; `how` is called before the judge judges."""
+    """SFT of nine steps with a check after each; `how` is called before the judge judges."""
     calls = []
 
     def judge(prompts, completions):

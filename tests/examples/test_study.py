@@ -120,7 +120,7 @@ def test_a_page_of_the_last_round_by_hand():
     # M1: 20 and 30 have mean 25; deviation 7.07; 12.706 * 7.07 / sqrt(2) = 63.5
     assert "M1: 25.0 % ± 63.5 (20.0, 30.0)." in page
     assert "| `base` | one | 40.0 ± 0.0 | 40.0, 40.0 |  |" in table
-    # behind its third round: 60 and 62 against 40 and 40
+    # after its third round: 60 and 62 against 40 and 40
     assert "| `three_rounds` | more | 61.0 ± 12.7 | 60.0, 62.0 | +21.0 ± 12.7 |" in table
     assert "| setting | judge exact | words | distinct words | log-loss | pairs |" in table
     assert "| `three_rounds` | 90.0 | 11.0 | 600 | 4.50 | 100 | 75.0 | 60 |" in table

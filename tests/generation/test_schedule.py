@@ -77,7 +77,7 @@ def check_groups(groups: Sequence[Group], plan: Plan, requests: Sizes) -> None:
     assert plan.root == root_of(rows)
     assert plan.longest == max(map(len, rows))
     assert plan.max_new == max(requests[i][1] for g in groups for i in g.members)
-    # a family: those with 8 tokens in common behind the root, directly or by way of others
+    # a family: those with 8 tokens in common after the root, directly or by way of others
     enough = len(plan.root) + 8
     families: list[list[Ids]] = []
     for row in rows:

@@ -19,7 +19,7 @@ PREFIX = (90, 91)
 
 
 def digit_by_digit(numbers):
-    """Each digit is the token of its value, behind two tokens of words."""
+    """Each digit is the token of its value, after two tokens of words."""
     return {float(n): PREFIX + tuple(map(int, str(n))) for n in numbers}
 
 

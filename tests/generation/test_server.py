@@ -583,7 +583,7 @@ class SaysMarks(ServerEngine):
 
 
 BEHIND = {letter: distribution(ids_of(": "))[ids_of(letter)[0]] for letter in ascii_lowercase}
-"""The server's probability of each letter behind a colon and a space."""
+"""The server's probability of each letter after a colon and a space."""
 LIKELY = sorted(BEHIND, key=BEHIND.__getitem__)
 MARKS = LIKELY[-1], next(x for x in reversed(LIKELY) if BEHIND[x] < BEHIND[LIKELY[-1]])
 

@@ -38,7 +38,7 @@ ENDS_IN_F = Tokens(CHARACTERS, eos_id=F, vocab=TEXT_VOCAB)
 
 
 def asked(server, letters, *, new=8, tokens=TOKENS, **settings):
-    """The completion behind "a" of a model that repeats so many letters and its end token."""
+    """The completion after "a" of a model that repeats so many letters and its end token."""
     decoding = decoding_of(
         SamplingConfig(temperature=1.0, top_p=None, max_new_tokens=new, **settings), tokens
     )

@@ -203,7 +203,7 @@ def test_rewards_are_bit_for_bit_the_same_whatever_else_is_asked():
 
 
 def test_the_implicit_reward_of_a_stage_is_that_of_its_weights_on_disk(tmp_path):
-    """SFT moves the model; the stage behind it is judged by log pi_sft - log pi_initial."""
+    """SFT moves the model; the stage after it is judged by log pi_sft - log pi_initial."""
     model, first = model64(), model64()
     stage = external(reward_model=ImplicitJudge())
     run = trainer_of(tmp_path, [sft(), stage], model)()

@@ -60,7 +60,7 @@ def pieces(*more: str, unused: tuple[str, ...] = ()) -> Pieces:
     return Pieces((*CHARACTERS, *more), unused)
 
 
-# per tokenizer: the tokens of a number behind "score:", by hand
+# per tokenizer: the tokens of a number after "score:", by hand
 TOKENIZERS = {
     "a token a character": (pieces(), lambda n: [" ", *n]),
     "space joined to the digit": (

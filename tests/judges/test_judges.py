@@ -573,7 +573,7 @@ def model64():
 
 
 def expectation(module, text: str, numbers=range(6)) -> tuple[float, float]:
-    """The oracle: the expected score behind a text and the mass, of one forward of the bare model;
+    """The oracle: the expected score after a text and the mass, of one forward of the bare model;
     each number is one token."""
     chances = last_logits(module, list(ids_of(text))).softmax(dim=-1).tolist()
     of = {n: chances[ALPHABET.index(str(n))] for n in numbers}
@@ -681,7 +681,7 @@ def test_all_ways_on_scales_with_numbers_of_several_tokens(way, score_range):
 
 
 class Saying(nn.Module):
-    """Behind ":" it says a text, character by character; it looks back at no more than that."""
+    """After ":" it says a text, character by character; it looks back at no more than that."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -708,7 +708,7 @@ def test_expected_judgements_have_the_noise_of_sampled_ones():
 
 @pytest.mark.parametrize(("room", "source"), [(3, "expected"), (30, "forced")])
 def test_a_real_judge_is_sampled_and_then_looked_at(room, source):
-    """It writes " 4" and a line break behind every colon, and anything afterwards."""
+    """It writes " 4" and a line break after every colon, and anything afterwards."""
     judge = SelfJudge(BOTH, SamplingConfig(temperature=1.0, max_new_tokens=room), 4)
     found = list(judge.judge(judging_context(module=Saying(" 4\n")), *asked(("a", ["b"]))))
     assert {j.id for j in found} == {f"s/0/0/0/j{k}" for k in range(4)}

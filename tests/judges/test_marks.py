@@ -235,7 +235,7 @@ SAID_AT_MARKS = [  # what the judge wrote, and what stands before each mark
 
 
 def by_hand(module, made, prompt, before, words) -> tuple[float, float]:
-    """P(yes) / (P(yes) + P(no)) behind a text, and their sum: each word written out and encoded,
+    """P(yes) / (P(yes) + P(no)) after a text, and their sum: each word written out and encoded,
     the chance of each of its tokens from a whole forward."""
     rows = [made.encode(before + word) for word in words]
     shared = made.encode(before)

@@ -33,7 +33,7 @@ def module(request):
 
 
 def exact(module):
-    """The log-probs of all next tokens behind each prefix of each row, by the model's forward."""
+    """The log-probs of all next tokens after each prefix of each row, by the model's forward."""
     wide = adapt(deepcopy(module).double())
     rows = [(*p, *n) for p, n in zip(PROMPTS, NEW, strict=True)]
     with inferring(wide.module):

@@ -192,7 +192,7 @@ def worst(module: nn.Module, rows: Sequence[Sequence[int]], logits: Tensor) -> f
     return float((whole.double() - logits.double()).abs().max())  # the max of a NaN is NaN
 
 
-# prompts with a common beginning, behind which there are two families
+# prompts with a common beginning, after which there are two families
 
 ROOT = [(7 * i + 3) % VOCAB for i in range(20)]
 ONE, OTHER = [5, 9, 2, 6, 5, 3, 5, 8, 9, 7], [6, 1, 8, 0, 3, 3, 9, 8, 8]
@@ -239,7 +239,7 @@ def test_a_prompt_that_comes_again_costs_one_token_for_its_logits(kind):
         session = adapt(module).session(Plan(tuple(ROOT), 33, max_new=1, max_rows=4))
         counts.clear()
         logits = session.prefill([PROMPTS[2], PROMPTS[2], PROMPTS[0]])
-        assert counts == [13 + 1 + 1]  # its 13 tokens behind the root; the last of ONE
+        assert counts == [13 + 1 + 1]  # its 13 tokens after the root; the last of ONE
         assert worst(module, [PROMPTS[2], PROMPTS[2], PROMPTS[0]], logits) < 1e-10
 
 
@@ -249,7 +249,7 @@ def test_a_prompt_that_comes_again_costs_one_token_for_its_logits(kind):
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "lora", "own"])
 def test_the_engine_computes_each_shared_beginning_once(kind, limits):
     """Three requests a prompt, in disorder. The first new token comes from the prompt's own
-    logits, and behind the last one nothing is computed."""
+    logits, and after the last one nothing is computed."""
     module = ATTENDING[kind]()
     requests = [Request(tuple(p), 0, 1 + i % 3) for i, p in enumerate(PROMPTS * 3)]
     random.Random(0).shuffle(requests)
@@ -285,7 +285,7 @@ def test_a_rubric_is_computed_once_for_the_chances_of_scores_too(kind):
         model.refresh()
         trial = sum(counts)
         found = dict(LocalEngine(max_rows=3).chances(model, rows, trie, frozenset({6, 7})))
-    needed = nodes_of(PROMPTS) + len(PROMPTS)  # a row behind each prompt, token 5
+    needed = nodes_of(PROMPTS) + len(PROMPTS)  # a row after each prompt, token 5
     assert sum(counts) == 2 * trial + needed
     for i, row in enumerate(rows):
         first = last_logits(module, list(row)).softmax(-1)
@@ -494,7 +494,7 @@ def test_the_documented_model_is_decoded_with_its_cache_and_says_nothing(caplog)
     with tokens_through(module) as counts:
         found = generated(model.module, SEVERAL, 8)
     assert found == [greedy(module, p, 8) for p in SEVERAL]
-    # behind the trial of generate's own adapter: 9 tokens, the last of their first 3, which come
+    # after the trial of generate's own adapter: 9 tokens, the last of their first 3, which come
     # again as a prompt, and 1; then a token a row
     assert counts[-8:] == [9 + 1 + 1, *[3] * 7]
 

@@ -614,7 +614,7 @@ SHARED = len("Rate:")
 JUDGE = RewardConfig(prompt_template=TEMPLATE, reward_regex_template="{{ reward }}!")
 TEMPLATE_OF_TWO = "{{ prompt }} {{ response_a }} {{ response_b }}"
 ROWS = [{"prompt": "abcd", "completion": "xyz"}, {"prompt": "ab", "completion": "x"}]
-"""4 + 3 and 2 + 1 tokens, and an end token behind each: 8 and 4."""
+"""4 + 3 and 2 + 1 tokens, and an end token after each: 8 and 4."""
 PROMPTS = ["abcd", "ab"]
 PAIRS = [{"prompt": "ab", "chosen": "xyz", "rejected": "x"}] * 5
 RANKED = [{"prompt": "ab", "replies": ["x", "xyz"]}, {"prompt": "ab", "replies": ["x", "y", "z"]}]

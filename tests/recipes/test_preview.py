@@ -122,7 +122,7 @@ SCORED = {**STATED, "reward_regex_template": "Score: {{ reward }}", "score_range
             "then one of 1, 2.5",
         ),
         (RewardConfig(**SCORED, score_mode="expected"), "the mean of what may stand there"),
-        (RewardConfig(**SCORED, forced_ending=True), "put behind its text"),
+        (RewardConfig(**SCORED, forced_ending=True), "put after its text"),
         (RewardConfig(**SCORED, forced_ending="at_once"), "it writes nothing"),
         (RewardConfig(**STATED, parse_reward=len), "is given to len"),
         (

@@ -56,7 +56,7 @@ def pair(prompt_id: str, chosen: str, rejected: str, scores, rest: str = "") -> 
 
 
 def one_prompt(folder, names, judgements, pairs, **more):
-    """A run with a prompt s/0/0 and candidates with these names behind it."""
+    """A run with a prompt s/0/0 and candidates with these names after it."""
     candidates = [candidate(f"s/0/0/{name}", "s/0/0") for name in names]
     held = {"prompts.jsonl": [prompt("s/0/0")], "candidates.jsonl": candidates}
     held |= {"judgements.jsonl": judgements, "pairs.jsonl": pairs, **more}

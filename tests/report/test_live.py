@@ -94,7 +94,7 @@ def test_a_bar_that_shows_nothing_says_nothing(monkeypatch, caplog):
 
 
 def test_a_file_gets_a_line_a_minute_and_no_bar(monkeypatch, caplog):
-    """Time is ours: thirty updates, each ten seconds behind the last, are five minutes."""
+    """Time is ours: thirty updates, each ten seconds after the last, are five minutes."""
     now = [1000.0]
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
     caplog.set_level(logging.INFO, "self_rewarding_lm")
@@ -250,7 +250,7 @@ def test_so_many_candidates_and_judgements_come_as_were_announced(stage, tmp_pat
 
 
 def test_what_is_logged_beside_a_bar_in_a_file_is_one_line(monkeypatch):
-    """tqdm draws bars anew behind each such line; here that would be a line again."""
+    """tqdm draws bars anew after each such line; here that would be a line again."""
     monkeypatch.setattr("sys.stderr", file := io.StringIO())
     logger = logging.getLogger("self_rewarding_lm")
     monkeypatch.setattr(logger, "handlers", [handler := LogHandler(file)])

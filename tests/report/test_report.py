@@ -267,7 +267,7 @@ def test_a_page_is_written_again_while_its_run_goes_on_and_then_once_more(tmp_pa
 
 
 def test_times_are_those_between_events_and_a_stopped_attempt_counts(tmp_path):
-    """7 s of an attempt that was stopped, 30 s of data, 60 s of training, 1 s behind it."""
+    """7 s of an attempt that was stopped, 30 s of data, 60 s of training, 1 s after it."""
     _, first, second = run_figures(two_rounds(tmp_path / "run"), "run").stages
     assert first.seconds == {"data": 7 + 30 + 1, "training": 60} and first.lost == 0
     assert first.stopped is None

@@ -55,7 +55,7 @@ def other(value: Any) -> Any:
 
 
 def with_value_changed(line: bytes, last: bool) -> bytes:
-    """A JSON line with another value of its first field behind the id, or of its last one."""
+    """A JSON line with another value of its first field after the id, or of its last one."""
     values = json.loads(line)
     names = [name for name in values if name not in ("id", "seal")]
     name = names[-1 if last else 0]

@@ -337,7 +337,7 @@ def test_the_moments_of_a_run_are_all_seen(straight):
 
 @pytest.mark.slow
 def test_answers_that_grow_are_the_same_wherever_they_are_killed(tmp_path, monkeypatch):
-    """Behind each line that the stage appends: a position, steps, judgements, pairs."""
+    """After each line that the stage appends: a position, steps, judgements, pairs."""
     grows = lambda: [stepwise(optim=OPTIM, prompt_dataset=["tell 0", "tell 1"])]  # noqa: E731
     monkeypatch.setattr(sys.modules[__name__], "stages", grows)
     events = events_of(tmp_path / "straight")

@@ -126,14 +126,14 @@ def test_one_press_finishes_the_step_and_saves_and_the_run_goes_on_to_the_same_b
     straight, resumed = model64(), model64()
     trainer_of(tmp_path / "a", [stage_of("adamw")], straight)()
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped behind step 4 of 9"):
+    with pytest.raises(Interrupted, match="stopped after step 4 of 9"):
         trainer_of(tmp_path / "b", [stage_of("adamw", 5, press)])()
     assert signal.getsignal(signal.SIGINT) is handler
     stage = stage_of("adamw")
     run = trainer_of(tmp_path / "b", [stage], resumed)()
     assert weights_hash(straight) == weights_hash(resumed)
     assert [step for step, _ in losses(run)] == list(range(1, 10))
-    assert stage.early_stopper_eval_module.calls == 5  # behind steps 5 to 9
+    assert stage.early_stopper_eval_module.calls == 5  # after steps 5 to 9
 
 
 def test_a_press_while_responses_are_sampled_keeps_all_of_them(tmp_path):
@@ -182,7 +182,7 @@ def test_sigterm_is_heeded_like_ctrl_c(tmp_path):
     def term():
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="behind step 2"):
+    with pytest.raises(Interrupted, match="after step 2"):
         trainer_of(tmp_path, [stage_of("adamw", 3, term)])()
 
 

@@ -267,7 +267,7 @@ def test_a_torn_line_of_metrics_is_cut_off_too(tmp_path):
 def test_a_training_that_begins_anew_takes_back_what_it_said_and_nothing_of_the_one_before(
     tmp_path,
 ):
-    """Both check for early stopping behind step 2: the one before at its end, this one at first."""
+    """Both check for early stopping after step 2: the one before at its end, this one at first."""
     check = "early_stopping/score"
     before = [{"step": 0, check: 1.0}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]
     before += [{"step": 2, check: 2.0}, {"step": 0, "rows/truncated": 0}]

@@ -154,7 +154,7 @@ def test_records_in_order_stay_those_of_their_ids_when_others_are_merged_with_th
 
 
 def test_a_record_that_is_not_asked_for_is_not_parsed(tmp_path):
-    """Every third line has an id and is damaged behind it; the others can be read."""
+    """Every third line has an id and is damaged after it; the others can be read."""
     lines = [line_of(candidate(f"a/{i}")) for i in range(1000)]
     lines[::3] = [f'{{"id": "a/{i}", "prom\n' for i in range(0, 1000, 3)]
     (tmp_path / f"{KIND}.jsonl").write_text("".join(lines))

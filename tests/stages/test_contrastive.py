@@ -531,7 +531,7 @@ class StopError(Exception):
 
 
 class Dying(LocalEngine):
-    """The library's engine, which is killed behind so many answers."""
+    """The library's engine, which is killed after so many answers."""
 
     def __init__(self, left: int) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ def decode(ids):
 class Told(LocalEngine):
     """An engine that answers with the text of the judgement whose noise is asked for.
 
-    stop_after: it fails behind so many answers, as a machine that is switched off. cut: judgements
+    stop_after: it fails after so many answers, as a machine that is switched off. cut: judgements
     that are cut off at the end of their text.
     """
 
@@ -306,7 +306,7 @@ def test_judgements_in_the_human_order_become_demonstrations(tmp_path):
 
 
 def test_a_judgement_that_was_cut_off_is_not_taught(tmp_path):
-    """Its score is right, and whole, but an end behind its text would be none of the judge's."""
+    """Its score is right, and whole, but an end after its text would be none of the judge's."""
     said = {**SAID, "eft/0/0/0": ["Score: 4", "Score: 4. as", "Score: 5"]}
     engine = Told(said, cut={"eft/0/0/0/j1"})
     run = trainer_of(tmp_path, [eft()], engine=engine)(rehearse=False)
@@ -367,7 +367,7 @@ def test_under_a_chat_template_too_it_is_what_the_judge_was_asked(tmp_path):
     assert first.messages == ({"role": "user", "content": "rate <one> and <a>:"},)
     assert "be kind" in last.prompt and "two" in last.prompt and "> and <d>:" in last.prompt
     reply = from_ascii(run.candidates("eft")[0].ids)
-    assert reply.startswith("a") and "user" not in reply  # what comes behind the prompt
+    assert reply.startswith("a") and "user" not in reply  # what comes after the prompt
 
 
 def test_every_record_of_the_making_is_kept(tmp_path):

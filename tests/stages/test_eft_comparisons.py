@@ -317,7 +317,7 @@ def rounds(known):
 
 def test_two_rounds_with_judge_examples_of_each_in_the_sft_of_the_round(tmp_path):
     """docs/judging.md, training the judge: the demonstrations of a round are in its SFT, which
-    begins at the seed; the preference stage behind it begins at that."""
+    begins at the seed; the preference stage after it begins at that."""
     known = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(6)]
     pair_ids = [f"judged{n}/{i}/0/0/vs/1" for n in (1, 2) for i in range(6)]
     model = model64()

@@ -345,7 +345,7 @@ def test_ten_thousand_words_are_one_instruction_that_is_too_long():
     assert instruction_problem(read) == "too_long"
     counts = FilterCounts()
     assert parse(f"9. Name a fruit.\n10. {text}", counts=counts) == ["Name a fruit."]
-    assert counts.dropped == {"unfinished": 1}  # it goes on behind what is read
+    assert counts.dropped == {"unfinished": 1}  # it goes on after what is read
 
 
 @pytest.mark.parametrize(

@@ -554,7 +554,7 @@ def test_sixteen_tokens_must_be_left_to_go_on_with_a_list(tmp_path):
         if room == 16:
             trainer_of(tmp_path, [one], Scripted({}), model=model)
             continue
-        words = f"no room for new prompts behind 1 example: .* has {len(text)} tokens"
+        words = f"no room for new prompts after 1 example: .* has {len(text)} tokens"
         with pytest.raises(DataError, match=words):
             trainer_of(tmp_path, [one], Scripted({}), model=model)
 
@@ -562,7 +562,7 @@ def test_sixteen_tokens_must_be_left_to_go_on_with_a_list(tmp_path):
 def test_where_no_list_fits_that_is_an_error_when_the_trainer_is_built(tmp_path):
     model = Recurrent(VOCAB)
     model.max_seq_len = 300
-    with pytest.raises(DataError, match=r"no room .* behind 8 examples: .* takes 300, of which 16"):
+    with pytest.raises(DataError, match=r"no room .* after 8 examples: .* takes 300, of which 16"):
         trainer_of(tmp_path, [stage()], Scripted({}), model=model)
 
 
@@ -577,7 +577,7 @@ def test_where_seeds_are_known_later_it_is_an_error_before_anything_is_written(t
     ]
     engine = Scripted({})
     trainer = trainer_of(tmp_path, stages, engine, model=model)
-    with pytest.raises(DataError, match="behind 8 examples"):
+    with pytest.raises(DataError, match="after 8 examples"):
         trainer(rehearse=False)
     assert not any(engine.weights.values())
 
@@ -904,7 +904,7 @@ def test_two_stages_with_one_self_instruct_have_their_own_new_prompts(tmp_path):
 
 
 def test_a_later_stage_begins_at_the_first_new_prompt_though_one_used_the_seeds(tmp_path):
-    """Seeds that an earlier stage answered are no reason to go on behind them."""
+    """Seeds that an earlier stage answered are no reason to go on after them."""
     engine = Scripted(two_a_list("second"))
     stages = [stage(prompts=SEEDS, name="first"), stage(name="second")]
     run = trainer_of(tmp_path, stages, engine)()

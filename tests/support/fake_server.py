@@ -1,6 +1,6 @@
 """A small inference server that behaves as it is told, and badly where it is told.
 
-Its "model" is known by hand: behind ids that end in x it writes the letters x+1, x+2, ... of the
+Its "model" is known by hand: after ids that end in x it writes the letters x+1, x+2, ... of the
 alphabet, 1 + seed % 5 of them, then its end token. As a program it serves a folder:
 `python tests/support/fake_server.py FOLDER PORT [slow] [stubborn] [broken]`. With
 --enable-sleep-mode (as vLLM) or --enable-memory-saver (as SGLang) it keeps the weights in FOLDER, a

@@ -86,8 +86,8 @@ def word_tokenizer(
     """A fast tokenizer with a token a byte and chat tokens, built without a download.
 
     prefix_space: a text begins with a space, as those of sentencepiece do. special: further special
-    tokens, whose ids come behind the bytes'. merges: pairs of bytes that
-    are one token; theirs come behind those.
+    tokens, whose ids come after the bytes'. merges: pairs of bytes that
+    are one token; theirs come after those.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

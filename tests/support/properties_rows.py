@@ -367,7 +367,7 @@ def what_stands_before_a_prompt_stands_there_in_order(forms, case):
     examples=500,
 )
 def rows_are_used_or_counted(datasets, case):
-    """Of two datasets one behind the other: kept + left out = there are; none is read twice."""
+    """Of two datasets one after the other: kept + left out = there are; none is read twice."""
     one, other, way = case
     parts = [datasets.create_mock_dataset(len(part), None) for part in (one, other)]
     reads = []

@@ -1,6 +1,6 @@
 """What processes run to see how they end and go on: a judge that fails on one, or that waits.
 
-And training that is told to stop behind a step.
+And training that is told to stop after a step.
 """
 
 import contextlib

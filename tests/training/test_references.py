@@ -83,7 +83,7 @@ def test_a_moving_reference_trains_like_a_loop_with_two_models(settings, micro, 
 
 
 def test_a_reference_that_is_the_policy_of_the_last_step_sees_no_gain(tmp_path):
-    """alpha = 1 behind every step: each step's loss is log 2, and the weights move all the same."""
+    """alpha = 1 after every step: each step's loss is log 2, and the weights move all the same."""
     module, start = plain64(), plain64()
     objective = PreferenceObjective(pairs(), {}, BETA, live=MixedReference(alpha=1.0, every=1))
     fit(module, tmp_path, objective, optim(epochs=4, batch_size=5))

@@ -269,7 +269,7 @@ class ServedModel:
         """The ids of an answer that ended by itself, with the end token that the text leaves out.
 
         is_whole: whether the ids are the server's own, so that an end token stands among them if it
-        ended the answer. Behind a stop text stands none, nor behind an end token that is not ours,
+        ended the answer. After a stop text stands none, nor after an end token that is not ours,
         nor where it is unknown what ended the answer.
         """
         says = [choice[name] for name in ENDED_BY if name in choice]
@@ -349,7 +349,7 @@ def answered_logprobs_of_ids(choice: Mapping[str, Any], count: int) -> tuple[flo
     """
     numbers = mapping_of(choice.get("logprobs")).get("token_logprobs")
     numbers = [] if numbers is None else _list_of(numbers)
-    if len(numbers) < count:  # an end token may have been put behind what was sampled
+    if len(numbers) < count:  # an end token may have been put after what was sampled
         return None
     return tuple(_logprob_of(number) for number in numbers[:count])
 
@@ -601,7 +601,7 @@ def _ended_by_text(says: Sequence[Any], text: str, ids: Ids, d: Decoding) -> boo
 def _end_of_early_stop(ids: Ids, d: Decoding) -> int | None:
     """How many ids there are up to a stop text within the first `min_new_tokens`; None without one.
 
-    A stop text ends a response wherever it stands; a server may look for it only behind those.
+    A stop text ends a response wherever it stands; a server may look for it only after those.
     """
     if d.is_stop is None:
         return None

@@ -251,7 +251,7 @@ class ServerEngine:
     def chances(
         self, model: TokenModel, rows: Sequence[Ids], trie: ScoreTrie, longer: frozenset[int]
     ) -> Iterator[tuple[int, dict[Ids, NodeChances]]]:
-        """For each row of ids, with its index, what follows each inner node of the trie behind it.
+        """For each row of ids, with its index, what follows each inner node of the trie after it.
 
         One request for each node. If the server can, the probabilities of the children are asked
         for by id. Otherwise they are looked up among the `top_logprobs` likeliest tokens, and

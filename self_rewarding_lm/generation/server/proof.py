@@ -19,7 +19,7 @@ ROWS, ROW = 32, 33
 
 
 TOKENS = 16
-"""Tokens whose log-probs are asked for behind each row."""
+"""Tokens whose log-probs are asked for after each row."""
 
 
 MOST_APART = 0.5
@@ -59,7 +59,7 @@ def tokens_of(model: TokenModel) -> list[int]:
 
 @torch.no_grad()
 def own_logprobs(model: TokenModel) -> Float[Tensor, "r v"]:
-    """What the model says behind each row, on the CPU."""
+    """What the model says after each row, on the CPU."""
     with inferring(model.module):
         model.refresh()
         device = device_of(model.module)

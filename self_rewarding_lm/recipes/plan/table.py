@@ -246,7 +246,7 @@ def _digits(value: float) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    """A text in lines that fit the terminal behind an indent of two characters."""
+    """A text in lines that fit the terminal, each with an indent of two characters."""
     return textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False)
 
 

@@ -1,4 +1,4 @@
-"""What a model wrote behind a numbered list, read as instructions.
+"""What a model wrote after a numbered list, read as instructions.
 
 The rules would rather lose an instruction than keep one with its answer in it. They look at lines;
 this file knows nothing of models and tokens. Begin with `parse_instructions`.
@@ -24,7 +24,7 @@ _LABELS = r"(?:task|instruction|question|prompt|item|example)"
 _ANSWERS = r"(?:answer|response|output|input|solution|explanation)s?"
 
 
-_NUMBERED = re.compile(  # "9.", "9)", "**9.**", "- 9.", "### Task 9:", "Task 9" with nothing behind
+_NUMBERED = re.compile(  # "9.", "9)", "**9.**", "- 9.", "### Task 9:", "Task 9" with nothing after
     rf"(?i){_MARKUP}(?:[-+•–]\s{{1,3}})?{_MARKUP}(?:"
     rf"{_LABELS}[\s*_]{{0,3}}\#?(?P<named>\d{{1,3}})[*_)\]]{{0,3}}(?:\s{{0,2}}[-–—:：.]|\s*$)"
     rf"|(?P<bare>\d{{1,3}}){_BOLD}[.):：．）、\]](?!\d)){_BOLD}\s*"
@@ -47,7 +47,7 @@ _ANSWER = re.compile(  # "Answer:", "**Expected output:**", "### Response"
 )
 
 
-_ANSWER_INLINE = re.compile(  # "Add 2 and 3. Answer: 5": behind a sentence, with a capital
+_ANSWER_INLINE = re.compile(  # "Add 2 and 3. Answer: 5": after a sentence, with a capital
     r"(?<=[.?!:;…\"'”’)\]])[\s*_]{1,8}(?:Answer|Response|Output|Input|Solution)s?[*_]{0,3}[:：]"
 )
 
@@ -79,7 +79,7 @@ def parse_instructions(
 
     An item starts with a number at the start of a line ("10.", "10)", "**10.**", "Task 10:"), with
     `Task:` or `Instruction:`, with a bullet if the text is a list of bullets, or at the start of
-    the text, because a base model goes on behind "9.". A chat model may begin at 1; numbers may
+    the text, because a base model goes on after "9.". A chat model may begin at 1; numbers may
     repeat, or skip two.
 
     To an item belong the next line, if the line before ends no sentence; a list, code or an
@@ -133,7 +133,7 @@ class _ListReader:
         """The whole list stands in a block of code."""
         lines = text.splitlines()
         numbers = {_number(marker) for marker in map(_NUMBERED.match, lines) if marker}
-        # a base model goes on behind "9.": its own first number is then 10
+        # a base model goes on after "9.": its own first number is then 10
         self.beginning_is_item = first_number + 1 in numbers and first_number not in numbers
         for line in lines:
             self._read_line(line)
@@ -246,7 +246,7 @@ class _ListReader:
             self._add_line(line, closes_item=not continues)
 
     def _begin_item(self, text: str, number: int, *, indent: int) -> None:
-        """The item before is whole; one with this number begins. text: behind its number."""
+        """The item before is whole; one with this number begins. text: after its number."""
         self.close_item()
         self.has_begun, self.number, self.item_indent, self.item = True, number, indent, []
         for _ in range(3):  # "1. 1. Name a fruit."
@@ -300,7 +300,7 @@ def _cleaned(lines: Sequence[str]) -> str:
         kept.append(line.rstrip() if in_code or fence else " ".join(line.split()))
         in_code ^= fence
     if in_code and _FENCE.match(kept[-1]):
-        kept.pop()  # nothing stands behind it
+        kept.pop()  # nothing stands after it
     text = _LABEL.sub("", "\n".join(kept).strip(), count=1)
     # bold markup; of "**9. Name a fruit.**" one mark went with the number
     text = re.sub(r"(?<!\w)\*\*(?=\S)([^*\n]+)(?<=\S)\*\*(?!\w)", r"\1", text)

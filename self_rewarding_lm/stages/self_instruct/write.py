@@ -58,7 +58,7 @@ TRIED_SEEDS = 1000  # seeds that are read when a trainer is built
 
 
 SEED, NEW = "seed", "new"
-"""The part of an id behind the stage's name, for seeds and for new prompts."""
+"""The part of an id after the stage's name, for seeds and for new prompts."""
 
 
 @dataclass(frozen=True)
@@ -393,7 +393,7 @@ def _check_room(
         return
     shortest = min(len(author.tokens.prompt(few_shot.text).ids) for few_shot in lists.values())
     raise DataError(
-        f"{ctx.stage}: the model has no room for new prompts behind "
+        f"{ctx.stage}: the model has no room for new prompts after "
         f"{amount(len(next(iter(lists.values())).parents), 'example')}: the shortest of "
         f"{TRIED_LISTS} lists has {shortest} tokens, and the model that writes takes "
         f"{author.model.max_len}, of which {ANSWER_TOKENS} must be left. Use shorter seeds, fewer "
