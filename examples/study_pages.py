@@ -49,8 +49,9 @@ twenty is expected to look like more than chance where there is nothing.
 
 One task, a model of half a million weights, constraints that a program can check, and one set of
 sizes and learning rates that was chosen for the plain loop. A method that needs what this task
-lacks (a language, long answers, a judge that drifts) cannot gain here. The order of the rows is
-no ranking of methods for large models.
+lacks (a language, long answers, a judge that drifts) cannot gain here. An answer is one word and
+has no steps to compare, so `StepwiseDPOConfig` has no row. The order of the rows is no ranking of
+methods for large models.
 """,
     base="plain",
     place=0,
@@ -99,8 +100,9 @@ runs.
 ## What this does not show
 
 One small model, demands that a program can check, few prompts, and rates and sizes that were chosen
-for `base`. What needs long answers, a judge that drifts or many rounds cannot show here. The order
-of the rows is no ranking of methods for large models.
+for `base`. What needs long answers, a judge that drifts or many rounds cannot show here. Answers are
+short and are not made of steps, so `StepwiseDPOConfig` has no row. The order of the rows is no
+ranking of methods for large models.
 """,
         base="base",
         place=-1,
