@@ -1,15 +1,15 @@
-"""`self-rewarding-lm check`: every stage of a recipe in short."""
+"""`self-rewarding-lm check`: every stage of a recipe on a few rows."""
 
 import argparse
 
 from self_rewarding_lm.cli.recipe_flags import add_recipe_flags, in_order, recipe_root
 from self_rewarding_lm.text import printable
 
-SUMMARY = "try every stage of a recipe in short; begin nothing"
+SUMMARY = "try every stage of a recipe on a few rows; begin nothing"
 
 
 DESCRIPTION = """\
-Try every stage of a recipe in short, and begin nothing:
+Try every stage of a recipe on a few rows, and begin nothing:
 
   self-rewarding-lm check recipe.yaml
 

@@ -202,7 +202,7 @@ def _recipe(
         "# The paper's loop (arXiv:2401.10020), written by `self-rewarding-lm init`. What is next:",
         "#",
         f"#   self-rewarding-lm preview {RECIPE}   some rows as the model will read them",
-        f"#   self-rewarding-lm check {RECIPE}     tries every stage in short",
+        f"#   self-rewarding-lm check {RECIPE}     tries every stage on a few rows",
         f"#   self-rewarding-lm plan {RECIPE}      memory, tokens, time, disk",
         f"#   self-rewarding-lm run {RECIPE}",
         "#",
