@@ -100,8 +100,8 @@ runs.
 ## What this does not show
 
 One small model, demands that a program can check, few prompts, and rates and sizes that were chosen
-for `base`. What needs long answers, a judge that drifts or many rounds cannot show here. Answers are
-short and are not made of steps, so `StepwiseDPOConfig` has no row. The order of the rows is no
+for `base`. What needs long answers, a judge that drifts or many rounds cannot show here. Answers
+are short and are not made of steps, so `StepwiseDPOConfig` has no row. The order of the rows is no
 ranking of methods for large models.
 """,
         base="base",

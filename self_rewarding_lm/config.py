@@ -67,7 +67,7 @@ def _in_words(cls: type[Config], error: ValidationError) -> str:
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             hint = did_you_mean(where, names)
-            lines.append(f"{where!r} is no setting{hint} It has: {', '.join(names)}.")
+            lines.append(f"{where!r} is not a setting{hint} It has: {', '.join(names)}.")
         elif item["type"] == "missing":
             lines.append(f"{where!r} is required.")
         else:
@@ -243,8 +243,8 @@ class OptimConfig(Config):
             )
         if self.optimizer in ("adafactor", "sgd") and self.learning_rate is None:
             raise ValueError(
-                f"optimizer={self.optimizer!r} needs learning_rate: the stages' own rates are "
-                "AdamW's, whose steps are of another size"
+                f"optimizer={self.optimizer!r} needs learning_rate: the stages' default rates "
+                "are for AdamW, whose steps differ in size"
             )
         return self
 
@@ -435,8 +435,8 @@ class RewardConfig(Config):
             )
         if len(self.allowed_numbers()) < 2:
             raise ValueError(
-                f"{ways} need the numbers that a judge may give, two at least: allowed_scores, or "
-                "a score_range with whole numbers in it"
+                f"{ways} need at least two numbers that a judge may give: allowed_scores, or a "
+                "score_range that contains whole numbers"
             )
 
 

@@ -283,7 +283,7 @@ def wrong_names(stage: FinetuneConfig, name: str, earlier: Sequence[str]) -> Ite
 def no_reward_prompt(stage: str, name: str, rewards: Iterable[str]) -> ConfigError:
     """The error of a stage that judges by a reward prompt whose name is none of `rewards`."""
     return ConfigError(
-        f"{stage}: self_reward_config_keyname {name!r} is none of the reward prompts: "
+        f"{stage}: self_reward_config_keyname {name!r} is not one of the reward prompts: "
         f"{', '.join(map(repr, rewards))}.",
         path=("self_reward_config_keyname",),
     )

@@ -696,8 +696,8 @@ def _accelerator(kwargs: dict[str, Any]) -> Accelerator:
         return Accelerator(**kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"accelerate.Accelerator refused {_arguments()} {kwargs}: {error} They are its "
-            "arguments; with several processes all trainers of a process share them."
+            f"accelerate.Accelerator refused {_arguments()} {kwargs}: {error} (These are its "
+            "arguments; with several processes, all trainers in a process share them.)"
         ) from error
 
 
@@ -725,8 +725,8 @@ def _refused(kwargs: Mapping[str, Any]) -> Iterator[str]:
     if steps != 1:
         yield (
             f"{_arguments()} asks for gradient_accumulation_steps={steps}, which would divide "
-            "every gradient by it. Leave it out: a step is optim.batch_size rows, and their "
-            "micro-batches (optim.micro_batch_size, optim.micro_batch_tokens) add up by themselves."
+            "every gradient by it. Leave it out: a step is optim.batch_size rows; the gradients of "
+            "its micro-batches (optim.micro_batch_size, optim.micro_batch_tokens) are summed."
         )
     for name, variable in (("deepspeed", "DEEPSPEED"), ("megatron_lm", "MEGATRON_LM")):
         given = kwargs.get(f"{name}_plugin") is not None

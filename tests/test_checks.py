@@ -111,7 +111,7 @@ def test_what_is_not_given_keeps_its_default():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"tied": Check()}, "'tied' is no setting; did you mean 'ties'"),
+        ({"tied": Check()}, "'tied' is not a setting; did you mean 'ties'"),
         ({"ties": Check(limit=50)}, "ties: its limit is a share"),
         ({"ties": {"limit": -1}}, "ties.*limit: Input"),
         ({"ties": {"action": "stop"}}, "ties.*action: Input"),

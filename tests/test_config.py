@@ -48,19 +48,19 @@ STAGES = [
     ],
 )
 def test_an_unknown_setting_is_named_with_the_nearest_known_one(config, wrong, meant):
-    with pytest.raises(ConfigError, match=rf"'{wrong}' is no setting; did you mean '{meant}'\?"):
+    with pytest.raises(ConfigError, match=rf"'{wrong}' is not a setting; did you mean '{meant}'\?"):
         config(**{wrong: 1})
 
 
 @pytest.mark.parametrize(("config", "needed"), STAGES)
 def test_every_stage_refuses_unknown_settings(config, needed):
     config(**needed)
-    with pytest.raises(ConfigError, match=r"'droput' is no setting; did you mean 'dropout'\?"):
+    with pytest.raises(ConfigError, match=r"'droput' is not a setting; did you mean 'dropout'\?"):
         config(**needed, droput=0.1)
 
 
 def test_an_unknown_setting_like_no_known_one_is_answered_with_the_list():
-    with pytest.raises(ConfigError, match=r"'xyzzy' is no setting\. It has: temperature, top_p"):
+    with pytest.raises(ConfigError, match=r"'xyzzy' is not a setting\. It has: temperature, top_p"):
         SamplingConfig(xyzzy=1)
 
 

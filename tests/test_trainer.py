@@ -256,7 +256,7 @@ def test_reference_log_probs_of_other_weights_are_not_taken_for_the_models_own(t
 
     with pytest.raises(StopError):
         trainer_of(tmp_path, stages())()
-    with pytest.raises(RunMismatchError, match="other weights"):
+    with pytest.raises(RunMismatchError, match="other than the model's present"):
         trainer_of(tmp_path, stages(), model64(seed=1))()
 
 
@@ -328,7 +328,7 @@ def test_responses_of_other_weights_are_not_taken_for_the_models_own(tmp_path):
         trainer_of(tmp_path, [self_reward()], self_reward_prompt_config=broken)(rehearse=False)
     assert Run.open(tmp_path).candidates(0)
     other = model64(seed=1)
-    with pytest.raises(RunMismatchError, match="other weights"):
+    with pytest.raises(RunMismatchError, match="other than the model's present"):
         trainer_of(tmp_path, [self_reward()], other, self_reward_prompt_config=broken)(
             rehearse=False
         )

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         hint = did_you_mean(given[0], COMMANDS)
-        parser.error(f"{given[0]!r} is no command{hint} There are: {', '.join(COMMANDS)}.")
+        parser.error(f"{given[0]!r} is not a command{hint} There are: {', '.join(COMMANDS)}.")
     options, unknown = parser.parse_known_args(given)
     if unknown:
         options.parser.error(_no_flag(options.parser, unknown))

@@ -20,14 +20,14 @@ SUMMARY = "talk to a stage in the terminal, or to two side by side"
 
 
 DESCRIPTION = """\
-Talk to a stage of a run, or ask two stages the same:
+Talk to a stage of a run, or put the same questions to two stages:
 
   self-rewarding-lm chat runs/first:m2
   self-rewarding-lm chat runs/first:m1 runs/first:m2 --sampling '{max_new_tokens: 512}'
 
 What was said is kept and shown to the model again if the tokenizer has a chat template. /new begins
-another conversation; /quit, Ctrl-D and Ctrl-C end. A line of a pipe is a question too. In the place
-of a stage a folder, a GGUF file or a name on the hub is asked.
+another conversation; /quit, Ctrl-D and Ctrl-C end. Piped lines are questions too. A folder, a GGUF
+file or a name on the hub can take the place of a stage.
 """
 
 

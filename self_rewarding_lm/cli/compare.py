@@ -19,8 +19,8 @@ Which of two models answers held-out prompts better, by a judge that is neither:
   self-rewarding-lm compare run:1 run:3 --prompts reasoning-gym:chain_sum --samples 8
 
 A model is RUN:STAGE (a name, or a number from 1), a folder, a GGUF file or a name on the hub; for
-others than Hugging Face models give the module with --module. A judge that compares sees both
-orders; where these disagree it is a tie. Tasks of reasoning-gym bring a verifier.
+models not from Hugging Face, give the module with --module. A judge that compares sees both orders;
+if its verdicts disagree, it is a tie. Tasks of reasoning-gym bring a verifier.
 """
 
 
@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("second", metavar="SECOND", help="the other model")
     parser.add_argument("--prompts", required=True, metavar="DATA", help="or reasoning-gym:NAME")
-    parser.add_argument("--judge-model", metavar="M", help="who judges, as --model of `judge`")
+    parser.add_argument("--judge-model", metavar="M", help="the judging model, as `judge --model`")
     parser.add_argument("--judge", metavar="OBJECT", help="module:attribute of another judge")
     add_judging_flags(parser)
     parser.add_argument("--module", metavar="OBJECT", help="module:attribute; weights go into it")

@@ -12,8 +12,8 @@ Write a recipe that fits the model, the number of prompts and this machine:
   self-rewarding-lm init first
   self-rewarding-lm init first --model MODEL --prompts prompts.jsonl --ift ift.jsonl
 
-Data that is not given is written as an example. Of the model config.json is read, and no weights.
-No file that is there is replaced.
+Example data is written in place of any that is not given. Only the model's config.json is read, not
+its weights. Existing files are never replaced.
 """
 
 

@@ -25,8 +25,8 @@ How well a model judges replies that people ranked:
 
 Ranked rows are Open Assistant trees, {prompt, chosen, rejected}, {prompt, replies}, {input,
 output_1, output_2, label}, or module:attribute. Intervals are 95 %, resampling whole trees or
-prompts; they say nothing of models that lie inside them. If no judgement has a score, some of the
-judge's texts are shown and the exit status is 1.
+prompts; models that lie inside each other's intervals are not ranked. If no judgement has a score,
+some of the judge's texts are shown and the exit status is 1.
 """
 
 

@@ -13,7 +13,7 @@ What a recipe takes before it is run, for each process:
 
   self-rewarding-lm plan recipe.yaml
 
-Of each stage: memory by phase (1 GB is 10^9 bytes; a line in brackets is the other way to train),
+For each stage: memory by phase (1 GB is 10^9 bytes; a line in brackets is the other way to train),
 candidates, judgements and tokens, time at this machine's measured rate, disk. Weights are not
 loaded: a folder with the model's config.json is enough. Numbers that only the run will show are
 ranges; what cannot be known is "unknown".

@@ -13,7 +13,7 @@ Some rows of each dataset of a recipe as the model will read them, with all spec
 
   self-rewarding-lm preview recipe.yaml
 
-What is learnt is green on a terminal and stands in [[ and ]] elsewhere. Each judge prompt is shown
+What is learnt is green on a terminal and between [[ and ]] elsewhere. Each judge prompt is shown
 filled in, with what the judge must write for a score to be read. No weights are loaded.
 """
 

@@ -8,14 +8,14 @@ SUMMARY = "run the whole loop"
 
 
 DESCRIPTION = """\
-The whole loop, from a recipe, from flags, or from both (flags stand above the recipe):
+The whole loop, from a recipe, from flags, or from both (flags override the recipe):
 
   self-rewarding-lm run recipe.yaml
   self-rewarding-lm run --model M0 --ift ift.jsonl --ranked ranked.jsonl --prompts prompts.jsonl
 
 DATA is a .jsonl, .json or .parquet file, module:attribute, or what a recipe may hold there, such
-as '{open_assistant: trees.jsonl.gz, part: ift}'. A run that was stopped goes on with the same
-command. All settings with their defaults: self-rewarding-lm run --settings
+as '{open_assistant: trees.jsonl.gz, part: ift}'. The same command resumes a stopped run. All
+settings with their defaults: self-rewarding-lm run --settings
 """
 
 

@@ -6,7 +6,7 @@ SUMMARY = "print the JSON schema of recipes, for editors"
 
 
 DESCRIPTION = """\
-The JSON schema of recipes, by which editors complete and underline:
+The JSON schema of recipes, with which editors complete keys and underline mistakes:
 
   self-rewarding-lm schema > recipe.schema.json
 

@@ -239,7 +239,7 @@ def _compiled(text: str) -> Template:
     try:
         return _environment().from_string(text)
     except TemplateError as error:
-        raise ConfigError(f"chat_template is no valid jinja2 template: {error}") from error
+        raise ConfigError(f"chat_template is not a valid jinja2 template: {error}") from error
 
 
 @cache

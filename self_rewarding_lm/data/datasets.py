@@ -115,7 +115,7 @@ class Rows:
         part, place = self._locate(index)
         row = self._opened()[part][place]
         if isinstance(row, UnreadableLine):
-            raise DataError(f"{self.where(index)}, is no JSON: {row.reason}")
+            raise DataError(f"{self.where(index)}, is not valid JSON: {row.reason}")
         return row
 
     def preview(self) -> Iterator[int]:

@@ -136,7 +136,7 @@ def hub_hint(path: str | Path) -> str:
     if suffix_of(path) is not None or not HUB_NAME.fullmatch(str(path)):
         return ""
     named = said(f"from_hub({str(path)!r})", f"'{{hub: {path}}}'")
-    return f" A dataset of the Hugging Face hub is named {named}."
+    return f" For a dataset on the Hugging Face hub, give {named}."
 
 
 def check_file(path: str | Path, name: str) -> None:
@@ -169,7 +169,8 @@ def read_rows(path: str | Path, name: str, *, blank_lines: bool = False) -> Sequ
         rows = json.loads(_unpacked(path, name) if path.suffix == ".gz" else path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{name}: {path} is no JSON: {error}. (A file of one row a line is named .jsonl.)"
+            f"{name}: {path} is not valid JSON: {error}. (A file of one row a line is named "
+            ".jsonl.)"
         ) from error
     if not isinstance(rows, list):
         raise DataError(
@@ -195,11 +196,11 @@ def _csv_rows(path: Path, name: str) -> list[dict[str, str]]:
                     raise DataError(
                         f"{name}: {path}, line {reader.line_num}: the row has "
                         f"{amount(len(fields), 'field')}, and the first line names {len(head)}. "
-                        'A field with commas or line ends stands in "...".'
+                        'Put a field that has commas or line breaks in quotes ("...").'
                     )
                 rows.append(dict(zip(head, fields, strict=True)))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: {path} is no CSV in UTF-8: {error}.") from error
+        raise DataError(f"{name}: {path} is not valid CSV in UTF-8: {error}.") from error
     finally:
         csv.field_size_limit(most)
     return rows
@@ -224,4 +225,4 @@ def _parquet_rows(path: Path, name: str) -> ParquetRows:
     try:
         return ParquetRows(parquet.ParquetFile(path).read())
     except (OSError, ValueError) as error:  # pyarrow's errors are children of these
-        raise DataError(f"{name}: {path} is no parquet file: {error}") from error
+        raise DataError(f"{name}: {path} is not a parquet file: {error}") from error

@@ -249,7 +249,7 @@ def _parsed(value: Any, kind: type, name: str, where: str) -> Any:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise DataError(f"{where}: {name!r} is no JSON: {error}") from error
+            raise DataError(f"{where}: {name!r} is not valid JSON: {error}") from error
     value = without_nones(value)
     if not isinstance(value, kind) or (
         kind is list and not all(isinstance(v, dict) for v in value)
@@ -268,7 +268,7 @@ def _answer(message: Message, where: str) -> Any:
     if weight != 1:
         raise DataError(
             f"{where}: the last message, which would be learnt, has the weight {weight!r}. Leave "
-            f"such rows out ({setting('on_bad_row', 'skip')}); a weight of 1 is taken."
+            f"such rows out ({setting('on_bad_row', 'skip')}); a weight of 1 is accepted."
         )
     message = {key: value for key, value in message.items() if key != "weight"}
     return message if len(message) > 2 else message["content"]

@@ -38,10 +38,9 @@ def from_hub(
         words = str(error).partition("\n")[0][:300]
         raise DataError(
             f"the dataset {hub!r}, split {split!r}, could not be loaded: {type(error).__name__}: "
-            f"{words}. Expected is the name of a dataset of https://huggingface.co/datasets that "
-            "can "
-            "be reached, or is in its cache from an earlier time (HF_HOME). Without a network give "
-            f"the rows as a {SUFFIXES_IN_WORDS} file."
+            f"{words}. Give the name of a dataset on https://huggingface.co/datasets that can be "
+            "reached or is already in the cache (HF_HOME). Without a network, give the rows as a "
+            f"{SUFFIXES_IN_WORDS} file."
         ) from error
     if columns is None:
         return rows

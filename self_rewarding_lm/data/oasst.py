@@ -198,7 +198,7 @@ def _read_trees(path: str | Path, lines: Sequence[int] | None, keep: _Filter) ->
 
 def _checked_tree(tree: Any, where: str) -> Mapping[str, Any]:
     if isinstance(tree, UnreadableLine):
-        raise DataError(f"{where}, is no JSON: {tree.reason}")
+        raise DataError(f"{where}, is not valid JSON: {tree.reason}")
     if not isinstance(tree, Mapping) or not isinstance(tree.get("prompt"), Mapping):
         flat = isinstance(tree, Mapping) and "message_id" in tree
         hint = " That is a single message; take the file *.trees.jsonl." if flat else ""

@@ -299,9 +299,9 @@ def _check_wanted(row: Mapping[str, Any], where: str) -> None:
     weight, label = row.get("weight", 1), row.get("label")
     problem = None
     if label is False:
-        problem = "label False: its completion is not wanted, and would be learnt like others"
+        problem = "label False: its completion is unwanted, but would be learnt like any other"
     elif is_number(weight) and weight != 1:
-        problem = f"the weight {weight:g}: supervised rows all count alike"
+        problem = f"the weight {weight:g}, but all supervised rows count equally"
     if problem is not None:
         raise DataError(
             f"{where}: the row has {problem}. Leave such rows out "

@@ -212,7 +212,7 @@ class Tokens:
         if not full.startswith(before):
             raise DataError(
                 f"{where}: the chat template does not render the prompt as the beginning of prompt "
-                f"and response, so what is generated from would not be what is trained on.\n"
+                f"and response, so the model would generate from one text and train on another.\n"
                 f"prompt: {before!r}\nboth: {full!r}\n{self._remedy(asked, before, full)}"
             )
         # 2. encode what stands after the prompt
@@ -371,9 +371,9 @@ class Tokens:
         if not answered or not self.renders:
             return render  # it refuses the samples: rows will show
         raise ConfigError(
-            f"the chat template does not show what messages say: of {QUESTION['content']!r}, "
-            f"answered by {ANSWER!r}, it makes {answered!r}. Give {_template_setting()} a "
-            "name or jinja text, or 'raw' for texts as they are."
+            f"the chat template does not show what messages say: it renders "
+            f"{QUESTION['content']!r}, answered by {ANSWER!r}, as {answered!r}. Give "
+            f"{_template_setting()} a name or jinja text, or 'raw' for texts as they are."
         )
 
     def _remedy(self, asked: Sequence[Message], before: str, full: str) -> str:
@@ -391,8 +391,8 @@ class Tokens:
             )
         else:
             words = (
-                f"Give {_template_setting()} another name or text, such as its own changed so "
-                "that a prompt stays as it is once it is answered"
+                f"Give {_template_setting()} another name or text, such as its own, changed so "
+                "that a prompt stays the same when an answer follows it"
             )
         words += "; or give such rows as token ids, {'prompt': ids, 'completion': ids}."
         switches = sorted(name for name in self._variables if "think" in name)

@@ -36,8 +36,8 @@ class FunctionJudge(Judge):
             self.takes.bind_partial(prompts=[], completions=[])
         except (TypeError, ValueError):  # it takes others, or does not say what it takes
             raise JudgeError(
-                f"reward function {self.name} must take its texts by the names prompts and "
-                "completions: f(prompts, completions), and after these any columns of the rows."
+                f"reward function {self.name} must have arguments named prompts and "
+                "completions: f(prompts, completions), then any columns of the rows."
             ) from None
 
     def judge(
@@ -151,8 +151,8 @@ class RewardOutputs:
         if columns != self._columns:
             raise JudgeError(
                 f"a reward model gives one score for a response, or one for each class; this one "
-                f"gave {self._columns} for one length and {columns} for another, so one for each "
-                "token. Let it give the one at the response's last token, or their mean."
+                f"gave {self._columns} for one length and {columns} for another, that is, one "
+                "for each token. Return the one at the response's last token, or their mean."
             )
         self._are_classes = self._are_classes or max(length, columns) > 1
         return scores
@@ -179,7 +179,7 @@ def reward_scores(output: Any, batch: int) -> list[float]:
             return (output.double().softmax(dim=-1) @ classes).tolist()
     came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise JudgeError(
-        f"a reward model of ids ({batch}, t) must return ({batch},), ({batch}, 1) or "
+        f"a reward model given ids of shape ({batch}, t) must return ({batch},), ({batch}, 1) or "
         f"({batch}, classes); got {came}."
     )
 

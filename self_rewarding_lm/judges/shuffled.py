@@ -49,8 +49,9 @@ class ShuffledJudge(Judge):
         """The inner judge under its label. Raises JudgeError if it is the stage's own."""
         if self._member is None:
             raise JudgeError(
-                "a ShuffledJudge without `of` is the judge= of a stage, whose own judge it takes; "
-                "everywhere else say whose scores it moves: ShuffledJudge(of=...)."
+                "a ShuffledJudge without `of` works only as the judge= of a stage, where it "
+                "shuffles the scores of the stage's own judge; elsewhere give the judge: "
+                "ShuffledJudge(of=...)."
             )
         return self._member
 

@@ -92,9 +92,9 @@ def _compiled(template: str, wanted: tuple[str, ...], auto_dedent: bool) -> Call
     if names != set(wanted):
         missing, unknown = set(wanted) - names, names - set(wanted)
         found = [f"it has no {_braced(missing)}"] if missing else []
-        found += [f"nothing is put in for {_braced(unknown)}"] if unknown else []
+        found += [f"there is no value for {_braced(unknown)}"] if unknown else []
         raise ConfigError(
-            f"a judge's prompt_template has the variables {_braced(wanted)} and no others; "
+            f"a judge's prompt_template must have the variables {_braced(wanted)} and no others; "
             f"{', and '.join(found)}. It has: {_braced(names)}."
         )
     text = dedent(template).strip("\n") if auto_dedent else template
@@ -135,7 +135,7 @@ def _variables(template: str, name: str) -> set[str]:
     try:
         return meta.find_undeclared_variables(_ENVIRONMENT.parse(template))
     except TemplateError as error:
-        raise ConfigError(f"{name} is no valid jinja2 template: {error}") from error
+        raise ConfigError(f"{name} is not a valid jinja2 template: {error}") from error
 
 
 def _braced(names: Collection[str]) -> str:

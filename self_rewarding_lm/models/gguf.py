@@ -114,9 +114,9 @@ def _from(folder: Path, reader: Any, file: Path, **options: Any) -> Any:
         return reader.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # of transformers or safetensors, each with its own
         raise StoreError(
-            f"{file} was read before and kept as {folder}, which cannot be opened now "
-            f"({type(error).__name__}: {error!s:.300}). Delete that folder if it is damaged: it is "
-            "made again."
+            f"the converted copy of {file} in {folder} cannot be opened now "
+            f"({type(error).__name__}: {error!s:.300}). If that folder is damaged, delete it; it "
+            "will be made again."
         ) from error
 
 

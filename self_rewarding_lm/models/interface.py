@@ -230,8 +230,8 @@ def logits_of(output: Any, batch: int, length: int) -> Tensor:
 def not_checkpointed(module: nn.Module) -> AdapterError:
     """The error of a model that cannot do gradient checkpointing."""
     return AdapterError(
-        "optim.gradient_checkpointing=True needs a model of transformers, which can compute its "
-        f"layers again; got {type(module).__name__}. Leave it out, or use a smaller "
+        "optim.gradient_checkpointing=True needs a transformers model that can recompute its "
+        f"layers; got {type(module).__name__}. Leave it out, or use a smaller "
         "optim.micro_batch_tokens."
     )
 

@@ -68,7 +68,7 @@ def open_model(model: nn.Module | str | Path, options: Loading) -> tuple[nn.Modu
         if any(option is not None for option in how):
             raise ConfigError(
                 "torch_dtype, device_map and load_in_4bit say how a model is loaded by name; this "
-                f"one is loaded already (a {type(model).__name__}). Load it so, or leave them out."
+                f"{type(model).__name__} is already loaded. Load it with them, or leave them out."
             )
         model = uncompiled(model)
     else:
@@ -129,7 +129,7 @@ def what_is_wrong(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             "it brings Python code of its own, and this library runs no code from a model's "
-            "folder. Load it yourself where you trust the code, and give the object."
+            "folder. If you trust the code, load it yourself and give the object."
         )
     return f"{type(error).__name__}: {error!s:.500}"
 
@@ -211,11 +211,11 @@ def _check_new_adapter(config: Any) -> None:
     """Raise ConfigError for an adapter that would not be read as it was trained."""
     if getattr(config, "target_modules_to_tie", None):
         raise ConfigError(
-            "ensure_weight_tying of a LoRA on head or embeddings is not trained here: peft makes "
-            "two parameters of one memory, which an optimiser steps twice, and which are two when "
-            "the model moves to another device, of which one is lost when it is saved. Leave "
-            "ensure_weight_tying out (each layer then has an adapter of its own, and merge_adapter "
-            "unties them), or train the embeddings by modules_to_save, whose ties hold."
+            "ensure_weight_tying of a LoRA on head or embeddings is not supported: peft makes two "
+            "parameters that share memory. An optimiser steps it twice, moving the model to "
+            "another device separates them, and saving then loses one. Leave ensure_weight_tying "
+            "out (each layer then has an adapter of its own, and merge_adapter unties them), or "
+            "train the embeddings through modules_to_save, whose ties hold."
         )
     base = config.base_model_name_or_path
     if base and Path(base).is_dir() and not (Path(base) / "config.json").exists():
@@ -245,9 +245,9 @@ def _check_vocabulary(model: Any) -> None:
     rows, vocab = len(embeddings.weight), stored.get_text_config().vocab_size
     if rows != vocab:
         raise ConfigError(
-            f"the model's vocabulary was resized to {rows} tokens, and its base {source!r} has "
-            f"{vocab}: an adapter is opened on that base again, which has not got the rows of the "
-            "new tokens. Save the resized model as a folder first (model.save_pretrained(folder), "
+            f"the model's vocabulary was resized to {rows} tokens, but its base {source!r} has "
+            f"{vocab}: an adapter is opened again on that base, which lacks the rows of the new "
+            "tokens. Save the resized model as a folder first (model.save_pretrained(folder), "
             "and the tokenizer too), and put the adapter on the model of that folder."
         )
 
@@ -338,7 +338,7 @@ def _read(source: str, options: dict[str, Any], opener: GgufOpener) -> tuple[nn.
     if Path(base).is_absolute() and not Path(base).exists():
         raise ConfigError(
             f"the adapter in {source!r} was trained on {base!r}, which is not there. Put it back, "
-            "or write in adapter_config.json (base_model_name_or_path) where it is now."
+            "or set base_model_name_or_path in adapter_config.json to where it is now."
         )
     model: nn.Module
     if base.endswith(GGUF):
@@ -361,8 +361,8 @@ def _read_whole(source: str, options: dict[str, Any], opener: GgufOpener) -> nn.
         return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
     if "quantization_config" in options:
         raise ConfigError(
-            f"load_in_4bit does not go with a GGUF file, and {source!r} is one: its weights are "
-            "packed in a form of their own. Save it as a folder first (load_causal_lm(file), then "
+            f"load_in_4bit cannot be used with the GGUF file {source!r}, whose weights are packed "
+            "in a format of their own. Save it as a folder first (load_causal_lm(file), then "
             "save_pretrained of the model and of the tokenizer), and load that."
         )
     return opener.model(Path(source), options)

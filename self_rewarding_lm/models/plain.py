@@ -114,8 +114,8 @@ class PlainModel:
                 raise
             raise AdapterError(
                 f"model(ids) failed on ids of shape {tuple(ids.shape)}: {type(error).__name__}: "
-                f"{error}. A model that takes fewer tokens says so by an attribute max_seq_len, "
-                "the most tokens of a row; rows are then kept within it."
+                f"{error}. If the model takes fewer tokens, give it an attribute max_seq_len, "
+                "the most tokens in a row; rows are then kept within it."
             ) from error
 
     def _attending(self, ids: Tensor, positions: Tensor, cache: KeyValues) -> Tensor:

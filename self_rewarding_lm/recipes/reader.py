@@ -361,7 +361,7 @@ class Reader:
                 hint = did_you_mean(key, fields)
                 if not keys and key in model_of(paper_recipe).model_fields:
                     hint = "; it stands below `paper`."
-                words = f"this is no setting{hint} There are: {', '.join(fields)}."
+                words = f"this is not a setting{hint} There are: {', '.join(fields)}."
                 self.refuse(child, (*keys, key), words)
         return values
 

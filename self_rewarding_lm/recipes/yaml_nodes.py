@@ -94,7 +94,7 @@ def parse_yaml(text: str, source: str, folder: Path, *, lines: bool = True) -> N
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         words = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        raise ConfigError(f"{place(mark)}: this is no YAML: {words}.") from error
+        raise ConfigError(f"{place(mark)}: this is not valid YAML: {words}.") from error
     except RecursionError as error:
         raise _too_deep(source) from error
     if top is None:
@@ -182,7 +182,7 @@ def _mapping(
             raise ConfigError(f"{where}: a key must be a word; got a {key.id}.")
         if name in values:
             raise ConfigError(
-                f"{where}: the key {name!r} is there twice (also {values[name].place})."
+                f"{where}: the key {name!r} appears twice (also at {values[name].place})."
             )
         node = _node(child, place, folder, above)
         values[name] = Node(node.value, where, folder)  # errors name the line of the key

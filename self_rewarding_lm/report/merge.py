@@ -30,8 +30,8 @@ def merge_stage(run: Run, stage: str, folder: Path, *, torch_dtype: str | None =
     file = run.weights(stage)
     if file.name != ADAPTER_FILE:
         raise StoreError(
-            f"stage {stage!r} of {run.folder} has no adapter that could be merged: {file.parent} "
-            "holds all weights already, with what belongs to them."
+            f"stage {stage!r} of {run.folder} has no adapter to merge: {file.parent} already holds "
+            "all weights and what goes with them."
         )
     model, _ = load_causal_lm(file.parent, torch_dtype=torch_dtype)
 

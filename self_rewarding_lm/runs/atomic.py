@@ -17,13 +17,13 @@ LEDGER = "files.json"
 
 
 GOES_ON = (
-    "What was written before is complete and is kept; remove the cause (room on the disk, a folder "
-    "that can be written to) and start the run again: it resumes from there."
+    "What was written before is complete and is kept; fix the cause (such as a full disk, or a "
+    "folder that cannot be written to) and start the run again: it resumes from there."
 )
 """What to do when a file of a run cannot be written."""
 
 
-OTHER_PLACE = "Give it another place, or mend the cause (room, a folder that can be written to)."
+OTHER_PLACE = "Choose another place, or fix the cause (a full disk, a folder without write access)."
 """What to do when a file that is no part of a run cannot be written."""
 
 

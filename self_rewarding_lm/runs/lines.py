@@ -217,8 +217,8 @@ def json_of(line: bytes, path: Path, number: Callable[[], int]) -> dict[str, Any
         return values
     except (ValueError, RecursionError) as error:
         raise StoreError(
-            f"{path}, line {number()}, is no JSON object: {error}. The file was changed or "
-            "damaged; delete it to have its records made again."
+            f"{path}, line {number()}, is not a JSON object: {error}. The file was changed "
+            "or damaged; delete it to have its records made again."
         ) from error
 
 

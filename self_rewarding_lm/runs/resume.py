@@ -167,10 +167,10 @@ def _check_settings(
             else _difference(before, after)
         )
         raise RunMismatchError(
-            f"the run in {folder} has begun stage {name!r} with other settings than now:\n"
+            f"the run in {folder} began stage {name!r} with settings other than the present ones:\n"
             f"{difference}\n"
-            f"Use the earlier settings to go on; or {other_folder()}; or delete the "
-            f"folder {folder / name} (and those of later stages) to do it again from there; or "
+            f"Use the earlier settings to continue; or {other_folder()}; or delete the "
+            f"folder {folder / name} (and those of later stages) to redo it from there; or "
             f"{_anew()}."
         )
 
@@ -185,12 +185,12 @@ def _check_first_weights(first: Path, before: dict[str, Any], now: dict[str, Any
     if not has_begun or before["hash"] == now["hash"]:
         return
     words = (
-        f"the first stage in {first} was begun with other weights (hash {before['hash']}) than the "
-        f"model has now ({now['hash']})"
+        f"the first stage in {first} began with weights (hash {before['hash']}) other than the "
+        f"model's present ones ({now['hash']})"
     )
     if any((*first.glob("candidates*.jsonl"), *first.glob("reference*.jsonl"))):
         raise RunMismatchError(
-            f"{words}, and holds what those weights gave. Start with the same weights (for a "
+            f"{words}, and its files come from the former. Start with the same weights (for a "
             "random model: the same torch.manual_seed; after an interruption: a fresh model), or "
             f"{_anew()}."
         )

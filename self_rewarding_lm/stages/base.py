@@ -97,7 +97,7 @@ class TrainingConfig(FinetuneConfig):
         if not any(p.requires_grad for p in ctx.model.module.parameters()):
             raise ConfigError(
                 f"{ctx.stage}: no weight of the model requires a gradient, so nothing can be "
-                "trained. Call requires_grad_(True) on what shall be."
+                "trained. Call requires_grad_(True) on the weights to train."
             )
         for rows in ctx.rows.values():
             check_rows(rows, self.on_bad_row, lambda row, where: self.check_row(row, where, ctx))

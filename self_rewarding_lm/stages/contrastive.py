@@ -173,8 +173,8 @@ def comes_from_data(prompt: Prompt, tokens: Tokens) -> bool:
             if tokens.prompt(fill([(prompt.text, is_data)])).ids == prompt.ids:
                 return is_data
     raise DataError(
-        f"prompt {prompt.id}: a contrast is a text, so it can be put to a text or to messages; "
-        "this prompt is token ids. Give it as a text, or leave it out "
+        f"prompt {prompt.id}: a contrast is text, so it can only be added to text or messages; "
+        "this prompt is token ids. Give it as text, or leave it out "
         f"({setting('on_bad_row', 'skip')})."
     )
 
@@ -443,8 +443,8 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
             if isinstance(name, str) and name not in GROUPS:
                 hint = did_you_mean(name, GROUPS)
                 raise ValueError(
-                    f"{name!r} is no group of contrasts{hint} There are {', '.join(GROUPS)}, and "
-                    "Contrast(positive=..., negative=...) for your own"
+                    f"{name!r} is not a group of contrasts{hint} There are {', '.join(GROUPS)}, "
+                    "and Contrast(positive=..., negative=...) for your own"
                 )
         return contrasts
 
@@ -457,8 +457,8 @@ class ContrastiveDPOConfig(SelfRewardDPOConfig):
             )
         if self.generation.temperature == 0:
             raise ValueError(
-                "generation.temperature must be over 0: with the likeliest token everywhere both "
-                "sides of a contrast often give the same text, and such pairs are left out"
+                "generation.temperature must be above 0: at 0 both sides of a contrast often give "
+                "the same text, and such pairs are left out"
             )
         for_judges = [name for name in self.of_judges if getattr(self, name) is not None]
         for_judges += ["min_margin"] if self.min_margin else []

@@ -258,7 +258,7 @@ class SelfRewardGRPOConfig(SelfRewardDPOConfig):
             return self
         if self.comparison is None or self.judge is not None:
             raise ValueError(
-                "length_window and judge_reward are of comparisons; give comparison, and no judge"
+                "length_window and judge_reward need comparisons; give comparison, and no judge"
             )
         if not self.judge_reward:
             return self
@@ -279,15 +279,15 @@ class SelfRewardGRPOConfig(SelfRewardDPOConfig):
     def _no_pairs(self) -> "SelfRewardGRPOConfig":
         refused = [name for name in self.unused if name in self.model_fields_set]
         if refused:
-            raise ValueError(f"{', '.join(refused)}: a setting of pairs, and this stage makes none")
+            raise ValueError(f"{', '.join(refused)}: for pairs only, and this stage makes none")
         if "reference" not in self.model_fields_set:
             return self
         if self.beta == 0:
             raise ValueError("beta is 0, so no reference is read; give a beta, or no reference")
         if not isinstance(self.reference, str) or self.reference == NO_REFERENCE:
             raise ValueError(
-                "reference must be 'start', 'round', 'initial', the name of an earlier stage or a "
-                f"path, whose weights do not move; got {self.reference!r}"
+                "reference must have fixed weights: 'start', 'round', 'initial', the name of an "
+                f"earlier stage or a path; got {self.reference!r}"
             )
         return self
 

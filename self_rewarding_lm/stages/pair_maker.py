@@ -675,8 +675,8 @@ class PairMaker:
         text = function(candidate.text)
         if not isinstance(text, str):
             raise ConfigError(
-                f"{self.ctx.stage}: postprocess_response must return the text that judges shall "
-                f"see; got {type(text).__name__} for {candidate.text[:200]!r}."
+                f"{self.ctx.stage}: postprocess_response must return the text that judges are "
+                f"to see; got {type(text).__name__} for {candidate.text[:200]!r}."
             )
         if text == candidate.text:
             return candidate

@@ -148,12 +148,12 @@ def _in_words(error: Exception, stage: str, folder: str) -> SelfRewardingError:
         assert isinstance(error, SelfRewardingError)
         return error
     without = said("rehearse=False", "--no-rehearsal of `run`")
-    end = f"(Rehearsal of stage {stage!r}: nothing was begun. {without} leaves it out.)"
+    end = f"(Rehearsal of stage {stage!r}: nothing was started. {without} skips it.)"
     if isinstance(error, SelfRewardingError):
         return type(error)(f"{words}\n{end}")
     return RehearsalError(
         f"a function, module or object that the stage was given raised {type(error).__name__}: "
-        f"{words}. Its traceback stands above.\n{end}"
+        f"{words}. Its traceback is above.\n{end}"
     )
 
 

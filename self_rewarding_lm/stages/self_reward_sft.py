@@ -63,7 +63,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
     def _no_pairs(self) -> "SelfRewardSFTConfig":
         refused = [name for name in self.unused if name in self.model_fields_set]
         if refused:
-            raise ValueError(f"{', '.join(refused)}: a setting of pairs, and this stage makes none")
+            raise ValueError(f"{', '.join(refused)}: for pairs only, and this stage makes none")
         return self
 
     @property

@@ -119,7 +119,7 @@ def _function_of(name: Any) -> PairLoss:
     if callable(function):
         return function  # type: ignore[return-value]
     raise ConfigError(
-        f"{name!r} is no loss{did_you_mean(name, PAIR_LOSSES)} There are: "
+        f"{name!r} is not a loss{did_you_mean(name, PAIR_LOSSES)} There are: "
         f"{', '.join(PAIR_LOSSES)}; or give a function (PairBatch, its parameters by name) -> a "
         "number per pair."
     )

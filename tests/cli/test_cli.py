@@ -224,7 +224,7 @@ def test_check_names_the_stage_whose_function_raises_and_run_does_not_begin(fold
         told = capsys.readouterr()
         assert told.out == ""
         assert "raised ZeroDivisionError: division by zero" in told.err
-        assert "(Rehearsal of stage 'm2': nothing was begun." in told.err
+        assert "(Rehearsal of stage 'm2': nothing was started." in told.err
     assert not list((folder / "run").glob("*/*"))
 
 
@@ -309,7 +309,7 @@ def test_an_error_is_one_message_without_a_traceback(folder, capsys):
     [
         (["run", "nothing.yaml"], "nothing.yaml cannot be read"),
         (["run", "--set", "seed"], "--set takes KEY=VALUE, such as paper.batch_size=8; got 'seed'"),
-        (["run", "--set", "seed=[1"], "--set seed: this is no YAML"),
+        (["run", "--set", "seed=[1"], "--set seed: this is not valid YAML"),
         (["show", "nothing"], "nothing holds no run"),
         (["export", "nothing", "--stage", "m2", "--to", "x.jsonl"], "nothing holds no run"),
         (["plan", "nothing.yaml"], "nothing.yaml cannot be read"),

@@ -44,7 +44,7 @@ def test_an_unknown_flag_is_named_with_the_one_that_was_meant(capsys):
 
 
 def test_an_unknown_command_is_named_with_the_one_that_was_meant(capsys):
-    assert "'runn' is no command; did you mean 'run'? There are: init, preview, run," in usage(
+    assert "'runn' is not a command; did you mean 'run'? There are: init, preview, run," in usage(
         capsys, "runn"
     )
 
@@ -53,17 +53,17 @@ def test_a_recipe_with_anothers_word_for_a_setting_is_told_ours(tmp_path, capsys
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: org/m0\nlora: {r: 8}\nprompts: p.jsonl\nxyz: 1\npaper: {}\n")
     words = refused(capsys, "run", str(recipe))
-    assert "line 2: lora: this is no setting; did you mean 'peft'? There are: model," in words
-    assert "line 3: prompts: this is no setting; it stands below `paper`. There are:" in words
-    assert "line 4: xyz: this is no setting. There are: model," in words
+    assert "line 2: lora: this is not a setting; did you mean 'peft'? There are: model," in words
+    assert "line 3: prompts: this is not a setting; it stands below `paper`. There are:" in words
+    assert "line 4: xyz: this is not a setting. There are: model," in words
 
 
 @pytest.mark.parametrize(
     "template, words",
     [
         ("{{ prompt }}", "it has no {{ response }}"),
-        ("{{ prompt }} {{ response }} {{ score }}", "nothing is put in for {{ score }}"),
-        ("{{ prompt }} {{ response }", "no valid jinja2 template"),
+        ("{{ prompt }} {{ response }} {{ score }}", "there is no value for {{ score }}"),
+        ("{{ prompt }} {{ response }", "not a valid jinja2 template"),
     ],
 )
 def test_a_wrong_judge_prompt_is_told_with_its_line_before_the_model_is_looked_for(

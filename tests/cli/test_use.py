@@ -107,7 +107,7 @@ def test_what_cannot_be_merged_is_said_and_nothing_is_written(adapted, base, tmp
         base, finetune_configs=[sft("all", 1e-3)], checkpoints_folder=whole, quiet=True
     )(rehearse=False)
     told = refused(capsys, "merge", whole, tmp_path / "m")
-    assert "stage 'all'" in told and "has no adapter that could be merged" in told
+    assert "stage 'all'" in told and "has no adapter to merge" in told
     assert str(whole / "01-all" / "model") in told
     assert "the run has no stage 'm9'" in refused(capsys, "merge", f"{adapted}:m9", tmp_path / "m")
     assert "holds no run" in refused(capsys, "merge", base, tmp_path / "m")

@@ -134,7 +134,7 @@ def test_a_name_that_is_none_is_refused_with_the_names_there_are():
 
 
 def test_text_that_is_no_jinja_is_refused():
-    with pytest.raises(ConfigError, match="no valid jinja2"):
+    with pytest.raises(ConfigError, match="not a valid jinja2"):
         renderer("{% for message in messages %}{{ message }}")
 
 

@@ -199,10 +199,10 @@ def test_dollys_context_follows_its_instruction():
 REFUSED = {
     "an image": ({"images": ["a.png"]}, r"has 'images', which the model does not read"),
     "a sound": ({"audio": {"path": "a.wav"}}, r"has 'audio'"),
-    "label": ({"label": False}, "label False: its completion is not wanted"),
-    "weight": ({"weight": 0}, "the weight 0: supervised rows all count alike"),
+    "label": ({"label": False}, "label False: its completion is unwanted"),
+    "weight": ({"weight": 0}, "the weight 0, but all supervised rows count equally"),
     "half a weight": ({"weight": 0.5}, r"the weight 0\.5"),
-    "tools": ({"tools": "[{"}, "'tools' is no JSON"),
+    "tools": ({"tools": "[{"}, "'tools' is not valid JSON"),
     "tools in words": ({"tools": ["weather"]}, "'tools' must be a list of dicts"),
     "history": ({"history": ["Hi"]}, r"history is a list of \[question, answer\]"),
     "system": ({"system": 3}, "'system' must be a text"),

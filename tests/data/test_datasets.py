@@ -154,9 +154,9 @@ def test_a_file_of_each_kind_holds_the_same_rows(suffix, tmp_path):
     [
         ("rows.jsonl.gz", b"no gzip", "cannot be unpacked by gzip"),
         ("rows.json.gz", gzip.compress(b"[1, 2]", mtime=0)[:-6], "cannot be unpacked by gzip"),
-        ("rows.parquet", b"no parquet", "is no parquet file"),
+        ("rows.parquet", b"no parquet", "is not a parquet file"),
         ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"A file of one row a line is named \.jsonl"),
-        ("rows.json", b'"\xff"', "is no JSON"),
+        ("rows.json", b'"\xff"', "is not valid JSON"),
     ],
 )
 def test_a_file_that_is_damaged_as_a_whole_is_an_error(name, content, words, tmp_path):
@@ -299,7 +299,9 @@ def test_a_bad_line_of_a_file_is_named_by_its_number(tmp_path):
     rows = opened([str(path), path])
     assert [rows.read(i) for i in (0, 2, 4, 6)] == [{"prompt": "a"}, {"prompt": "c"}] * 2
     for index, line in ((1, 2), (3, 4), (5, 2), (7, 4)):
-        with pytest.raises(DataError, match=rf"{re.escape(str(path))}, line {line}, is no JSON"):
+        with pytest.raises(
+            DataError, match=rf"{re.escape(str(path))}, line {line}, is not valid JSON"
+        ):
             rows.read(index)
 
 
@@ -315,7 +317,7 @@ def test_lines_that_are_no_json_are_looked_at_before_the_run_however_far_they_ar
 
 def test_a_json_file_that_is_no_json_or_no_list_is_an_error(tmp_path):
     path = tmp_path / "rows.json"
-    for content, words in (("[1, ", "is no JSON"), ('{"prompt": "a"}', "must hold a list")):
+    for content, words in (("[1, ", "is not valid JSON"), ('{"prompt": "a"}', "must hold a list")):
         path.write_text(content)
         with pytest.raises(DataError, match=words):
             len(opened(path))

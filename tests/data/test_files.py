@@ -91,8 +91,8 @@ def test_a_csv_file_has_texts_by_column(tmp_path):
         (b"a,a\n1,2\n", "each once; it is 'a,a'"),
         (b"a,b\n1,2\n3\n", "line 3: the row has 1 field, and the first line names 2"),
         (b"a,b\n1,2,3\n", "line 2: the row has 3 fields"),
-        (b"a\n\xff\n", "no CSV in UTF-8"),
-        (b'a\n"b\n', "no CSV in UTF-8: unexpected end of data"),
+        (b"a\n\xff\n", "is not valid CSV in UTF-8"),
+        (b'a\n"b\n', "not valid CSV in UTF-8: unexpected end of data"),
     ],
 )
 def test_a_csv_file_that_is_none_is_an_error(content, words, tmp_path):
@@ -188,5 +188,5 @@ def test_brackets_without_end_are_no_json(tmp_path):
         UnreadableLine,
     ]
     (tmp_path / "rows.json").write_text("[" * 200_000)
-    with pytest.raises(DataError, match="is no JSON"):
+    with pytest.raises(DataError, match="is not valid JSON"):
         read_rows(tmp_path / "rows.json", "data")

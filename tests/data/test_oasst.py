@@ -259,7 +259,7 @@ def test_a_packed_file_holds_the_same_trees(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"prompt": ', "is no JSON"),
+        ('{"prompt": ', "is not valid JSON"),
         ('"a"', "a message tree is"),
         ('{"message_tree_id": "t"}', "a message tree is"),
         (json.dumps(asked("q")), r"a single message; take the file \*\.trees\.jsonl"),

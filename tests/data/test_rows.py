@@ -417,7 +417,7 @@ def test_messages_that_are_no_answered_prompt_are_an_error(row, words):
 def test_a_prompt_that_renders_otherwise_once_it_is_answered_is_an_error():
     longer = "{% if messages | length > 1 %}x{% endif %}" + TEMPLATE
     tokens = Tokens(TOKENIZER, eos_id=EOS, vocab=30, chat_template=longer)
-    with pytest.raises(DataError, match=r"row 17.*generated from would not be what is trained on"):
+    with pytest.raises(DataError, match=r"row 17.*generate from one text and train on another"):
         training_row({"prompt": "b", "completion": "c"}, "row 17", tokens)
 
 

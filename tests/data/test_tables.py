@@ -116,7 +116,7 @@ def test_a_recipe_whose_hub_is_not_reached_is_refused_with_the_line(tmp_path):
         "model: org/m0\nstages:\n  - stage: sft\n    train_dataset: {hub: no/where, splt: test}\n"
     )
     with pytest.raises(
-        ConfigError, match=r"line 4: .*splt: this is no setting; did you mean 'split'"
+        ConfigError, match=r"line 4: .*splt: this is not a setting; did you mean 'split'"
     ):
         read_recipe(parse_yaml(text, "recipe.yaml", tmp_path))
 

@@ -75,7 +75,7 @@ def test_a_template_that_wants_parts_is_given_them(template):
 
 @pytest.mark.parametrize("template", ["<|im_start|><|im_end|>", "{{ messages[0].content }}: "])
 def test_a_template_that_shows_nothing_of_a_message_is_refused_when_it_is_opened(template):
-    with pytest.raises(ConfigError, match=r"does not show what messages say: of 'A question\.'"):
+    with pytest.raises(ConfigError, match=r"what messages say: it renders 'A question\.'"):
         opened(template)
     assert opened(template, chat_template="raw").prompt("Who?").ids
     assert opened(template, chat_template="chatml").prompt("Who?").ids

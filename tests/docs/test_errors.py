@@ -287,12 +287,12 @@ def negative_temperature(folder):
     return lambda: SamplingConfig(temperature=-0.7)
 
 
-@mistake("configuration", "An optimiser that there is not")
+@mistake("configuration", "An unknown optimiser")
 def unknown_optimizer(folder):
     return lambda: OptimConfig(optimizer="adam")
 
 
-@mistake("configuration", "A group of contrasts that there is not")
+@mistake("configuration", "An unknown group of contrasts")
 def unknown_contrast(folder):
     return lambda: ContrastiveDPOConfig(prompt_dataset=PROMPTS, contrasts=("harmles",))
 
@@ -353,12 +353,12 @@ def candidates_of_no_run(folder):
     return lambda: trainer(folder, stage)
 
 
-@mistake("configuration", "The data of a stage that there is not")
+@mistake("configuration", "The data of an unknown stage")
 def from_no_stage(folder):
     return lambda: trainer(folder, sft(), DPOConfig(train_dataset=from_stage("self_reward")))
 
 
-@mistake("configuration", "A reward prompt's name that there is not")
+@mistake("configuration", "An unknown reward prompt")
 def unknown_reward_prompt(folder):
     return lambda: trainer(folder, rewarded(self_reward_config_keyname="strict"))
 
@@ -381,7 +381,7 @@ def missing_tracker(folder):
     return lambda: trainer(folder, sft(), report_to="aim")
 
 
-@mistake("configuration", "A tracker that there is not")
+@mistake("configuration", "An unknown tracker")
 def unknown_tracker(folder):
     return lambda: trainer(folder, sft(), report_to=["weights"])
 
@@ -449,7 +449,7 @@ def unknown_spin_key(folder):
     )
 
 
-@mistake("configuration", "An early stopper that is no function")
+@mistake("configuration", "An early stopper that is not a function")
 def no_stopper(folder):
     return lambda: trainer(folder, sft(early_stopper_eval_module="accuracy"))
 
@@ -478,7 +478,7 @@ def recipe_aliases(folder):
     return lambda: recipe(folder, "\n".join(lines))
 
 
-@mistake("configuration", "A recipe that is no YAML")
+@mistake("configuration", "A recipe that is not valid YAML")
 def recipe_no_yaml(folder):
     return lambda: recipe(folder, "model: m0\nstages: [sft\n")
 
@@ -532,7 +532,7 @@ def ragged_csv(folder):
     return lambda: trainer(folder, sft(train_dataset=path))
 
 
-@mistake("data", "A line that is no JSON")
+@mistake("data", "A line that is not valid JSON")
 def torn_line(folder):
     path = file(folder, "rows.jsonl", json.dumps(ROWS[0]) + '\n{"prompt": "say\n')
     return lambda: trainer(folder, sft(train_dataset=path))
@@ -866,7 +866,7 @@ def gguf_in_four_bits(folder):
     return made
 
 
-@mistake("model", "A loss that is no number (rehearsal)")
+@mistake("model", "A loss that is not a number (rehearsal)")
 def not_a_number(folder):
     return trainer(folder, sft(), model=NoNumbers())
 
@@ -971,12 +971,12 @@ def decode_raises(folder):
     return trainer(folder, external(len_of), tokenizer_decode=lambda ids: ids.item())
 
 
-@mistake("tokenizer", "A chat template's name that there is not")
+@mistake("tokenizer", "An unknown name of a chat template")
 def unknown_template(folder):
     return lambda: trainer(folder, sft(), chat_template="lama3")
 
 
-@mistake("tokenizer", "A chat template that is no template")
+@mistake("tokenizer", "A chat template that is not valid")
 def broken_template(folder):
     return lambda: trainer(folder, sft(), chat_template="{% for m in messages %}{{ m }}")
 
@@ -993,7 +993,7 @@ def blind_template(folder):
     return lambda: trainer(folder, sft(), chat_template=template)
 
 
-@mistake("tokenizer", "A chat template whose prompt is no beginning of the answered one")
+@mistake("tokenizer", "A chat template that changes a prompt once it is answered")
 def no_beginning(folder):
     template = (
         "{% if add_generation_prompt %}q: {% else %}done: {% endif %}"
@@ -1030,7 +1030,7 @@ def unknown_field(folder):
     return lambda: trainer(folder, rewarded(), self_reward_prompt_config=reward)
 
 
-@mistake("judge", "A reward prompt that is no template")
+@mistake("judge", "A reward prompt that is not a valid template")
 def reward_no_template(folder):
     reward = REWARD.model_copy(update={"prompt_template": "{{ prompt } {{ response }}"})
     return lambda: trainer(folder, rewarded(), self_reward_prompt_config=reward)
@@ -1097,7 +1097,7 @@ def comparison_without_room(folder):
     return lambda: trainer(folder, stage)
 
 
-@mistake("judge", "Votes over a kind of answer that there is not")
+@mistake("judge", "Votes over an unknown kind of answer")
 def unknown_extractor(folder):
     return lambda: VoteJudge("letters")
 
@@ -1112,7 +1112,7 @@ def shuffle_of_nobody(folder):
     return lambda: trainer(folder, external(EnsembleJudge([ShuffledJudge()])))
 
 
-@mistake("judge", "Implicit rewards relative to a stage that there is not")
+@mistake("judge", "Implicit rewards relative to an unknown stage")
 def implicit_without_weights(folder):
     return lambda: trainer(folder, external(ImplicitJudge(reference="m1")))
 
@@ -1139,7 +1139,7 @@ def held_out_without_response(folder):
     return lambda: trainer(folder, sft(early_stopper_eval_module=HeldOutReward(PROMPTS, reward)))
 
 
-@mistake("judge", "A verifier that is no function")
+@mistake("judge", "A verifier that is not a function")
 def verifier_no_function(folder):
     return lambda: VerifierAccuracy(PROMPTS, "exact_match")
 
@@ -1168,7 +1168,7 @@ def no_judge(folder):
     return lambda: trainer(folder, rewarded(judge="gpt"))
 
 
-@mistake("judge", "A reward_model that is no function")
+@mistake("judge", "A reward_model that is not a function")
 def no_reward_model(folder):
     return lambda: trainer(folder, external("length"))
 
@@ -1241,7 +1241,7 @@ def no_optimiser(folder):
     return trainer(folder, sft(optim=optim))
 
 
-@mistake("judge", "New prompts from a model that there is not")
+@mistake("judge", "New prompts from an unknown model")
 def no_writer(folder):
     prompts = SelfInstruct(seed_dataset=PROMPTS, num_prompts=4, model=7)
     return lambda: trainer(folder, rewarded(prompt_dataset=prompts))

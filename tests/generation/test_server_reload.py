@@ -187,8 +187,8 @@ def test_a_command_that_the_server_refuses_is_an_error_with_its_words_and_its_lo
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"launch": PROGRAM, "reload": "vllm"}, "--enable-sleep-mode; it is missing"),
-        ({"launch": PROGRAM, "reload": "sglang"}, "--enable-memory-saver; it is missing"),
+        ({"launch": PROGRAM, "reload": "vllm"}, "--enable-sleep-mode, which is missing"),
+        ({"launch": PROGRAM, "reload": "sglang"}, "--enable-memory-saver, which is missing"),
         ({"url": "http://127.0.0.1:9", "reload": "vllm"}, "give launch= in place of url="),
         ({"url": "http://127.0.0.1:9", "offload": True}, "give launch= in place of url="),
     ],

@@ -358,7 +358,7 @@ def test_no_columns_are_given_to_a_function_that_takes_none():
 def test_a_function_that_takes_no_completions_by_that_name_is_refused():
     others = (lambda prompts, texts: [1.0], lambda p, c: [1.0], lambda completions: [1.0], len, max)
     for function in others:
-        with pytest.raises(JudgeError, match="by the names prompts and completions"):
+        with pytest.raises(JudgeError, match="have arguments named prompts and completions"):
             FunctionJudge(function)
 
 
@@ -518,7 +518,7 @@ def test_a_reward_that_is_no_number_is_refused(output, words):
 @pytest.mark.parametrize("responses", [["b", "c"], ["b", "bcd"], ["", "b"]], ids=str)
 def test_a_score_for_each_token_is_not_taken_for_classes(responses):
     judge = ModuleJudge(lambda ids: ids.double())
-    with pytest.raises(JudgeError, match=r"one for each token. Let it give the one at"):
+    with pytest.raises(JudgeError, match=r"one for each token. Return the one at"):
         list(judge.judge(judging_context(), *asked(("a", responses))))
 
 

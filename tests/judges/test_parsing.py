@@ -512,8 +512,8 @@ def test_without_auto_dedent_the_template_stands_as_it_is():
         ("Rate {{ prompt }}", "It has: {{ prompt }}"),
         ("Rate it", "It has: none"),
         ("{{ prompt }} {{ response }} {{ rubric }}", "{{ rubric }}"),
-        ("{{ prompt }} {{ response", "no valid jinja2"),
-        ("{% if %} {{ prompt }} {{ response }}", "no valid jinja2"),
+        ("{{ prompt }} {{ response", "not a valid jinja2"),
+        ("{% if %} {{ prompt }} {{ response }}", "not a valid jinja2"),
     ],
 )
 def test_a_prompt_template_without_its_two_variables_is_a_config_error(template, words):
@@ -530,7 +530,7 @@ def test_a_prompt_template_without_its_two_variables_is_a_config_error(template,
         ("Score: {{ reward }} {{ scale }}", "{{ scale }}"),
         ("Score: {{ reward }} or {{ reward }}", "once"),
         ("Score: {{ reward|int }}", "plain text"),
-        ("Score: {{ reward", "no valid jinja2"),
+        ("Score: {{ reward", "not a valid jinja2"),
     ],
 )
 def test_a_reward_template_without_its_one_variable_is_a_config_error(template, words):
@@ -862,7 +862,7 @@ def test_the_numbers_that_may_be_expected():
     ("fields", "words"),
     [
         ({}, "allowed_scores, or a score_range"),
-        ({"score_range": (0.2, 1.4)}, "two at least"),
+        ({"score_range": (0.2, 1.4)}, "at least two"),
         ({"score_range": (0, 1e6)}, "more than 1001 whole numbers"),
         ({"score_range": (0, 5), "parse_reward": float}, "parse_reward"),
     ],

@@ -189,7 +189,7 @@ def test_kept_weights_that_were_cut_are_made_again(once):
 def test_a_kept_folder_that_cannot_be_opened_is_named(kind, name, once):
     damaged = kept(once)[kind] / name
     damaged.write_bytes(b"x" * damaged.stat().st_size)
-    with pytest.raises(StoreError, match=rf"m\.gguf was read before .*{kind}.*Delete that folder"):
+    with pytest.raises(StoreError, match=rf"copy of .*m\.gguf in .*{kind}.*delete it; it will"):
         load_causal_lm(once)
 
 
@@ -250,7 +250,7 @@ def test_a_plan_reads_the_configuration_once(file, unread):
 def test_four_bits_are_refused_whether_or_not_it_is_kept(file, monkeypatch):
     monkeypatch.setattr(loading, "_four_bit", object)
     for _ in range(2):
-        with pytest.raises(ConfigError, match="load_in_4bit does not go with a GGUF file"):
+        with pytest.raises(ConfigError, match="load_in_4bit cannot be used with the GGUF file"):
             load_causal_lm(file, load_in_4bit=True)
         load_causal_lm(file)
 

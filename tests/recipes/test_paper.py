@@ -187,9 +187,9 @@ def test_prompts_may_be_one_dataset_a_round_or_written_by_a_model():
         ({"prompts": (["a"],)}, "one dataset a round: the tuple has 1 for 2 rounds"),
         ({"iterations": -1}, "iterations must be 0 or more; got -1"),
         ({"num_generated_preference_pairs": ()}, "is empty"),
-        ({"sft": {"epochs": 1}}, "'epochs' is no setting"),
+        ({"sft": {"epochs": 1}}, "'epochs' is not a setting"),
         ({"sft": {"optim": {"batchsize": 1}}}, "did you mean 'batch_size'"),
-        ({"self_reward": {"beta": 1}}, "'beta' is no setting"),
+        ({"self_reward": {"beta": 1}}, "'beta' is not a setting"),
         ({"dpo_beta": 0.0}, "dpo_beta"),
     ],
 )

@@ -130,11 +130,11 @@ def test_words_and_numbers_are_read_as_yaml_1_2_does(text, value):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: 2\na: 3", r"x, line 3: the key 'a' is there twice \(also x, line 1\)"),
-        ("a:\n  - [1", "x, line 2: this is no YAML"),
-        ("a: *b", "x, line 1: this is no YAML: found undefined alias"),
+        ("a: 1\nb: 2\na: 3", r"x, line 3: the key 'a' appears twice \(also at x, line 1\)"),
+        ("a:\n  - [1", "x, line 2: this is not valid YAML"),
+        ("a: *b", "x, line 1: this is not valid YAML: found undefined alias"),
         ("a: &a\n  - *a", "x, line 1: an alias stands within what it names"),
-        ("a: 1\n---\nb: 2", "x, line 2: this is no YAML"),
+        ("a: 1\n---\nb: 2", "x, line 2: this is not valid YAML"),
         ("? [1]\n: 2", "x, line 1: a key must be a word; got a sequence"),
         ("a: !!python/object:os.system x", "x, line 1: 'x' cannot be read"),
         ("a:\n  <<: 1", "x, line 2: << takes a mapping"),
@@ -351,7 +351,7 @@ def test_marks_of_a_rubric_and_their_words(folder):
             '    reward_regex_template: "S: {{ reward }}"\n',
             "leave out",
         ),
-        ("score_mode: expected", "rubric: short", "'?rubric'?.*is no setting"),
+        ("score_mode: expected", "rubric: short", "'?rubric'?.*is not a setting"),
         (
             '    prompt_template: "{{ prompt }} {{ response }}"\n    score_mode',
             "    score_mode",
@@ -387,10 +387,10 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
     ("text", "problem"),
     [
         ("paper: {ift: ift.jsonl, prompts: prompts.jsonl}\n", "line 1: 'model' is required."),
-        (PAPER + "sed: 1\n", "line 5: sed: this is no setting; did you mean 'seed'? There are:"),
+        (PAPER + "sed: 1\n", "line 5: sed: this is not a setting; did you mean 'seed'? There are:"),
         (
             PAPER + "  iteration: 2\n",
-            "line 5: paper.iteration: this is no setting; did you mean 'iterations'?",
+            "line 5: paper.iteration: this is not a setting; did you mean 'iterations'?",
         ),
         (
             PAPER + "  sft:\n    optim:\n      schedule: cosin\n",
@@ -421,7 +421,7 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
             "line 5: reward_prompts.default.forced_ending: Input should be a valid boolean, unable "
             "to interpret input or 'at_once'; got 'maybe'.",
         ),
-        (PAPER + "peft: {rank: 4}\n", "line 5: peft.rank: this is no setting;"),
+        (PAPER + "peft: {rank: 4}\n", "line 5: peft.rank: this is not a setting;"),
         (PAPER + "peft: 4\n", "line 5: peft: this must be a mapping of settings; got 4."),
         (
             PAPER.replace("ift.jsonl", "if.jsonl"),
@@ -443,7 +443,7 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
         ),
         (
             PAPER.replace("ift.jsonl", "{open_assistant: trees.jsonl, part: ift, lange: en}"),
-            "line 3: paper.ift.lange: this is no setting; did you mean 'lang'?",
+            "line 3: paper.ift.lange: this is not a setting; did you mean 'lang'?",
         ),
         (
             PAPER.replace("ift.jsonl", "my_rewards:row"),
@@ -496,7 +496,7 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
             "model: m0\nstages:\n  - stage: self_reward\n    prompt_dataset: prompts.jsonl\n"
             "    self_reward_config_keyname: mine\n",
             "line 5: stages[0].self_reward_config_keyname: self_reward: self_reward_config_keyname "
-            "'mine' is none of the reward prompts: 'default'.",
+            "'mine' is not one of the reward prompts: 'default'.",
         ),
         (
             "model: m0\nstages:\n  - {stage: sft, name: a, train_dataset: ift.jsonl}\n"
@@ -518,11 +518,11 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
         ),
         (
             PAPER + "reward_prompts:\n  default:\n    prompt_template: x\n    rubric: paper\n",
-            "line 8: reward_prompts.default.rubric: this is no setting.",
+            "line 8: reward_prompts.default.rubric: this is not a setting.",
         ),
         (
             PAPER + "  positive_only: true\n  self_reward: {dpo_beta: 0.2}\n",
-            "line 6: paper.self_reward: dpo_beta: a setting of pairs, and this stage makes none.",
+            "line 6: paper.self_reward: dpo_beta: for pairs only, and this stage makes none.",
         ),
         (
             PAPER + "  self_reward: {reference: m9}\n",
@@ -589,7 +589,7 @@ def test_a_recipe_names_the_server_that_generates(folder):
         "command that starts one; both came."
     ]
     [unknown] = problems(folder, PAPER + "engine: {adress: a}\n")
-    assert unknown.startswith("line 5: engine.adress: this is no setting")
+    assert unknown.startswith("line 5: engine.adress: this is not a setting")
     [kind] = problems(folder, PAPER + "engine: vllm\n")
     assert "this must be a mapping of settings; got 'vllm'" in kind
 

@@ -163,7 +163,9 @@ def test_a_record_that_is_not_asked_for_is_not_parsed(tmp_path):
     assert list(stored.ids()) == [f"a/{i}" for i in range(1000)]
     assert stored[1] == stored[1:3][0] == candidate("a/1") and stored[-2] == candidate("a/998")
     assert Picked(stored, [500, 4])[0] == Groups(stored)["a/500"][0] == candidate("a/500")
-    with pytest.raises(StoreError, match=r"candidates\.jsonl, line 502, is no JSON.*delete it"):
+    with pytest.raises(
+        StoreError, match=r"candidates\.jsonl, line 502, is not a JSON object.*delete it"
+    ):
         stored[501]
     with pytest.raises(StoreError, match="line 1,"):
         list(stored)
@@ -304,5 +306,5 @@ def test_a_torn_line_longer_than_what_is_looked_through_at_once_is_cut_off(
 
 def test_brackets_without_end_are_a_damaged_record(tmp_path):
     (tmp_path / f"{KIND}.jsonl").write_text("[" * 200_000 + "\n")
-    with pytest.raises(StoreError, match="line 1, is no JSON"):
+    with pytest.raises(StoreError, match="line 1, is not a JSON object"):
         Stored(Candidate, tmp_path)

@@ -466,7 +466,7 @@ def test_a_prompt_without_room_for_its_contrast_is_dropped_and_counted(tmp_path)
     [
         (dict(contrasts=("helpfull",)), "did you mean 'helpful'"),
         (dict(contrasts=()), "at least 1"),
-        (dict(generation=SamplingConfig(temperature=0)), "temperature must be over 0"),
+        (dict(generation=SamplingConfig(temperature=0)), "temperature must be above 0"),
         (dict(num_candidate_responses=2), "one response on each side"),
         (dict(judge=object()), "no judge is asked with confirm='none'"),
         (dict(min_margin=1.0), "min_margin: no judge is asked"),
@@ -487,7 +487,7 @@ def test_contrasts_need_a_tokenizer_and_prompts_that_are_texts(tmp_path):
     with pytest.raises(ConfigError, match="contrasts are texts"):
         ids = dict(tokenizer_encode=None, tokenizer_decode=None)
         trainer_of(tmp_path, [stage(prompt_dataset=[[1, 2]])], **ids)
-    with pytest.raises(DataError, match="row 0: a contrast is a text"):
+    with pytest.raises(DataError, match="row 0: a contrast is text"):
         rows = [[TEXT_VOCAB - 1, 2]]  # an end token, which no text has
         trainer_of(tmp_path, [stage(prompt_dataset=rows)], eos_id=END)
 

@@ -523,11 +523,11 @@ def test_an_adapter_begins_each_round_at_the_ratio_1_whatever_its_own_dropout(tm
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(dpo_beta=0.1), "dpo_beta: a setting of pairs"),
-        (dict(num_generated_preference_pairs=3), "a setting of pairs"),
+        (dict(dpo_beta=0.1), "dpo_beta: for pairs only"),
+        (dict(num_generated_preference_pairs=3), "for pairs only"),
         (dict(reference="initial"), "beta is 0, so no reference is read"),
-        (dict(beta=0.1, reference="none"), "whose weights do not move"),
-        (dict(beta=0.1, reference=MixedReference()), "whose weights do not move"),
+        (dict(beta=0.1, reference="none"), "must have fixed weights"),
+        (dict(beta=0.1, reference=MixedReference()), "must have fixed weights"),
         (dict(clip_low=0.0), "clip_low"),
         (dict(judge_reward=True), "give comparison, and no judge"),
         (dict(length_window=0.2, judge=None), "give comparison, and no judge"),

@@ -191,7 +191,7 @@ def test_names_of_reward_prompts_are_different_and_at_least_one(names):
 
 def test_a_name_that_no_reward_prompt_has_is_refused_before_any_work(tmp_path):
     stages = [self_reward(self_reward_config_keyname=("default", "strict"))]
-    with pytest.raises(ConfigError, match="'strict' is none of the reward prompts"):
+    with pytest.raises(ConfigError, match="'strict' is not one of the reward prompts"):
         trainer_of(tmp_path, stages)
 
 

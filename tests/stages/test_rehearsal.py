@@ -290,7 +290,7 @@ def test_what_fails_late_fails_before_the_first_stage(what, tmp_path):
         trainer_of(tmp_path, [sft(), make().model_copy(update={"name": "last"})], model)()
     told = str(caught.value)
     if not isinstance(caught.value, ConfigError) or "Rehearsal" in told:
-        assert "(Rehearsal of stage 'last': nothing was begun." in told
+        assert "(Rehearsal of stage 'last': nothing was started." in told
     assert not list(tmp_path.rglob("*.json*"))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

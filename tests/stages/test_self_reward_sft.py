@@ -170,7 +170,7 @@ def test_without_any_top_score_the_error_says_what_to_do(tmp_path):
     "pairs_only", [{"dpo_beta": 0.2}, {"min_margin": 1.0}, {"pick_paired_rewards_fn": len}]
 )
 def test_settings_of_pairs_are_refused(pairs_only):
-    with pytest.raises(ConfigError, match="a setting of pairs, and this stage makes none"):
+    with pytest.raises(ConfigError, match="for pairs only, and this stage makes none"):
         stage(**pairs_only)
 
 

@@ -631,7 +631,7 @@ def json_is_yaml_and_says_the_same(recipe_yaml, value):
         try:
             recipe_yaml.parse_yaml(twice, "text", Path("."))
         except ConfigError as error:
-            assert f"line {len(value) + 1}: the key {next(iter(value))!r} is there twice" in str(
+            assert f"line {len(value) + 1}: the key {next(iter(value))!r} appears twice" in str(
                 error
             )
         else:

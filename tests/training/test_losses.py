@@ -417,17 +417,17 @@ def test_a_function_that_gives_no_number_per_pair_is_refused():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: LossConfig("dpoo"), "'dpoo' is no loss; did you mean 'dpo'?"),
+        (lambda: LossConfig("dpoo"), "'dpoo' is not a loss; did you mean 'dpo'?"),
         (lambda: LossConfig("dpo", betta=0.1), "did you mean 'beta'?"),
         (lambda: LossConfig("dpo", beta=0), "greater than 0"),
         (lambda: LossConfig("dpo", label_smoothing=0.5), "less than 0.5"),
         (lambda: LossConfig("ipo", over="tokens"), "'mean' or 'sum'"),
-        (lambda: LossConfig("nll", beta=0.1), "loss 'nll': 'beta' is no setting"),
+        (lambda: LossConfig("nll", beta=0.1), "loss 'nll': 'beta' is not a setting"),
         (lambda: LossConfig("dpo", weight=-1), "weight"),
         (lambda: losses_in([]), "empty"),
         (lambda: losses_in(["dpo", "nll"], 0.5), "nll_weight"),
         (lambda: losses_in({"weight": 2.0}), "'name'"),
-        (lambda: losses_in(7), "7 is no loss"),
+        (lambda: losses_in(7), "7 is not a loss"),
     ],
 )
 def test_a_choice_that_there_is_not_is_refused_with_what_there_is(make, words):

@@ -498,9 +498,9 @@ def refused_settings(
     values = {name: getattr(asked, name) for name in names}
     shown = ", ".join(f"{name}={value!r}" for name, value in values.items() if value)
     return ConfigError(
-        f"the server {client.url} answers no request with the sampling settings {shown} "
-        f"({answer.reason}): {answer.message[:500]}. Change them in the SamplingConfig, the "
-        "server's own limits in its command, or the request by extra=."
+        f"the server {client.url} refuses every request with the sampling settings {shown} "
+        f"({answer.reason}): {answer.message[:500]}. Change them in the SamplingConfig, or change "
+        "the server's own limits in its command or the request through extra=."
     )
 
 

@@ -39,8 +39,8 @@ class FolderServer:
         check_command(command)
         if reload is not None and reload.flag not in command:
             raise ConfigError(
-                f"with reload the server sleeps while the stage trains, for which its command "
-                f"needs {reload.flag}; it is missing in {command!r}. (A script of your own that "
+                f"with reload the server sleeps while the stage trains, so its command needs "
+                f"{reload.flag}, which is missing from {command!r}. (A script of your own that "
                 "starts the server can take it as an argument.)"
             )
         self.command, self.folder, self.model, self.api_key = command, folder, model, api_key

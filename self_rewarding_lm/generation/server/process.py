@@ -56,7 +56,7 @@ def check_command(command: str) -> None:
     if missing:
         raise ConfigError(
             f"launch is the command that serves a folder of weights, such as {EXAMPLE!r}; "
-            f"{' and '.join(missing)} is missing in {command!r}."
+            f"{command!r} lacks {' and '.join(missing)}."
         )
 
 

@@ -360,8 +360,8 @@ def _author(ctx: Context, settings: SelfInstruct) -> Author:
         unknown = ctx.run is not None and source not in known and not Path(str(source)).exists()
         if not isinstance(source, str) or unknown:
             raise ConfigError(
-                f"{ctx.stage}: SelfInstruct(model=...) is 'current', 'initial', the name of an "
-                f"earlier stage or a module; got {source!r:.100}."
+                f"{ctx.stage}: SelfInstruct(model=...) must be 'current', 'initial', the name of "
+                f"an earlier stage or a module; got {source!r:.100}."
             )
         return Author(ctx.model, ctx.tokens)
     # 2. another model, with its own tokenizer or the trained model's
