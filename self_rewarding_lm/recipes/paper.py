@@ -72,9 +72,9 @@ def paper_recipe(
     cosine (3.1.3). dpo_learning_rates: At the first and the last step of the rounds, cosine
     (3.1.3). sft_epochs: Passes over the rows of supervised stages. Default: the stage's, 3 (ours).
     dpo_epochs: Passes over the pairs of a round. Default: the stage's, 1 (ours). batch_size: Rows
-    or pairs of an optimiser step (3.1.3). dropout: Dropout in training (3.1.3). dpo_beta: beta of
-    DPO (3.1.3). early_stopper_eval_module: A module or function of the model -> one number, called
-    every eval_every steps of a round; training stops when it no longer rises. None: no early
+    or pairs of an optimiser step (3.1.3). dropout: In training (3.1.3), of adapters too. dpo_beta:
+    Of DPO (3.1.3). early_stopper_eval_module: A module or function of the model -> one number,
+    called every eval_every steps of a round; training stops when it no longer rises. None: no early
     stopping. The paper stopped by a judge's comparison on 253 prompts (3.1.3). eval_every: Steps
     between these checks (3.1.3). positive_only: In place of DPO, M0 is trained anew in each round,
     on the seed data and the
