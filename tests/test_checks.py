@@ -499,9 +499,9 @@ def test_comparisons_that_turn_with_the_order_are_seen_and_their_ties_not_blamed
         tally.position_agreement.add(agreed, compared)
         return tally
 
-    def see(tally: JudgeTally) -> str:
+    def see(tally: JudgeTally, action="error") -> str:
         checks = ChecksConfig(
-            follows_position=Check(action="error"), ties=Check(limit=0.5, action="error")
+            follows_position=Check(action=action), ties=Check(limit=0.5, action="error")
         )
         watcher = JudgeWatcher(Checker(checks, "dpo"), min_parse_rate=0.2)
         return watcher.see_scores(tally) or ""
@@ -510,6 +510,7 @@ def test_comparisons_that_turn_with_the_order_are_seen_and_their_ties_not_blamed
     assert "of 64 comparisons in both orders 9% have one verdict" in seen
     assert "(check follows_position: 0.09375, and at least 0.1 is expected" in seen
     assert "check ties" in see(tallied(7)) and "check ties" in see(tallied(0, 63))
+    assert "check ties" in see(tallied(0), action="off") and see(tallied(0), action="warn") == ""
 
 
 @pytest.mark.parametrize("prefers", ["the first shown", "the first sampled"])

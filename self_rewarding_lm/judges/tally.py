@@ -300,7 +300,8 @@ class JudgeWatcher:
             )
         agreed = metrics.get("judge/position_agreement", 1.0)
         compared = tally.position_agreement.whole
-        follows = agreed < self.checker.checks.of("follows_position")[0] and compared >= self.look
+        limit, action = self.checker.checks.of("follows_position")
+        follows = action != "off" and compared >= self.look and agreed < limit
         if failure is None and follows:
             failure = self.checker.failing(
                 "follows_position",
