@@ -694,7 +694,7 @@ def test_a_server_is_stopped_when_the_interpreter_ends(tmp_path):
 
 
 def test_a_command_must_have_places_for_checkpoint_and_port():
-    with pytest.raises(ConfigError, match=r"\{checkpoint\} is missing"):
+    with pytest.raises(ConfigError, match=r"lacks \{checkpoint\}"):
         ServerEngine(launch="vllm serve model --port {port}")
     with pytest.raises(ConfigError, match="cannot be started"):
         engine = ServerEngine(launch="no-such-program-at-all {checkpoint} {port}")

@@ -642,7 +642,7 @@ def test_from_stage_is_the_demonstrations_of_one_stage_and_the_pairs_of_another(
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        (dict(self_reward_config_keyname="other"), ConfigError, "'other' is none"),
+        (dict(self_reward_config_keyname="other"), ConfigError, "'other' is not one of"),
         (dict(ranked_dataset=[]), DataError, "empty"),
         (dict(ranked_dataset=[*RANKED, {"prompt": "p"}]), DataError, "row 3"),
         (dict(ranked_dataset=[{"prompt": "p", "replies": ["a"]}]), DataError, "at least two"),
