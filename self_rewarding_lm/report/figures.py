@@ -7,8 +7,8 @@ None or absent.
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from self_rewarding_lm.records import Candidate, Judgement, PreferencePair
 from self_rewarding_lm.runs.run import Run
+from self_rewarding_lm.runs.stored import Groups
 from self_rewarding_lm.scores import candidate_scores, exact, label_of
 
 BINS = 20
@@ -126,7 +127,7 @@ def run_figures(run: Run, label: str) -> RunFigures:
 
 
 def stage_figures(run: Run, name: str, *, records: bool = True) -> StageFigures:
-    """A stage's figures; records are read once, one by one, or not at all."""
+    """A stage's figures; records are read one by one, or not at all."""
     config = run.settings(name)
     state = "done" if run.is_done(name) else "not done" if config else "not begun"
     settings = config.get("settings") or {}
@@ -212,23 +213,24 @@ def _add_records(figures: StageFigures, run: Run) -> None:
     prompts, rows = run.prompts(name), run.rows(name)
     if len(prompts):
         counts["prompts"], tokens["prompts"] = len(prompts), sum(len(p.ids) for p in prompts)
-    candidates = run.candidates(name)
-    by_prompt: dict[str, list[Candidate]] = {}
+    candidates, samples = run.stage(name).stored(Candidate), run.stage(name).samples
+    prompt_ids: dict[str, None] = {}
     for candidate in candidates:
-        bare = replace(candidate, ids=(), text=None)
-        by_prompt.setdefault(candidate.prompt_id, []).append(bare)
-        if run.stage(name).samples:
+        prompt_ids[candidate.prompt_id] = None
+        if samples:
             tokens["sampled"] = tokens.get("sampled", 0) + len(candidate.ids)
     if len(candidates):
         counts["candidates"] = len(candidates)
-    _add_judgements(figures, run, by_prompt)
+    _add_judgements(figures, run, prompt_ids)
     pairs = run.pairs(name)
     if len(pairs):
         counts["pairs"] = len(pairs)
         lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
         if figures.margins is None:
-            ids = {candidate.id for group in by_prompt.values() for candidate in group}
-            figures.margins = _pair_margins(pair for pair in pairs if pair.chosen_id in ids)
+            by_id = Groups(candidates)
+            figures.margins = _pair_margins(
+                p for p in pairs if p.chosen_id and p.chosen_id in by_id
+            )
             figures.has_pair_margins = figures.margins is not None
         for side, of_side in zip(("chosen", "rejected"), zip(*lengths, strict=True), strict=True):
             figures.data[f"pairs/{side}_length"] = sum(of_side) / len(of_side)
@@ -241,29 +243,29 @@ def _add_records(figures: StageFigures, run: Run) -> None:
         counts["demonstrations"] = num_demonstrations
 
 
-def _add_judgements(
-    figures: StageFigures, run: Run, by_prompt: Mapping[str, Sequence[Candidate]]
-) -> None:
-    """Scores by judge; those of the stage's own by prompt too."""
+def _add_judgements(figures: StageFigures, run: Run, prompt_ids: Iterable[str]) -> None:
+    """Scores by judge; those of the stage's own by prompt too, read one prompt after the other."""
+    judgements = run.stage(figures.name).stored(Judgement)
     scores, characters, count = defaultdict[str, array](lambda: array("d")), 0, 0
-    prompt_of = {c.id: prompt_id for prompt_id, group in by_prompt.items() for c in group}
-    own: dict[str, list[Judgement]] = {}
-    for judgement in run.judgements(figures.name):
+    for judgement in judgements:
         count += 1
         characters += len(judgement.text or "")
-        is_own = label_of(judgement) is None
         if judgement.score is not None and math.isfinite(judgement.score):
+            is_own = label_of(judgement) is None
             scores["" if is_own else judgement.judge].append(judgement.score)
-        if is_own and (prompt_id := prompt_of.get(judgement.candidate_ids[0])) is not None:
-            own.setdefault(prompt_id, []).append(replace(judgement, text=None))
-    if count:
-        figures.counts["judgements"] = count
-        figures.tokens["judge_characters"] = characters
+    if not count:
+        return
+    figures.counts["judgements"] = count
+    figures.tokens["judge_characters"] = characters
     for judge in sorted(scores):
         if (bars := histogram(scores[judge])) is not None:
             figures.histograms[judge] = bars
-    for prompt_id, judgements in own.items():
-        of_prompt = candidate_scores(by_prompt[prompt_id], judgements).values()
+    candidates_of = Groups(run.stage(figures.name).stored(Candidate), lambda c: c.prompt_id)
+    judgements_of = Groups(judgements, lambda j: j.candidate_ids[0])
+    for prompt_id in prompt_ids:
+        group = candidates_of[prompt_id]
+        own = [j for c in group for j in judgements_of[c.id] if label_of(j) is None]
+        of_prompt = candidate_scores(group, own).values()
         known = [score for score in of_prompt if score is not None and math.isfinite(score)]
         if len(known) > 1:
             mean = math.fsum(known) / len(known)

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -30,7 +31,7 @@ from self_rewarding_lm.records import (
 from self_rewarding_lm.report import page
 from self_rewarding_lm.report.charts import bar_chart, line_chart, ticks
 from self_rewarding_lm.report.examples import parts_of
-from self_rewarding_lm.report.figures import histogram, run_figures, thinned
+from self_rewarding_lm.report.figures import histogram, run_figures, stage_figures, thinned
 from self_rewarding_lm.report.markup import safe, tag
 from self_rewarding_lm.report.page import report_at_end, write_report
 from self_rewarding_lm.report.terminal import stage_table
@@ -234,6 +235,24 @@ def test_margins_of_an_ensemble_are_those_of_its_pairs(tmp_path):
     [stage] = run_figures(made_run(tmp_path / "run", {"m": held}), "run").stages
     assert stage.prompt_scores == [] and stage.has_pair_margins
     assert (stage.margins.values, stage.margins.counts) == ((2.0, 4.0), (1, 1))
+
+
+def test_of_a_prompt_numbers_are_kept_and_no_records(tmp_path):
+    """Peaks of memory for 100 and for 500 prompts with eight candidates each, in bytes a prompt."""
+
+    def peak(count: int) -> int:
+        texts = [[f"{row} {k}" for k in range(8)] for row in range(count)]
+        scores = [[float(k) for k in range(8)] for _ in range(count)]
+        run = made_run(tmp_path / str(count), {"one": sampled("one", texts, scores)})
+        tracemalloc.start()
+        stage = stage_figures(run, run.stages[0])
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(stage.prompt_scores) == count
+        return used
+
+    peak(10)  # what is made once
+    assert (peak(500) - peak(100)) / 400 < 2000
 
 
 def test_the_page_begins_with_what_the_run_took_in_all(tmp_path):
