@@ -25,7 +25,7 @@ How well a model judges replies that people ranked:
 
 Ranked rows are Open Assistant trees, {prompt, chosen, rejected}, {prompt, replies}, {input,
 output_1, output_2, label}, or module:attribute. Intervals are 95 %, resampling whole trees or
-prompts; models that lie inside each other's intervals are not ranked. If no judgement has a score,
+prompts; models within each other's intervals cannot be told apart. If no judgement has a score,
 some of the judge's texts are shown and the exit status is 1.
 """
 
