@@ -6,6 +6,8 @@ row's own tokens, those that it has sampled. They are written in place, and lie 
 matrices read them: keys by their width, values by their tokens, and on a CPU without a gap, as it
 would copy all of a tensor with gaps for each product in a narrow type. So the memory of stems and
 rows is there as wide as their longest, in blocks of tokens; nothing is copied from token to token.
+Rows' own keys in a narrow type lie by their tokens on a CPU, as the left side of a product, which
+it does not bring into a layout of its own; a new key is then written in one piece.
 Knows tensors; nothing of models, tokens or sampling.
 
 Axes: h heads of queries, g heads of keys, n = h / g heads of queries that look at one head of keys,
@@ -194,14 +196,19 @@ class KeyValues:
         if number not in self.layers:
             sizes, heads = self.sizes, key.shape[1]
 
-            def zeros(tokens: int, *leading: int) -> tuple[Tensor, Tensor]:
-                keys = _zeros((*leading, key.shape[-1], tokens), dtype, self.device)
-                return keys, _zeros((*leading, tokens, value.shape[-1]), dtype, self.device)
+            def zeros(tokens: int, *leading: int, by_tokens: bool = False) -> Pair:
+                keys = (*leading, key.shape[-1], tokens)
+                values = (*leading, tokens, value.shape[-1])
+                return (
+                    _zeros_of_keys(keys, dtype, self.device, by_tokens=by_tokens),
+                    _zeros(values, dtype, self.device),
+                )
 
+            narrow_on_cpu = self.device.type == "cpu" and dtype.itemsize < 4
             self.layers[number] = _Layer(
                 root=zeros(sizes.root, heads),
                 stems=zeros(self._widths[0], sizes.stems, heads),
-                own=zeros(self._widths[1], sizes.rows, heads),
+                own=zeros(self._widths[1], sizes.rows, heads, by_tokens=narrow_on_cpu),
             )
         return self.layers[number]
 
@@ -220,8 +227,9 @@ def _resized(pair: Pair, tokens: int) -> Pair:
     keys, values = pair
     if keys.shape[-1] == tokens:
         return pair
+    shape, by_tokens = (*keys.shape[:-1], tokens), _lie_by_tokens(keys)
     resized = (
-        _zeros((*keys.shape[:-1], tokens), keys.dtype, keys.device),
+        _zeros_of_keys(shape, keys.dtype, keys.device, by_tokens=by_tokens),
         _zeros((*values.shape[:-2], tokens, values.shape[-1]), values.dtype, values.device),
     )
     kept = min(keys.shape[-1], tokens)
@@ -286,7 +294,7 @@ class _Step:
     columns: how many of the root, the stems and the rows' own tokens are looked at. stems,
     stem_lengths, lengths: as `KeyValues.at_step` takes them. ends (r,): the place of each row's new
     token. members (s, m): the rows of each stem, filled up with row 0, whose products are not read.
-    place: stem and place in it of each row, so that members[place] are all rows.
+    place (r,): of each row in the flattened members.
     """
 
     columns: tuple[int, int, int]
@@ -297,8 +305,8 @@ class _Step:
     rows: Tensor = field(init=False)
     ends: Tensor = field(init=False)
     members: Tensor = field(init=False)
-    place: tuple[Tensor, Tensor] = field(init=False)
-    masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
+    place: Tensor = field(init=False)
+    masks: dict[tuple, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         rows_of: list[list[int]] = [[] for _ in range(max(self.stems) + 1)]
@@ -312,10 +320,8 @@ class _Step:
         self.members = torch.tensor(
             [rows + [0] * (most - len(rows)) for rows in rows_of], device=self.device
         )
-        self.place = (
-            torch.tensor(self.stems, device=self.device),
-            torch.tensor(places, device=self.device),
-        )
+        flat = [stem * most + place for stem, place in zip(self.stems, places, strict=True)]
+        self.place = torch.tensor(flat, device=self.device)
 
     def attend(self, kept: _Layer, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         groups, count, stems = k.shape[0], k.shape[1], len(self.members)
@@ -328,13 +334,13 @@ class _Step:
         stem_keys, stem_values = _first((kept.stems[0][:stems], kept.stems[1][:stems]), stem)
         own_keys, own_values = _first((kept.own[0][:count], kept.own[1][:count]), own)
 
-        # 2. score root, stem and own tokens side by side, for one softmax over all of them
+        # 2. score root, stem and own tokens (r, g, n, t) side by side, for one softmax over them
         q = rearrange(q, "(g n) r d -> r g n d", g=groups)
-        scores = [self._times_stems(q, stem_keys), q @ own_keys]  # (r, g, n, t) each
+        scores = [self._times_stems(q, stem_keys), _times_own_keys(q, own_keys)]
         if root:
             scores.insert(0, _times_root(q, root_keys))
         joined = torch.cat(scores, dim=-1)  # (r, g, n, root + stem + own)
-        joined += self._mask(window, joined.dtype)[:, None, None]
+        joined += self._mask(window, joined.dtype, joined.shape[1:3])
         exact = torch.float32 if joined.dtype.itemsize < 4 else joined.dtype
         shares = torch.softmax(joined, dim=-1, dtype=exact).to(joined.dtype)
 
@@ -354,18 +360,22 @@ class _Step:
         """
         stems, members = self.members.shape
         _, groups, queries, _ = left.shape
-        grouped = left[self.members].transpose(1, 2)  # (s, g, m, n, a)
+        grouped = left.index_select(0, self.members.flatten())  # (s m, g, n, a)
+        grouped = grouped.view(stems, members, *left.shape[1:]).transpose(1, 2)  # (s, g, m, n, a)
         grouped = grouped.reshape(stems * groups, members * queries, -1)  # (s g, m n, a)
         products = torch.bmm(grouped, right.flatten(0, 1))  # (s g, m n, b)
         products = products.view(stems, groups, members, queries, -1)  # (s, g, m, n, b)
-        return products[self.place[0], :, self.place[1]]  # (r, g, n, b)
+        products = products.transpose(1, 2).reshape(stems * members, groups, queries, -1)
+        return products.index_select(0, self.place)  # (r, g, n, b)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """-inf at the columns that a row must not see, 0 at the others: (r, root + stem + own).
+    def _mask(self, window: int | None, dtype: torch.dtype, heads: tuple[int, ...]) -> Tensor:
+        """-inf at the columns that a row must not see, 0 at the others:
+        (r, *heads, root + stem + own), made once for all layers.
 
-        To be added: filling by a broadcast mask took several times as long on a CPU.
+        To be added: filling by a broadcast mask took several times as long on a CPU, adding one
+        twice.
         """
-        if window not in self.masks:
+        if (window, heads) not in self.masks:
             root = self.columns[0]
             device, shape = self.device, (len(self.rows), -1)
             stem_lengths = torch.tensor(self.stem_lengths, device=device)[:, None]  # (r, 1)
@@ -378,8 +388,15 @@ class _Step:
                 positions = torch.cat([*before, root + stem_lengths + in_own], dim=1)
                 is_hidden |= positions <= root + stem_lengths + ends - window
             mask = torch.zeros(is_hidden.shape, dtype=dtype, device=device)
-            self.masks[window] = mask.masked_fill_(is_hidden, -torch.inf)
-        return self.masks[window]
+            mask.masked_fill_(is_hidden, -torch.inf)
+            whole = mask[:, None, None].expand(-1, *heads, -1).contiguous()
+            self.masks[window, heads] = whole
+        return self.masks[window, heads]
+
+
+def _times_own_keys(left: Tensor, keys: Tensor) -> Tensor:
+    """Each row's (r, g, n, d) by its own keys (r, g, d, t)."""
+    return (keys.mT @ left.mT).mT if _lie_by_tokens(keys) else left @ keys
 
 
 def _times_root(left: Tensor, right: Tensor) -> Tensor:
@@ -422,6 +439,19 @@ def causal_mask(count: int, length: int, window: int | None, device: torch.devic
     columns = torch.arange(length, device=device)[None]  # (1, t)
     sees = columns <= places
     return sees if window is None else sees & (columns > places - window)
+
+
+def _zeros_of_keys(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, by_tokens: bool
+) -> Tensor:
+    """Zeros (*n, d, t) that lie in memory by their width or by their tokens."""
+    if not by_tokens:
+        return _zeros(shape, dtype, device)
+    return _zeros((*shape[:-2], shape[-1], shape[-2]), dtype, device).mT
+
+
+def _lie_by_tokens(keys: Tensor) -> bool:
+    return keys.stride(-1) != 1
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
