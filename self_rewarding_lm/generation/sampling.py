@@ -20,6 +20,8 @@ from torch import Tensor
 
 HEAD_SIZES = (64, 1024)  # the slices that are tried before a whole vocabulary is sorted
 
+GROUP = 16  # columns; groups of 24 and 32 took as long, those of 64 a fifth longer
+
 
 Filters = dict[str, Any]
 
@@ -122,7 +124,7 @@ def _sample_head(
 
     These are the rows of which further tokens may survive the filters.
     """
-    raw, columns = logits.topk(size, dim=-1)
+    raw, columns = highest(logits, size)
     head, top_k = _scores(raw, temperature), filters["top_k"]
     if top_k is None:  # top-p is a share of the mass of all
         log_total = _scores(logits, temperature).logsumexp(dim=-1, keepdim=True)
@@ -138,6 +140,27 @@ def _sample_head(
     tokens = columns.gather(-1, picked[:, None].clamp(max=size - 1)).squeeze(-1)
     tokens[picked == size] = logits.shape[-1]
     return tokens, short
+
+
+def highest(
+    logits: Float[Tensor, "r v"], size: int
+) -> tuple[Float[Tensor, "r n"], Int[Tensor, "r n"]]:
+    """The `size` highest logits of each row, the highest first, and their columns.
+
+    What torch.topk gives, but for which of the columns that tie with the last one. On a CPU it is
+    searched for in the groups of GROUP columns whose highest is among the `size` highest of all
+    groups: half the time of topk over a vocabulary of 49,152.
+    """
+    groups = logits.shape[-1] // GROUP
+    if logits.device.type != "cpu" or groups <= 4 * size:
+        return logits.topk(size, dim=-1)
+    grouped = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups))  # column: place, group
+    best = grouped.amax(dim=1).topk(size, dim=-1, sorted=False).indices  # (r, n)
+    rest = torch.arange(groups * GROUP, logits.shape[-1]).expand(len(logits), -1)  # in no group
+    columns = torch.arange(0, groups * GROUP, groups)[:, None] + best[:, None]  # (r, GROUP, n)
+    columns = torch.cat([columns.flatten(1), rest], dim=1)
+    found = logits.gather(1, columns).topk(size, dim=-1)
+    return found.values, columns.gather(1, found.indices)
 
 
 def _scores(logits: Tensor, temperature: float) -> Tensor:

@@ -16,6 +16,7 @@ from torch import tensor
 import self_rewarding_lm
 from self_rewarding_lm.generation import sampling
 from self_rewarding_lm.generation.sampling import (
+    highest,
     inverse_cdf,
     penalise_repetition,
     sample_next,
@@ -170,6 +171,28 @@ def test_the_head_slice_gives_the_tokens_that_sorting_the_whole_vocabulary_gives
         assert np.abs(steps - noise[row].item()).min() < 1e-5
     if dtype == torch.float64:
         assert torch.equal(quick, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("vocabulary", "size"), [(40, 8), (16 * 33, 8), (16 * 33 + 15, 8), (16 * 300, 64), (5000, 1)]
+)
+def test_the_highest_logits_are_those_of_topk(vocabulary, size, dtype):
+    """Whole numbers, many of which tie; rows with -inf, inf and NaN, as a model may give them."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randint(-40, 40, (6, vocabulary), generator=generator).to(dtype)
+    logits[1] = torch.arange(vocabulary).to(dtype)  # the highest are all in the last places
+    logits[2] = -math.inf
+    logits[2, 3] = 0.0
+    logits[3, 7] = math.inf
+    logits[4, -2] = math.nan
+    logits[5] = 1.0
+    values, columns = highest(logits, size)
+    expected = logits.topk(size, dim=-1).values
+    assert torch.equal(values.nan_to_num(99.0), expected.nan_to_num(99.0))
+    picked = logits.gather(1, columns)
+    assert torch.equal(picked.nan_to_num(99.0), values.nan_to_num(99.0))
+    assert all(len(set(row)) == size for row in columns.tolist())
 
 
 @pytest.mark.parametrize(
