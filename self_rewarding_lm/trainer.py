@@ -53,7 +53,7 @@ from self_rewarding_lm.report.verdict import verdict
 from self_rewarding_lm.runs.callbacks import Callbacks
 from self_rewarding_lm.runs.fingerprint import fingerprint_of
 from self_rewarding_lm.runs.lock import alone
-from self_rewarding_lm.runs.resume import begin_run, save_initial
+from self_rewarding_lm.runs.resume import begin_run, check_begun, save_initial
 from self_rewarding_lm.runs.run import INITIAL, Run
 from self_rewarding_lm.runs.stage_folder import StageDir, ends_told
 from self_rewarding_lm.runs.weights import save_folder, write_weights
@@ -213,13 +213,16 @@ class SelfRewardingTrainer:
             logger.info(words)
         # 1. try all stages in short, then begin the run or open it again
         folders = [f"{number:02d}-{name}" for number, name in enumerate(self.names, 1)]
+        settings = [self._settings(stage) for stage in self.stages]
+        if not overwrite_checkpoints:
+            check_begun(self.folder, runtime=self.runtime, stages=folders, settings=settings)
         if rehearse:
             rehearse_stages(self, [] if overwrite_checkpoints else folders)
         run = begin_run(
             self.folder,
             runtime=self.runtime,
             stages=folders,
-            settings=[self._settings(stage) for stage in self.stages],
+            settings=settings,
             model=self.model,
             seed=self.seed,
             overwrite=overwrite_checkpoints,

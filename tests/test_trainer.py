@@ -290,12 +290,18 @@ def test_held_out_pairs_are_not_trained_on_by_a_later_stage(tmp_path):
     assert len(run.pairs("dpo")) == len(run.pairs("dpo-2")) == 2
 
 
-def test_another_source_stage_is_another_setting(tmp_path):
+def test_another_source_stage_is_another_setting(tmp_path, monkeypatch):
     def stages(source):
         made = [external(name=name) for name in ("a", "b")]
         return [*made, DPOConfig(train_dataset=from_stage(source), optim=QUICK)]
 
     trainer_of(tmp_path, stages("a"))()
+    # before the stages are tried in short, which may take long
+    with monkeypatch.context() as patched, pytest.raises(RunMismatchError, match="from_stage"):
+        patched.setattr(
+            "self_rewarding_lm.trainer.rehearse_stages", lambda *_: pytest.fail("rehearsed")
+        )
+        trainer_of(tmp_path, stages("b"))()
     with pytest.raises(RunMismatchError, match=r"from_stage\(b\)"):
         trainer_of(tmp_path, stages("b"))()
 

@@ -21,7 +21,6 @@ from self_rewarding_lm.errors import (
     RunMismatchError,
     give_tokenizer,
     said,
-    setting,
     typed,
 )
 from self_rewarding_lm.evaluation.contexts import Opening, opened
@@ -406,12 +405,22 @@ def _comparison(
     scores = judge.scores_of_all([candidates for _, candidates in groups], judgements)
     outcomes = [outcome(scores[one.id], scores[other.id]) for _, (one, other) in groups]
     if not any(known is not None for known in outcomes):
+        none = f"the judge gave no verdict on any of {amount(len(groups), 'pair')} of responses."
+        if judgements and all(j.reason == "low_mass" and not j.text for j in judgements):
+            write = said("without forced_ending='at_once'", "without --at-once")
+            raise JudgeError(
+                f"{none} It is asked for a label at once, and finds no label likely there. End its "
+                f"prompt so that a label must follow, let it write before ({write}), or take "
+                "another judge."
+            )
         wrote = f" What it wrote:\n{unread_texts(judgements)}\n" if judgements else " "
+        labels = said(
+            "score_mode='expected', forced_ending='at_once' of the comparison prompt",
+            "--score expected --at-once",
+        )
         raise JudgeError(
-            f"the judge gave no verdict on any of {amount(len(groups), 'pair')} of responses."
-            f"{wrote}Make its prompt fit what it writes, raise judging.max_new_tokens, or take the "
-            f"labels' probabilities ({setting('score_mode', 'expected')}, "
-            f"{setting('forced_ending', 'at_once')})."
+            f"{none}{wrote}Make its prompt fit what it writes, raise judging.max_new_tokens, or "
+            f"take the labels' probabilities ({labels})."
         )
     rates = win_rates(
         outcomes,

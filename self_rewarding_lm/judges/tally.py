@@ -47,6 +47,7 @@ class JudgeTally:
     mass: Share = field(default_factory=Share)
     forced: Share = field(default_factory=Share)
     cut: Share = field(default_factory=Share)
+    too_long: Share = field(default_factory=Share)
     rounded: Counter[float] = field(default_factory=Counter)
 
     def add(
@@ -72,6 +73,7 @@ class JudgeTally:
         self.mass.add(math.fsum(masses), len(masses))
         self.forced.add(sum(j.source == "forced" for j in judgements), len(judgements))
         self.cut.add(sum(j.finished is False for j in judgements), len(judgements))
+        self.too_long.add(sum(j.reason == "too_long" for j in judgements), len(judgements))
 
     def _add_singles(self, judgements: Sequence[Judgement]) -> None:
         """Count judgements of one candidate, and how far several by one judge agree."""
@@ -99,6 +101,7 @@ class JudgeTally:
             "judge/score_mass": self.mass,
             "judge/forced_share": self.forced if self.forced.part else Share(),
             "judge/cut": self.cut if self.cut.part else Share(),
+            "judge/too_long": self.too_long if self.too_long.part else Share(),
         }
         return {name: float(s.part / s.whole) for name, s in shares.items() if s.whole}
 
@@ -171,7 +174,8 @@ def judge_metrics(
     with two scored candidates whose best and worst score are equal. judge/score_mass: the mean
     probability of all allowed scores together. judge/forced_share: the share of judgements whose
     ending was forced, if any was. judge/cut: the share of judgements whose text was cut off, if any
-    was.
+    was. judge/too_long: the share that has no score because the text to be judged, or the judge's
+    prompt with it, is longer than the model takes, if any is.
     Of judgements of one candidate: judge/score_mean; judge/modal_share, the share of the commonest
     score (1.0 for a judge that always gives the same); judge/self_agreement, the share of pairs of
     judgements of a candidate by one judge that give the same score. The last two round scores to
@@ -292,8 +296,9 @@ class JudgeWatcher:
                 f"{count} of {tally.score.whole} scores are {commonest:g} (rounded to one decimal; "
                 "judge/modal_share): the judge does not tell responses apart, and what is left are "
                 "ties and noise. "
-                f"Take {setting('score_mode', 'expected')}, a comparison, another reward prompt "
-                "or rewarding_model, train it on judge examples first, or, if it marks the items "
+                f"If it writes its scores, take {setting('score_mode', 'expected')}; or take a "
+                "comparison, another reward prompt or "
+                "rewarding_model, train it on judge examples first, or, if it marks the items "
                 "of a rubric and adds them up badly, count its marks (`marks` of the reward "
                 "prompt). Where scores differ by "
                 "less than 0.1 on purpose, switch this check off.",
@@ -319,7 +324,7 @@ class JudgeWatcher:
                 metrics["judge/tie_rate"],
                 f"of {tally.tie.whole} prompts {metrics['judge/tie_rate']:.0%} have the same score "
                 "for their best and their worst response (judge/tie_rate) and give no pair. Take "
-                f"{setting('score_mode', 'expected')}, more num_sampled_reward_responses, a higher "
-                "generation.temperature or another judge.",
+                f"{setting('score_mode', 'expected')} (of a judge that writes its scores), more "
+                "num_sampled_reward_responses, a higher generation.temperature or another judge.",
             )
         return failure

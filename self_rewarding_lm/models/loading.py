@@ -118,8 +118,8 @@ def load_causal_lm(
     except Exception as error:  # of transformers, peft, safetensors or gguf, each with its own
         raise ConfigError(
             f"no causal LM could be loaded from {str(source)!r}. A model is given as an object, "
-            "a folder that save_pretrained wrote, a name on the hub, or a .gguf file. What was "
-            f"wrong here: {what_is_wrong(error)}"
+            "a folder that save_pretrained wrote, a name on the hub, or a .gguf file. "
+            f"{_no_folder(source)}What was wrong: {what_is_wrong(error)}"
         ) from error
     return model, tokenizer_of([str(source), base] if base else [str(source)], opener)
 
@@ -132,6 +132,14 @@ def what_is_wrong(error: Exception) -> str:
             "folder. If you trust the code, load it yourself and give the object."
         )
     return f"{type(error).__name__}: {error!s:.500}"
+
+
+def _no_folder(source: str | Path) -> str:
+    """Words for a source that was taken for a name on the hub; none if it is a folder or file."""
+    if Path(source).exists():
+        return ""
+    where = "" if Path(source).is_absolute() else f" in {Path.cwd()}"
+    return f"There is no folder {str(source)!r}{where}, so the hub was asked for it. "
 
 
 def is_gguf(source: str | Path) -> bool:

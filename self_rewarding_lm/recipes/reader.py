@@ -57,6 +57,10 @@ Keys = tuple[Any, ...]
 OBJECT_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 
 
+PAPER_STAGES = ("sft", "eft", "self_reward")
+"""Keys of a recipe's `paper` that hold settings of a stage, which have the stage's name."""
+
+
 DATASETS = ("ift", "valid_ift", "ranked", "prompts", "seeds")
 """Arguments that are datasets, as are all whose name ends in _dataset."""
 
@@ -199,11 +203,9 @@ class Reader:
         """The stages of paper_recipe."""
         items = dict(self.mapping(node, keys))
         positive = "positive_only" in items and items["positive_only"].value is True
-        kinds = {
-            "sft": STAGE_KINDS["sft"],
-            "eft": STAGE_KINDS["eft"],
-            "self_reward": STAGE_KINDS["self_reward_sft" if positive else "self_reward"],
-        }
+        kinds = {name: STAGE_KINDS[name] for name in PAPER_STAGES}
+        if positive:
+            kinds["self_reward"] = STAGE_KINDS["self_reward_sft"]
         values = {}
         for name, kind in kinds.items():
             if name in items:
@@ -361,6 +363,9 @@ class Reader:
                 hint = did_you_mean(key, fields)
                 if not keys and key in model_of(paper_recipe).model_fields:
                     hint = "; it stands below `paper`."
+                of_stages = [f"`{s}`" for s in PAPER_STAGES if key in STAGE_KINDS[s].model_fields]
+                if cls is model_of(paper_recipe) and of_stages:
+                    hint = f"; it stands below a stage: {', '.join(of_stages)}."
                 words = f"this is not a setting{hint} There are: {', '.join(fields)}."
                 self.refuse(child, (*keys, key), words)
         return values

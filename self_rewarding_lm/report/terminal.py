@@ -117,19 +117,29 @@ def _rows(run: Run, name: str, summary: dict[str, Any]) -> int | None:
 
 
 def _remarks(run: Run, name: str) -> list[str]:
-    """What the stage's arrows logged beside the table's columns, dropped prompts among it."""
-    metrics = {}
+    """What the stage's arrows logged beside the table's columns, dropped prompts among it.
+
+    Where a number was logged in several rounds or evaluations: its first value -> its last.
+    """
+    metrics: dict[str, list[float]] = {}
     for line in run.metrics(name):
-        if line.get("step") == 0:
-            metrics |= {k: v for k, v in line.items() if k not in ("step", *SHOWN) and is_metric(v)}
+        for key, value in line.items():
+            begins = key in metrics or line.get("step") == 0
+            if begins and key not in ("step", "round", *SHOWN) and is_metric(value):
+                metrics.setdefault(key, []).append(value)
     dropped = {k: v for k, v in metrics.items() if "dropped_" in k}
-    rest = {k: v for k, v in metrics.items() if k not in dropped and v}
+    rest = {k: v for k, v in metrics.items() if k not in dropped and any(v)}
     lines = []
-    for words, values in (("dropped", dropped), ("also", rest)):
-        if values:
-            named = [f"{k.replace('dropped_', '')} {number(v)}" for k, v in values.items()]
+    for words, found in (("dropped", dropped), ("also", rest)):
+        if found:
+            named = [f"{k.replace('dropped_', '')} {_ends(v)}" for k, v in found.items()]
             lines += _wrapped(f"{name}, {words}: {', '.join(named)}", "    ")
     return ["", *lines] if lines else []
+
+
+def _ends(values: Sequence[float]) -> str:
+    """The first and the last of a number's values; one of them if they are the same."""
+    return " -> ".join(dict.fromkeys((number(values[0]), number(values[-1]))))
 
 
 def _last_sampled(run: Run) -> str | None:
@@ -214,15 +224,18 @@ def _example(example: Example) -> list[str]:
 
 
 def _scores(response: Response, candidate: Candidate) -> str:
-    judgements = response.judgements
-    said = ", ".join(_said(judgement, candidate) for judgement in judgements)
-    judges = ", ".join(dict.fromkeys(f"{j.judge}, {j.source}" for j in judgements))
+    by_judge: dict[str, list[str]] = {}
+    for judgement in response.judgements:
+        judge = f"{judgement.judge}, {judgement.source}"
+        by_judge.setdefault(judge, []).append(_said(judgement, candidate))
+    said = ", ".join(f"{', '.join(scores)} ({judge})" for judge, scores in by_judge.items())
     cut = "; cut off" if candidate.finished is False else ""
     words = "parts of a score" if response.has_parts else "no score"
     words = words if response.score is None else f"score {number(response.score)}"
-    parts = "" if words == f"score {said}" else f" of {said}"  # one judgement is the score itself
+    is_itself = said.startswith(f"{words.removeprefix('score ')} (")  # one judgement
+    words = f"score {said}" if is_itself and len(response.judgements) == 1 else f"{words} of {said}"
     gain = "" if response.advantage is None else f", advantage {signed(response.advantage)}"
-    return f"          {words}{parts} ({judges}){gain}{cut}"
+    return f"          {words}{gain}{cut}"
 
 
 def _said(judgement: Judgement, candidate: Candidate) -> str:

@@ -6,6 +6,7 @@ Reads metrics and counts prompts; reads no other record. Limits are those of the
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from self_rewarding_lm.checks import ChecksConfig
 from self_rewarding_lm.records import Prompt
@@ -32,7 +33,9 @@ class Made:
     rows: different rows among the prompts. cut: the share of responses that were cut off. steps:
     optimiser steps. parsed: the share of judgements with a score. commonest: the share of the
     commonest score. tied: the share of prompts whose best and worst score are equal. agreed: the
-    share of comparisons with one verdict in both orders. None: unknown.
+    share of comparisons with one verdict in both orders. too_long: the share of judgements whose
+    prompt is longer than the judge's model takes. None: unknown. shuffled: whether the
+    scores were moved to other responses by chance, as a control.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Made:
     commonest: float | None
     tied: float | None
     agreed: float | None
+    too_long: float | None
+    shuffled: bool
 
     @property
     def trains_too_little(self) -> bool:
@@ -129,7 +134,13 @@ def _made(run: Run, figures: StageFigures) -> Made | None:
         len({name.split("/")[1] for name in ids}),
         int(summary.get("steps", figures.counts.get("steps", 0))),
         *(last.get(key, data.get(key)) for key in MEASURES),
+        shuffled=_is_shuffled(run.settings(figures.name).get("settings") or {}),
     )
+
+
+def _is_shuffled(settings: dict[str, Any]) -> bool:
+    """Whether the judge of a stage with these settings is a ShuffledJudge."""
+    return str(settings.get("judge")).endswith(".ShuffledJudge")
 
 
 MEASURES = (
@@ -138,8 +149,9 @@ MEASURES = (
     "judge/modal_share",
     "judge/tie_rate",
     "judge/position_agreement",
+    "judge/too_long",
 )
-"""Of the last round: cut, parsed, commonest, tied, agreed."""
+"""Of the last round: cut, parsed, commonest, tied, agreed, too_long."""
 
 
 def _in_words(made: Made) -> str:
@@ -162,19 +174,24 @@ def _judging(made: Made) -> Iterator[str]:
         agreed = f"{percent(made.agreed or 0)} of its comparisons have one verdict in both orders"
         yield f"The judge prefers a place, whichever response is shown there: {agreed}."
     elif made.tells_nothing:
-        yield f"The judge gave one score to {percent(made.commonest or 0)} of the responses."
+        share = percent(made.commonest or 0)
+        yield f"The judge gave one score, rounded to one decimal, to {share} of the responses."
     else:
         tied = "" if made.tied is None else f", best and worst tie in {percent(made.tied)}"
         spread = (
             "" if made.commonest is None else f", its commonest is {percent(made.commonest)} of all"
         )
-        ties_most = made.tied is not None and made.tied > 0.5
-        lead = (
-            "The judge gives the responses to most prompts one score"
-            if ties_most
-            else "The judge tells responses apart"
-        )
+        lead = "The judge tells responses apart"
+        if made.shuffled:
+            lead = "The judge's scores were shuffled among the responses (a control)"
+        elif made.tied is not None and made.tied > 0.5:
+            lead = "The judge gives the responses to most prompts one score"
         yield f"{lead}: {read}{spread}{tied}."
+    if made.too_long:
+        yield (
+            f"{percent(made.too_long)} of the judge's prompts are longer than its model takes "
+            "(too_long) and have no score: shorten the reward prompt, or leave out long prompts."
+        )
 
 
 def _supervised(figures: Sequence[StageFigures]) -> Iterator[str]:
@@ -222,7 +239,9 @@ def _advice(made: Sequence[Made]) -> str:
         "make the reward prompt fit what the judge writes, or score_mode: expected": any(
             one.is_unread for one in made
         ),
-        "use score_mode: expected or another judge": any(one.tells_nothing for one in made),
+        "use another judge, or score_mode: expected if it writes its scores": any(
+            one.tells_nothing for one in made
+        ),
         "train the model to compare, or let it score each response by itself": any(
             one.follows_position for one in made
         ),

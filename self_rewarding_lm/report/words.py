@@ -28,6 +28,7 @@ ROUNDS = {
     "judge/score_mass": "Probability of all allowed scores together",
     "judge/forced_share": "Judgements whose ending was forced",
     "judge/cut": "Judgements that were cut off",
+    "judge/too_long": "Judge prompts longer than the model takes",
     "judge/skipped": "Responses that were not judged, because no pair can have them",
     "completions/mean_length": "Mean length of responses, tokens",
     "completions/clipped_ratio": "Responses that were cut off",
@@ -42,7 +43,8 @@ ROUNDS = {
 SHARES = {
     *("judge/parse_rate", "judge/tie_rate", "judge/modal_share", "judge/self_agreement"),
     *("judge/position_agreement", "judge/score_mass", "judge/forced_share"),
-    *("judge/cut", "completions/clipped_ratio", "rewards/accuracies", "eval/rewards/accuracies"),
+    *("judge/cut", "judge/too_long", "completions/clipped_ratio"),
+    *("rewards/accuracies", "eval/rewards/accuracies"),
     *("policy/clipped_low", "policy/clipped_high"),
 }
 """Numbers from 0 to 1: their charts show all of that, so that a small change looks small."""

@@ -65,6 +65,15 @@ def begin_run(
     return Run(folder)
 
 
+def check_begun(
+    folder: Path, *, runtime: Runtime, stages: Sequence[str], settings: Sequence[dict[str, Any]]
+) -> None:
+    """Raise what `begin_run` would for a stage that had other settings, before any long work."""
+    if runtime.is_main and (earlier := _earlier_run(folder)) is not None:
+        _check_settings(folder, earlier, stages, settings)
+    runtime.barrier()
+
+
 def save_initial(run: Run, model: Savable, module: nn.Module, runtime: Runtime) -> None:
     """Keep the weights as they are before the first stage, unless they are kept already."""
     if runtime.is_main and weights_file(run.folder / INITIAL) is None:

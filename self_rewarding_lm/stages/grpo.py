@@ -185,10 +185,11 @@ class GroupMaker(PairMaker):
         return made
 
     def nothing_made(self, prompts: str, drops: DropCounts) -> Exception:
+        counts = f", or {setting('cut_off', 'lowest')}" if self.config.cut_off != "lowest" else ""
         return NoPairError(
             f"{self.ctx.stage}: of {prompts} none has responses with different scores, so there "
             f"is nothing to learn from. Dropped: {drops.in_words()}. 'unfinished' asks for more "
-            f"max_new_tokens, or {setting('cut_off', 'lowest')}; 'tie' for a judge with finer "
+            f"max_new_tokens{counts}; 'tie' for a judge with finer "
             "scores, more judgements or more candidates; 'identical' for a higher temperature; "
             f"'unscored' for a judge that can be read. The records are in {self.out.path}."
         )

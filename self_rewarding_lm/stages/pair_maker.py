@@ -456,8 +456,8 @@ class PairMaker:
             raise JudgeError(
                 f"{self.ctx.stage}: the judge's prompt with the shortest of the first "
                 f"{amount(len(prompts), 'prompt')} ({amount(len(prompt.ids), 'token')}) and a "
-                "response of two tokens leaves the judge no room to write. Use a shorter reward "
-                "prompt."
+                "response of two tokens is longer than its model takes, or leaves no room for what "
+                "the judge writes. Use a shorter reward prompt or shorter prompts."
             )
         # 3. pair it as if the answers were finished and scored differently
         judged.candidates = [replace(c, finished=None) for c in judged.candidates]

@@ -24,6 +24,8 @@ from self_rewarding_lm.errors import (
 )
 from self_rewarding_lm.evaluation.tables import comparison_table
 from self_rewarding_lm.evaluation.verifying import Verifier
+from self_rewarding_lm.judges.base import Judge
+from self_rewarding_lm.records import Judgement
 from self_rewarding_lm.runs.run import Run
 from tests.judges.test_ensemble import naive
 from tests.support.models import CHARACTERS, END, TEXT_VOCAB, Fixed, Recurrent, ids_of, lively
@@ -55,6 +57,17 @@ def compared(first=None, second=None, prompts=PROMPTS, **options):
         prompts,
         **{**settings, **options},
     )
+
+
+class Unlikely(Judge):
+    """Asked for a label at once, it finds none likely."""
+
+    name = "unlikely"
+
+    def judge(self, ctx, prompts, candidates_PG):
+        for candidates in candidates_PG:
+            for one in candidates:
+                yield Judgement(f"{one.id}/j0", (one.id,), self.name, None, reason="low_mass")
 
 
 def test_a_model_ties_with_itself_in_everything():
@@ -213,6 +226,11 @@ def test_stages_of_a_run_are_named_by_name_or_number_and_the_module_is_as_before
         (dict(num_samples=0), ConfigError, "num_samples must be 1 or more"),
         (dict(tokenizer=None, prompts=[torch.tensor([1, 2])]), ConfigError, "a tokenizer is need"),
         (dict(judge=lambda prompts, completions: [None] * 8), JudgeError, "no verdict on any of 4"),
+        (
+            dict(judge=Unlikely()),
+            JudgeError,
+            "let it write before (without forced_ending='at_once')",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_named(wrong, error, words):

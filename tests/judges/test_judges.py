@@ -144,6 +144,9 @@ def test_a_judgement_that_was_cut_off_states_no_half_number_and_is_counted():
     assert metrics["judge/cut"] == 4 / 5 and metrics["judge/parse_rate"] == 2 / 5
     whole = [j for j in judgements if j.finished]
     assert "judge/cut" not in judge_metrics(asked_for[1][0], whole)
+    assert "judge/too_long" not in metrics
+    long = [replace(j, score=None, reason="too_long") for j in judgements[:2]]
+    assert judge_metrics(asked_for[1][0], [*long, *judgements[2:]])["judge/too_long"] == 2 / 5
 
 
 def test_a_run_of_0_1_0_scores_what_was_cut_off_as_it_did():

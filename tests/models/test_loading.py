@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import logging
+import re
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +111,10 @@ def test_a_trainer_takes_the_model_as_an_object(tmp_path):
 @pytest.mark.parametrize("name", ["nobody/nothing-such", "no-such-folder/", "./nothing"])
 def test_a_name_that_is_nothing_is_refused_and_says_what_a_model_is(name, offline):
     with pytest.raises(ConfigError, match=r"an object, a folder .* a name on the hub, or a \.gguf"):
+        load_causal_lm(name)
+    with pytest.raises(
+        ConfigError, match=re.escape(f"There is no folder {name!r} in {Path.cwd()}")
+    ):
         load_causal_lm(name)
 
 

@@ -393,6 +393,16 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
             "line 5: paper.iteration: this is not a setting; did you mean 'iterations'?",
         ),
         (
+            PAPER + "  on_bad_row: skip\n",
+            "line 5: paper.on_bad_row: this is not a setting; it stands below a stage: `sft`, `eft`, "
+            "`self_reward`. There are:",
+        ),
+        (
+            PAPER + "  num_candidate_responses: 8\n",
+            "line 5: paper.num_candidate_responses: this is not a setting; it stands below a stage: "
+            "`self_reward`. There are:",
+        ),
+        (
             PAPER + "  sft:\n    optim:\n      schedule: cosin\n",
             "line 7: paper.sft.optim.schedule: Input should be 'cosine', 'linear' or 'constant'; "
             "got 'cosin'.",

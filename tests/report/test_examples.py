@@ -97,8 +97,8 @@ def test_a_filter_is_not_averaged_with_the_score_beside_it(tmp_path):
         (4.0, None), (2.0, None), (None, "parts of a score"),
     ]  # fmt: skip
     text = show_run(run)
-    assert "score 4 of 4, 100 (m0:judge, given, m1:judge, given)" in text
-    assert "parts of a score of 3, 100" in text
+    assert "score 4 of 4 (m0:judge, given), 100 (m1:judge, given)" in text
+    assert "parts of a score of 3 (m0:judge, given), 100 (m1:judge, given)" in text
 
 
 def test_scores_of_members_stand_apart(tmp_path):
@@ -124,7 +124,7 @@ def test_what_an_earlier_model_said_counts_not(tmp_path):
     ]
     run = one_prompt(tmp_path / "run", "0", judgements, [])
     assert [c["x"] for c in responses_of(run, "s").values()] == [4.0]
-    assert "score 4 of 4, 0, -9" in show_run(run)
+    assert "score 4 of 4 (j, given), 0 (previous:j, given), -9 (current:" in show_run(run)
 
 
 def test_two_that_a_member_compared_are_each_judged(tmp_path):

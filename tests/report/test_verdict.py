@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from self_rewarding_lm import OptimConfig, Run
+from self_rewarding_lm import FunctionJudge, OptimConfig, Run, ShuffledJudge
 from self_rewarding_lm.checks import Check, ChecksConfig
 from self_rewarding_lm.errors import NoPairError, PairingError, TrainingError
 from self_rewarding_lm.report.page import write_report
@@ -98,8 +98,8 @@ def test_a_run_that_stopped_without_a_pair_says_why(tmp_path):
     text = " ".join(show_run(run).split())
     assert "no pair: the best and the worst have the same score, 1 (tie)" in text
     assert "external_reward: 0 pairs from 40 prompts (10 different)" in text
-    assert "The judge gave one score to 100 % of the responses." in text
-    assert "use score_mode: expected or another judge" in text
+    assert "The judge gave one score, rounded to one decimal, to 100 % of the responses." in text
+    assert "use another judge, or score_mode: expected if it writes its scores" in text
     assert "external_reward stopped: no preference pair could be made from 40 prompts" in text
 
 
@@ -114,6 +114,13 @@ def test_a_judge_that_ties_in_most_prompts_is_not_said_to_tell_responses_apart(t
     text = " ".join(verdict(run))
     assert tied > 0.5 and f"best and worst tie in {percent(tied)}." in text
     assert "The judge gives the responses to most prompts one score: 100 % of its " in text
+    assert "apart" not in text
+
+
+def test_the_verdict_on_a_control_says_that_its_scores_were_shuffled(tmp_path):
+    stage = external(judge=ShuffledJudge(of=FunctionJudge(rising())), num_train_steps=10)
+    text = " ".join(verdict(trainer_of(tmp_path, [stage])(rehearse=False)))
+    assert "The judge's scores were shuffled among the responses (a control): 100 % of its" in text
     assert "apart" not in text
 
 

@@ -36,8 +36,10 @@ from self_rewarding_lm.stages.grpo import (
 )
 from self_rewarding_lm.stages.pair_maker import JudgedPrompt
 from self_rewarding_lm.stages.pairing import DropCounts
+from self_rewarding_lm.text import number
 from self_rewarding_lm.training import policy_gradient
 from tests.report.test_report import Page
+from tests.report.test_verdict import ending
 from tests.runs.test_resume import Killed
 from tests.stages.test_rehearsal import COMPARISON, TAUGHT
 from tests.support.hf_models import tiny
@@ -583,9 +585,24 @@ def test_each_response_is_shown_with_its_advantage(tmp_path):
     assert {c["l"] for e in examples for c in e["c"]} == {"learnt", None}
 
 
+def test_what_rounds_logged_is_shown_from_the_first_to_the_last(tmp_path):
+    stage = rounds(cut_off="lowest")
+    run = trainer_of(tmp_path, [stage], ending(), eos_id=END)(rehearse=False)
+    key = "completions/mean_length"
+    lengths = [line[key] for line in run.metrics(0) if key in line]
+    assert len(lengths) == 3 and lengths[0] != lengths[-1]
+    text = " ".join(show_run(run).split())
+    assert f"{key} {number(lengths[0])} -> {number(lengths[-1])}" in text
+
+
 def test_a_prompt_without_a_group_says_why(tmp_path):
-    with pytest.raises(PairingError):
-        judge = FunctionJudge(lambda prompts, completions: [2.0] * len(completions))
+    judge = FunctionJudge(lambda prompts, completions: [2.0] * len(completions))
+    with pytest.raises(PairingError) as found:
         trainer_of(tmp_path, [grpo(judge=judge)])(rehearse=False)
+    assert "or cut_off='lowest'" in str(found.value)
+    with pytest.raises(PairingError) as found:
+        lowest = grpo(judge=judge, cut_off="lowest")
+        trainer_of(tmp_path / "lowest", [lowest])(rehearse=False)
+    assert "cut_off" not in str(found.value)
     text = show_run(Run.open(tmp_path))
     assert "no group: the best and the worst have the same score, 2 (tie)" in text

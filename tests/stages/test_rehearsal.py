@@ -396,7 +396,7 @@ def test_a_judge_prompt_without_room_for_any_prompt_is_found(tmp_path):
     words = "x" * 40  # 40 + 1 + 1 of the template, 16 for the answer: no room for "tell 0"
     reward = JUDGE.model_copy(update={"prompt_template": words + JUDGE.prompt_template})
     stage = preference(judging=SamplingConfig(max_new_tokens=16))
-    with pytest.raises(JudgeError, match="leaves the judge no room"):
+    with pytest.raises(JudgeError, match="leaves no room for what the judge writes"):
         trainer_of(tmp_path, [stage], limited, self_reward_prompt_config=reward)()
 
 

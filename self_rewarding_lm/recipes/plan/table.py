@@ -153,7 +153,7 @@ def _work_lines(stage: StagePlan) -> Iterator[str]:
     if training is not None:
         noun = "pairs" if training.pairs else "rows"
         micro = next((p.tokens for p in stage.phases if p.is_used and p.gradients), None)
-        how = ", as many as half of the free memory holds" if stage.chooses else ""
+        how = ", as many as a step has and half of the free memory holds" if stage.chooses else ""
         yield from _wrapped(
             f"{noun} {_range(training.rows, number)} of {_tokens(training.row.tokens)}; "
             f"steps {_range(training.steps, number)}; tokens to train "
