@@ -25,7 +25,6 @@ from self_rewarding_lm.stages.work import (
     RowShape,
     Training,
     Work,
-    row_shape,
     unknown_work,
 )
 from self_rewarding_lm.text import amount
@@ -200,7 +199,7 @@ class TrainingConfig(FinetuneConfig):
     def work_on(self, dataset: Any, counting: Counting, measure: Measure, answers: int) -> Work:
         """The work of a stage that trains on a dataset. answers: how many each row has."""
         data = counting.data(dataset, measure)
-        row = row_shape(data.lengths, answers).capped(counting.limit(self.max_seq_len))
+        row = counting.row(dataset, data, answers).capped(counting.limit(self.max_seq_len))
         return Work(training=self.planned_training(data.rows, row), made=data.rows)
 
     def planned_training(self, rows: Range, row: RowShape) -> Training:

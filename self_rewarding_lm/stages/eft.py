@@ -51,7 +51,7 @@ from self_rewarding_lm.scores import exact, number_text
 from self_rewarding_lm.stages.base import check_rows, read_once
 from self_rewarding_lm.stages.lengths import ranked_lengths
 from self_rewarding_lm.stages.ranges import UNKNOWN, Range
-from self_rewarding_lm.stages.work import Asking, Counting, Work, prompt_tokens
+from self_rewarding_lm.stages.work import Asking, Counting, Work, new_tokens, prompt_tokens
 from self_rewarding_lm.text import amount
 
 logger = logging.getLogger(__name__)
@@ -413,13 +413,18 @@ class BuildEFTConfig(FinetuneConfig):
         if self.method != "ranks":
             settings = (asks, self.judging, answers, self.attempts, tokens, longest)
             judgements = counting.judgements(*settings)
+        # 4. what an example teaches: a judgement, or the score alone
         rubric, _ = counting.rubric(asks)
+        taught = new_tokens(self.judging)
+        if self.method == "ranks" and isinstance(asks, RewardConfig):
+            stated = asks.reward_regex_template
+            taught = UNKNOWN if stated is None else counting.sizes([stated])
         return Work(
             data.rows,
             prompt_tokens(lengths, counting.max_len),
             judgements=judgements,
             made=Range(0, count.most),
-            example=UNKNOWN if rubric is None else tokens + Range.of(rubric),
+            example=UNKNOWN if rubric is None else tokens + Range.of(rubric) + taught,
         )
 
     @property

@@ -109,6 +109,12 @@ def counted(
     return Counted(total(rows), _lengths(measured) if measured else None)
 
 
+def sources(dataset: Any) -> list[str | None]:
+    """For each part of a dataset the earlier stage whose records it is, None for other rows."""
+    parts = dataset if is_concatenation(dataset) else [dataset]
+    return [part.stage if isinstance(part, FromStage) else None for part in parts]
+
+
 def _has_length(part: Any) -> bool:
     """Whether the rows of a dataset can be counted: those of a file, a list or an indexed set."""
     by_place = hasattr(part, "__len__") and hasattr(part, "__getitem__")

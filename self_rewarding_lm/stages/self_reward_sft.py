@@ -24,7 +24,7 @@ from self_rewarding_lm.stages.pairing import DropCounts, learnable, passing, sco
 from self_rewarding_lm.stages.ranges import total
 from self_rewarding_lm.stages.self_reward import SelfRewardDPOConfig
 from self_rewarding_lm.stages.sft import SFTConfig
-from self_rewarding_lm.stages.work import Counting, Work, row_shape
+from self_rewarding_lm.stages.work import Counting, Work
 from self_rewarding_lm.training.objectives import SupervisedObjective
 
 CURRENT = "current"
@@ -115,7 +115,7 @@ class SelfRewardSFTConfig(SelfRewardDPOConfig):
             return work
         data = counting.data(self.train_dataset, training_row_lengths)
         row, limit = work.training.row, counting.limit(self.max_seq_len)
-        data_row = row_shape(data.lengths, 1).capped(limit)
+        data_row = counting.row(self.train_dataset, data, 1).capped(limit)
         training = self.planned_training(work.made + data.rows, row.beside(data_row))
         if self.num_train_steps is None:
             parts = (work.training, self.planned_training(data.rows, data_row))

@@ -8,6 +8,7 @@ ask for to the most that they allow. Bytes and seconds are not counted here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from self_rewarding_lm.config import (
@@ -17,7 +18,7 @@ from self_rewarding_lm.config import (
     SamplingConfig,
 )
 from self_rewarding_lm.data.tokens import Tokens
-from self_rewarding_lm.stages.lengths import Counted, Lengths, Measure, counted
+from self_rewarding_lm.stages.lengths import Counted, Lengths, Measure, counted, sources
 from self_rewarding_lm.stages.ranges import NOTHING, UNKNOWN, Range, total
 
 
@@ -99,6 +100,7 @@ class RowShape:
             Range(0, _greater(self.answer.most, other.answer.most)),
             _greater(self.longest, other.longest),
             _greater(self.sequence, other.sequence),
+            self.answers,
         )
 
 
@@ -186,6 +188,27 @@ class Counting:
     def data(self, dataset: Any, measure: Measure) -> Counted:
         """How many rows a dataset has, and how long they are as `measure` measures them."""
         return counted(dataset, "rows", self.made, measure=measure, tokens=self.tokens)
+
+    def row(self, dataset: Any, data: Counted, answers: int) -> RowShape:
+        """The shape of a dataset's rows, of which some may be those that an earlier stage makes.
+
+        data: what was counted of it. answers: how many a row has.
+        """
+        shapes = [
+            row_shape(data.lengths, answers) if stage is None else self._made_row(stage, answers)
+            for stage in sources(dataset)
+        ]
+        return reduce(RowShape.beside, shapes)
+
+    def _made_row(self, stage: str, answers: int) -> RowShape:
+        """The shape of the rows of an earlier stage, as far as it is known."""
+        work = self.works.get(stage, Work())
+        if work.training is not None and work.training.row.answers == answers:
+            return work.training.row
+        if work.training is None and answers == 1 and work.example != NOTHING:
+            longest = work.example.most
+            return RowShape(work.example, UNKNOWN, longest, longest)
+        return RowShape(answers=answers)
 
     def limit(self, max_seq_len: int | None) -> int | None:
         """The most tokens of a sequence: the lower of max_seq_len and the model's limit."""

@@ -852,12 +852,37 @@ def test_judging_examples():
     assert work.judgements.count == Range.of(10 * 2)  # 2, 3, 2 and 3 replies
     assert work.judgements.written == Range(20, 20 * 256)
     assert work.made == Range(0, 10) and work.training is None
-    # 2 tokens of the prompt, (1 + 3 + 1 + 1 + 1) / 5 of a reply, and the judge prompt around them
-    assert work.example == Range.of(round(2 + 7 / 5) + len(TEMPLATE))
+    # 2 tokens of the prompt, (1 + 3 + 1 + 1 + 1) / 5 of a reply, the judge prompt around them, and
+    # a judgement
+    shown = round(2 + 7 / 5) + len(TEMPLATE)
+    assert work.example == Range(shown + 1, shown + 256)
     (work,) = counted(BuildEFTConfig(ranked_dataset=RANKED, method="ranks"))
     assert work.judgements.count == NOTHING
+    assert work.example == Range.of(shown + len("{{ reward }}!"))
     (work,) = counted(BuildEFTConfig(ranked_dataset=RANKED), tokens=None)
     assert work.judgements.count == Range(12)  # of each row two replies at least
+
+
+def test_rows_beside_those_of_an_earlier_stage_are_as_long_as_both():
+    """Judging examples are many times as long as the rows beside them, and set the memory."""
+    eft = BuildEFTConfig(ranked_dataset=RANKED, method="ranks")
+    made, mixed, alone = counted(
+        eft,
+        SFTConfig(train_dataset=[ROWS, from_stage("a")]),
+        SFTConfig(train_dataset=from_stage("a")),
+    )
+    assert made.example.most is not None and made.example.most > 8
+    assert mixed.training and mixed.training.row.tokens == Range(6, made.example.most)
+    assert mixed.training.row.longest == mixed.training.row.sequence == made.example.most
+    assert alone.training and alone.training.row.tokens == made.example
+    pairs = SelfRewardDPOConfig(prompt_dataset=PROMPTS, num_generated_preference_pairs=20)
+    first, later = counted(pairs, DPOConfig(train_dataset=[PAIRS, from_stage("a")]))
+    assert first.training and later.training and later.training.pairs
+    assert later.training.row.longest == first.training.row.longest
+    assert later.training.row.tokens.most == first.training.row.tokens.most
+    # of a stage of one's own nothing is known but what the model takes
+    _, unknown = counted(Counted(), SFTConfig(train_dataset=[ROWS, from_stage("a")]))
+    assert unknown.training and unknown.training.row.tokens == Range(0, 100)
 
 
 def test_a_stage_that_may_stop_early_has_fewer_steps_at_least():
