@@ -232,8 +232,9 @@ def _scores(response: Response, candidate: Candidate) -> str:
     cut = "; cut off" if candidate.finished is False else ""
     words = "parts of a score" if response.has_parts else "no score"
     words = words if response.score is None else f"score {number(response.score)}"
-    is_itself = said.startswith(f"{words.removeprefix('score ')} (")  # one judgement
-    words = f"score {said}" if is_itself and len(response.judgements) == 1 else f"{words} of {said}"
+    [one, *others] = response.judgements
+    is_itself = not others and words == f"score {_said(one, candidate)}"
+    words = f"score {said}" if is_itself else f"{words} of {said}"
     gain = "" if response.advantage is None else f", advantage {signed(response.advantage)}"
     return f"          {words}{gain}{cut}"
 
