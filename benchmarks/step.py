@@ -92,6 +92,7 @@ def time_compiled(model: torch.nn.Module, rows: int, new: int) -> None:
     tokens = torch.zeros(rows, dtype=torch.long)
     layer: Any = type(model.get_submodule("model.layers.0"))
     KeyValues.attend = torch.compiler.disable(KeyValues.attend)
+    torch._dynamo.config.recompile_limit = 4 * model.config.num_hidden_layers  # one a layer number
     forwards = {"as it is": layer.forward, "compiled": torch.compile(layer.forward)}
     taken: dict[str, list[float]] = {name: [] for name in forwards}
     with inferring(model):
