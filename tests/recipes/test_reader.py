@@ -398,8 +398,8 @@ def test_a_name_that_is_no_path_is_one_of_the_hub(folder):
             "`self_reward`. There are:",
         ),
         (
-            PAPER + "  num_candidate_responses: 8\n",
-            "line 5: paper.num_candidate_responses: this is not a setting; it stands below a stage: "
+            PAPER + "  min_margin: 0.5\n",
+            "line 5: paper.min_margin: this is not a setting; it stands below a stage: "
             "`self_reward`. There are:",
         ),
         (
