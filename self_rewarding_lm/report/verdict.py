@@ -33,9 +33,9 @@ class Made:
     rows: different rows among the prompts. cut: the share of responses that were cut off. steps:
     optimiser steps. parsed: the share of judgements with a score. commonest: the share of the
     commonest score. tied: the share of prompts whose best and worst score are equal. agreed: the
-    share of comparisons with one verdict in both orders. too_long: the share of judgements whose
-    prompt is longer than the judge's model takes. None: unknown. shuffled: whether the
-    scores were moved to other responses by chance, as a control.
+    share of comparisons with one verdict in both orders. too_long: the share of judgements without
+    a score because what the judge reads is longer than its model takes. None: unknown. shuffled:
+    whether the scores were moved to other responses by chance, as a control.
     """
 
     name: str
@@ -189,8 +189,9 @@ def _judging(made: Made) -> Iterator[str]:
         yield f"{lead}: {read}{spread}{tied}."
     if made.too_long:
         yield (
-            f"{percent(made.too_long)} of the judge's prompts are longer than its model takes "
-            "(too_long) and have no score: shorten the reward prompt, or leave out long prompts."
+            f"For {percent(made.too_long)} of its judgements the judge had more to read than its "
+            "model takes (too_long), so they have no score: leave out long prompts, lower "
+            "max_new_tokens, or shorten the reward prompt if it has one."
         )
 
 

@@ -28,7 +28,7 @@ ROUNDS = {
     "judge/score_mass": "Probability of all allowed scores together",
     "judge/forced_share": "Judgements whose ending was forced",
     "judge/cut": "Judgements that were cut off",
-    "judge/too_long": "Judge prompts longer than the model takes",
+    "judge/too_long": "Judgements without a score: more to read than the judge's model takes",
     "judge/skipped": "Responses that were not judged, because no pair can have them",
     "completions/mean_length": "Mean length of responses, tokens",
     "completions/clipped_ratio": "Responses that were cut off",

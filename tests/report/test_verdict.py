@@ -1,6 +1,7 @@
 """What is said of a run in a few sentences, and of a prompt that gave no pair."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,25 @@ def test_the_verdict_on_a_control_says_that_its_scores_were_shuffled(tmp_path):
     text = " ".join(verdict(trainer_of(tmp_path, [stage])(rehearse=False)))
     assert "The judge's scores were shuffled among the responses (a control): 100 % of its" in text
     assert "apart" not in text
+
+
+class Limited(FunctionJudge):
+    """The first response of each prompt is too long for it."""
+
+    def judge(self, ctx, prompts, candidates_PG):
+        first = {candidates[0].id for candidates in candidates_PG}
+        for judgement in super().judge(ctx, prompts, candidates_PG):
+            is_first = judgement.candidate_ids[0] in first
+            yield replace(judgement, score=None, reason="too_long") if is_first else judgement
+
+
+def test_judge_prompts_that_are_too_long_are_told(tmp_path):
+    stage = external(judge=Limited(rising()), num_train_steps=10)
+    run = trainer_of(tmp_path, [stage])(rehearse=False)
+    share = run.metrics(0)[0]["judge/too_long"]
+    assert 0 < share < 1
+    told = f"For {percent(share)} of its judgements the judge had more to read than its model takes"
+    assert told in " ".join(verdict(run)) and told in " ".join(show_run(run).split())
 
 
 def test_a_judge_that_prefers_a_place_is_said_to(tmp_path):
