@@ -22,6 +22,15 @@ LEAST_LOGITS = 16_777_216
 is more: then reading the weights for each piece is no more work than writing its logits."""
 
 
+LOGITS_OF_CPU = 4_194_304
+"""A CPU makes so many at once (16 MiB in float32) where it can: its cache holds them for what is
+done with each of them. With pieces of LEAST_LOGITS the head took a quarter longer."""
+
+
+LEAST_COLUMNS = 1024
+"""Tokens of the vocabulary that are multiplied at once at least, however many rows there are."""
+
+
 def token_logprobs(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """log p(ids[:, i] | ids[:, :i]) at column i; column 0 is 0.0, nothing predicts it.
 
@@ -87,22 +96,36 @@ def label_logprobs(
     vocab: int,
     logits_at_once: int | None = None,
 ) -> Float[Tensor, " n"]:
-    """log p(labels[i] | hidden[i]), with the logits of a few of them at a time.
+    """log p(labels[i] | hidden[i]), with a few of the logits at a time.
 
-    The gradient computes these logits once more. Log-probs are in float32 at least, whatever the
-    type of the head. logits_at_once: how many numbers; by default as LEAST_LOGITS says.
+    Where the head is a linear layer, these are a part of the vocabulary for many rows, and the
+    gradient computes them once more if the layer is trained. Else they are whole rows, and are
+    computed once more. Log-probs are in float32 at least, whatever the type of the head.
+    logits_at_once: how many numbers; by default LOGITS_OF_CPU or LEAST_LOGITS, more for whole rows.
     """
-    weights = vocab * hidden.shape[-1]
-    rows = max(1, (logits_at_once or max(LEAST_LOGITS, weights)) // vocab)
     labels, head = labels.long(), head.cast(hidden.device.type)
     if head.weight is None:
+        rows = max(1, (logits_at_once or max(LEAST_LOGITS, vocab * hidden.shape[-1])) // vocab)
         parts = [
             checkpoint(_part_logprobs, hidden[part], labels[part], head, use_reentrant=False)
             for part in _parts(len(hidden), rows)
         ]
         return torch.cat(parts)  # type: ignore[arg-type]
-    hidden, settings = hidden.to(head.weight.dtype), (head.scale, head.softcap, rows)
-    return _LinearLogprobs.apply(hidden, head.weight, head.bias, labels, settings)
+    at_once = logits_at_once or tile_logits(hidden.device.type)
+    tiles = _Tiles(*tile_sizes(len(hidden), vocab, at_once), head.scale, head.softcap)
+    hidden = hidden.to(head.weight.dtype)
+    return _LinearLogprobs.apply(hidden, head.weight, head.bias, labels, tiles)
+
+
+def tile_logits(kind: str) -> int:
+    """How many logits a kind of device makes at once where the head is a linear layer."""
+    return LOGITS_OF_CPU if kind == "cpu" else LEAST_LOGITS
+
+
+def tile_sizes(count: int, vocab: int, at_once: int) -> tuple[int, int]:
+    """Rows and tokens of the vocabulary whose logits are made at once, of `count` rows."""
+    columns = min(vocab, max(LEAST_COLUMNS, at_once // max(count, 1)))
+    return max(1, at_once // columns), columns
 
 
 def label_measures(
@@ -137,8 +160,31 @@ def masked_sum(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float
     return values.masked_fill(~mask, 0.0).sum(dim=-1)
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """How logits are made, so many rows and tokens of the vocabulary at a time."""
+
+    rows: int
+    columns: int
+    scale: float
+    softcap: float | None
+
+    def scores(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The logits of a tile (n, c), which are nobody else's."""
+        return _exact(_scaled(F.linear(hidden, weight, bias), self.scale, self.softcap))
+
+    def slope(self, scores: Tensor) -> Tensor | None:
+        """d score / d (scale * product), for each score; None where it is 1."""
+        return None if self.softcap is None else 1 - (scores / self.softcap).square()
+
+
 class _LinearLogprobs(torch.autograd.Function):
-    """Log-probs by a linear layer, a piece of its logits at a time; kept is one number a row."""
+    """Log-probs by a linear layer, a tile of its logits at a time.
+
+    A row keeps two things: log sum exp of its logits, and the gradient of its log-prob by its
+    hidden state. That is made beside the log-prob, of the same logits, so that they are computed
+    again for the gradients of the layer alone, if it is trained.
+    """
 
     @staticmethod
     def forward(
@@ -147,62 +193,119 @@ class _LinearLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        settings: tuple[float, float | None, int],
+        tiles: _Tiles,
     ) -> Tensor:
-        scale, softcap, rows = settings
-        logprobs, totals = [], []
+        wants_hidden, *wants_layer = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in _parts(len(hidden), rows):
-                raw = F.linear(hidden[part], weight, bias)  # (rows, v)
-                scores = _exact(_scaled(raw, scale, softcap))
-                chosen = scores.gather(-1, labels[part, None]).squeeze(-1)
-                most = scores.amax(dim=-1)
-                total = scores.sub_(most[:, None]).exp_().sum(dim=-1).log_().add_(most)
-                logprobs.append(chosen - total)
-                totals.append(total)
-                del raw, scores  # before the next piece is made
-        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat(totals))
-        ctx.settings = settings
-        return torch.cat(logprobs)
+            found = [
+                _row_logprobs(hidden[rows], weight, bias, labels[rows], tiles, wants_hidden)
+                for rows in _parts(len(hidden), tiles.rows)
+            ]
+        logprobs, totals, slopes = (torch.cat(values) for values in zip(*found, strict=True))
+        layer = (hidden, weight, bias, labels, totals) if any(wants_layer) else (None,) * 5
+        ctx.save_for_backward(*layer, slopes)
+        ctx.tiles, ctx.dtype = tiles, hidden.dtype
+        return logprobs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """d log p / d score = (1 at the label) - p, for all scores of a row."""
         (gradient,) = gradients  # (n,)
-        hidden, weight, bias, labels, totals = ctx.saved_tensors
-        scale, softcap, rows = ctx.settings
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        of_hidden = torch.empty_like(hidden) if wants_hidden else None
-        of_weight = torch.zeros_like(weight, dtype=totals.dtype) if wants_weight else None
-        of_bias = torch.zeros_like(bias, dtype=totals.dtype) if wants_bias else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part in _parts(len(hidden), rows):
-                raw = F.linear(hidden[part], weight, bias)
-                scores = _exact(_scaled(raw, scale, softcap))
-                slope = None if softcap is None else 1 - (scores / softcap).square()
-                moved = scores.sub_(totals[part, None]).exp_().mul_(-gradient[part, None])
-                moved.scatter_add_(1, labels[part, None], gradient[part, None])
-                if slope is not None:
-                    moved *= slope
-                if scale != 1.0:
-                    moved *= scale
-                if of_bias is not None:
-                    of_bias += moved.sum(dim=0)
-                narrow = moved.to(weight.dtype)
-                if of_hidden is not None:
-                    torch.mm(narrow, weight, out=of_hidden[part])
-                if of_weight is not None and of_weight.dtype == weight.dtype:
-                    of_weight.addmm_(narrow.t(), hidden[part])
-                elif of_weight is not None:  # pieces of a narrow type are summed in float32
-                    of_weight += narrow.t() @ hidden[part]
-                del raw, scores, slope, moved, narrow  # before the next piece is made
-        return (
-            of_hidden,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
-            None,
-            None,
-        )
+        wants_hidden, *wants_layer = ctx.needs_input_grad[:3]
+        hidden, weight, bias, labels, totals, slopes = ctx.saved_tensors
+        of_hidden = (slopes * gradient[:, None]).to(ctx.dtype) if wants_hidden else None
+        of_weight = of_bias = None
+        if any(wants_layer):
+            with torch.autocast(gradient.device.type, enabled=False):
+                of_weight, of_bias = _layer_gradients(
+                    gradient, hidden, weight, bias, labels, totals, ctx.tiles
+                )
+        return of_hidden, of_weight, of_bias, None, None
+
+
+def _row_logprobs(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    bias: Float[Tensor, " v"] | None,
+    labels: Int[Tensor, " n"],
+    tiles: _Tiles,
+    wants_slopes: bool,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n s"]]:
+    """Log-probs, log sum exp of the logits, and d log-prob / d hidden (n, d; n, 0 if not wanted).
+
+    Sums over the vocabulary are taken tile by tile, each relative to the highest logit so far
+    (arXiv:1805.02867, algorithm 3).
+    """
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    lowest = torch.finfo(exact).min
+    chosen = hidden.new_zeros(len(hidden), 1, dtype=exact)
+    total = torch.full_like(chosen, lowest)
+    # of the rows of the weight by the probabilities of their tokens, each times its slope
+    mean = hidden.new_zeros(len(hidden), weight.shape[1] if wants_slopes else 0, dtype=exact)
+    for columns in _parts(len(weight), tiles.columns):
+        part = weight[columns]
+        scores = tiles.scores(hidden, part, None if bias is None else bias[columns])
+        is_here, place = _placed(labels, columns)
+        chosen += scores.gather(-1, place).masked_fill_(~is_here, 0.0)
+        slope = tiles.slope(scores) if wants_slopes else None
+        most = scores.amax(dim=-1, keepdim=True).clamp(min=lowest)  # of -inf alone none is left
+        shares = scores.sub_(most).exp_()
+        before, total = total, total.logaddexp(shares.sum(dim=-1, keepdim=True).log_().add_(most))
+        if wants_slopes:
+            shares = shares if slope is None else shares.mul_(slope)
+            product = shares.to(weight.dtype) @ part
+            mean.mul_((before - total).exp_()).addcmul_(product, (most - total).exp_())
+        del scores, shares, slope  # before the next tile is made
+    if wants_slopes:
+        slope = tiles.slope(chosen)
+        own = weight[labels].to(exact)
+        mean = (own if slope is None else own.mul_(slope)).sub_(mean).mul_(tiles.scale)
+    return (chosen - total).squeeze(-1), total.squeeze(-1), mean
+
+
+def _layer_gradients(
+    gradient: Float[Tensor, " n"],
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    bias: Float[Tensor, " v"] | None,
+    labels: Int[Tensor, " n"],
+    totals: Float[Tensor, " n"],
+    tiles: _Tiles,
+) -> tuple[Float[Tensor, "v d"], Float[Tensor, " v"] | None]:
+    """Gradients of weight and bias: d log p / d score = (1 at the label) - p, for all of a row."""
+    gradient, of_weight = gradient * tiles.scale, torch.empty_like(weight)
+    of_bias = None if bias is None else torch.empty_like(bias)
+    for columns in _parts(len(weight), tiles.columns):
+        part, part_bias = weight[columns], None if bias is None else bias[columns]
+        of_part = torch.zeros_like(part, dtype=totals.dtype)
+        of_part_bias = totals.new_zeros(len(part))
+        for rows in _parts(len(hidden), tiles.rows):
+            scores, slopes = tiles.scores(hidden[rows], part, part_bias), gradient[rows, None]
+            slope = tiles.slope(scores)
+            moved = scores.sub_(totals[rows, None]).exp_().mul_(-slopes)
+            is_here, place = _placed(labels[rows], columns)
+            moved.scatter_add_(1, place, slopes.masked_fill(~is_here, 0.0))
+            moved = moved if slope is None else moved.mul_(slope)
+            of_part_bias += 0.0 if bias is None else moved.sum(dim=0)
+            _add_product(of_part, moved.to(weight.dtype).t(), hidden[rows])
+            del scores, moved, slope  # before the next tile is made
+        of_weight[columns] = of_part
+        if of_bias is not None:
+            of_bias[columns] = of_part_bias
+    return of_weight, of_bias
+
+
+def _placed(labels: Int[Tensor, " n"], columns: slice) -> tuple[Tensor, Tensor]:
+    """Which labels are in these columns (n, 1), and of each a place there (n, 1)."""
+    places, last = labels[:, None] - columns.start, columns.stop - columns.start - 1
+    return (places >= 0) & (places <= last), places.clamp(0, last)
+
+
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """total += one @ other; products of a narrow type are summed in the type of the total."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total += one @ other
 
 
 def _part_logprobs(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:

@@ -164,13 +164,15 @@ HEADS = {
 }
 
 
+@pytest.mark.parametrize("columns", [1, 3, 7, 1024])
 @pytest.mark.parametrize("at_once", [1, 7 * 3, 10_000], ids=["a row", "three rows", "all"])
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "any"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_log_probs_in_pieces_equal_those_of_whole_logits_in_value_and_gradient(
-    kind, linear, at_once
+    kind, linear, at_once, columns, monkeypatch
 ):
     """float64; the truth is log_softmax of all logits, differentiated by autograd."""
+    monkeypatch.setattr(logprobs, "LEAST_COLUMNS", columns)
     options = dict(HEADS[kind])
     hidden, weight = random_logits(8, 5, seed=1), random_logits(7, 5, seed=2)
     bias = random_logits(7, seed=3) if options.pop("bias", False) else None
@@ -192,11 +194,51 @@ def test_log_probs_in_pieces_equal_those_of_whole_logits_in_value_and_gradient(
         assert torch.allclose(one, other, atol=1e-11, rtol=0)
 
 
-def test_a_frozen_weight_costs_no_gradient_and_hidden_states_have_theirs():
-    hidden, weight = random_logits(4, 5).requires_grad_(), random_logits(7, 5)
-    found = label_logprobs(hidden, tensor([1, 2, 3, 4]), head_of(weight), vocab=7)
-    found.sum().backward()
-    assert hidden.grad is not None and weight.grad is None
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the products of matrices that are made within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__.split(".")[0] in ("mm", "addmm", "addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("trained", "forward", "backward"), [((True, True), 2, 2), ((True, False), 2, 0)]
+)
+def test_logits_are_made_again_for_the_gradient_of_a_trained_weight_alone(
+    trained, forward, backward
+):
+    """Two products make the log-probs and their gradient by the hidden states: the logits, and the
+    weights by their probabilities. The weight's own gradient needs the logits and a product."""
+    hidden, weight = (
+        t.requires_grad_(is_trained)
+        for t, is_trained in zip((random_logits(4, 5), random_logits(7, 5)), trained, strict=True)
+    )
+    with Products() as products:
+        found = label_logprobs(hidden, tensor([1, 2, 3, 4]), head_of(weight), vocab=7)
+        assert products.count == forward
+        found.sum().backward()
+        assert products.count == forward + backward
+    assert hidden.grad is not None and (weight.grad is not None) == trained[1]
+
+
+def test_a_part_of_the_vocabulary_that_no_row_can_have_changes_nothing(monkeypatch):
+    """Its bias is -inf, as heads are padded; it is a tile of its own, once first and once last."""
+    monkeypatch.setattr(logprobs, "LEAST_COLUMNS", 3)
+    hidden, weight = random_logits(4, 5).requires_grad_(), random_logits(9, 5).requires_grad_()
+    labels = tensor([3, 4, 5, 3])
+    bias = torch.zeros(9, dtype=torch.float64)
+    bias[[0, 1, 2, 6, 7, 8]] = -torch.inf
+    found = label_logprobs(hidden, labels, head_of(weight, bias), vocab=9, logits_at_once=1)
+    got = torch.autograd.grad(found.sum(), (hidden, weight))
+    truth = (hidden @ weight.T)[:, 3:6].log_softmax(-1)[torch.arange(4), labels - 3]
+    assert torch.allclose(found, truth, atol=1e-12, rtol=0)
+    for one, other in zip(got, torch.autograd.grad(truth.sum(), (hidden, weight)), strict=True):
+        assert torch.allclose(one, other, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "any"])

@@ -263,15 +263,17 @@ def test_checkpointed_layers_keep_their_inputs():
     assert kept == 5 * (3 * layer_bytes(LLAMA_BLOCK, FP32, Micro(1)) + last)
 
 
-def test_logits_are_those_of_one_piece_at_most():
-    # few tokens: all of them in one piece, the head's gradient and the hidden states' one
-    assert logits_bytes(10, 100, 8, FP32) == 4 * (10 * 100 + 100 * 8 + 10 * 8)
-    assert logits_bytes(10, 100, 8, FP32, head_trained=False) == 4 * (10 * 100 + 10 * 8)
-    # 2^24 numbers a piece, 128 rows of 2^17
-    some = logits_bytes(96, 2**17, 8, FP32, head_trained=False)
-    assert some == 4 * (96 * 2**17 + 96 * 8)
-    many = logits_bytes(1000, 2**17, 8, FP32, head_trained=False)
-    assert many == 4 * (2**24 + 1000 * 8)
+@pytest.mark.parametrize(("kind", "at_once"), [("cpu", 2**22), ("cuda", 2**24)])
+def test_logits_are_those_of_one_tile_at_most(kind, at_once):
+    # few tokens: all of them in one tile, the head's gradient and the hidden states' two
+    assert logits_bytes(10, 100, 8, FP32, kind=kind) == 4 * (10 * 100 + 100 * 8 + 2 * 10 * 8)
+    settings = {"kind": kind, "head_trained": False}
+    assert logits_bytes(10, 100, 8, FP32, **settings) == 4 * (10 * 100 + 2 * 10 * 8)
+    # so many tokens of the vocabulary for 64 rows, and 1,024 of them at least, for fewer rows
+    some = logits_bytes(64, 2**20, 8, FP32, **settings)
+    assert some == 4 * (at_once + 2 * 64 * 8)
+    many = logits_bytes(100_000, 2**17, 8, FP32, **settings)
+    assert many == 4 * (at_once + 2 * 100_000 * 8)
 
 
 def test_sizes_of_memory_in_words():

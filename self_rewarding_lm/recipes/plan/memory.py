@@ -30,7 +30,7 @@ from torch import nn
 
 from self_rewarding_lm.config import OptimConfig
 from self_rewarding_lm.errors import SelfRewardingError
-from self_rewarding_lm.models.logprobs import LEAST_LOGITS
+from self_rewarding_lm.models.logprobs import tile_logits, tile_sizes
 from self_rewarding_lm.training.optimizers import make_optimizers
 
 EXACT = 4
@@ -200,19 +200,21 @@ def _last_bytes(block: Block, types: Types) -> int:
 
 
 def logits_bytes(
-    tokens: int, vocab: int, hidden: int, types: Types, *, head_trained: bool = True
+    tokens: int, vocab: int, hidden: int, types: Types, *, kind: str, head_trained: bool = True
 ) -> int:
-    """Bytes that the log-probs of labels need in their backward pass.
+    """Bytes that the log-probs of labels need in their backward pass, on a kind of device.
 
-    Logits exist for a few tokens at a time, in the pieces of `logprobs.label_logprobs`. If the head
-    is trained, its gradient is added, beside the gradient summed over earlier micro-batches.
+    A tile of the logits exists at a time, as `logprobs.label_logprobs` makes them; of each token
+    the gradient by its hidden state is kept. If the head is trained, its gradient is added, beside
+    the gradient summed over earlier micro-batches.
     """
-    rows = max(1, max(LEAST_LOGITS, vocab * hidden) // max(vocab, 1))
+    rows, columns = tile_sizes(tokens, max(vocab, 1), tile_logits(kind))
     narrow = types.product < EXACT
     number = EXACT + 2 * types.product if narrow else types.exact
-    piece = min(tokens, rows) * vocab * number
-    gradient = vocab * hidden * (types.exact + (2 * types.product if narrow else 0))
-    return piece + gradient * head_trained + tokens * hidden * types.product
+    tile = min(tokens, rows) * columns * number
+    gradient = vocab * hidden * (types.exact + (types.product if narrow else 0))
+    states = tokens * hidden * (types.exact + types.product)
+    return tile + gradient * head_trained + states
 
 
 def prefill_bytes(block: Block, types: Types, tokens: int) -> int:

@@ -240,7 +240,8 @@ def _training_phase(
     recomputed = 0
     if checkpointing:
         recomputed = recomputed_bytes(block, types, micro, adapter=shape.adapter)
-    logits = logits_bytes(tokens, shape.vocab, block.hidden, types, head_trained=shape.head_trained)
+    sizes, trained = (tokens, shape.vocab, block.hidden), shape.head_trained
+    logits = logits_bytes(*sizes, types, kind=device.kind, head_trained=trained)
     # 3. the peak: logits are freed before layers are recomputed
     peak = None
     if optimizer is not None:
