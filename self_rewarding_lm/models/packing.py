@@ -1,6 +1,7 @@
 """Rows of a training forward, packed one after the other without padding.
 
-What a row begins with as an earlier one does is computed once: chosen and rejected have one prompt.
+What a row begins with as an earlier one does is computed once: chosen and rejected have one prompt,
+and the prompts of all pairs may begin with the same words.
 All layers but attention work on each token alone. Attention layers call `Packing.attend`, as they
 call that of `KeyValues` in a session, so that each row sees itself and the beginning it shares.
 """
@@ -48,6 +49,7 @@ class Packing:
     at most, for models that take no more; if None there is one line. least_shared: tokens that rows
     must begin with alike to share them. noise: of dropout, whose next forward this is; if it drops,
     only sequences of one row share, so that no row's dropout depends on who else is there.
+    with_whole: see `shared_beginnings`.
     """
 
     def __init__(
@@ -59,21 +61,23 @@ class Packing:
         width: int | None = None,
         least_shared: int = LEAST_SHARED,
         noise: RowNoise | None = None,
+        with_whole: bool = False,
     ) -> None:
         self.parts: list[_Part] = []
         self.noise = noise
         places: list[tuple[int, int, int]] = []  # of each part: its row, its first token, its count
         where = torch.zeros_like(ids)
         tokens, positions = [], []
-        count = part = 0
+        count = 0
+        part_of: list[int] = []  # of each row
         owners = None if noise is None or not noise.drops else [row for row, _ in noise.keys]
-        shares = shared_beginnings(ids, lengths, least_shared, owners)
+        shares = shared_beginnings(ids, lengths, least_shared, owners, with_whole=with_whole)
         for row, ((leader, shared), length) in enumerate(
             zip(shares, lengths.tolist(), strict=True)
         ):
-            if leader == row:
-                part = len(self.parts)  # which the rows after it refer to
             own = length - shared
+            part = len(self.parts) if leader == row else part_of[leader]
+            part_of.append(len(self.parts) if own else part)
             where[row, :shared] = where[leader, :shared]
             where[row, shared:length] = torch.arange(count, count + own)
             tokens.append(ids[row, shared:length])
@@ -114,14 +118,17 @@ class Packing:
             rearrange(t, "b h n d -> h (b n) d").split(counts, dim=1) for t in (query, key, value)
         )
         outputs = []
+        whole: list[tuple[Tensor, Tensor]] = []  # keys and values that each part sees
         # what fills up the last line is no part, and comes after all parts
         seeds: list[int | None] = [None] * len(self.parts)
         if self.noise is not None and dropout:
             seeds = [seed for seed, _ in self.noise.call().seeds()]
         for part, seed, queries, keys, values in zip(self.parts, seeds, q, k, v, strict=False):
             if part.shared:
-                keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)
-                values = torch.cat([v[part.leader][:, : part.shared], values], dim=1)
+                first_keys, first_values = (t[:, : part.shared] for t in whole[part.leader])
+                keys = torch.cat([first_keys, keys], dim=1)
+                values = torch.cat([first_values, values], dim=1)
+            whole.append((keys, values))
             with nullcontext() if seed is None else seeded(seed, queries.device):
                 outputs.append(self._attended(part, queries, keys, values, window, scale, dropout))
         if self.filled:
@@ -181,20 +188,31 @@ def shared_beginnings(
     lengths: Int[Tensor, " b"],
     least: int = LEAST_SHARED,
     owners: Sequence[int] | None = None,
+    *,
+    with_whole: bool = False,
 ) -> list[tuple[int, int]]:
-    """For each row an earlier row, and how many tokens the two begin with alike.
+    """For each row the earlier row with which it begins alike for the most tokens, and how many.
 
-    The row itself and 0 if these are fewer than `least`. Rows that share follow each other. owners:
-    of each row; rows of different owners share nothing.
+    The row itself and 0 if these are fewer than `least`. Of several such rows it is the first.
+    owners: of each row; rows of different owners share nothing. with_whole: a row shares with the
+    last one that shares nothing itself, or not at all, as in version 0.1.0.
     """
     shares: list[tuple[int, int]] = []
-    leader = 0
-    for row, length in enumerate(lengths.tolist()):
-        most = min(length, int(lengths[leader]))
-        alike = (ids[row, :most] == ids[leader, :most]).long().cumprod(0)
-        shared = int(alike.sum()) if row else 0
-        if shared < least or (owners is not None and owners[row] != owners[leader]):
-            leader, shared = row, 0
+    is_token = torch.arange(ids.shape[1]) < lengths[:, None]  # (b, t)
+    whole = 0
+    for row in range(len(ids)):
+        first, end = (whole, min(whole + 1, row)) if with_whole else (0, row)
+        earlier = slice(first, end)
+        alike = (ids[earlier] == ids[row]) & is_token[earlier] & is_token[row]
+        counts = alike.long().cumprod(1).sum(1).tolist()  # of each earlier row
+        if owners is not None:
+            same = (owner == owners[row] for owner in owners[earlier])
+            counts = [count * is_same for count, is_same in zip(counts, same, strict=True)]
+        shared = max(counts, default=0)
+        if shared < least or not counts:
+            whole, leader, shared = row, row, 0
+        else:
+            leader = first + counts.index(shared)
         shares.append((leader, shared))
     return shares
 

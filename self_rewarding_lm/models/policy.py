@@ -129,7 +129,10 @@ class Policy(nn.Module):
 
         # 1. hidden states of all tokens, and where that of each token of a row is
         if training.packs:
-            packing = Packing(ids.cpu(), lengths.cpu(), device, width=training.width, noise=noise)
+            # without noise of its own, dropout is that of version 0.1.0, whose draws go on
+            is_first = noise is None and self.training and bool(rates_at_work(self))
+            settings = {"width": training.width, "noise": noise, "with_whole": is_first}
+            packing = Packing(ids.cpu(), lengths.cpu(), device, **settings)
             hidden = training.hidden(packing.ids, packing)
             where = packing.where  # (b, t)
         else:

@@ -1,6 +1,7 @@
 """Rows without padding and shared beginnings against each row alone; hidden states and heads."""
 
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from x_transformers import AutoregressiveWrapper
 
 from self_rewarding_lm.errors import AdapterError
 from self_rewarding_lm.models import packing
+from self_rewarding_lm.models import policy as policies
 from self_rewarding_lm.models.batching import grouped, pad_rows
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.logprobs import token_logprobs
@@ -30,11 +32,48 @@ ROWS = [  # two that share a prompt, one alone, one that is another's beginning,
 CPU = torch.device("cpu")
 
 
-def test_beginnings_are_shared_with_the_last_row_that_stands_whole():
+def test_a_row_shares_with_the_earlier_one_with_which_it_begins_alike_the_longest():
     ids, lengths = pad_rows(ROWS)
-    assert shared_beginnings(ids, lengths) == [(0, 0), (0, 10), (2, 0), (3, 0), (3, 10), (5, 0)]
+    assert shared_beginnings(ids, lengths) == [(0, 0), (0, 10), (2, 0), (0, 10), (0, 10), (5, 0)]
     assert shared_beginnings(ids, lengths, least=11) == [(i, 0) for i in range(6)]
-    assert packed_length(ROWS) == 13 + 6 + 4 + 14 + 0 + 2
+    assert packed_length(ROWS) == 13 + 6 + 4 + 4 + 0 + 2
+
+
+SYSTEM = [2, 3, 5, 7, 1, 1, 0, 6, 4]  # what the prompts of all pairs begin with
+PAIRS = [
+    [*SYSTEM, *PROMPT, 8, 9, 7],
+    [*SYSTEM, *PROMPT, 9, 3],
+    [*SYSTEM, 8, 8, 8, 8, 1],
+    [*SYSTEM, 8, 8, 8, 8, 2, 5],
+    [*SYSTEM, 8, 8, 8, 8, 2, 6],
+]
+
+
+def test_a_pair_shares_its_prompt_also_where_all_prompts_begin_alike():
+    """The third row has the system prompt of the first, the fourth the whole prompt of the third."""
+    ids, lengths = pad_rows(PAIRS)
+    assert shared_beginnings(ids, lengths) == [(0, 0), (0, 19), (0, 9), (2, 13), (3, 14)]
+    assert packed_length(PAIRS) == 22 + 2 + 5 + 2 + 1
+    owners = [0, 0, 1, 1, 2]
+    expected = [(0, 0), (0, 19), (2, 0), (2, 13), (4, 0)]
+    assert shared_beginnings(ids, lengths, owners=owners) == expected
+
+
+def test_runs_of_the_first_version_share_with_the_last_row_that_stands_whole():
+    """Their dropout is drawn in the order and the sizes of the parts that this gives."""
+    ids, lengths = pad_rows(ROWS)
+    first = [(0, 0), (0, 10), (2, 0), (3, 0), (3, 10), (5, 0)]
+    assert shared_beginnings(ids, lengths, with_whole=True) == first
+    ids, lengths = pad_rows(PAIRS)
+    first = [(0, 0), (0, 19), (0, 9), (0, 9), (0, 9)]
+    assert shared_beginnings(ids, lengths, with_whole=True) == first
+    counts = []
+    for rate in (0.0, 0.1):
+        module = tiny("llama", attention_dropout=rate).train()
+        with patch.object(policies, "Packing", side_effect=Packing) as made:
+            Policy(adapt(module)).train()(ids, lengths)
+        counts.append(made.call_args.kwargs["with_whole"])
+    assert counts == [False, True]
 
 
 def test_padding_never_counts_as_a_beginning():
@@ -49,7 +88,7 @@ def test_every_token_of_a_row_has_its_place_and_its_position(width):
     ids, lengths = pad_rows(ROWS)
     packing = Packing(ids, lengths, CPU, width=width)
     tokens, positions = packing.ids.flatten(), packing.positions.flatten()
-    assert packing.count == packed_length(ROWS) == 39
+    assert packing.count == packed_length(ROWS) == 29
     assert len(tokens) - packing.count == packing.filled < len(packing.ids)
     assert width is None or packing.ids.shape[1] <= width
     for row, places in zip(ROWS, packing.where, strict=True):
@@ -77,18 +116,19 @@ def ours(kind: str) -> nn.Module:
     return hugging_face(kind) if kind in KINDS else KINDS64[kind]()
 
 
+@pytest.mark.parametrize("rows", [ROWS, PAIRS], ids=["rows", "pairs"])
 @pytest.mark.parametrize("kind", [*KINDS, *KINDS64])
-def test_the_policy_gives_each_rows_log_probs_and_gradients(kind):
+def test_the_policy_gives_each_rows_log_probs_and_gradients(kind, rows):
     """In float64, norms of transformers in float32; the loss takes part of the tokens, weighted."""
     module = ours(kind).eval()
     rounding = 1e-5 if kind in KINDS else 1e-8
-    ids, lengths = pad_rows(ROWS)
+    ids, lengths = pad_rows(rows)
     targets = torch.zeros_like(ids, dtype=torch.bool)
-    for i, row in enumerate(ROWS):
+    for i, row in enumerate(rows):
         targets[i, min(3 * i, len(row) - 1) : len(row)] = True
     slopes = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0)).double()
 
-    truth = alone(module, ROWS)
+    truth = alone(module, rows)
     loss = sum((v * slopes[i, : len(v)] * targets[i, : len(v)]).sum() for i, v in enumerate(truth))
     parameters = [p for p in module.parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -5,7 +5,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, takewhile
 from unittest.mock import patch
 
 import numpy as np
@@ -539,8 +539,9 @@ def _sharing(draw):
         "torch.arange(count, count + own)": "torch.arange(count, count + own).flip(0)",
         "positions.append(torch.arange(shared, length))": "positions.append(torch.arange(0, length - shared))",
         "count += own": "count += length",
-        "most = min(length, int(lengths[leader]))": "most = length",
-        ".long().cumprod(0)": ".long()",
+        "& is_token[earlier]": "",
+        "& is_token[row]": "",
+        ".long().cumprod(1)": ".long()",
         "if shared < least or": "if shared <= least or",
         "lines = 1 if width is None else -(-count // width)": "lines = 1 if width is None else count // width + 1",
     },
@@ -554,14 +555,12 @@ def packing_and_unpacking_are_inverse(packing, case):
     for row, places in zip(rows, packed.where, strict=True):
         assert tokens[places[: len(row)]].tolist() == row
         assert positions[places[: len(row)]].tolist() == list(range(len(row)))
-    shares, leader = [], 0
+    shares = []
     for k, row in enumerate(rows):
-        both = zip(row, rows[leader], strict=False)
-        alike = next(
-            (i for i, (a, b) in enumerate(both) if a != b), min(len(row), len(rows[leader]))
-        )
-        leader, alike = (leader, alike) if k and alike >= least else (k, 0)
-        shares.append((leader, alike))
+        both = (zip(row, earlier, strict=False) for earlier in rows[:k])
+        alike = [len([*takewhile(lambda one: one[0] == one[1], pairs)]) for pairs in both]
+        most = max(alike, default=0)
+        shares.append((alike.index(most), most) if alike and most >= least else (k, 0))
     assert packing.shared_beginnings(ids, lengths, least) == shares
     assert (
         packed.count
@@ -594,10 +593,11 @@ def _alone(rows):
     "models.packing",
     _sharing(),
     mutants={
-        "keys = torch.cat([k[part.leader][:, : part.shared], keys], dim=1)": "keys = torch.cat([k[0][:, : part.shared], keys], dim=1)",
+        "for t in whole[part.leader])": "for t in whole[0])",
         "positions.append(torch.arange(shared, length))": "positions.append(torch.arange(0, length - shared))",
         "hidden = ~causal_mask(": "hidden = causal_mask(",
-        "if leader == row:": "if True:",
+        "len(self.parts) if leader == row else part_of[leader]": "len(self.parts)",
+        "part_of.append(len(self.parts) if own else part)": "part_of.append(part)",
     },
     examples=200,
 )
@@ -606,8 +606,8 @@ def packing_and_padding_never_change_a_log_prob(packing, case):
     model = _model()
     assert model.training is not None and model.training.packs
 
-    def packed(ids, lengths, device, *, width, noise):
-        return packing.Packing(ids, lengths, device, width=width, least_shared=least, noise=noise)
+    def packed(ids, lengths, device, **settings):
+        return packing.Packing(ids, lengths, device, least_shared=least, **settings)
 
     ids, lengths = pad_rows([*rows, [pad_id] * 14], pad_id)
     with patch.object(policy, "Packing", packed), torch.no_grad():
