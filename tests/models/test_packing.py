@@ -54,6 +54,8 @@ def test_a_pair_shares_its_prompt_also_where_all_prompts_begin_alike():
     ids, lengths = pad_rows(PAIRS)
     assert shared_beginnings(ids, lengths) == [(0, 0), (0, 19), (0, 9), (2, 13), (3, 14)]
     assert packed_length(PAIRS) == 22 + 2 + 5 + 2 + 1
+    in_turns = pad_rows([PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[3]])
+    assert shared_beginnings(*in_turns) == [(0, 0), (0, 9), (0, 19), (1, 13)]
     owners = [0, 0, 1, 1, 2]
     expected = [(0, 0), (0, 19), (2, 0), (2, 13), (4, 0)]
     assert shared_beginnings(ids, lengths, owners=owners) == expected
