@@ -198,22 +198,24 @@ def shared_beginnings(
     last one that shares nothing itself, or not at all, as in version 0.1.0.
     """
     shares: list[tuple[int, int]] = []
-    is_token = torch.arange(ids.shape[1]) < lengths[:, None]  # (b, t)
-    whole = 0
-    for row in range(len(ids)):
-        first, end = (whole, min(whole + 1, row)) if with_whole else (0, row)
-        earlier = slice(first, end)
-        alike = (ids[earlier] == ids[row]) & is_token[earlier] & is_token[row]
-        counts = alike.long().cumprod(1).sum(1).tolist()  # of each earlier row
-        if owners is not None:
-            same = (owner == owners[row] for owner in owners[earlier])
-            counts = [count * is_same for count, is_same in zip(counts, same, strict=True)]
-        shared = max(counts, default=0)
-        if shared < least or not counts:
-            whole, leader, shared = row, row, 0
-        else:
-            leader = first + counts.index(shared)
-        shares.append((leader, shared))
+    nodes: dict[tuple[int, int], int] = {}  # of the tree of beginnings: after a node, by a token
+    made_by: list[int] = []  # of each node, the first row that begins so
+    for row, length in enumerate(lengths.tolist()):
+        tokens = ids[row, :length].tolist()
+        root = node = -1 if owners is None else -1 - owners[row]
+        leader, shared = row, 0
+        while shared < length and (node, tokens[shared]) in nodes:
+            node = nodes[node, tokens[shared]]
+            leader, shared = made_by[node], shared + 1
+        shares.append((leader, shared) if shared >= least else (row, 0))
+        if with_whole and shared >= least:
+            continue
+        if with_whole:
+            nodes.clear()
+            node, shared = root, 0
+        for token in tokens[shared:]:
+            node = nodes.setdefault((node, token), len(made_by))
+            made_by.append(row)
     return shares
 
 
