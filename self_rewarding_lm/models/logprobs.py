@@ -239,7 +239,8 @@ def _row_logprobs(
     lowest = torch.finfo(exact).min
     chosen = hidden.new_zeros(len(hidden), 1, dtype=exact)
     total = torch.full_like(chosen, lowest)
-    # of the rows of the weight by the probabilities of their tokens, each times its slope
+    # of the weight's rows, by their tokens' probabilities and slopes; the label's comes at the end,
+    # since a narrow type would lose the difference between its probability and 1
     mean = hidden.new_zeros(len(hidden), weight.shape[1] if wants_slopes else 0, dtype=exact)
     for columns in _parts(len(weight), tiles.columns):
         part = weight[columns]
@@ -251,14 +252,17 @@ def _row_logprobs(
         shares = scores.sub_(most).exp_()
         before, total = total, total.logaddexp(shares.sum(dim=-1, keepdim=True).log_().add_(most))
         if wants_slopes:
+            of_label = shares.gather(-1, place).masked_fill_(~is_here, 0.0)
+            shares.scatter_add_(-1, place, of_label.neg_())
             shares = shares if slope is None else shares.mul_(slope)
             product = shares.to(weight.dtype) @ part
             mean.mul_((before - total).exp_()).addcmul_(product, (most - total).exp_())
         del scores, shares, slope  # before the next tile is made
     if wants_slopes:
         slope = tiles.slope(chosen)
-        own = weight[labels].to(exact)
-        mean = (own if slope is None else own.mul_(slope)).sub_(mean).mul_(tiles.scale)
+        missing = torch.expm1(chosen - total).neg_()  # 1 - p of the label
+        own = weight[labels] * (missing if slope is None else missing.mul_(slope))
+        mean = own.sub_(mean).mul_(tiles.scale)
     return (chosen - total).squeeze(-1), total.squeeze(-1), mean
 
 

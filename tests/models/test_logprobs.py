@@ -258,6 +258,25 @@ def test_a_narrow_heads_log_probs_and_weight_gradients_lose_only_its_own_roundin
         assert weight.grad.flatten().tolist() == [256.0, -256.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gradient_of_a_token_that_is_nearly_certain_is_as_exact_as_others(dtype, monkeypatch):
+    """Its probability is 0.98 or more; the truth is float64's, of the same rounded numbers."""
+    monkeypatch.setattr(logprobs, "LEAST_COLUMNS", 16)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 64, generator=generator)
+    weight = (4 * torch.nn.functional.normalize(weight)).to(dtype)
+    labels = torch.arange(20)
+    hidden = (0.6 * weight[labels]).requires_grad_()
+    found = label_logprobs(hidden, labels, head_of(weight), vocab=50, logits_at_once=1)
+    (got,) = torch.autograd.grad(found.sum(), hidden)
+    exact = hidden.detach().double().requires_grad_()
+    truth = (exact @ weight.double().T).log_softmax(-1)[labels, labels]
+    (expected,) = torch.autograd.grad(truth.sum(), exact)
+    assert truth.min() > math.log(0.98)
+    errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < max(1e-3, 8 * torch.finfo(dtype).eps)
+
+
 def test_the_logits_of_a_piece_are_all_that_lives_at_once():
     """The largest tensor of the way there and back has the numbers asked for, and no more."""
     sizes: list[int] = []
