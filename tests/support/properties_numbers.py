@@ -663,7 +663,9 @@ def token_log_probs_are_those_of_a_softmax_written_out(logprobs, case):
     st.tuples(_logits(), st.booleans(), st.sampled_from([1.0, 0.5]), st.none() | st.just(3.0)),
     mutants={
         "moved.scatter_add_(1, place, slopes.masked_fill(~is_here, 0.0))": "pass",
-        "masked_fill_(~is_here, 0.0)": "masked_fill_(is_here, 0.0)",
+        "scores.gather(-1, place).masked_fill_(~is_here": "scores.gather(-1, place).masked_fill_(is_here",
+        "shares.scatter_add_(-1, place, of_label.neg_())": "pass",
+        "torch.expm1(chosen - total).neg_()": "torch.ones_like(total)",
         "1 - (scores / self.softcap).square()": "1 - (scores / self.softcap)",
         "gradient * tiles.scale, torch": "gradient, torch",
         ".sub_(mean).mul_(tiles.scale)": ".sub_(mean)",
